@@ -1,0 +1,80 @@
+//! The error of everything that runs: relay, worker, operator's tool.
+
+use std::error::Error as StdError;
+use std::fmt;
+
+/// What went wrong, with the thing it concerns and the way out in its message.
+///
+/// The message never holds a payload, a credential or a server's error DETAIL.
+#[derive(Debug)]
+pub struct Error {
+    kind: ErrorKind,
+    message: String,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+/// The area of an [`Error`], for deciding what to do about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// A setting is missing, malformed or contradicts another one. Nothing was started.
+    Config,
+    /// PostgreSQL cannot be reached, or it refused a statement.
+    Database,
+    /// NATS cannot be reached, or it refused a request.
+    Broker,
+    /// A schema, stream or consumer is missing or set up in a way that would lose or re-order events.
+    NotReady,
+    /// Another process took over; this one must not write any more.
+    Fenced,
+    /// The data contradicts what must hold; somebody has to look.
+    Integrity,
+}
+
+impl Error {
+    /// An error of `kind` with a message for the operator.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), source: None }
+    }
+
+    /// The same with the cause behind it.
+    pub fn with_source(
+        kind: ErrorKind,
+        message: impl Into<String>,
+        source: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> Self {
+        Self { kind, message: message.into(), source: Some(source.into()) }
+    }
+
+    /// The area of the error.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// The message and every cause behind it, on one line.
+    pub fn report(&self) -> String {
+        let mut text = self.message.clone();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            let more = error.to_string();
+            if !text.ends_with(&more) {
+                text.push_str(": ");
+                text.push_str(&more);
+            }
+            cause = error.source();
+        }
+        text
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source.as_deref().map(|source| source as _)
+    }
+}

@@ -1,0 +1,14 @@
+#![doc = include_str!("../README.md")]
+
+pub mod backoff;
+pub mod config;
+pub mod envelope;
+pub mod event;
+pub mod subject;
+
+mod error;
+mod jetstream;
+mod postgres;
+
+pub use error::{Error, ErrorKind};
+pub use event::{Event, EventId};

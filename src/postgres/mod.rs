@@ -1,0 +1,87 @@
+//! Everything that speaks SQL. One module per concern; functions take a connection or an open transaction.
+
+pub(crate) mod migrate;
+
+use std::str::FromStr;
+
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{ConnectOptions, PgConnection, PgPool};
+
+use crate::config::PostgresConfig;
+use crate::error::{Error, ErrorKind};
+
+/// Reads the URL. The password stays out of the error.
+fn options(config: &PostgresConfig, application: &str) -> Result<PgConnectOptions, Error> {
+    if config.url.is_empty() {
+        return Err(Error::new(
+            ErrorKind::Config,
+            "no database is named: set DATABASE_URL or --database-url to postgres://user@host/database",
+        ));
+    }
+    PgConnectOptions::from_str(&config.url)
+        .map(|options| options.application_name(application).disable_statement_logging())
+        .map_err(|_| {
+            Error::new(
+                ErrorKind::Config,
+                "DATABASE_URL is not a URL of the form postgres://user:password@host:5432/database",
+            )
+        })
+}
+
+/// Opens one connection.
+pub(crate) async fn connect(config: &PostgresConfig, application: &str) -> Result<PgConnection, Error> {
+    options(config, application)?.connect().await.map_err(|error| database_error("cannot connect to PostgreSQL", error))
+}
+
+/// A pool that opens its connections when they are needed.
+pub(crate) fn pool(config: &PostgresConfig, application: &str, size: u32) -> Result<PgPool, Error> {
+    Ok(PgPoolOptions::new().max_connections(size).connect_lazy_with(options(config, application)?))
+}
+
+/// An error of `doing`, without the server's DETAIL, which may hold a row's payload.
+pub(crate) fn database_error(doing: impl Into<String>, error: sqlx::Error) -> Error {
+    match error {
+        sqlx::Error::Database(db) => {
+            let doing = doing.into();
+            let hint = match db.code().as_deref() {
+                Some("3F000" | "42P01") => " (is the schema there? run `aftercommit migrate`)",
+                Some("42501") => " (the role lacks a grant)",
+                _ => "",
+            };
+            let code = db.code().unwrap_or_default().into_owned();
+            Error::new(ErrorKind::Database, format!("{doing}: {} [{code}]{hint}", db.message()))
+        }
+        other => Error::with_source(ErrorKind::Database, doing, other),
+    }
+}
+
+/// Whether an error says that the server or the way to it is in trouble, rather than that the statement was wrong.
+/// Such an error is waited out; it is no failure of an event.
+///
+/// SQLSTATE classes from the PostgreSQL documentation, appendix A: 08 connection exception, 53 insufficient resources,
+/// 57P operator intervention (shutdown, crash, cannot connect now), 58 system error, 25006 read-only (a former primary).
+pub(crate) fn is_outage(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_)
+        | sqlx::Error::Tls(_)
+        | sqlx::Error::PoolTimedOut
+        | sqlx::Error::PoolClosed
+        | sqlx::Error::WorkerCrashed
+        | sqlx::Error::Protocol(_) => true,
+        sqlx::Error::Database(db) => {
+            let code = db.code().unwrap_or_default();
+            code.starts_with("08")
+                || code.starts_with("53")
+                || code.starts_with("57P")
+                || code.starts_with("58")
+                || code == "25006"
+        }
+        _ => false,
+    }
+}
+
+/// Whether PostgreSQL undid the transaction because of others that ran beside it (serialization failure, deadlock):
+/// the same again may well succeed.
+pub(crate) fn is_conflict(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::Database(db) if matches!(db.code().as_deref(), Some("40001" | "40P01")))
+}

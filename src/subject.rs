@@ -1,0 +1,109 @@
+//! NATS subjects: validated tokens, and the subject of an event type under a prefix.
+
+use std::fmt;
+
+/// The longest event type in bytes.
+pub const MAX_TYPE_BYTES: usize = 200;
+
+/// Why a text cannot be part of a subject.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not a subject: {problem}")]
+pub struct SubjectError {
+    text: String,
+    problem: &'static str,
+}
+
+/// Checks that `text` is one or more tokens of letters, digits, `_` and `-`, separated by dots.
+///
+/// # Errors
+/// When it is empty, has an empty token or another character, or is longer than [`MAX_TYPE_BYTES`].
+pub fn check_tokens(text: &str) -> Result<(), SubjectError> {
+    let refuse = |problem| Err(SubjectError { text: text.chars().take(64).collect(), problem });
+    if text.len() > MAX_TYPE_BYTES {
+        return refuse("it is longer than 200 bytes");
+    }
+    for token in text.split('.') {
+        if token.is_empty() {
+            return refuse("it has an empty token");
+        }
+        if !token.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-') {
+            return refuse("only letters, digits, '_', '-' and dots between them are allowed");
+        }
+    }
+    Ok(())
+}
+
+/// The first tokens of every subject that one outbox publishes to, such as `events`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SubjectPrefix(String);
+
+impl SubjectPrefix {
+    /// Takes a prefix of one or more tokens.
+    ///
+    /// # Errors
+    /// As [`check_tokens`], and when it begins with `$` names that NATS reserves.
+    pub fn new(prefix: impl Into<String>) -> Result<Self, SubjectError> {
+        let prefix = prefix.into();
+        check_tokens(&prefix)?;
+        Ok(Self(prefix))
+    }
+
+    /// The subject of events of `event_type`: `{prefix}.{type}`.
+    pub fn subject(&self, event_type: &str) -> String {
+        format!("{}.{event_type}", self.0)
+    }
+
+    /// The subject filter that covers every type: `{prefix}.>`.
+    pub fn wildcard(&self) -> String {
+        format!("{}.>", self.0)
+    }
+
+    /// The event type that a subject stands for, when the subject is under this prefix.
+    pub fn event_type<'a>(&self, subject: &'a str) -> Option<&'a str> {
+        subject.strip_prefix(&self.0)?.strip_prefix('.')
+    }
+}
+
+impl Default for SubjectPrefix {
+    /// `events`.
+    fn default() -> Self {
+        Self("events".into())
+    }
+}
+
+impl fmt::Display for SubjectPrefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for SubjectPrefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_that_nats_would_read_otherwise_are_refused() {
+        for good in ["a", "order.placed", "A-1.b_2"] {
+            assert!(check_tokens(good).is_ok(), "{good}");
+        }
+        let long = "x".repeat(201);
+        for bad in ["", ".", "a.", ".a", "a..b", "a.*", "a.>", "a b", "a\r\nb", "$JS.API", "ä", long.as_str()] {
+            assert!(check_tokens(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn subject_and_type_are_inverse() {
+        let prefix = SubjectPrefix::new("shop.events").unwrap();
+        let subject = prefix.subject("order.placed");
+        assert_eq!(subject, "shop.events.order.placed");
+        assert_eq!(prefix.event_type(&subject), Some("order.placed"));
+        assert_eq!(prefix.event_type("shop.eventsorder"), None);
+    }
+}
