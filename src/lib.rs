@@ -5,6 +5,11 @@ pub mod config;
 pub mod envelope;
 pub mod event;
 pub mod subject;
+pub mod worker;
+
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 
 mod error;
 mod jetstream;
@@ -12,3 +17,6 @@ mod postgres;
 
 pub use error::{Error, ErrorKind};
 pub use event::{Event, EventId};
+
+/// The version of sqlx whose transactions handlers get.
+pub use sqlx;

@@ -1,9 +1,19 @@
 //! Everything that speaks NATS. One module per concern.
 
-use async_nats::{Client, ConnectOptions, Event as ClientEvent};
+pub(crate) mod ack;
+pub(crate) mod consumer;
+pub(crate) mod feed;
+pub(crate) mod stored;
+
+use async_nats::jetstream::Context;
+use async_nats::{ConnectOptions, Event as ClientEvent, HeaderMap};
+use bytes::Bytes;
 
 use crate::config::NatsConfig;
+use crate::envelope::{Envelope, EnvelopeError};
 use crate::error::{Error, ErrorKind};
+
+pub(crate) use async_nats::Client;
 
 /// Connects once, and from then on reconnects for ever. `name` is what `nats server report connections` shows;
 /// `inbox_prefix` is where answers come, so that permissions can tell roles apart.
@@ -28,4 +38,16 @@ pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str)
     options.connect(servers).await.map_err(|error| {
         Error::with_source(ErrorKind::Broker, "cannot connect to NATS (NATS_URL or --nats-url)", error)
     })
+}
+
+/// JetStream on a connection.
+pub(crate) fn context(client: &Client) -> Context {
+    async_nats::jetstream::new(client.clone())
+}
+
+/// The event in a message.
+fn envelope(headers: Option<&HeaderMap>, payload: Bytes) -> Result<Envelope, EnvelopeError> {
+    let all = headers.into_iter().flat_map(HeaderMap::iter);
+    let pairs = all.flat_map(|(name, values)| values.iter().map(|value| (name.as_ref(), value.as_str())));
+    Envelope::from_headers(pairs, payload)
 }

@@ -1,5 +1,9 @@
 //! Everything that speaks SQL. One module per concern; functions take a connection or an open transaction.
 
+pub(crate) mod dead_letter;
+pub(crate) mod function;
+pub(crate) mod inbox;
+pub(crate) mod lease;
 pub(crate) mod migrate;
 
 use std::str::FromStr;
