@@ -1,6 +1,11 @@
 //! Everything that speaks SQL. One module per concern; functions take a connection or an open transaction.
 
+pub(crate) mod lease;
 pub(crate) mod migrate;
+pub(crate) mod relay_log;
+pub(crate) mod relay_status;
+pub(crate) mod snapshot;
+pub(crate) mod window;
 
 use std::str::FromStr;
 
