@@ -5,6 +5,8 @@ pub mod config;
 pub mod envelope;
 pub mod event;
 pub mod subject;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 mod error;
 mod jetstream;
