@@ -6,6 +6,8 @@ pub mod envelope;
 pub mod event;
 pub mod relay;
 pub mod subject;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 mod error;
 mod jetstream;

@@ -1,5 +1,7 @@
 //! Everything that speaks SQL. One module per concern; functions take a connection or an open transaction.
 
+#[cfg(all(unix, feature = "testing"))]
+pub(crate) mod database;
 pub(crate) mod lease;
 pub(crate) mod migrate;
 pub(crate) mod relay_log;
