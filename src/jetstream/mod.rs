@@ -2,6 +2,7 @@
 
 pub(crate) mod publisher;
 pub(crate) mod stream;
+pub(crate) mod topology;
 
 use std::time::Duration;
 

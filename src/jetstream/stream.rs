@@ -3,6 +3,7 @@
 use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::stream::{Info, RawMessageErrorKind};
 use async_nats::jetstream::{self, Context, ErrorCode};
+use futures_util::StreamExt;
 use uuid::Uuid;
 
 use super::Connection;
@@ -27,6 +28,18 @@ pub(crate) struct Stored {
     pub(crate) message_id: Option<String>,
 }
 
+/// Where a consumer stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ConsumerPosition {
+    pub(crate) name: String,
+    /// Messages not delivered yet.
+    pub(crate) pending: u64,
+    /// Delivered and not acknowledged.
+    pub(crate) in_flight: u64,
+    /// Those of them that were delivered more than once.
+    pub(crate) redelivered: u64,
+}
+
 impl StreamReader {
     pub(crate) fn new(connection: &Connection, name: &str) -> Self {
         Self { context: jetstream::new(connection.client.clone()), name: name.into() }
@@ -42,6 +55,26 @@ impl StreamReader {
             _ => Error::with_source(ErrorKind::Broker, format!("cannot read stream {}", self.name), error),
         })?;
         Ok(stream.cached_info().clone())
+    }
+
+    /// Where all consumers of the stream stand.
+    pub(crate) async fn consumers(&self) -> Result<Vec<ConsumerPosition>, Error> {
+        let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
+            Error::with_source(ErrorKind::Broker, format!("cannot list the consumers of stream {}", self.name), error)
+        };
+        let stream = self.context.get_stream(&self.name).await.map_err(|error| failed(error.into()))?;
+        let mut consumers = stream.consumers();
+        let mut positions = Vec::new();
+        while let Some(info) = consumers.next().await {
+            let info = info.map_err(|error| failed(error.into()))?;
+            positions.push(ConsumerPosition {
+                name: info.name,
+                pending: info.num_pending,
+                in_flight: info.num_ack_pending as u64,
+                redelivered: info.num_redelivered as u64,
+            });
+        }
+        Ok(positions)
     }
 
     /// The message under a sequence; none when it was deleted or never existed.

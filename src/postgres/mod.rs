@@ -7,6 +7,7 @@ pub(crate) mod migrate;
 pub(crate) mod relay_log;
 pub(crate) mod relay_status;
 pub(crate) mod snapshot;
+pub(crate) mod status;
 pub(crate) mod window;
 
 use std::str::FromStr;
