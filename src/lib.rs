@@ -4,6 +4,7 @@ pub mod backoff;
 pub mod config;
 pub mod envelope;
 pub mod event;
+pub mod outbox;
 pub mod subject;
 
 mod error;

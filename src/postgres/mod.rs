@@ -1,6 +1,7 @@
 //! Everything that speaks SQL. One module per concern; functions take a connection or an open transaction.
 
 pub(crate) mod migrate;
+pub(crate) mod outbox;
 
 use std::str::FromStr;
 
