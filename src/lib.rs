@@ -1,6 +1,9 @@
 #![doc = include_str!("../README.md")]
 
+pub mod admin;
 pub mod backoff;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod config;
 pub mod envelope;
 pub mod event;

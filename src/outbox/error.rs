@@ -13,7 +13,7 @@ pub struct PublishError {
     event_type: String,
     field: Option<String>,
     message: String,
-    source: Option<sqlx::Error>,
+    source: Option<Box<sqlx::Error>>,
 }
 
 /// What to do about a [`PublishError`].
@@ -71,7 +71,7 @@ impl PublishError {
         let (message, source) = match error {
             // Its Debug shows the DETAIL.
             error @ sqlx::Error::Database(_) => (postgres::database_error(doing, error).to_string(), None),
-            other => (doing, Some(other)),
+            other => (doing, Some(Box::new(other))),
         };
         Self { kind, event_type: event_type.into(), field: None, message, source }
     }
@@ -110,6 +110,6 @@ impl fmt::Display for PublishError {
 
 impl StdError for PublishError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source.as_ref().map(|source| source as _)
+        self.source.as_deref().map(|source| source as _)
     }
 }

@@ -226,7 +226,7 @@ mod tests {
         #[serde(rename(serialize = "amount", deserialize = "value"))]
         amount: u8,
         #[serde(skip_serializing)]
-        secret: String,
+        _secret: String,
     }
 
     #[test]
@@ -240,7 +240,7 @@ mod tests {
 
     #[test]
     fn a_type_that_cannot_read_itself_is_named_without_values() {
-        let (field, why) = refused(OneWay { inner: Renamed { amount: 1, secret: "hush".into() } });
+        let (field, why) = refused(OneWay { inner: Renamed { amount: 1, _secret: "hush".into() } });
         assert!(field.starts_with("payload.inner"), "{field}");
         assert!(!why.contains("hush") && why.starts_with("cannot be read back"), "{why}");
     }
