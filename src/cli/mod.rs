@@ -1,5 +1,6 @@
 //! The command lines of the binaries.
 
+pub mod operator;
 pub mod relay;
 
 use std::path::PathBuf;
