@@ -1,9 +1,13 @@
 #![doc = include_str!("../README.md")]
 
+pub mod admin;
 pub mod backoff;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod config;
 pub mod envelope;
 pub mod event;
+pub mod relay;
 pub mod subject;
 #[cfg(feature = "testing")]
 pub mod testing;

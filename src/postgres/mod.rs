@@ -2,7 +2,13 @@
 
 #[cfg(all(unix, feature = "testing"))]
 pub(crate) mod database;
+pub(crate) mod lease;
 pub(crate) mod migrate;
+pub(crate) mod relay_log;
+pub(crate) mod relay_status;
+pub(crate) mod snapshot;
+pub(crate) mod status;
+pub(crate) mod window;
 
 use std::str::FromStr;
 

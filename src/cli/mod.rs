@@ -1,0 +1,151 @@
+//! The command lines of the binaries.
+
+pub mod relay;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{Naming, NatsConfig, PostgresConfig};
+use crate::error::{Error, ErrorKind};
+use crate::subject::SubjectPrefix;
+
+/// How long a soft stop may take before the process ends anyway.
+const STOP_DEADLINE: Duration = Duration::from_secs(25);
+
+/// Where PostgreSQL is.
+#[derive(Debug, clap::Args)]
+struct PostgresArgs {
+    /// The database, as postgres://user:password@host:5432/database
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, default_value = "", hide_default_value = true)]
+    database_url: String,
+}
+
+impl PostgresArgs {
+    fn config(&self) -> PostgresConfig {
+        PostgresConfig { url: self.database_url.clone() }
+    }
+}
+
+/// Where NATS is.
+#[derive(Debug, clap::Args)]
+struct NatsArgs {
+    /// The NATS servers, as nats://host:port, separated by commas
+    #[arg(long, env = "NATS_URL", hide_env_values = true, default_value = "nats://127.0.0.1:4222")]
+    nats_url: String,
+    /// A NATS credentials file
+    #[arg(long, env = "NATS_CREDS", value_name = "FILE")]
+    nats_creds: Option<PathBuf>,
+}
+
+impl NatsArgs {
+    fn config(&self) -> NatsConfig {
+        NatsConfig { url: self.nats_url.clone(), creds: self.nats_creds.clone() }
+    }
+}
+
+/// The names under which an outbox is published.
+#[derive(Debug, clap::Args)]
+struct NamingArgs {
+    /// The JetStream stream
+    #[arg(long, env = "AFTERCOMMIT_STREAM", default_value = "EVENTS")]
+    stream: String,
+    /// The first tokens of every subject
+    #[arg(long, env = "AFTERCOMMIT_SUBJECT_PREFIX", default_value = "events")]
+    subject_prefix: String,
+    /// The CloudEvents source of the events
+    #[arg(long, env = "AFTERCOMMIT_SOURCE", default_value = "/aftercommit")]
+    source: String,
+}
+
+impl NamingArgs {
+    fn config(&self) -> Result<Naming, Error> {
+        let legal = |c: char| c.is_ascii_graphic() && !matches!(c, '.' | '*' | '>' | '/' | '\\');
+        if self.stream.is_empty() || !self.stream.chars().all(legal) {
+            return Err(Error::new(
+                ErrorKind::Config,
+                format!("{:?} cannot be the name of a stream (AFTERCOMMIT_STREAM or --stream)", self.stream),
+            ));
+        }
+        let prefix = SubjectPrefix::new(self.subject_prefix.clone()).map_err(|error| {
+            Error::with_source(ErrorKind::Config, "the subject prefix cannot be used (--subject-prefix)", error)
+        })?;
+        Ok(Naming { stream: self.stream.clone(), prefix, source: self.source.clone() })
+    }
+}
+
+/// Logs to standard error, as `RUST_LOG` says; without it from level info.
+fn start_logging() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}
+
+/// Runs a role until it ends or is told to stop. The first SIGTERM or SIGINT cancels the token that `start` gets; a
+/// second one, or a stop that takes longer than 25 seconds, ends the process at once.
+fn run_role<F>(name: &str, start: impl FnOnce(CancellationToken) -> F) -> ExitCode
+where
+    F: Future<Output = Result<(), Error>>,
+{
+    start_logging();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(name, &Error::with_source(ErrorKind::Config, "the runtime cannot start", error)),
+    };
+    let result = runtime.block_on(async {
+        let shutdown = CancellationToken::new();
+        let role = start(shutdown.clone());
+        tokio::select! {
+            result = role => result,
+            error = stop_hard(shutdown) => Err(error),
+        }
+    });
+    // Nothing that still runs may hold the process.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(name, &error),
+    }
+}
+
+async fn stop_hard(shutdown: CancellationToken) -> Error {
+    if let Err(error) = signal().await {
+        return error;
+    }
+    tracing::info!("stopping; a second signal stops at once");
+    shutdown.cancel();
+    tokio::select! {
+        _ = signal() => Error::new(ErrorKind::Fenced, "stopped at once by a second signal; nothing is lost"),
+        () = tokio::time::sleep(STOP_DEADLINE) => {
+            Error::new(ErrorKind::Fenced, format!("stopped hard after {STOP_DEADLINE:?}; nothing is lost"))
+        }
+    }
+}
+
+#[cfg(unix)]
+async fn signal() -> Result<(), Error> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let failed = |error| Error::with_source(ErrorKind::Config, "signals cannot be received", error);
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+#[cfg(not(unix))]
+async fn signal() -> Result<(), Error> {
+    tokio::signal::ctrl_c()
+        .await
+        .map_err(|error| Error::with_source(ErrorKind::Config, "signals cannot be received", error))
+}
+
+/// Prints the error and gives its exit status: 2 when the command line or a setting is at fault, else 1.
+fn fail(name: &str, error: &Error) -> ExitCode {
+    eprintln!("{name}: {}", error.report());
+    ExitCode::from(if error.kind() == ErrorKind::Config { 2 } else { 1 })
+}

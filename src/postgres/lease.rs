@@ -1,0 +1,65 @@
+//! Leases: one holder per name, by the database's clock, with an epoch that grows at every change of hands.
+
+use std::time::Duration;
+
+use sqlx::PgConnection;
+
+/// Takes a lease that is free, has expired, or is already the holder's own. Returns the new epoch, or none while
+/// somebody else holds it.
+pub(crate) async fn acquire(
+    connection: &mut PgConnection,
+    name: &str,
+    holder: &str,
+    ttl: Duration,
+) -> Result<Option<i64>, sqlx::Error> {
+    sqlx::query_scalar(
+        "insert into aftercommit.lease as l (name, holder, epoch, expires_at)
+         values ($1, $2, 1, clock_timestamp() + make_interval(secs => $3))
+         on conflict (name) do update
+            set holder = excluded.holder, epoch = l.epoch + 1, expires_at = excluded.expires_at
+          where l.expires_at < clock_timestamp() or l.holder = excluded.holder
+         returning epoch",
+    )
+    .bind(name)
+    .bind(holder)
+    .bind(ttl.as_secs_f64())
+    .fetch_optional(connection)
+    .await
+}
+
+/// Extends a lease that is still held. False when it has passed to another holder or epoch.
+pub(crate) async fn renew(
+    connection: &mut PgConnection,
+    name: &str,
+    holder: &str,
+    epoch: i64,
+    ttl: Duration,
+) -> Result<bool, sqlx::Error> {
+    let done = sqlx::query(
+        "update aftercommit.lease set expires_at = clock_timestamp() + make_interval(secs => $4)
+          where name = $1 and holder = $2 and epoch = $3",
+    )
+    .bind(name)
+    .bind(holder)
+    .bind(epoch)
+    .bind(ttl.as_secs_f64())
+    .execute(connection)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Gives a lease up, so that a standby can take it at once. The epoch stays.
+pub(crate) async fn release(
+    connection: &mut PgConnection,
+    name: &str,
+    holder: &str,
+    epoch: i64,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("update aftercommit.lease set expires_at = '-infinity' where name = $1 and holder = $2 and epoch = $3")
+        .bind(name)
+        .bind(holder)
+        .bind(epoch)
+        .execute(connection)
+        .await
+        .map(drop)
+}
