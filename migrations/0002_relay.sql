@@ -7,29 +7,35 @@ create table aftercommit.lease (
     expires_at timestamptz not null
 );
 
--- The relay's progress, one row per state, newest `seq` valid. Rows are only inserted: a row that many transactions
--- update slows down while any snapshot is held, a log does not. The primary key is the fence: a writer appends at the
--- successor of the state that it acted on, so of two leaders one fails.
+-- The relay's progress, one row per state, the newest `seq` valid. Rows are only inserted: a row that many
+-- transactions update slows down while any snapshot is held, a log does not. The primary key is the fence: a writer
+-- appends at the successor of the state that it acted on, so of two leaders one fails.
+--
+-- A mark is a moment of the outbox in three parts: a snapshot, then the last value of the id sequence read after it,
+-- then the next transaction id read after that. A row that the snapshot does not see has an id above the second, or
+-- its transaction is one that was running then: in the snapshot's list, or from the snapshot's xmax up to the third.
 create table aftercommit.relay_log (
     seq               bigint      primary key,
     epoch             bigint      not null,
-    settled           pg_snapshot not null,  -- all that it sees has been handled
-    floor             bigint      not null,  -- the outbox sequence, read after `settled` was taken
-    target            pg_snapshot,           -- open window: the rows that target sees and settled does not
-    target_floor      bigint,                -- the outbox sequence, read after `target` was taken
+    settled           pg_snapshot not null,  -- everything that this mark holds has been handled
+    settled_id        bigint      not null,
+    settled_xid       xid8        not null,
+    target            pg_snapshot,           -- open window: what this mark holds and `settled` does not
+    target_id         bigint,
+    target_xid        xid8,
     stream            text,                  -- where the open window goes
     base_sequence     bigint,                -- the stream's last sequence when the window was opened
     system_identifier bigint      not null,  -- the cluster in which the snapshots mean something
     created_at        timestamptz not null default clock_timestamp(),
 
-    constraint relay_log_window_is_whole check (
-        (target is null and target_floor is null and stream is null and base_sequence is null)
-        or (target is not null and target_floor is not null and stream is not null and base_sequence is not null))
+    constraint relay_log_window_is_whole
+        check (num_nulls(target, target_id, target_xid, stream, base_sequence) in (0, 5))
 );
 
--- The first state: nothing is settled but what was before the outbox existed.
-insert into aftercommit.relay_log (seq, epoch, settled, floor, system_identifier)
-select 0, 0, pg_current_snapshot(), 0, system_identifier from pg_control_system();
+-- The first state: nothing is settled.
+insert into aftercommit.relay_log (seq, epoch, settled, settled_id, settled_xid, system_identifier)
+select 0, 0, pg_current_snapshot(), 0, pg_snapshot_xmax(pg_current_snapshot()), system_identifier
+  from pg_control_system();
 
 -- What the leading relay tells about itself, written with its heartbeat.
 create table aftercommit.relay_status (
@@ -37,9 +43,9 @@ create table aftercommit.relay_status (
     holder        text        not null,
     epoch         bigint      not null,
     stream        text        not null,
-    last_id       bigint,                    -- the outbox id of the last event stored in the stream
-    last_sequence bigint,                    -- and its stream sequence
-    published     bigint      not null,      -- events stored by this leader since it started
-    state         text        not null,      -- 'publishing', 'idle', or why it waits
+    last_id       bigint      not null,      -- the outbox id of the last event stored in the stream, 0 before the first
+    last_sequence bigint      not null,      -- and its stream sequence
+    published     bigint      not null,      -- events stored by this leader since it took over
+    state         text        not null,      -- 'publishing', 'idle', or what it waits for
     updated_at    timestamptz not null default clock_timestamp()
 );

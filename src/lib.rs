@@ -1,15 +1,18 @@
 #![doc = include_str!("../README.md")]
 
+pub mod admin;
 pub mod backoff;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod config;
 pub mod envelope;
 pub mod event;
+pub mod outbox;
+pub mod relay;
 pub mod subject;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod worker;
-
-#[cfg(feature = "cli")]
-#[doc(hidden)]
-pub mod cli;
 
 mod error;
 mod jetstream;

@@ -1,2 +1,5 @@
-//! Placeholder until the command line exists.
-fn main() {}
+//! The relay.
+
+fn main() -> std::process::ExitCode {
+    aftercommit::cli::relay::main()
+}

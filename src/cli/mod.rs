@@ -1,7 +1,10 @@
-//! What the binaries share: arguments, logging, signals. Not part of the library's stable interface.
+//! The command lines of the binaries.
 
+pub mod operator;
+pub mod relay;
 pub mod worker;
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -13,28 +16,28 @@ use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::{Error, ErrorKind};
 use crate::subject::SubjectPrefix;
 
-/// How long a soft stop may take before it becomes a hard one.
-const DRAIN: Duration = Duration::from_secs(25);
+/// How long a soft stop may take before the process ends anyway.
+const STOP_DEADLINE: Duration = Duration::from_secs(25);
 
-/// How to reach PostgreSQL.
+/// Where PostgreSQL is.
 #[derive(Debug, clap::Args)]
-pub(crate) struct PostgresArgs {
-    /// PostgreSQL: postgres://user:password@host:5432/database
-    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
+struct PostgresArgs {
+    /// The database, as postgres://user:password@host:5432/database
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, default_value = "", hide_default_value = true)]
     database_url: String,
 }
 
 impl PostgresArgs {
-    pub(crate) fn config(&self) -> PostgresConfig {
+    fn config(&self) -> PostgresConfig {
         PostgresConfig { url: self.database_url.clone() }
     }
 }
 
-/// How to reach NATS.
+/// Where NATS is.
 #[derive(Debug, clap::Args)]
-pub(crate) struct NatsArgs {
-    /// NATS servers, separated by commas
-    #[arg(long, env = "NATS_URL", hide_env_values = true, value_name = "URL", default_value = "nats://127.0.0.1:4222")]
+struct NatsArgs {
+    /// The NATS servers, as nats://host:port, separated by commas
+    #[arg(long, env = "NATS_URL", hide_env_values = true, default_value = "nats://127.0.0.1:4222")]
     nats_url: String,
     /// A NATS credentials file
     #[arg(long, env = "NATS_CREDS", value_name = "FILE")]
@@ -42,104 +45,111 @@ pub(crate) struct NatsArgs {
 }
 
 impl NatsArgs {
-    pub(crate) fn config(&self) -> NatsConfig {
+    fn config(&self) -> NatsConfig {
         NatsConfig { url: self.nats_url.clone(), creds: self.nats_creds.clone() }
     }
 }
 
-/// The names under which the outbox is published.
+/// The names under which an outbox is published.
 #[derive(Debug, clap::Args)]
-pub(crate) struct NamingArgs {
+struct NamingArgs {
     /// The JetStream stream
-    #[arg(long, env = "AFTERCOMMIT_STREAM", value_name = "NAME", default_value = "EVENTS")]
+    #[arg(long, env = "AFTERCOMMIT_STREAM", default_value = "EVENTS")]
     stream: String,
     /// The first tokens of every subject
-    #[arg(long, env = "AFTERCOMMIT_SUBJECT_PREFIX", value_name = "PREFIX", default_value = "events")]
+    #[arg(long, env = "AFTERCOMMIT_SUBJECT_PREFIX", default_value = "events")]
     subject_prefix: String,
+    /// The CloudEvents source of the events
+    #[arg(long, env = "AFTERCOMMIT_SOURCE", default_value = "/aftercommit")]
+    source: String,
 }
 
 impl NamingArgs {
-    pub(crate) fn config(&self) -> Result<Naming, Error> {
-        let prefix = SubjectPrefix::new(&self.subject_prefix).map_err(|error| {
-            Error::with_source(ErrorKind::Config, "the subject prefix (--subject-prefix) is wrong", error)
+    fn config(&self) -> Result<Naming, Error> {
+        let legal = |c: char| c.is_ascii_graphic() && !matches!(c, '.' | '*' | '>' | '/' | '\\');
+        if self.stream.is_empty() || !self.stream.chars().all(legal) {
+            return Err(Error::new(
+                ErrorKind::Config,
+                format!("{:?} cannot be the name of a stream (AFTERCOMMIT_STREAM or --stream)", self.stream),
+            ));
+        }
+        let prefix = SubjectPrefix::new(self.subject_prefix.clone()).map_err(|error| {
+            Error::with_source(ErrorKind::Config, "the subject prefix cannot be used (--subject-prefix)", error)
         })?;
-        Ok(Naming { stream: self.stream.clone(), prefix, ..Naming::default() })
+        Ok(Naming { stream: self.stream.clone(), prefix, source: self.source.clone() })
     }
 }
 
-/// Runs a service until it ends or is told to: SIGTERM or SIGINT let it drain, a second signal or 25 seconds end it.
-/// Exit status 0 when it ended well, 1 when it failed or did not drain, 2 when the usage was wrong.
-pub(crate) fn run_service<F>(service: impl FnOnce(CancellationToken) -> F) -> ExitCode
+/// Logs to standard error, as `RUST_LOG` says; without it from level info, of the NATS client only warnings.
+fn start_logging() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,async_nats=warn"));
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
+}
+
+/// Runs a role until it ends or is told to stop. The first SIGTERM or SIGINT cancels the token that `start` gets; a
+/// second one, or a stop that takes longer than 25 seconds, ends the process at once.
+fn run_role<F>(name: &str, start: impl FnOnce(CancellationToken) -> F) -> ExitCode
 where
     F: Future<Output = Result<(), Error>>,
 {
-    init_tracing();
-    let runtime = match tokio::runtime::Runtime::new() {
+    start_logging();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => {
-            tracing::error!(error = %error, "cannot start");
-            return ExitCode::FAILURE;
-        }
+        Err(error) => return fail(name, &Error::with_source(ErrorKind::Config, "the runtime cannot start", error)),
     };
-    let code = runtime.block_on(async {
-        let stop = CancellationToken::new();
+    let result = runtime.block_on(async {
+        let shutdown = CancellationToken::new();
+        let role = start(shutdown.clone());
         tokio::select! {
-            result = service(stop.clone()) => report(result),
-            () = hard_stop(&stop) => {
-                tracing::error!("stopped hard, what was running is rolled back and comes again");
-                ExitCode::FAILURE
-            }
+            result = role => result,
+            error = stop_hard(shutdown) => Err(error),
         }
     });
+    // Nothing that still runs may hold the process.
     runtime.shutdown_background();
-    code
-}
-
-fn report(result: Result<(), Error>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!(error = error.report(), "failed");
-            ExitCode::from(if error.kind() == ErrorKind::Config { 2 } else { 1 })
-        }
+        Err(error) => fail(name, &error),
     }
 }
 
-/// Passes on the first signal as a soft stop, and returns when a hard one is due.
-async fn hard_stop(stop: &CancellationToken) {
-    signal().await;
-    tracing::info!("stopping, a second signal stops hard");
-    stop.cancel();
-    let _ = tokio::time::timeout(DRAIN, signal()).await;
+async fn stop_hard(shutdown: CancellationToken) -> Error {
+    if let Err(error) = signal().await {
+        return error;
+    }
+    tracing::info!("stopping; a second signal stops at once");
+    shutdown.cancel();
+    tokio::select! {
+        _ = signal() => Error::new(ErrorKind::Fenced, "stopped at once by a second signal; nothing is lost"),
+        () = tokio::time::sleep(STOP_DEADLINE) => {
+            Error::new(ErrorKind::Fenced, format!("stopped hard after {STOP_DEADLINE:?}; nothing is lost"))
+        }
+    }
 }
 
 #[cfg(unix)]
-async fn signal() {
+async fn signal() -> Result<(), Error> {
     use tokio::signal::unix::{SignalKind, signal};
-    match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
-        (Ok(mut terminate), Ok(mut interrupt)) => {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-        }
-        (Err(error), _) | (_, Err(error)) => {
-            tracing::error!(error = %error, "signals cannot be received");
-            std::future::pending::<()>().await;
-        }
+    let failed = |error| Error::with_source(ErrorKind::Config, "signals cannot be received", error);
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
     }
+    Ok(())
 }
 
 #[cfg(not(unix))]
-async fn signal() {
-    if tokio::signal::ctrl_c().await.is_err() {
-        std::future::pending::<()>().await;
-    }
+async fn signal() -> Result<(), Error> {
+    tokio::signal::ctrl_c()
+        .await
+        .map_err(|error| Error::with_source(ErrorKind::Config, "signals cannot be received", error))
 }
 
-/// Logs go to standard error; RUST_LOG chooses, `info` by default.
-pub(crate) fn init_tracing() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,async_nats=warn,sqlx=warn"));
-    // Fails when a service has set its own up, which is then the one to use.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+/// Prints the error and gives its exit status: 2 when the command line or a setting is at fault, else 1.
+fn fail(name: &str, error: &Error) -> ExitCode {
+    eprintln!("{name}: {}", error.report());
+    ExitCode::from(if error.kind() == ErrorKind::Config { 2 } else { 1 })
 }

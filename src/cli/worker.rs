@@ -4,17 +4,17 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use tokio_util::sync::CancellationToken;
 
+use super::{NamingArgs, NatsArgs, PostgresArgs, fail, run_role};
 use crate::error::Error;
 use crate::worker::{Worker, read_file};
 
-use super::{NamingArgs, NatsArgs, PostgresArgs, run_service};
+const NAME: &str = "aftercommit-worker";
 
-/// Runs the subscribers of a worker.toml
+/// Runs the subscribers of a worker.toml: calls an SQL function for each event, in order per key
 #[derive(Debug, Parser)]
-#[command(name = "aftercommit-worker", version)]
-struct Args {
+#[command(name = NAME, version)]
+struct Cli {
     /// The file that names the subscribers
     #[arg(long, value_name = "FILE", default_value = "worker.toml")]
     config: PathBuf,
@@ -26,24 +26,31 @@ struct Args {
     naming: NamingArgs,
 }
 
-/// Parses the command line and runs.
-pub fn main() -> ExitCode {
-    let args = Args::parse();
-    run_service(|stop| run(args, stop))
+impl Cli {
+    fn worker(&self) -> Result<Worker, Error> {
+        let remedy = format!("run `aftercommit provision --config {}`", self.config.display());
+        let worker = Worker::new(self.postgres.config(), self.nats.config(), self.naming.config()?).remedy(remedy);
+        Ok(read_file(&self.config)?.into_iter().fold(worker, Worker::subscriber))
+    }
 }
 
-async fn run(args: Args, stop: CancellationToken) -> Result<(), Error> {
-    let remedy = format!("run `aftercommit provision --config {}`", args.config.display());
-    let worker = Worker::new(args.postgres.config(), args.nats.config(), args.naming.config()?).remedy(remedy);
-    read_file(&args.config)?.into_iter().fold(worker, Worker::subscriber).run(stop).await
+/// Runs the worker of this process until a signal ends it. The exit status is 0 after an orderly stop, 2 when the
+/// command line, the file or a setting is at fault, 1 when the stop was a hard one.
+pub fn main() -> ExitCode {
+    match Cli::parse().worker() {
+        Ok(worker) => run_role(NAME, |shutdown| worker.run(shutdown)),
+        Err(error) => fail(NAME, &error),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
 
+    use super::*;
+
     #[test]
-    fn arguments_are_consistent() {
-        super::Args::command().debug_assert();
+    fn verify_cli() {
+        Cli::command().debug_assert();
     }
 }

@@ -3,28 +3,65 @@
 pub(crate) mod ack;
 pub(crate) mod consumer;
 pub(crate) mod feed;
+pub(crate) mod publisher;
 pub(crate) mod stored;
+pub(crate) mod stream;
+pub(crate) mod topology;
 
+use std::time::Duration;
+
+use async_nats::connection::State;
 use async_nats::jetstream::Context;
 use async_nats::{ConnectOptions, Event as ClientEvent, HeaderMap};
 use bytes::Bytes;
+use tokio::sync::watch;
 
 use crate::config::NatsConfig;
 use crate::envelope::{Envelope, EnvelopeError};
 use crate::error::{Error, ErrorKind};
 
 pub(crate) use async_nats::Client;
+/// A connection that heals itself, and the count of times that it broke.
+#[derive(Clone)]
+pub(crate) struct Connection {
+    pub(crate) client: Client,
+    losses: watch::Receiver<u64>,
+}
+
+impl Connection {
+    /// Returns when the connection breaks the next time. What was sent and not answered before is unknown then.
+    pub(crate) async fn lost(&self) {
+        let mut losses = self.losses.clone();
+        losses.mark_unchanged();
+        if losses.changed().await.is_err() {
+            // The client is gone, and with it whoever could tell.
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Returns when the connection stands, at once if it does.
+    pub(crate) async fn connected(&self) {
+        while self.client.connection_state() != State::Connected {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
 
 /// Connects once, and from then on reconnects for ever. `name` is what `nats server report connections` shows;
 /// `inbox_prefix` is where answers come, so that permissions can tell roles apart.
-pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str) -> Result<Client, Error> {
-    let mut options =
-        ConnectOptions::new().name(name).custom_inbox_prefix(inbox_prefix).event_callback(|event| async move {
+pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str) -> Result<Connection, Error> {
+    let (lost, losses) = watch::channel(0_u64);
+    let mut options = ConnectOptions::new().name(name).custom_inbox_prefix(inbox_prefix).event_callback(move |event| {
+        if matches!(event, ClientEvent::Disconnected) {
+            lost.send_modify(|count| *count += 1);
+        }
+        async move {
             match event {
                 ClientEvent::Connected => tracing::info!("connected to nats"),
                 other => tracing::warn!(event = %other, "nats connection"),
             }
-        });
+        }
+    });
     if let Some(creds) = &config.creds {
         options = options.credentials_file(creds).await.map_err(|error| {
             Error::with_source(
@@ -35,9 +72,10 @@ pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str)
         })?;
     }
     let servers: Vec<&str> = config.url.split(',').map(str::trim).filter(|url| !url.is_empty()).collect();
-    options.connect(servers).await.map_err(|error| {
+    let client = options.connect(servers).await.map_err(|error| {
         Error::with_source(ErrorKind::Broker, "cannot connect to NATS (NATS_URL or --nats-url)", error)
-    })
+    })?;
+    Ok(Connection { client, losses })
 }
 
 /// JetStream on a connection.

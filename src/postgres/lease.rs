@@ -1,10 +1,11 @@
-//! Leases: who does what one process at a time must do. All times are the database's.
+//! Leases: one holder per name, by the database's clock, with an epoch that grows at every change of hands.
 
 use std::time::Duration;
 
 use sqlx::PgConnection;
 
-/// Takes the lease when it is free or has run out. Returns the new epoch, or none when somebody else holds it.
+/// Takes a lease that is free, has expired, or is already the holder's own. Returns the new epoch, or none while
+/// somebody else holds it.
 pub(crate) async fn acquire(
     connection: &mut PgConnection,
     name: &str,
@@ -12,21 +13,21 @@ pub(crate) async fn acquire(
     ttl: Duration,
 ) -> Result<Option<i64>, sqlx::Error> {
     sqlx::query_scalar(
-        "insert into aftercommit.lease as lease (name, holder, epoch, expires_at)
-         values ($1, $2, 1, clock_timestamp() + $3)
+        "insert into aftercommit.lease as l (name, holder, epoch, expires_at)
+         values ($1, $2, 1, clock_timestamp() + make_interval(secs => $3))
          on conflict (name) do update
-            set holder = excluded.holder, epoch = lease.epoch + 1, expires_at = clock_timestamp() + $3
-          where lease.expires_at <= clock_timestamp()
+            set holder = excluded.holder, epoch = l.epoch + 1, expires_at = excluded.expires_at
+          where l.expires_at < clock_timestamp() or l.holder = excluded.holder
          returning epoch",
     )
     .bind(name)
     .bind(holder)
-    .bind(ttl)
+    .bind(ttl.as_secs_f64())
     .fetch_optional(connection)
     .await
 }
 
-/// Prolongs the lease. False when it has gone to somebody else.
+/// Extends a lease that is still held. False when it has passed to another holder or epoch.
 pub(crate) async fn renew(
     connection: &mut PgConnection,
     name: &str,
@@ -35,38 +36,35 @@ pub(crate) async fn renew(
     ttl: Duration,
 ) -> Result<bool, sqlx::Error> {
     let done = sqlx::query(
-        "update aftercommit.lease set expires_at = clock_timestamp() + $4
+        "update aftercommit.lease set expires_at = clock_timestamp() + make_interval(secs => $4)
           where name = $1 and holder = $2 and epoch = $3",
     )
     .bind(name)
     .bind(holder)
     .bind(epoch)
-    .bind(ttl)
+    .bind(ttl.as_secs_f64())
     .execute(connection)
     .await?;
     Ok(done.rows_affected() == 1)
 }
 
-/// Gives the lease up, so that the next one need not wait until it runs out.
+/// Gives a lease up, so that a standby can take it at once. The epoch stays.
 pub(crate) async fn release(
     connection: &mut PgConnection,
     name: &str,
     holder: &str,
     epoch: i64,
 ) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "update aftercommit.lease set expires_at = clock_timestamp()
-          where name = $1 and holder = $2 and epoch = $3",
-    )
-    .bind(name)
-    .bind(holder)
-    .bind(epoch)
-    .execute(connection)
-    .await
-    .map(|_| ())
+    sqlx::query("update aftercommit.lease set expires_at = to_timestamp(0) where name = $1 and holder = $2 and epoch = $3")
+        .bind(name)
+        .bind(holder)
+        .bind(epoch)
+        .execute(connection)
+        .await
+        .map(drop)
 }
 
-/// A lease that somebody holds, or held: other tables' writes can be made conditional on it.
+/// A lease that somebody holds, or held: other writes can be made conditional on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Tenure {
     pub(crate) name: String,

@@ -1,10 +1,18 @@
 //! Everything that speaks SQL. One module per concern; functions take a connection or an open transaction.
 
+#[cfg(all(unix, feature = "testing"))]
+pub(crate) mod database;
 pub(crate) mod dead_letter;
 pub(crate) mod function;
 pub(crate) mod inbox;
 pub(crate) mod lease;
 pub(crate) mod migrate;
+pub(crate) mod outbox;
+pub(crate) mod relay_log;
+pub(crate) mod relay_status;
+pub(crate) mod snapshot;
+pub(crate) mod status;
+pub(crate) mod window;
 
 use std::str::FromStr;
 

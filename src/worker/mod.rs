@@ -70,8 +70,8 @@ impl Worker {
     /// be changed.
     pub async fn provision(&self) -> Result<Vec<String>, Error> {
         self.validate()?;
-        let client = jetstream::connect(&self.nats, "aftercommit-provision", "_INBOX").await?;
-        let context = jetstream::context(&client);
+        let connection = jetstream::connect(&self.nats, "aftercommit-provision", "_INBOX_prov").await?;
+        let context = jetstream::context(&connection.client);
         let mut changes = Vec::new();
         for subscriber in &self.subscribers {
             changes.extend(consumer::provision(&context, &self.spec(subscriber)).await?);
@@ -122,7 +122,7 @@ impl Worker {
             let error = tokio::select! {
                 () = shutdown.cancelled() => return Ok(None),
                 connected = jetstream::connect(&self.nats, "aftercommit-worker", "_INBOX_worker") => match connected {
-                    Ok(client) => return Ok(Some(client)),
+                    Ok(connection) => return Ok(Some(connection.client)),
                     Err(error) => error,
                 }
             };

@@ -1,0 +1,193 @@
+//! Publishing without waiting for each acknowledgement: messages go out under numbers, answers come back with them.
+
+use async_nats::header::{HeaderMap, NATS_EXPECTED_LAST_MESSAGE_ID, NATS_EXPECTED_LAST_SEQUENCE};
+use async_nats::{HeaderName, StatusCode, Subscriber};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use serde::Deserialize;
+
+use super::Connection;
+use crate::envelope::Envelope;
+use crate::error::{Error, ErrorKind};
+
+/// A message that is ready to be sent.
+#[derive(Debug)]
+pub(crate) struct Outgoing {
+    subject: String,
+    headers: HeaderMap,
+    payload: Bytes,
+}
+
+impl Outgoing {
+    pub(crate) fn new(subject: String, event: &Envelope) -> Self {
+        let mut headers = HeaderMap::new();
+        for (name, value) in event.to_headers() {
+            headers.append(name.as_ref(), value.as_ref());
+        }
+        Self { subject, headers, payload: event.payload.clone() }
+    }
+}
+
+/// What must be true of the stream for a message to be stored: it is behind this sequence, and behind this message
+/// when its id is known. The sequence alone would let a message pass whose own predecessor lost its place to a
+/// stranger's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Predecessor {
+    pub(crate) sequence: u64,
+    pub(crate) message_id: Option<String>,
+}
+
+/// The server's answer to one message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// It is in this stream under this sequence; `duplicate` when an earlier one had the same `Nats-Msg-Id`.
+    Stored { stream: String, sequence: u64, duplicate: bool },
+    /// It is not stored, for JetStream's reason number `code`.
+    Refused { code: u64, description: String },
+    /// No stream listens on the subject, or it has no leader at present.
+    NoResponders,
+    /// Something that is no JetStream answer.
+    Unreadable,
+}
+
+/// Why a message was not even sent.
+#[derive(Debug)]
+pub(crate) enum SendError {
+    /// It is larger than the server takes.
+    TooLarge { limit: usize },
+    /// The client is closed.
+    Closed,
+}
+
+/// Sends messages and receives their answers.
+pub(crate) struct Publisher {
+    connection: Connection,
+    inbox: String,
+    answers: Subscriber,
+    /// Answers to messages from before the last [`Publisher::restart`] are ignored.
+    generation: u64,
+}
+
+impl Publisher {
+    pub(crate) async fn new(connection: Connection) -> Result<Self, Error> {
+        let inbox = connection.client.new_inbox();
+        let answers = connection.client.subscribe(format!("{inbox}.*.*")).await.map_err(|error| {
+            Error::with_source(ErrorKind::Broker, "cannot subscribe to the publisher's own inbox", error)
+        })?;
+        Ok(Self { connection, inbox, answers, generation: 0 })
+    }
+
+    /// Forgets what is under way.
+    pub(crate) fn restart(&mut self) {
+        self.generation += 1;
+    }
+
+    /// Hands message `number` to the connection.
+    pub(crate) async fn send(&mut self, number: u64, message: Outgoing, behind: Predecessor) -> Result<(), SendError> {
+        let Outgoing { subject, mut headers, payload } = message;
+        headers.insert(NATS_EXPECTED_LAST_SEQUENCE, behind.sequence.to_string());
+        if let Some(id) = behind.message_id {
+            headers.insert(NATS_EXPECTED_LAST_MESSAGE_ID, id);
+        }
+        let reply = format!("{}.{}.{number}", self.inbox, self.generation);
+        let size = payload.len() + header_bytes(&headers);
+        let limit = self.connection.client.max_payload();
+        if size > limit {
+            return Err(SendError::TooLarge { limit });
+        }
+        self.connection
+            .client
+            .publish_with_reply_and_headers(subject, reply, headers, payload)
+            .await
+            .map_err(|_| SendError::Closed)
+    }
+
+    /// Waits for the next answer: the number of the message and what became of it. None when the client is closed.
+    /// Dropping the future loses nothing.
+    pub(crate) async fn answer(&mut self) -> Option<(u64, Answer)> {
+        loop {
+            let message = self.answers.next().await?;
+            let mut tokens = message.subject.rsplit('.');
+            let (number, generation) = (tokens.next(), tokens.next());
+            let (Some(number), Some(generation)) =
+                (number.and_then(|n| n.parse().ok()), generation.and_then(|g| g.parse::<u64>().ok()))
+            else {
+                continue;
+            };
+            if generation == self.generation {
+                let no_responders = message.status == Some(StatusCode::NO_RESPONDERS);
+                return Some((number, if no_responders { Answer::NoResponders } else { read(&message.payload) }));
+            }
+        }
+    }
+
+    /// An answer that has already arrived, for settling many without a pause.
+    pub(crate) fn ready_answer(&mut self) -> Option<(u64, Answer)> {
+        use futures_util::FutureExt;
+        self.answer().now_or_never().flatten()
+    }
+}
+
+/// The size of the headers on the wire.
+fn header_bytes(headers: &HeaderMap) -> usize {
+    const FRAME: usize = "NATS/1.0\r\n\r\n".len();
+    let line = |(name, values): (&HeaderName, &Vec<async_nats::HeaderValue>)| -> usize {
+        let name: &str = name.as_ref();
+        values.iter().map(|value| name.len() + value.as_str().len() + 4).sum()
+    };
+    FRAME + headers.iter().map(line).sum::<usize>()
+}
+
+#[derive(Deserialize)]
+struct Reply {
+    #[serde(default)]
+    stream: String,
+    #[serde(default)]
+    seq: u64,
+    #[serde(default)]
+    duplicate: bool,
+    error: Option<ReplyError>,
+}
+
+#[derive(Deserialize)]
+struct ReplyError {
+    #[serde(default)]
+    err_code: u64,
+    #[serde(default)]
+    description: String,
+}
+
+/// Reads a publish acknowledgement as the JetStream wire API (ADR-1) defines it.
+fn read(payload: &[u8]) -> Answer {
+    match serde_json::from_slice::<Reply>(payload) {
+        Ok(Reply { error: Some(error), .. }) => {
+            Answer::Refused { code: error.err_code, description: error.description }
+        }
+        Ok(Reply { stream, seq, duplicate, .. }) if seq > 0 => Answer::Stored { stream, sequence: seq, duplicate },
+        _ => Answer::Unreadable,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_read_as_the_server_writes_them() {
+        assert_eq!(
+            read(br#"{"stream":"E","seq":7}"#),
+            Answer::Stored { stream: "E".into(), sequence: 7, duplicate: false }
+        );
+        assert_eq!(
+            read(br#"{"stream":"E","domain":"hub","seq":7,"duplicate":true}"#),
+            Answer::Stored { stream: "E".into(), sequence: 7, duplicate: true }
+        );
+        assert_eq!(
+            read(br#"{"error":{"code":400,"err_code":10071,"description":"wrong last sequence: 2"},"stream":"E","seq":0}"#),
+            Answer::Refused { code: 10071, description: "wrong last sequence: 2".into() }
+        );
+        for other in ["", "{}", "[]", "+OK", r#"{"seq":0}"#] {
+            assert_eq!(read(other.as_bytes()), Answer::Unreadable, "{other}");
+        }
+    }
+}

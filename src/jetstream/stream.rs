@@ -1,0 +1,110 @@
+//! What is in the stream: its last sequence and single messages, always as its leader says.
+
+use async_nats::jetstream::context::GetStreamErrorKind;
+use async_nats::jetstream::stream::{Info, RawMessageErrorKind};
+use async_nats::jetstream::{self, Context, ErrorCode};
+use futures_util::StreamExt;
+use uuid::Uuid;
+
+use super::Connection;
+use crate::envelope::{CE_ID, CE_SEQUENCE, CE_SOURCE};
+use crate::error::{Error, ErrorKind};
+
+/// A stream that is looked at, never administered.
+#[derive(Clone)]
+pub(crate) struct StreamReader {
+    context: Context,
+    name: String,
+}
+
+/// Who a stored message says it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Stored {
+    pub(crate) sequence: u64,
+    pub(crate) subject: String,
+    /// The event's id, its source and its outbox id; none for a message that is no event.
+    pub(crate) identity: Option<(Uuid, String, i64)>,
+    /// `Nats-Msg-Id`.
+    pub(crate) message_id: Option<String>,
+}
+
+/// Where a consumer stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ConsumerPosition {
+    pub(crate) name: String,
+    /// Messages not delivered yet.
+    pub(crate) pending: u64,
+    /// Delivered and not acknowledged.
+    pub(crate) in_flight: u64,
+    /// Those of them that were delivered more than once.
+    pub(crate) redelivered: u64,
+}
+
+impl StreamReader {
+    pub(crate) fn new(connection: &Connection, name: &str) -> Self {
+        Self { context: jetstream::new(connection.client.clone()), name: name.into() }
+    }
+
+    /// The stream's configuration and state.
+    pub(crate) async fn info(&self) -> Result<Info, Error> {
+        let stream = self.context.get_stream(&self.name).await.map_err(|error| match error.kind() {
+            GetStreamErrorKind::JetStream(answer) if answer.error_code() == ErrorCode::STREAM_NOT_FOUND => Error::new(
+                ErrorKind::NotReady,
+                format!("there is no stream {}: create it with `aftercommit provision`", self.name),
+            ),
+            _ => Error::with_source(ErrorKind::Broker, format!("cannot read stream {}", self.name), error),
+        })?;
+        Ok(stream.cached_info().clone())
+    }
+
+    /// Where all consumers of the stream stand.
+    pub(crate) async fn consumers(&self) -> Result<Vec<ConsumerPosition>, Error> {
+        let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
+            Error::with_source(ErrorKind::Broker, format!("cannot list the consumers of stream {}", self.name), error)
+        };
+        let stream = self.context.get_stream(&self.name).await.map_err(|error| failed(error.into()))?;
+        let mut consumers = stream.consumers();
+        let mut positions = Vec::new();
+        while let Some(info) = consumers.next().await {
+            let info = info.map_err(|error| failed(error.into()))?;
+            positions.push(ConsumerPosition {
+                name: info.name,
+                pending: info.num_pending,
+                in_flight: info.num_ack_pending as u64,
+                redelivered: info.num_redelivered as u64,
+            });
+        }
+        Ok(positions)
+    }
+
+    /// The message under a sequence; none when it was deleted or never existed.
+    pub(crate) async fn message(&self, sequence: u64) -> Result<Option<Stored>, Error> {
+        let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
+            Error::with_source(
+                ErrorKind::Broker,
+                format!("cannot read message {sequence} of stream {}", self.name),
+                error,
+            )
+        };
+        let stream = self.context.get_stream_no_info(&self.name).await.map_err(|error| failed(error.into()))?;
+        match stream.get_raw_message(sequence).await {
+            Ok(message) => {
+                let header = |name: &str| message.headers.get(name).map(|value| value.as_str().to_string());
+                let identity = || {
+                    let id = Uuid::parse_str(&header(CE_ID)?).ok()?;
+                    Some((id, header(CE_SOURCE)?, header(CE_SEQUENCE)?.parse().ok()?))
+                };
+                Ok(Some(Stored {
+                    sequence,
+                    subject: message.subject.to_string(),
+                    identity: identity(),
+                    message_id: header(crate::envelope::NATS_MSG_ID),
+                }))
+            }
+            Err(error) => match error.kind() {
+                RawMessageErrorKind::NoMessageFound => Ok(None),
+                _ => Err(failed(error.into())),
+            },
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! The server and its databases as a whole, for tests.
+
+use sqlx::{AssertSqlSafe, PgConnection};
+
+use crate::error::Error;
+
+/// Makes an empty database.
+pub(crate) async fn create(connection: &mut PgConnection, name: &str) -> Result<(), Error> {
+    // A name in double quotes may hold anything but a double quote, which is doubled.
+    let sql = format!("create database \"{}\"", name.replace('"', "\"\""));
+    sqlx::query(AssertSqlSafe(sql))
+        .execute(connection)
+        .await
+        .map(drop)
+        .map_err(|error| super::database_error(format!("making the database {name} failed"), error))
+}
+
+/// The name that the server was started under.
+pub(crate) async fn cluster_name(connection: &mut PgConnection) -> Result<String, Error> {
+    sqlx::query_scalar("select current_setting('cluster_name')")
+        .fetch_one(connection)
+        .await
+        .map_err(|error| super::database_error("reading the name of the server failed", error))
+}

@@ -1,0 +1,112 @@
+//! PostgreSQL snapshots as values: which transactions a reader saw as finished.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A `pg_snapshot`: `xmin:xmax:xip`, as the PostgreSQL documentation describes it in section 9.27.8.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Snapshot {
+    xmin: u64,
+    xmax: u64,
+    running: Vec<u64>,
+}
+
+/// A text that is not a snapshot.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is not a pg_snapshot")]
+pub(crate) struct SnapshotError(String);
+
+impl Snapshot {
+    /// Whether a transaction had ended before the snapshot was taken.
+    pub(crate) fn sees(&self, xid: u64) -> bool {
+        xid < self.xmin || (xid < self.xmax && self.running.binary_search(&xid).is_err())
+    }
+}
+
+impl FromStr for Snapshot {
+    type Err = SnapshotError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let refuse = || SnapshotError(text.chars().take(64).collect());
+        let mut parts = text.splitn(3, ':');
+        let mut number = || parts.next().and_then(|part| part.parse::<u64>().ok());
+        let (xmin, xmax) = (number().ok_or_else(refuse)?, number().ok_or_else(refuse)?);
+        let list = parts.next().ok_or_else(refuse)?;
+        let mut running = list
+            .split(',')
+            .filter(|xid| !xid.is_empty())
+            .map(|xid| xid.parse::<u64>().map_err(|_| refuse()))
+            .collect::<Result<Vec<_>, _>>()?;
+        running.sort_unstable();
+        Ok(Self { xmin, xmax, running })
+    }
+}
+
+impl fmt::Display for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:", self.xmin, self.xmax)?;
+        for (n, xid) in self.running.iter().enumerate() {
+            write!(f, "{}{xid}", if n == 0 { "" } else { "," })?;
+        }
+        Ok(())
+    }
+}
+
+/// A moment of the outbox: a snapshot, then the last id that was handed out, then the next transaction id, read in
+/// this order. It tells every row that the snapshot does not see without looking at those that it does: such a row
+/// has an id above `last_id`, or its transaction is one of [`Mark::running`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Mark {
+    pub(crate) snapshot: Snapshot,
+    pub(crate) last_id: i64,
+    pub(crate) next_xid: u64,
+}
+
+impl Mark {
+    /// The transactions that may have taken an id up to `last_id` and had not ended: those in the snapshot's list, and
+    /// those that began after the newest one that had ended. The latter are not in the list, because a snapshot's
+    /// xmax is one above the newest *ended* transaction.
+    pub(crate) fn running(&self) -> impl Iterator<Item = u64> + '_ {
+        self.snapshot.running.iter().copied().chain(self.snapshot.xmax..self.next_xid)
+    }
+
+    /// Those of [`Mark::running`] that `later` sees as ended: where rows with low ids may have come to light.
+    pub(crate) fn ended_by(&self, later: &Snapshot) -> Vec<u64> {
+        self.running().filter(|xid| later.sees(*xid)).collect()
+    }
+}
+
+/// Transaction ids in the form in which they are bound as `text[]`.
+pub(crate) fn xids(ids: impl IntoIterator<Item = u64>) -> Vec<String> {
+    ids.into_iter().map(|xid| xid.to_string()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_and_writes_what_postgres_writes() {
+        for text in ["749:749:", "10:20:10,14,15"] {
+            assert_eq!(text.parse::<Snapshot>().unwrap().to_string(), text);
+        }
+        for bad in ["", "1", "1:2", "a:b:", "1:2:x", "1:2:3:4"] {
+            assert!(bad.parse::<Snapshot>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sees_what_had_ended() {
+        let snapshot: Snapshot = "10:20:10,14".parse().unwrap();
+        for (xid, seen) in [(9, true), (10, false), (11, true), (14, false), (19, true), (20, false), (21, false)] {
+            assert_eq!(snapshot.sees(xid), seen, "{xid}");
+        }
+    }
+
+    #[test]
+    fn transactions_at_and_above_xmax_count_as_running() {
+        let mark = Mark { snapshot: "10:20:10,14".parse().unwrap(), last_id: 5, next_xid: 23 };
+        assert_eq!(mark.running().collect::<Vec<_>>(), [10, 14, 20, 21, 22]);
+        assert_eq!(mark.ended_by(&"14:22:14".parse().unwrap()), [10, 20, 21]);
+    }
+}

@@ -1,0 +1,102 @@
+//! Read-only questions for `aftercommit status` and for health.
+
+use chrono::{DateTime, Utc};
+use sqlx::{PgConnection, Row};
+
+use super::relay_log::State;
+use super::snapshot::{Mark, xids};
+
+/// Backlogs are counted up to here.
+pub(crate) const COUNT_LIMIT: i64 = 1_000_000;
+
+/// Events that are committed and not in the stream.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Backlog {
+    /// How many, counted up to [`COUNT_LIMIT`].
+    pub(crate) events: i64,
+    /// When the first of them was written.
+    pub(crate) oldest: Option<DateTime<Utc>>,
+}
+
+/// Counts the backlog behind a relay's state and the last outbox id that it reports as published.
+pub(crate) async fn backlog(
+    connection: &mut PgConnection,
+    state: &State,
+    last_id: i64,
+) -> Result<Backlog, sqlx::Error> {
+    let Mark { snapshot, last_id: settled_id, .. } = &state.settled;
+    let target = state.window.as_ref().map_or(snapshot, |window| &window.target.snapshot);
+    let row = sqlx::query(
+        "with published as materialized (
+             -- how far the open window is; a report of an earlier window says nothing about it
+             select coalesce(max(id), 0) as id from aftercommit.outbox
+              where id = $5 and not pg_visible_in_snapshot(xid, (select $1::text::pg_snapshot))
+         ), unsettled as (
+             select id, xid, created_at from aftercommit.outbox where id > $2
+             union all
+             select o.id, o.xid, o.created_at
+               from unnest($3::text[]::xid8[]) as t(xid)
+              cross join lateral (
+                    select * from aftercommit.outbox o
+                     where (o.xid, o.id) > (t.xid, 0) and (o.xid, o.id) <= (t.xid, $2)
+                     order by o.xid, o.id limit $6) as o
+         )
+         select count(*), min(created_at)
+           from (select created_at from unsettled u, published p
+                  where not (u.id <= p.id and pg_visible_in_snapshot(u.xid, (select $4::text::pg_snapshot)))
+                  limit $6) as waiting",
+    )
+    .bind(snapshot.to_string())
+    .bind(settled_id)
+    .bind(xids(state.settled.running()))
+    .bind(target.to_string())
+    .bind(last_id)
+    .bind(COUNT_LIMIT)
+    .fetch_one(connection)
+    .await?;
+    Ok(Backlog { events: row.try_get(0)?, oldest: row.try_get(1)? })
+}
+
+/// The leading relay as its lease and its last report show it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Leader {
+    pub(crate) holder: String,
+    pub(crate) epoch: i64,
+    /// Seconds until the lease runs out; negative when it has.
+    pub(crate) lease_left: f64,
+    pub(crate) last_id: Option<i64>,
+    pub(crate) last_sequence: Option<i64>,
+    pub(crate) state: Option<String>,
+}
+
+/// Who leads; none when no relay ever did.
+pub(crate) async fn leader(connection: &mut PgConnection, lease: &str) -> Result<Option<Leader>, sqlx::Error> {
+    let row = sqlx::query(
+        "select l.holder, l.epoch,
+                greatest(extract(epoch from l.expires_at - clock_timestamp()), -1e9)::float8,
+                s.last_id, s.last_sequence, s.state
+           from aftercommit.lease l left join aftercommit.relay_status s on true
+          where l.name = $1",
+    )
+    .bind(lease)
+    .fetch_optional(connection)
+    .await?;
+    row.map(|row| {
+        Ok(Leader {
+            holder: row.try_get(0)?,
+            epoch: row.try_get(1)?,
+            lease_left: row.try_get(2)?,
+            last_id: row.try_get(3)?,
+            last_sequence: row.try_get(4)?,
+            state: row.try_get(5)?,
+        })
+    })
+    .transpose()
+}
+
+/// Dead letters per subscriber in this database.
+pub(crate) async fn dead_letters(connection: &mut PgConnection) -> Result<Vec<(String, i64)>, sqlx::Error> {
+    sqlx::query_as("select subscriber, count(*) from aftercommit.dead_letter group by subscriber order by subscriber")
+        .fetch_all(connection)
+        .await
+}

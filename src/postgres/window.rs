@@ -1,0 +1,180 @@
+//! Reading the outbox: is there anything new, and the rows of a window, ordered by id, page by page.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, Row};
+use uuid::Uuid;
+
+use super::snapshot::{Mark, xids};
+
+/// An event of the outbox.
+#[derive(Clone)]
+pub(crate) struct OutboxEvent {
+    pub(crate) id: i64,
+    pub(crate) event_id: Uuid,
+    pub(crate) event_type: String,
+    pub(crate) version: i32,
+    pub(crate) key: Option<String>,
+    pub(crate) content_type: String,
+    pub(crate) created_at: DateTime<Utc>,
+    /// Headers and payload; none when they are so large that they are read one by one, see [`body`].
+    pub(crate) body: Option<Body>,
+}
+
+/// The part of an event that can be large.
+#[derive(Clone)]
+pub(crate) struct Body {
+    pub(crate) headers: BTreeMap<String, String>,
+    pub(crate) payload: Bytes,
+}
+
+/// What a look at the outbox found.
+#[derive(Debug)]
+pub(crate) struct Look {
+    /// A row that `settled` does not hold can be read.
+    pub(crate) news: bool,
+    /// The last id that was handed out.
+    pub(crate) last_id: i64,
+}
+
+/// Looks whether rows that `settled` does not hold can be read, at a cost that does not depend on the outbox's size.
+pub(crate) async fn look(connection: &mut PgConnection, settled: &Mark) -> Result<Look, sqlx::Error> {
+    let row = sqlx::query(
+        "select exists (select from aftercommit.outbox where id > $1)
+             or exists (
+                select from unnest($2::text[]::xid8[]) as t(xid)
+                 where pg_visible_in_snapshot(t.xid, pg_current_snapshot())
+                   and exists (select from (
+                        select from aftercommit.outbox o
+                         where (o.xid, o.id) > (t.xid, 0) and (o.xid, o.id) <= (t.xid, $1)
+                         order by o.xid, o.id limit 1) as straggler)),
+                (select case when is_called then last_value else 0 end from aftercommit.outbox_id_seq)",
+    )
+    .bind(settled.last_id)
+    .bind(xids(settled.running()))
+    .fetch_one(connection)
+    .await?;
+    Ok(Look { news: row.try_get(0)?, last_id: row.try_get(1)? })
+}
+
+/// Up to `limit` rows behind `after` of those that `target` holds and `settled` does not, ordered by id.
+///
+/// First the stragglers: rows with ids that `settled` had already passed, of transactions that have ended since. Then
+/// the new rows by primary key. Each branch is written so that just one index can serve it, whatever the statistics
+/// say: the row comparison fits only the index on (xid, id).
+pub(crate) async fn page(
+    connection: &mut PgConnection,
+    settled: &Mark,
+    target: &Mark,
+    after: i64,
+    limit: usize,
+) -> Result<Vec<OutboxEvent>, sqlx::Error> {
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let ended = settled.ended_by(&target.snapshot);
+    if after < settled.last_id && !ended.is_empty() {
+        let rows = stragglers(connection, &ended, after, settled.last_id, limit).await?;
+        if !rows.is_empty() {
+            return Ok(rows);
+        }
+    }
+    let rows = sqlx::query(
+        "select id, event_id, type, version, key, content_type, created_at,
+                case when not large and headers <> '{}' then headers::text end, case when not large then payload end
+           from (select *, octet_length(payload) + pg_column_size(headers) > 4096 as large
+                   from aftercommit.outbox
+                  where id > $1 and id <= $2
+                    and pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot))
+                  order by id limit $4) as page
+          order by id",
+    )
+    .bind(after.max(settled.last_id))
+    .bind(target.last_id)
+    .bind(target.snapshot.to_string())
+    .bind(limit)
+    .fetch_all(connection)
+    .await?;
+    rows.iter().map(event).collect()
+}
+
+async fn stragglers(
+    connection: &mut PgConnection,
+    ended: &[u64],
+    after: i64,
+    last_id: i64,
+    limit: i64,
+) -> Result<Vec<OutboxEvent>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select id, event_id, type, version, key, content_type, created_at,
+                case when not large and headers <> '{}' then headers::text end, case when not large then payload end
+           from unnest($1::text[]::xid8[]) as t(xid)
+          cross join lateral (
+                select *, octet_length(payload) + pg_column_size(headers) > 4096 as large
+                  from aftercommit.outbox o
+                 where (o.xid, o.id) > (t.xid, $2) and (o.xid, o.id) <= (t.xid, $3)
+                 order by o.xid, o.id limit $4) as page
+          order by id limit $4",
+    )
+    .bind(xids(ended.iter().copied()))
+    .bind(after)
+    .bind(last_id)
+    .bind(limit)
+    .fetch_all(connection)
+    .await?;
+    rows.iter().map(event).collect()
+}
+
+/// Headers and payload of a large event.
+pub(crate) async fn body(connection: &mut PgConnection, id: i64) -> Result<Body, sqlx::Error> {
+    let row = sqlx::query("select headers::text, payload from aftercommit.outbox where id = $1")
+        .bind(id)
+        .fetch_one(connection)
+        .await?;
+    read_body(row.try_get(0)?, row.try_get(1)?)
+}
+
+/// Whether the outbox has this event under this id and `settled` does not hold it.
+pub(crate) async fn is_unsettled(
+    connection: &mut PgConnection,
+    settled: &Mark,
+    id: i64,
+    event_id: Uuid,
+) -> Result<bool, sqlx::Error> {
+    let xid: Option<String> =
+        sqlx::query_scalar("select xid::text from aftercommit.outbox where id = $1 and event_id = $2")
+            .bind(id)
+            .bind(event_id)
+            .fetch_optional(connection)
+            .await?;
+    let Some(xid) = xid else { return Ok(false) };
+    let xid: u64 = xid.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
+    Ok(id > settled.last_id || !settled.snapshot.sees(xid))
+}
+
+fn event(row: &PgRow) -> Result<OutboxEvent, sqlx::Error> {
+    let payload: Option<Vec<u8>> = row.try_get(8)?;
+    let body = match payload {
+        Some(payload) => Some(read_body(row.try_get(7)?, payload)?),
+        None => None,
+    };
+    Ok(OutboxEvent {
+        id: row.try_get(0)?,
+        event_id: row.try_get(1)?,
+        event_type: row.try_get(2)?,
+        version: row.try_get(3)?,
+        key: row.try_get(4)?,
+        content_type: row.try_get(5)?,
+        created_at: row.try_get(6)?,
+        body,
+    })
+}
+
+fn read_body(headers: Option<&str>, payload: Vec<u8>) -> Result<Body, sqlx::Error> {
+    let headers = match headers {
+        Some(headers) => serde_json::from_str(headers).map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
+        None => BTreeMap::new(),
+    };
+    Ok(Body { headers, payload: payload.into() })
+}

@@ -1,0 +1,206 @@
+//! The chain of messages under way to an exclusive stream, without any I/O.
+//!
+//! Each message names its predecessor, so the server stores a prefix of what is sent and refuses the rest. Any answer
+//! but "stored, in its place" ends the chain: what became of the messages behind it is read from the stream.
+
+use std::collections::VecDeque;
+use std::fmt;
+
+use uuid::Uuid;
+
+use crate::jetstream::publisher::{Answer, Predecessor};
+
+/// A message that was sent and has not been answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Sent {
+    pub(super) outbox_id: i64,
+    pub(super) event_id: Uuid,
+    pub(super) bytes: usize,
+}
+
+/// Where the chain stands: the last message that is known to be stored, and those under way behind it.
+#[derive(Debug)]
+pub(super) struct Chain {
+    stream: String,
+    sequence: u64,
+    message_id: Option<String>,
+    under_way: VecDeque<(Sent, bool)>,
+    bytes: usize,
+    /// The number of the first message under way.
+    first_number: u64,
+}
+
+/// Why the chain cannot go on as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Doubt {
+    /// The server refused an event.
+    Refused { event: Sent, code: u64, description: String },
+    /// Nobody answers on the subject: no stream, or one without a leader.
+    NoResponders,
+    /// The event was dropped as a repeat of an earlier message.
+    Duplicate { event: Sent, sequence: u64 },
+    /// An event is not where it must be: another stream answered, or another writer came between.
+    Misplaced { event: Sent, stream: String, sequence: u64 },
+    /// Something that is no JetStream answer came back.
+    Unreadable,
+    /// No answer in time.
+    Timeout,
+    /// The connection broke while messages were under way.
+    ConnectionLost,
+    /// An event is larger than the server takes; it was not sent.
+    TooLarge { event: Sent, limit: usize },
+}
+
+impl fmt::Display for Doubt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused { code, description, .. } => write!(f, "refused with error {code}: {description}"),
+            Self::NoResponders => f.write_str("no stream answers on the subject, or it has no leader"),
+            Self::Duplicate { sequence, .. } => write!(f, "dropped as a repeat of message {sequence}"),
+            Self::Misplaced { stream, sequence, .. } => write!(f, "stored as message {sequence} of {stream}"),
+            Self::Unreadable => f.write_str("the answer is no acknowledgement of a JetStream server"),
+            Self::Timeout => f.write_str("no acknowledgement in time"),
+            Self::ConnectionLost => f.write_str("the connection to nats broke"),
+            Self::TooLarge { limit, .. } => write!(f, "larger than the server's max_payload of {limit} bytes"),
+        }
+    }
+}
+
+impl Chain {
+    /// A chain behind the last message of `stream`. Its id may be unknown; the sequence suffices for the first one.
+    pub(super) fn behind(stream: &str, sequence: u64) -> Self {
+        Self {
+            stream: stream.into(),
+            sequence,
+            message_id: None,
+            under_way: VecDeque::new(),
+            bytes: 0,
+            first_number: 0,
+        }
+    }
+
+    /// The sequence of the last message that is known to be stored.
+    pub(super) fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Messages and payload bytes under way.
+    pub(super) fn load(&self) -> (usize, usize) {
+        (self.under_way.len(), self.bytes)
+    }
+
+    /// The number for the next message.
+    pub(super) fn next_number(&self) -> u64 {
+        self.first_number + self.under_way.len() as u64
+    }
+
+    /// Takes the next message up as under way.
+    pub(super) fn sent(&mut self, event: Sent) {
+        self.bytes += event.bytes;
+        self.under_way.push_back((event, false));
+    }
+
+    /// Takes an answer in. Returns the events that are now stored with everything before them.
+    pub(super) fn answered(&mut self, number: u64, answer: Answer) -> Result<Vec<Sent>, Doubt> {
+        let Some(offset) = number.checked_sub(self.first_number) else { return Ok(Vec::new()) };
+        let expected = self.sequence + offset + 1;
+        let Some((event, stored)) = usize::try_from(offset).ok().and_then(|offset| self.under_way.get_mut(offset))
+        else {
+            return Ok(Vec::new());
+        };
+        let event = event.clone();
+        match answer {
+            Answer::Stored { sequence, duplicate: true, .. } => Err(Doubt::Duplicate { event, sequence }),
+            Answer::Stored { stream, sequence, .. } if stream != self.stream || sequence != expected => {
+                Err(Doubt::Misplaced { event, stream, sequence })
+            }
+            Answer::Stored { .. } => {
+                *stored = true;
+                Ok(self.advance())
+            }
+            Answer::Refused { code, description } => Err(Doubt::Refused { event, code, description }),
+            Answer::NoResponders => Err(Doubt::NoResponders),
+            Answer::Unreadable => Err(Doubt::Unreadable),
+        }
+    }
+
+    fn advance(&mut self) -> Vec<Sent> {
+        let mut done = Vec::new();
+        while let Some((event, _)) = self.under_way.pop_front_if(|(_, stored)| *stored) {
+            self.sequence += 1;
+            self.first_number += 1;
+            self.bytes -= event.bytes;
+            self.message_id = Some(event.event_id.to_string());
+            done.push(event);
+        }
+        done
+    }
+
+    /// What the next message must be behind.
+    pub(super) fn predecessor(&self) -> Predecessor {
+        Predecessor {
+            sequence: self.sequence + self.under_way.len() as u64,
+            message_id: match self.under_way.back() {
+                Some((event, _)) => Some(event.event_id.to_string()),
+                None => self.message_id.clone(),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(outbox_id: i64) -> Sent {
+        Sent { outbox_id, event_id: Uuid::from_u128(outbox_id as u128), bytes: 10 }
+    }
+
+    fn chain(events: i64) -> Chain {
+        let mut chain = Chain::behind("E", 40);
+        for id in 1..=events {
+            assert_eq!(chain.next_number(), id as u64 - 1);
+            chain.sent(event(id));
+        }
+        chain
+    }
+
+    fn stored(sequence: u64) -> Answer {
+        Answer::Stored { stream: "E".into(), sequence, duplicate: false }
+    }
+
+    #[test]
+    fn each_message_names_its_predecessor() {
+        let mut chain = Chain::behind("E", 40);
+        assert_eq!(chain.predecessor(), Predecessor { sequence: 40, message_id: None });
+        chain.sent(event(1));
+        let behind_first = Predecessor { sequence: 41, message_id: Some(event(1).event_id.to_string()) };
+        assert_eq!(chain.predecessor(), behind_first);
+        assert_eq!(chain.answered(0, stored(41)), Ok(vec![event(1)]));
+        assert_eq!(chain.predecessor(), behind_first);
+    }
+
+    #[test]
+    fn only_a_prefix_counts_as_stored() {
+        let mut chain = chain(3);
+        assert_eq!(chain.answered(1, stored(42)), Ok(vec![]));
+        assert_eq!(chain.sequence(), 40);
+        assert_eq!(chain.answered(0, stored(41)), Ok(vec![event(1), event(2)]));
+        assert_eq!((chain.sequence(), chain.load()), (42, (1, 10)));
+        assert_eq!(chain.answered(0, stored(41)), Ok(vec![]), "an old answer again");
+        assert_eq!(chain.answered(2, stored(43)), Ok(vec![event(3)]));
+        assert_eq!(chain.load(), (0, 0));
+    }
+
+    #[test]
+    fn every_other_answer_ends_the_chain() {
+        let another = Answer::Stored { stream: "F".into(), sequence: 41, duplicate: false };
+        let repeat = Answer::Stored { stream: "E".into(), sequence: 7, duplicate: true };
+        let refused = Answer::Refused { code: 10071, description: "wrong last sequence".into() };
+        for answer in [another, repeat, stored(42), refused, Answer::NoResponders, Answer::Unreadable] {
+            let mut chain = chain(2);
+            assert!(chain.answered(0, answer.clone()).is_err(), "{answer:?}");
+            assert_eq!(chain.sequence(), 40, "{answer:?}");
+        }
+    }
+}

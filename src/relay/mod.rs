@@ -1,0 +1,274 @@
+//! The relay: publishes what transactions have committed to the outbox, in order, to a JetStream stream.
+//!
+//! Any number of relays may run on one outbox; one leads, the others stand by. The way of an event:
+//! `leader` opens a window in the relay's log, `reader` reads its rows, `pump` publishes them, `chain` keeps their order.
+
+mod chain;
+mod leader;
+mod progress;
+mod pump;
+mod reader;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::PgConnection;
+use tokio::sync::{Mutex, watch};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::backoff::Backoff;
+use crate::config::{Naming, NatsConfig, PostgresConfig};
+use crate::error::{Error, ErrorKind};
+use crate::jetstream::publisher::Publisher;
+use crate::jetstream::stream::StreamReader;
+use crate::jetstream::{self, Connection};
+use crate::postgres::relay_log::{self, Appended};
+use crate::postgres::relay_status::{self, Report};
+use crate::postgres::{self, database_error, lease};
+use leader::Leader;
+use progress::{Position, Progress};
+use pump::Limits;
+
+/// The lease of the leading relay.
+pub(crate) const LEASE: &str = "relay";
+
+/// What a relay needs to know.
+#[derive(Debug, Clone)]
+pub struct RelayConfig {
+    /// How long to wait for an acknowledgement before finding out what was stored. Defaults to 5 seconds.
+    pub ack_timeout: Duration,
+    /// The longest pause between two looks at an outbox that has nothing new. Defaults to 25 milliseconds.
+    pub idle_poll: Duration,
+    /// How long the leader may be silent before a standby takes over. It is renewed three times in that span. Defaults
+    /// to 3 seconds.
+    pub lease: Duration,
+    /// Messages under way to the stream at most. Defaults to 2,048.
+    pub max_under_way: usize,
+    /// Stream, subjects and source.
+    pub naming: Naming,
+    /// The NATS servers.
+    pub nats: NatsConfig,
+    /// The outbox's database.
+    pub postgres: PostgresConfig,
+}
+
+impl RelayConfig {
+    /// The defaults for an outbox and its stream.
+    pub fn new(postgres: PostgresConfig, nats: NatsConfig, naming: Naming) -> Self {
+        Self {
+            ack_timeout: Duration::from_secs(5),
+            idle_poll: Duration::from_millis(25),
+            lease: Duration::from_secs(3),
+            max_under_way: 2048,
+            naming,
+            nats,
+            postgres,
+        }
+    }
+}
+
+/// One relay: stands by until it leads, then publishes until it is stopped.
+#[derive(Debug)]
+pub struct Relay {
+    config: RelayConfig,
+    holder: String,
+    naming: Arc<Naming>,
+}
+
+impl Relay {
+    /// A relay of its own identity.
+    pub fn new(config: RelayConfig) -> Self {
+        let host = gethostname();
+        let holder = format!("{host}:{}:{}", std::process::id(), Uuid::new_v4().simple());
+        let naming = Arc::new(config.naming.clone());
+        Self { config, holder, naming }
+    }
+
+    /// Runs until `shutdown` is cancelled. Lost servers are waited for, for ever.
+    ///
+    /// # Errors
+    /// Only at the start, for what time does not heal: [`ErrorKind::Config`] for settings that cannot be used,
+    /// [`ErrorKind::NotReady`] for a schema or stream that does not exist.
+    pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
+        let mut failures = 0;
+        let mut started = false;
+        while !shutdown.is_cancelled() {
+            let run = self.serve(&shutdown, &mut started, &mut failures).await;
+            match run {
+                Ok(()) => break,
+                Err(error) if !started && matches!(error.kind(), ErrorKind::Config | ErrorKind::NotReady) => {
+                    return Err(error);
+                }
+                Err(error) => {
+                    failures += 1;
+                    tracing::warn!(error = error.report(), "the relay was interrupted, starting over");
+                    tokio::select! {
+                        () = tokio::time::sleep(Backoff::RECONNECT.after(failures)) => {}
+                        () = shutdown.cancelled() => {}
+                    }
+                }
+            }
+        }
+        tracing::info!("relay stopped");
+        Ok(())
+    }
+
+    /// Connects, stands by, leads; ends with an error when something broke.
+    async fn serve(&self, shutdown: &CancellationToken, started: &mut bool, failures: &mut u32) -> Result<(), Error> {
+        let until = |connecting| async move {
+            tokio::select! {
+                connected = connecting => Some(connected),
+                () = shutdown.cancelled() => None,
+            }
+        };
+        let Some(nats) = until(jetstream::connect(&self.config.nats, "aftercommit-relay", "_INBOX_relay")).await else {
+            return Ok(());
+        };
+        let nats = nats?;
+        let stream = StreamReader::new(&nats, &self.naming.stream);
+        let mut log = self.connect().await?;
+        relay_log::newest(&mut log).await.map_err(|error| database_error("reading the relay's log failed", error))?;
+        stream.info().await?;
+        *started = true;
+        tracing::info!(stream = %self.naming.stream, holder = %self.holder, "relay started");
+        while !shutdown.is_cancelled() {
+            *failures = 0;
+            let epoch = lease::acquire(&mut log, LEASE, &self.holder, self.config.lease)
+                .await
+                .map_err(|error| database_error("asking for the relay's lease failed", error))?;
+            if let Some(epoch) = epoch {
+                return self.lead(epoch, log, &nats, stream, shutdown).await;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(self.config.lease / 6) => {}
+                () = shutdown.cancelled() => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn lead(
+        &self,
+        epoch: i64,
+        mut log: PgConnection,
+        nats: &Connection,
+        stream: StreamReader,
+        shutdown: &CancellationToken,
+    ) -> Result<(), Error> {
+        tracing::info!(epoch, stream = %self.naming.stream, "leading");
+        let progress = Progress::new();
+        let heartbeat = self.heartbeat(epoch, progress.subscribe());
+        let leading = async {
+            let newest = relay_log::newest(&mut log).await;
+            let newest = newest.map_err(|error| database_error("reading the relay's log failed", error))?;
+            let taken = relay_log::take_over(&mut log, &newest, epoch).await;
+            let Appended::Yes(state) = taken.map_err(|error| database_error("taking the lead failed", error))? else {
+                return Err(Error::new(ErrorKind::Fenced, "another relay was faster at taking the lead"));
+            };
+            let leader = Leader {
+                naming: self.naming.clone(),
+                limits: Limits { messages: self.config.max_under_way, ack_timeout: self.config.ack_timeout },
+                idle_poll: self.config.idle_poll,
+                connection: nats,
+                log,
+                reader: Arc::new(Mutex::new(self.connect().await?)),
+                publisher: Publisher::new(nats.clone()).await?,
+                stream,
+                state,
+                chain: None,
+                progress: &progress,
+                shutdown,
+            };
+            leader.run().await
+        };
+        let result = tokio::select! {
+            result = leading => result,
+            error = heartbeat => Err(error),
+        };
+        if !matches!(&result, Err(error) if error.kind() == ErrorKind::Fenced) {
+            self.release(epoch).await;
+        }
+        result
+    }
+
+    /// Renews the lease and tells how far the leader is. Ends with the reason when the lease cannot be kept.
+    async fn heartbeat(&self, epoch: i64, position: watch::Receiver<Position>) -> Error {
+        let mut connection = None;
+        let mut renewed = tokio::time::Instant::now();
+        let mut ticks = tokio::time::interval(self.config.lease / 3);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let report = position.borrow().clone();
+            let attempt =
+                tokio::time::timeout_at(renewed + self.config.lease, self.beat(&mut connection, epoch, report));
+            match attempt.await {
+                Ok(Ok(true)) => renewed = tokio::time::Instant::now(),
+                Ok(Ok(false)) => return Error::new(ErrorKind::Fenced, "the lease has passed to another relay"),
+                Ok(Err(error)) => {
+                    connection = None;
+                    tracing::warn!(error = error.report(), "renewing the lease failed");
+                }
+                Err(_) => {
+                    return Error::new(
+                        ErrorKind::Database,
+                        format!("the lease could not be renewed for {:?}: not leading any more", self.config.lease),
+                    );
+                }
+            }
+            ticks.tick().await;
+        }
+    }
+
+    async fn beat(&self, connection: &mut Option<PgConnection>, epoch: i64, position: Position) -> Result<bool, Error> {
+        let mut open = match connection.take() {
+            Some(open) => open,
+            None => self.connect().await?,
+        };
+        let failed = |error| database_error("renewing the relay's lease failed", error);
+        let ours = lease::renew(&mut open, LEASE, &self.holder, epoch, self.config.lease).await.map_err(failed)?;
+        if ours {
+            let report = Report {
+                holder: self.holder.clone(),
+                epoch,
+                stream: self.naming.stream.clone(),
+                last_id: position.last_id,
+                last_sequence: position.last_sequence,
+                published: position.published,
+                state: position.state,
+            };
+            relay_status::write(&mut open, &report).await.map_err(failed)?;
+        }
+        *connection = Some(open);
+        Ok(ours)
+    }
+
+    /// Lets a standby lead at once. If it cannot be told, the lease runs out by itself.
+    async fn release(&self, epoch: i64) {
+        let released = async {
+            let mut connection = self.connect().await?;
+            lease::release(&mut connection, LEASE, &self.holder, epoch)
+                .await
+                .map_err(|error| database_error("releasing the lease failed", error))
+        };
+        match tokio::time::timeout(self.config.lease, released).await {
+            Ok(Ok(())) => tracing::info!(epoch, "lease released"),
+            Ok(Err(error)) => tracing::warn!(error = error.report(), "the lease will run out by itself"),
+            Err(_) => tracing::warn!("the lease will run out by itself: the database does not answer"),
+        }
+    }
+
+    async fn connect(&self) -> Result<PgConnection, Error> {
+        postgres::connect(&self.config.postgres, "aftercommit-relay").await
+    }
+}
+
+/// The machine's name, for people who read the lease table.
+fn gethostname() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .ok()
+        .map(|name| name.trim().to_string())
+        .or_else(|| std::env::var("HOSTNAME").ok())
+        .filter(|name| !name.is_empty())
+        .unwrap_or_else(|| "unknown".into())
+}

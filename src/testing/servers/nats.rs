@@ -1,0 +1,167 @@
+//! A nats-server with JetStream for the length of a test.
+
+use std::env;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::OnceCell;
+
+use super::binaries::{nats_server, nats_version};
+use super::instance::{Instance, free_port};
+use super::processes::cannot;
+use crate::error::Error;
+
+/// How many pairs of ports to try.
+const PORTS: usize = 5;
+
+/// How a [`Nats`] is set up.
+#[derive(Debug, Clone, Default)]
+pub struct NatsOptions {
+    /// Lines for the configuration file, such as `max_payload: 4096`. Defaults to none.
+    pub config: String,
+    /// Lines for its block `jetstream`, such as `sync_interval: always`. Defaults to none.
+    pub jetstream: String,
+    /// The version to run, such as `2.12.8`. Defaults to `AFTERCOMMIT_NATS_VERSION`, then to the newest there is.
+    pub version: Option<String>,
+}
+
+/// A nats-server of one's own with JetStream. See [the module](super).
+#[derive(Debug)]
+pub struct Nats {
+    instance: Instance,
+    program: PathBuf,
+    version: String,
+    options: NatsOptions,
+    port: u16,
+    monitor_port: u16,
+}
+
+impl Nats {
+    /// Starts a server with an empty store.
+    ///
+    /// # Errors
+    /// When the program is not installed, or when the server does not start; the error then holds the end of its log.
+    pub async fn start(options: NatsOptions) -> Result<Self, Error> {
+        let wanted = options.version.clone().or_else(|| env::var("AFTERCOMMIT_NATS_VERSION").ok());
+        let program = nats_server(wanted.as_deref())?;
+        let version = nats_version(&program)?;
+        let instance = Instance::create("nats-server", "KILL", None)?;
+        let mut nats = Self { instance, program, version, options, port: 0, monitor_port: 0 };
+        let mut tries = 0;
+        loop {
+            (nats.port, nats.monitor_port) = (free_port(), free_port());
+            tries += 1;
+            match nats.launch().await {
+                Err(_) if tries < PORTS => {}
+                outcome => return outcome.map(|()| nats),
+            }
+        }
+    }
+
+    /// The server that all tests of this process share.
+    ///
+    /// # Errors
+    /// Those of [`Nats::start`].
+    pub async fn shared() -> Result<&'static Self, Error> {
+        static SHARED: OnceCell<Nats> = OnceCell::const_new();
+        SHARED.get_or_try_init(|| Self::start(NatsOptions::default())).await
+    }
+
+    /// Where clients connect.
+    pub fn url(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.port)
+    }
+
+    /// Where the server tells about itself over HTTP (`/healthz`, `/varz`, `/jsz`).
+    pub fn monitor_url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.monitor_port)
+    }
+
+    /// The server's version, such as `2.15.1`.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// Kills the server with SIGKILL.
+    ///
+    /// # Errors
+    /// When the server does not run.
+    pub async fn kill(&mut self) -> Result<(), Error> {
+        self.instance.pid()?;
+        self.instance.kill().await
+    }
+
+    /// Ends the server in an orderly way.
+    ///
+    /// # Errors
+    /// When the server does not run.
+    pub async fn stop(&mut self) -> Result<(), Error> {
+        self.instance.signal("INT")?;
+        self.instance.ended().await
+    }
+
+    /// Starts the server again with its store on the same ports, after [`Nats::stop`] if it still runs.
+    ///
+    /// # Errors
+    /// When the server does not start; the error then holds the end of its log.
+    pub async fn restart(&mut self) -> Result<(), Error> {
+        if self.instance.is_running() {
+            self.stop().await?;
+        }
+        self.launch().await
+    }
+
+    /// Halts the server with SIGSTOP: connections stay open, and nothing answers.
+    ///
+    /// # Errors
+    /// When the server does not run.
+    pub fn pause(&self) -> Result<(), Error> {
+        self.instance.signal("STOP")
+    }
+
+    /// Lets a halted server go on.
+    ///
+    /// # Errors
+    /// When the server does not run.
+    pub fn resume(&self) -> Result<(), Error> {
+        self.instance.signal("CONT")
+    }
+
+    async fn launch(&mut self) -> Result<(), Error> {
+        let directory = self.instance.directory();
+        let name = self.instance.name();
+        let config = directory.join("nats.conf");
+        let text = format!(
+            "server_name: \"{name}\"\nlisten: \"127.0.0.1:{}\"\nhttp: \"127.0.0.1:{}\"\n\
+             jetstream {{\n  store_dir: \"{}\"\n  {}\n}}\n{}\n",
+            self.port,
+            self.monitor_port,
+            directory.join("store").display(),
+            self.options.jetstream,
+            self.options.config,
+        );
+        fs::write(&config, text).map_err(|error| cannot("cannot write the configuration of nats-server", error))?;
+        let mut command = Command::new(&self.program);
+        command.arg("--config").arg(config);
+        self.instance.start(&command, None)?;
+        let port = self.monitor_port;
+        // The name tells that it is our server that answers.
+        let is_ready = async || {
+            get(port, "/varz").await.is_some_and(|answer| answer.contains(&name))
+                && get(port, "/healthz").await.is_some_and(|answer| answer.contains(" 200 "))
+        };
+        self.instance.ready(is_ready).await
+    }
+}
+
+/// The answer to a request over HTTP; none while nothing listens.
+async fn get(port: u16, path: &str) -> Option<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).await.ok()?;
+    stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await.ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.ok()?;
+    Some(answer)
+}

@@ -1,0 +1,15 @@
+//! What the integration tests share.
+#![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
+
+mod database;
+mod outbox;
+mod writers;
+
+use std::time::Duration;
+
+pub use database::{Database, succeeded};
+pub use outbox::{Message, Outbox, RelayProcess, RunningRelay};
+pub use writers::{Random, Writers};
+
+/// Long enough for a slow machine, short enough to tell that something hangs.
+pub const SOON: Duration = Duration::from_secs(60);
