@@ -1,6 +1,7 @@
 //! `aftercommit`, the operator's tool.
 
 use std::io::{Read, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -11,6 +12,7 @@ use crate::admin;
 use crate::envelope::is_json;
 use crate::error::{Error, ErrorKind};
 use crate::outbox::RawEvent;
+use crate::worker;
 
 /// The operator's tool of aftercommit
 #[derive(Parser)]
@@ -24,7 +26,7 @@ struct Cli {
 enum Command {
     /// Create or update the schema aftercommit; harmless when it is up to date
     Migrate(Migrate),
-    /// Create the stream, or correct settings of it that would lose events; prints what it changed
+    /// Create the stream and consumers, or correct settings of it that would lose events; prints what it changed
     Provision(Provision),
     /// Write one event in a transaction of its own and print its id
     Publish(Publish),
@@ -43,6 +45,9 @@ struct Migrate {
 
 #[derive(Args)]
 struct Provision {
+    /// A worker.toml: provisions the consumers of its subscribers too
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     #[command(flatten)]
     nats: NatsArgs,
     #[command(flatten)]
@@ -125,7 +130,12 @@ async fn migrate(command: Migrate) -> Result<String, Error> {
 }
 
 async fn provision(command: Provision) -> Result<String, Error> {
-    let changes = admin::provision(&command.nats.config(), &command.naming.config()?).await?;
+    let subscribers = command.config.as_deref().map(worker::read_file).transpose()?;
+    let (nats, naming) = (command.nats.config(), command.naming.config()?);
+    let mut changes = admin::provision(&nats, &naming).await?;
+    if let Some(subscribers) = subscribers {
+        changes.extend(worker::provision(&nats, &naming, &subscribers).await?);
+    }
     if changes.is_empty() {
         return Ok("everything is as it should be\n".into());
     }

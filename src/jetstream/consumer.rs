@@ -87,11 +87,14 @@ pub(crate) async fn provision(context: &Context, spec: &ConsumerSpec) -> Result<
         ),
         Some(info) => {
             if let Some(obstacle) = fixed_difference(&info) {
-                return Err(not_ready(spec, &format!(
-                    "{obstacle}, which cannot be changed: delete it (`nats consumer rm {} {}`) and provision again; the \
+                return Err(not_ready(
+                    spec,
+                    &format!(
+                        "{obstacle}, which cannot be changed: delete it (`nats consumer rm {} {}`) and provision again; the \
                      inbox keeps events that are done from taking effect again",
-                    spec.stream, spec.name
-                )));
+                        spec.stream, spec.name
+                    ),
+                ));
             }
             let changes = differences(spec, &info);
             if changes.is_empty() {
@@ -121,9 +124,8 @@ pub(crate) async fn check(context: &Context, spec: &ConsumerSpec, remedy: &str) 
         return Err(not_ready(spec, &format!("does not exist: {remedy}")));
     };
     // A shorter or longer wait only changes when the server repeats itself, and this worker adapts to it.
-    let found = fixed_difference(&info).or_else(|| {
-        differences(spec, &info).into_iter().find(|change| !change.starts_with("ack_wait"))
-    });
+    let found = fixed_difference(&info)
+        .or_else(|| differences(spec, &info).into_iter().find(|change| !change.starts_with("ack_wait")));
     match found {
         Some(found) => Err(not_ready(spec, &format!("is not as this subscriber needs it ({found}): {remedy}"))),
         None => Ok(position(&info)),
@@ -137,8 +139,9 @@ pub(crate) async fn locate(context: &Context, spec: &ConsumerSpec) -> Result<Opt
 
 async fn info(context: &Context, spec: &ConsumerSpec) -> Result<Option<Info>, Error> {
     let subject = format!("CONSUMER.INFO.{}.{}", spec.stream, spec.name);
+    let nothing = serde_json::Map::new();
     let response: Response<Info> =
-        context.request(subject, &()).await.map_err(|error| broker(spec, "cannot be looked at", error))?;
+        context.request(subject, &nothing).await.map_err(|error| broker(spec, "cannot be looked at", error))?;
     match response {
         Response::Ok(info) => Ok(Some(info)),
         Response::Err { error }

@@ -282,10 +282,7 @@ impl Feed {
             EXPIRES.as_nanos(),
             HEARTBEAT.as_nanos()
         );
-        self.client
-            .publish_with_reply(subject, inbox.to_string(), body.into())
-            .await
-            .map_err(|error| error.to_string())
+        self.client.publish_with_reply(subject, inbox.to_string(), body.into()).await.map_err(|error| error.to_string())
     }
 
     /// Takes one message or status, and says when it is odd.

@@ -77,10 +77,19 @@ enum Trouble {
     /// The database is away, or does not let us do our own work.
     Outage(String),
     /// Others were in the way.
-    Conflict { at: Option<usize>, error: HandlerError },
+    Conflict {
+        at: Option<usize>,
+        error: HandlerError,
+    },
     /// The handler says that something it needs is away.
-    Interrupted { at: Option<usize>, error: HandlerError },
-    Failed { at: Option<usize>, error: HandlerError },
+    Interrupted {
+        at: Option<usize>,
+        error: HandlerError,
+    },
+    Failed {
+        at: Option<usize>,
+        error: HandlerError,
+    },
 }
 
 impl Trouble {
@@ -322,18 +331,10 @@ impl Lane {
         Ok(())
     }
 
-    async fn handle(
-        &self,
-        tx: &mut PgTransaction<'static>,
-        queued: &Queued,
-        this: Try,
-    ) -> Result<(), HandlerError> {
+    async fn handle(&self, tx: &mut PgTransaction<'static>, queued: &Queued, this: Try) -> Result<(), HandlerError> {
         let Work::Handlers(routes) = &self.subscriber.work else { return Ok(()) };
         let Some(route) = routes.get(queued.event.event_type.as_str()) else {
-            return Err(HandlerError::reject(format!(
-                "the subscriber has no handler for {}",
-                queued.event.event_type
-            )));
+            return Err(HandlerError::reject(format!("the subscriber has no handler for {}", queued.event.event_type)));
         };
         let run = AssertUnwindSafe((route.run)(tx, &queued.event, this)).catch_unwind();
         match timeout(self.subscriber.settings.time_limit, run).await {
@@ -343,10 +344,7 @@ impl Lane {
         }
     }
 
-    async fn limited(
-        &self,
-        statement: impl Future<Output = Result<(), sqlx::Error>>,
-    ) -> Result<(), HandlerError> {
+    async fn limited(&self, statement: impl Future<Output = Result<(), sqlx::Error>>) -> Result<(), HandlerError> {
         match timeout(self.subscriber.settings.time_limit, statement).await {
             Ok(result) => result.map_err(HandlerError::from),
             Err(_) => Err(self.too_slow()),
@@ -369,10 +367,7 @@ impl Lane {
     }
 
     /// Runs a statement of our own that fails when a handler left the transaction in a bad state.
-    async fn own_or_conflict<T>(
-        &self,
-        statement: impl Future<Output = Result<T, sqlx::Error>>,
-    ) -> Result<T, Trouble> {
+    async fn own_or_conflict<T>(&self, statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, Trouble> {
         match timeout(self.subscriber.settings.time_limit + GRACE, statement).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) if postgres::is_outage(&error) => Err(Trouble::Outage(error.to_string())),

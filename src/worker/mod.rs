@@ -69,14 +69,7 @@ impl Worker {
     /// When the subscribers contradict each other, NATS cannot be reached, or a consumer differs in a way that cannot
     /// be changed.
     pub async fn provision(&self) -> Result<Vec<String>, Error> {
-        self.validate()?;
-        let connection = jetstream::connect(&self.nats, "aftercommit-provision", "_INBOX_prov").await?;
-        let context = jetstream::context(&connection.client);
-        let mut changes = Vec::new();
-        for subscriber in &self.subscribers {
-            changes.extend(consumer::provision(&context, &self.spec(subscriber)).await?);
-        }
-        Ok(changes)
+        provision(&self.nats, &self.naming, &self.subscribers).await
     }
 
     /// Runs the subscribers until `shutdown` is cancelled: then running handlers finish, unfinished events go back and
@@ -88,7 +81,7 @@ impl Worker {
     /// # Errors
     /// When the definition of the subscribers or a setting is wrong.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
-        self.validate()?;
+        validate(&self.subscribers)?;
         let lanes: usize = self.subscribers.iter().map(|subscriber| subscriber.settings.concurrency).sum();
         // One for each lane, one for each lease.
         let connections = u32::try_from(lanes + self.subscribers.len()).unwrap_or(u32::MAX);
@@ -96,7 +89,7 @@ impl Worker {
         let Some(client) = self.connect(&shutdown).await? else { return Ok(()) };
         let holder = holder();
         let mut services = JoinSet::new();
-        let specs: Vec<_> = self.subscribers.iter().map(|subscriber| self.spec(subscriber)).collect();
+        let specs: Vec<_> = self.subscribers.iter().map(|subscriber| spec(&self.naming, subscriber)).collect();
         for (subscriber, spec) in self.subscribers.into_iter().zip(specs) {
             let service = serve::Service {
                 subscriber: Arc::new(subscriber),
@@ -136,33 +129,49 @@ impl Worker {
             tokio::time::sleep(Backoff::RECONNECT.after(failures)).await;
         }
     }
+}
 
-    fn spec(&self, subscriber: &Subscriber) -> ConsumerSpec {
-        ConsumerSpec {
-            stream: self.naming.stream.clone(),
-            name: subscriber.name.clone(),
-            subjects: subscriber.subjects(&self.naming.prefix),
-            ack_wait: subscriber.settings.ack_wait,
+/// See [`Worker::provision`].
+pub(crate) async fn provision(
+    nats: &NatsConfig,
+    naming: &Naming,
+    subscribers: &[Subscriber],
+) -> Result<Vec<String>, Error> {
+    validate(subscribers)?;
+    let connection = jetstream::connect(nats, "aftercommit-provision", "_INBOX_prov").await?;
+    let context = jetstream::context(&connection.client);
+    let mut changes = Vec::new();
+    for subscriber in subscribers {
+        changes.extend(consumer::provision(&context, &spec(naming, subscriber)).await?);
+    }
+    Ok(changes)
+}
+
+fn spec(naming: &Naming, subscriber: &Subscriber) -> ConsumerSpec {
+    ConsumerSpec {
+        stream: naming.stream.clone(),
+        name: subscriber.name.clone(),
+        subjects: subscriber.subjects(&naming.prefix),
+        ack_wait: subscriber.settings.ack_wait,
+    }
+}
+
+fn validate(subscribers: &[Subscriber]) -> Result<(), Error> {
+    let config = |text| Err(Error::new(ErrorKind::Config, text));
+    if subscribers.is_empty() {
+        return config("the worker has no subscriber".to_string());
+    }
+    let mut names = BTreeMap::new();
+    for subscriber in subscribers {
+        subscriber.validate()?;
+        if let Some(other) = names.insert(&subscriber.name, &subscriber.work) {
+            return config(format!(
+                "two subscribers are called {}, one for {other:?} and one for {:?}: each needs a name of its own",
+                subscriber.name, subscriber.work
+            ));
         }
     }
-
-    fn validate(&self) -> Result<(), Error> {
-        let config = |text| Err(Error::new(ErrorKind::Config, text));
-        if self.subscribers.is_empty() {
-            return config("the worker has no subscriber".to_string());
-        }
-        let mut names = BTreeMap::new();
-        for subscriber in &self.subscribers {
-            subscriber.validate()?;
-            if let Some(other) = names.insert(&subscriber.name, &subscriber.work) {
-                return config(format!(
-                    "two subscribers are called {}, one for {other:?} and one for {:?}: each needs a name of its own",
-                    subscriber.name, subscriber.work
-                ));
-            }
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
 /// Who holds a lease: host, process, and something random, because process numbers come again.

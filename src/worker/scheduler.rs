@@ -55,10 +55,8 @@ impl Scheduler {
             }
             Some(key) => {
                 let queue = self.keys.entry(Arc::clone(&key)).or_default();
-                if let Some(overtaken) = queue.events.first() {
-                    if event < *overtaken {
-                        self.ready.remove(overtaken);
-                    }
+                if let Some(overtaken) = queue.events.first().filter(|oldest| event < **oldest) {
+                    self.ready.remove(overtaken);
                 }
                 queue.events.insert(event);
                 self.promote(&key);
@@ -98,11 +96,8 @@ impl Scheduler {
             batch.push(event);
             if let Some(queue) = slot.key.as_ref().and_then(|key| self.keys.get_mut(key)) {
                 queue.running += 1;
-                if let Some(&successor) = queue.events.range(event + 1..).next() {
-                    if self.events.get(&successor).is_some_and(|slot| slot.state == State::Waiting) {
-                        next.insert(successor);
-                    }
-                }
+                let waits = |event: &&u64| self.events.get(*event).is_some_and(|slot| slot.state == State::Waiting);
+                next.extend(queue.events.range(event + 1..).next().filter(waits));
             }
         }
         batch
@@ -162,11 +157,8 @@ impl Scheduler {
         if queue.running > 0 {
             return;
         }
-        if let Some(&oldest) = queue.events.first() {
-            if self.events.get(&oldest).is_some_and(|slot| slot.state == State::Waiting) {
-                self.ready.insert(oldest);
-            }
-        }
+        let waits = |event: &&u64| self.events.get(*event).is_some_and(|slot| slot.state == State::Waiting);
+        self.ready.extend(queue.events.first().filter(waits));
     }
 
     /// When the next held event may run.

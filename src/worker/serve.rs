@@ -11,8 +11,8 @@ use crate::backoff::Backoff;
 use crate::error::{Error, ErrorKind};
 use crate::jetstream::ack::Answers;
 use crate::jetstream::consumer::{self, ConsumerSpec, Position};
-use crate::jetstream::{self, Client, feed};
 use crate::jetstream::stored::Source;
+use crate::jetstream::{self, Client, feed};
 use crate::postgres::lease::{self, Tenure};
 use crate::postgres::{self, function};
 
@@ -107,7 +107,9 @@ impl Service {
         match tokio::time::timeout(Duration::from_secs(2), released).await {
             Ok(Ok(())) => tracing::info!(subscriber = self.name(), epoch = tenure.epoch, "stopped"),
             // It runs out by itself.
-            Ok(Err(error)) => tracing::warn!(subscriber = self.name(), error = %error, "stopped, the lease was not released"),
+            Ok(Err(error)) => {
+                tracing::warn!(subscriber = self.name(), error = %error, "stopped, the lease was not released")
+            }
             Err(_) => tracing::warn!(subscriber = self.name(), "stopped, the lease was not released in time"),
         }
     }

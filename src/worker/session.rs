@@ -258,7 +258,8 @@ impl Session {
     }
 
     fn send_signs(&self) {
-        for reply in self.pending.values().filter(|pending| pending.alive).filter_map(|pending| pending.reply.as_ref()) {
+        for reply in self.pending.values().filter(|pending| pending.alive).filter_map(|pending| pending.reply.as_ref())
+        {
             self.answers.send(reply, &Answer::Working);
         }
     }
