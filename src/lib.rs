@@ -14,6 +14,7 @@ pub mod subject;
 pub mod testing;
 
 mod error;
+mod fault;
 mod jetstream;
 mod postgres;
 
