@@ -1,5 +1,6 @@
 //! What the integration tests share.
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
+#![allow(clippy::unwrap_used, reason = "these are tests")]
 
 mod database;
 mod outbox;
