@@ -1,6 +1,7 @@
 //! `aftercommit`, the operator's tool.
 
 use std::io::{Read, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -14,6 +15,7 @@ use crate::admin::relay::ParkedEvent;
 use crate::envelope::is_json;
 use crate::error::{Error, ErrorKind};
 use crate::outbox::RawEvent;
+use crate::worker;
 
 /// The operator's tool of aftercommit
 #[derive(Parser)]
@@ -30,7 +32,7 @@ enum Command {
     /// See and decide about events that the stream would not take
     #[command(subcommand)]
     Parked(Parked),
-    /// Create the stream, or correct settings of it that would lose events; prints what it changed
+    /// Create the stream and consumers, or correct settings of it that would lose events; prints what it changed
     Provision(Provision),
     /// Write one event in a transaction of its own and print its id
     Publish(Publish),
@@ -98,6 +100,9 @@ enum Relay {
 
 #[derive(Args)]
 struct Provision {
+    /// A worker.toml: provisions the consumers of its subscribers too
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     #[command(flatten)]
     nats: NatsArgs,
     #[command(flatten)]
@@ -232,7 +237,12 @@ fn as_json(value: &impl serde::Serialize) -> Result<String, Error> {
 }
 
 async fn provision(command: Provision) -> Result<String, Error> {
-    let changes = admin::provision(&command.nats.config(), &command.naming.config()?).await?;
+    let subscribers = command.config.as_deref().map(worker::read_file).transpose()?;
+    let (nats, naming) = (command.nats.config(), command.naming.config()?);
+    let mut changes = admin::provision(&nats, &naming).await?;
+    if let Some(subscribers) = subscribers {
+        changes.extend(worker::provision(&nats, &naming, &subscribers).await?);
+    }
     if changes.is_empty() {
         return Ok("everything is as it should be\n".into());
     }

@@ -2,6 +2,9 @@
 
 #[cfg(all(unix, feature = "testing"))]
 pub(crate) mod database;
+pub(crate) mod dead_letter;
+pub(crate) mod function;
+pub(crate) mod inbox;
 pub(crate) mod lease;
 pub(crate) mod migrate;
 pub(crate) mod outbox;

@@ -4,12 +4,14 @@
 
 mod database;
 mod outbox;
+mod work;
 mod writers;
 
 use std::time::Duration;
 
 pub use database::{Database, succeeded};
 pub use outbox::{Message, Outbox, RelayProcess, RunningRelay};
+pub use work::{Act, Number, Record, RunningWorker, Work, WorkerProcess};
 pub use writers::{Random, Writers};
 
 /// Long enough for a slow machine, short enough to tell that something hangs.
