@@ -3,24 +3,19 @@
 -- with CACHE 1, so that ids of one key follow the commit order of writers that lock a common row; and the index on
 -- both, to find the rows of a transaction that committed after newer ids.
 
-create schema if not exists aftercommit;
-
--- True when `headers` is an object of strings whose names and values NATS can carry and which do not
--- use the names that NATS (`Nats-*`) and CloudEvents (`ce-*`) reserve.
-create function aftercommit.headers_are_legal(headers jsonb) returns boolean
-    language sql immutable parallel safe
-    set search_path = pg_catalog
-as $$
-    select jsonb_typeof(headers) = 'object'
-       and octet_length(headers::text) <= 16384
-       and not exists (
-            select from jsonb_each(case jsonb_typeof(headers) when 'object' then headers else '{}'::jsonb end) as h(name, value)
-             where jsonb_typeof(h.value) <> 'string'
-                or h.name !~ '^[A-Za-z0-9_-]{1,128}$'
-                or h.name ~* '^(nats|ce)-'
-                or h.value #>> '{}' ~ '[\u0001-\u001f\u007f]')
+do $$
+begin
+    if current_setting('server_encoding') <> 'UTF8' then
+        raise exception 'aftercommit needs a database with the encoding UTF8, this one has %',
+            current_setting('server_encoding');
+    end if;
+end
 $$;
 
+create schema if not exists aftercommit;
+
+-- The constraints refuse what could not be published. They call no function of this schema, so that a restore can
+-- load rows in any order and a writer needs no right but INSERT. The Rust library checks the same before it writes.
 create table aftercommit.outbox (
     xid          xid8        not null default pg_current_xact_id(),
     id           bigint      generated always as identity (cache 1) primary key,
@@ -37,33 +32,44 @@ create table aftercommit.outbox (
     constraint outbox_type_is_a_subject check (octet_length(type) <= 200 and type ~ '^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$'),
     constraint outbox_version_is_positive check (version >= 1),
     constraint outbox_key_size check (octet_length(key) between 1 and 512),
-    constraint outbox_headers_are_legal check (aftercommit.headers_are_legal(headers)),
+    constraint outbox_headers_are_an_object check (jsonb_typeof(headers) = 'object'),
+    constraint outbox_headers_size check (octet_length(headers::text) <= 16384),
+    constraint outbox_header_names_are_legal check (
+        not headers @? '$.keyvalue() ? (!(@.key like_regex "^[A-Za-z0-9_-]+$"))'),
+    -- NATS keeps `Nats-*` for itself, and the relay writes the CloudEvents attributes as `ce-*`.
+    constraint outbox_header_names_are_not_reserved check (
+        not headers @? '$.keyvalue() ? (@.key like_regex "^(nats|ce)-" flag "i")'),
+    -- Strings of printable ASCII without a space at either end: the rest may reach a subscriber changed.
+    constraint outbox_header_values_are_legal check (
+        not headers @? 'strict $.* ? (@.type() != "string" || @ like_regex "^ | $|[^ -~]" flag "s")'),
     constraint outbox_payload_size check (octet_length(payload) <= 1000000),
-    constraint outbox_content_type_is_legal check (content_type ~ '^[!-~]([ -~]{0,126}[!-~])?$')
+    constraint outbox_content_type_is_legal check (
+        octet_length(content_type) between 1 and 128 and content_type !~ '^ | $|[^ -~]')
 );
 create index outbox_xid_id on aftercommit.outbox (xid, id);
 
 comment on table aftercommit.outbox is
     'Events written in business transactions; rows are never updated. Insert here or call aftercommit.publish().';
 
--- A version 7 UUID: 48 bits of Unix milliseconds, then random bits (RFC 9562, section 5.7).
+-- A version 7 UUID (RFC 9562): 48 bits of Unix milliseconds, the version, the fraction of the millisecond in 12 bits
+-- (section 6.2, method 3), the variant and 62 random bits (both out of a version 4 UUID).
 create function aftercommit.new_event_id() returns uuid
     language sql volatile parallel safe
     set search_path = pg_catalog
 as $$
     select encode(
-        set_bit(set_bit(
-            overlay(uuid_send(gen_random_uuid())
-                placing substring(int8send((extract(epoch from clock_timestamp()) * 1000)::bigint) from 3)
-                from 1 for 6),
-            52, 1), 53, 1),
-        'hex')::uuid
+               substring(int8send(now.us / 1000) from 3)
+               || substring(int8send(28672 + now.us % 1000 * 4096 / 1000) from 7)  -- 28672 is 0x7000
+               || substring(uuid_send(gen_random_uuid()) from 9),
+               'hex')::uuid
+      from (select (extract(epoch from clock_timestamp()) * 1000000)::bigint as us) as now
 $$;
 
--- Writes one event in the caller's transaction and returns its id. For triggers and services in other languages.
+-- Writes one event in the caller's transaction, with the caller's rights, and returns its id. For triggers and
+-- services in other languages.
 create function aftercommit.publish(type text, payload jsonb, key text default null, headers jsonb default '{}')
     returns uuid
-    language plpgsql volatile
+    language plpgsql volatile security invoker
     set search_path = pg_catalog
 as $$
 declare
@@ -75,9 +81,10 @@ begin
 end
 $$;
 
--- JSON text as jsonb; null when the bytes are not JSON, so that one such payload does not break the view.
+-- JSON text as jsonb; null when the bytes are not JSON or are more than jsonb can hold, so that one such payload does
+-- not break the view. Not parallel safe: before PostgreSQL 17 no parallel worker may catch an exception.
 create function aftercommit.payload_json(payload bytea) returns jsonb
-    language plpgsql immutable parallel safe
+    language plpgsql immutable
     set search_path = pg_catalog
 as $$
 begin
@@ -89,7 +96,7 @@ $$;
 
 create view aftercommit.events as
     select id, event_id, type, version, key, headers,
-           case when content_type ~* '^application/([a-z0-9.+-]+\+)?json' then aftercommit.payload_json(payload) end as data,
+           case when content_type ~* '^(application/json|[^;]*\+json) *(;|$)' then aftercommit.payload_json(payload) end as data,
            content_type, octet_length(payload) as payload_bytes, created_at, xid
       from aftercommit.outbox;
 

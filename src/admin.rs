@@ -1,19 +1,32 @@
-//! What an operator does: set up the schema and the stream, look at where everything is.
+//! What an operator does: set up schema and stream, write an event by hand, look at where everything is.
 
 pub mod status;
 
+use sqlx::Connection;
+
 use crate::config::{Naming, NatsConfig, PostgresConfig};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
+use crate::event::EventId;
 use crate::jetstream::topology::{self, StreamSettings};
+use crate::outbox::{self, PublishError, PublishErrorKind, RawEvent};
 use crate::{jetstream, postgres};
 
-/// Brings the schema `aftercommit` up to date and returns the names of the migrations that were new.
+/// Brings the schema `aftercommit` up to date and returns the names of the migrations that were new, such as
+/// `0001 outbox`. It is all or nothing; done twice it changes nothing; several at once wait for each other. What was
+/// applied is recorded in `aftercommit.migrations`, never in the application's own migration table.
 ///
 /// # Errors
-/// When the database cannot be reached or the role may not create the schema.
+/// When the database cannot be reached, when the role may not create the schema, or when the schema was made by a newer
+/// version, changed, or made without a record of its migrations.
 pub async fn migrate(config: &PostgresConfig) -> Result<Vec<String>, Error> {
     let mut connection = postgres::connect(config, "aftercommit-migrate").await?;
     postgres::migrate::run(&mut connection).await
+}
+
+/// The SQL of [`migrate`] as one script, for another migration tool. It writes the same record, so that [`migrate`]
+/// goes on from there.
+pub fn migrations_sql() -> String {
+    postgres::migrate::sql()
 }
 
 /// Creates the stream of an outbox, or corrects settings of it that would lose events. Returns what was changed, in
@@ -26,4 +39,25 @@ pub async fn provision(nats: &NatsConfig, naming: &Naming) -> Result<Vec<String>
     let connection = jetstream::connect(nats, "aftercommit-provision", "_INBOX_prov").await?;
     let settings = StreamSettings { replicas: None, max_age: None, max_bytes: None };
     topology::provision_stream(&connection, naming, &settings).await
+}
+
+/// Writes one event in a transaction of its own.
+///
+/// # Errors
+/// When the database cannot be reached or refuses the event; [`ErrorKind::Config`] when the event itself is illegal.
+pub async fn publish(config: &PostgresConfig, event: RawEvent) -> Result<EventId, Error> {
+    let failed = |error| postgres::database_error("writing the event failed", error);
+    let mut connection = postgres::connect(config, "aftercommit-publish").await?;
+    let mut tx = connection.begin().await.map_err(failed)?;
+    let id = outbox::publish_raw(&mut tx, event).await.map_err(publish_error)?;
+    tx.commit().await.map_err(failed)?;
+    Ok(id)
+}
+
+fn publish_error(error: PublishError) -> Error {
+    let kind = match error.kind() {
+        PublishErrorKind::Invalid => ErrorKind::Config,
+        _ => ErrorKind::Database,
+    };
+    Error::with_source(kind, "nothing was published", error)
 }

@@ -7,6 +7,7 @@ pub mod cli;
 pub mod config;
 pub mod envelope;
 pub mod event;
+pub mod outbox;
 pub mod relay;
 pub mod subject;
 #[cfg(feature = "testing")]

@@ -1,2 +1,7 @@
-//! Placeholder until the command line exists.
-fn main() {}
+//! The operator's tool. Everything it does is in `aftercommit::admin`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    aftercommit::cli::operator::main()
+}

@@ -1,7 +1,9 @@
 //! The command lines of the binaries.
 
+pub mod operator;
 pub mod relay;
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -77,10 +79,11 @@ impl NamingArgs {
     }
 }
 
-/// Logs to standard error, as `RUST_LOG` says; without it from level info.
+/// Logs to standard error, as `RUST_LOG` says; without it from level info, of the NATS client only warnings.
 fn start_logging() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,async_nats=warn"));
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
 }
 
 /// Runs a role until it ends or is told to stop. The first SIGTERM or SIGINT cancels the token that `start` gets; a

@@ -55,7 +55,7 @@ pub(crate) async fn release(
     holder: &str,
     epoch: i64,
 ) -> Result<(), sqlx::Error> {
-    sqlx::query("update aftercommit.lease set expires_at = '-infinity' where name = $1 and holder = $2 and epoch = $3")
+    sqlx::query("update aftercommit.lease set expires_at = to_timestamp(0) where name = $1 and holder = $2 and epoch = $3")
         .bind(name)
         .bind(holder)
         .bind(epoch)

@@ -4,6 +4,7 @@
 pub(crate) mod database;
 pub(crate) mod lease;
 pub(crate) mod migrate;
+pub(crate) mod outbox;
 pub(crate) mod relay_log;
 pub(crate) mod relay_status;
 pub(crate) mod snapshot;

@@ -80,6 +80,14 @@ impl Postgres {
         SHARED.get_or_try_init(|| Self::start(PostgresOptions { fsync: false, ..PostgresOptions::default() })).await
     }
 
+    /// A program that comes with the server, such as `psql` or `pg_dump`.
+    ///
+    /// # Errors
+    /// When no server is installed.
+    pub fn program(name: &str) -> Result<PathBuf, Error> {
+        Ok(binaries::postgres()?.join(name))
+    }
+
     /// The URL of a database on this server. `postgres` is there from the start.
     pub fn url(&self, database: &str) -> String {
         format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)

@@ -1,0 +1,191 @@
+//! `aftercommit`, the operator's tool.
+
+use std::io::{Read, Write};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use serde::de::IgnoredAny;
+
+use super::{NamingArgs, NatsArgs, PostgresArgs, fail};
+use crate::admin;
+use crate::envelope::is_json;
+use crate::error::{Error, ErrorKind};
+use crate::outbox::RawEvent;
+
+/// The operator's tool of aftercommit
+#[derive(Parser)]
+#[command(name = "aftercommit", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Create or update the schema aftercommit; harmless when it is up to date
+    Migrate(Migrate),
+    /// Create the stream, or correct settings of it that would lose events; prints what it changed
+    Provision(Provision),
+    /// Write one event in a transaction of its own and print its id
+    Publish(Publish),
+    /// Show the backlog, the leading relay, the stream and the subscribers
+    Status(Status),
+}
+
+#[derive(Args)]
+struct Migrate {
+    /// Print the SQL instead, for another migration tool
+    #[arg(long)]
+    print: bool,
+    #[command(flatten)]
+    postgres: PostgresArgs,
+}
+
+#[derive(Args)]
+struct Provision {
+    #[command(flatten)]
+    nats: NatsArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
+}
+
+#[derive(Args)]
+struct Status {
+    /// Print it as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    postgres: PostgresArgs,
+    #[command(flatten)]
+    nats: NatsArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
+}
+
+#[derive(Args)]
+struct Publish {
+    /// The event's type, such as order.placed
+    #[arg(value_name = "TYPE")]
+    event_type: String,
+    /// The ordering key
+    #[arg(long)]
+    key: Option<String>,
+    /// A header; may be given several times
+    #[arg(long = "header", value_name = "NAME=VALUE", value_parser = header)]
+    headers: Vec<(String, String)>,
+    /// The payload, or - to read it from standard input
+    #[arg(long)]
+    payload: String,
+    /// The payload's media type
+    #[arg(long, default_value = "application/json")]
+    content_type: String,
+    #[command(flatten)]
+    postgres: PostgresArgs,
+}
+
+fn header(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) => Ok((name.into(), value.into())),
+        None => Err("it is not of the form NAME=VALUE".into()),
+    }
+}
+
+/// Runs the command line of this process. The exit status is 0 when all went well, 1 when it did not, and 2 when the
+/// command line or a setting is at fault.
+pub fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail("aftercommit", &error),
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Error::with_source(ErrorKind::Config, "the runtime cannot start", error))?;
+    let text = match cli.command {
+        Command::Migrate(Migrate { print: true, .. }) => admin::migrations_sql(),
+        Command::Migrate(command) => runtime.block_on(migrate(command))?,
+        Command::Provision(command) => runtime.block_on(provision(command))?,
+        Command::Publish(command) => runtime.block_on(publish(command))?,
+        Command::Status(command) => runtime.block_on(status(command))?,
+    };
+    // A reader that went away early, such as `head`, has what it wanted.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    Ok(())
+}
+
+async fn migrate(command: Migrate) -> Result<String, Error> {
+    let applied = admin::migrate(&command.postgres.config()).await?;
+    if applied.is_empty() {
+        return Ok("the schema aftercommit is up to date\n".into());
+    }
+    Ok(applied.iter().map(|name| format!("applied {name}\n")).collect())
+}
+
+async fn provision(command: Provision) -> Result<String, Error> {
+    let changes = admin::provision(&command.nats.config(), &command.naming.config()?).await?;
+    if changes.is_empty() {
+        return Ok("everything is as it should be\n".into());
+    }
+    Ok(changes.iter().map(|change| format!("{change}\n")).collect())
+}
+
+async fn status(command: Status) -> Result<String, Error> {
+    let naming = command.naming.config()?;
+    let status = admin::status::status(&command.postgres.config(), &command.nats.config(), &naming).await?;
+    if !command.json {
+        return Ok(status.to_string());
+    }
+    let json = serde_json::to_string_pretty(&status)
+        .map_err(|error| Error::with_source(ErrorKind::Integrity, "the status cannot be written as JSON", error))?;
+    Ok(json + "\n")
+}
+
+async fn publish(command: Publish) -> Result<String, Error> {
+    let payload = match command.payload.as_str() {
+        "-" => standard_input()?,
+        text => text.as_bytes().to_vec(),
+    };
+    if is_json(&command.content_type) {
+        serde_json::from_slice::<IgnoredAny>(&payload).map_err(|error| {
+            Error::with_source(ErrorKind::Config, "the payload is not JSON; --content-type names something else", error)
+        })?;
+    }
+    let mut event = RawEvent::new(command.event_type, command.content_type, payload);
+    if let Some(key) = command.key {
+        event = event.key(key);
+    }
+    for (name, value) in command.headers {
+        event = event.header(name, value);
+    }
+    let id = admin::publish(&command.postgres.config(), event).await?;
+    Ok(format!("{id}\n"))
+}
+
+fn standard_input() -> Result<Vec<u8>, Error> {
+    let mut payload = Vec::new();
+    std::io::stdin()
+        .read_to_end(&mut payload)
+        .map_err(|error| Error::with_source(ErrorKind::Config, "standard input cannot be read", error))?;
+    Ok(payload)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn verify_cli() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_header_is_split_at_its_first_equals_sign() {
+        assert_eq!(header("a=b=c"), Ok(("a".into(), "b=c".into())));
+        assert!(header("a").is_err());
+    }
+}

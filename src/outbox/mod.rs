@@ -1,0 +1,91 @@
+//! Writing events into the outbox, inside the transaction that makes them true.
+//!
+//! [`publish`] takes the caller's open transaction, so the event commits or rolls back with the change that it tells
+//! of, savepoints included. After the commit there is no transaction left to pass, so a late publish does not compile.
+//!
+//! ```no_run
+//! # use aftercommit::{Event, outbox};
+//! # #[derive(serde::Serialize, serde::Deserialize)]
+//! # struct OrderPlaced { order: i64, cents: i64 }
+//! # impl Event for OrderPlaced { const TYPE: &'static str = "order.placed"; }
+//! # async fn place(pool: &sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+//! let mut tx = pool.begin().await?;
+//! sqlx::query("insert into orders (id, cents) values ($1, $2)").bind(7_i64).bind(990_i64).execute(&mut *tx).await?;
+//! outbox::publish(&mut tx, &OrderPlaced { order: 7, cents: 990 }).await?;
+//! tx.commit().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What is refused
+//! An event that could not be published or read later is refused before anything is written: see
+//! [`PublishErrorKind::Invalid`]. The transaction stays usable.
+//!
+//! # Order
+//! Events of one transaction keep their order. Events of one key keep the commit order of their transactions when each
+//! of them locks the key's row (usually by updating it) before it publishes.
+//!
+//! # Rights
+//! The database role needs `usage` on the schema `aftercommit` and `insert` on seven columns of its `outbox`; see
+//! `docs/sql-contract.md`.
+
+mod check;
+mod error;
+mod json;
+mod raw;
+mod trace;
+
+use sqlx::PgTransaction;
+
+use crate::event::{Event, EventId};
+use crate::postgres::outbox::NewEvent;
+
+pub use check::{MAX_CONTENT_TYPE_BYTES, MAX_HEADERS_BYTES, MAX_KEY_BYTES, MAX_PAYLOAD_BYTES};
+pub use error::{PublishError, PublishErrorKind};
+pub use raw::RawEvent;
+pub use trace::set_traceparent_source;
+
+/// Writes one event in the caller's transaction. Its payload is the event's JSON.
+///
+/// # Errors
+/// [`PublishErrorKind::Invalid`] when the event is refused; then nothing was written and the transaction is still
+/// usable. Any other kind when PostgreSQL refused the statement; then the transaction can only be rolled back.
+pub async fn publish<E: Event>(tx: &mut PgTransaction<'_>, event: &E) -> Result<EventId, PublishError> {
+    publish_raw(tx, RawEvent::of(event)?).await
+}
+
+/// Writes any number of events of one type in the caller's transaction, in their order and in one statement (a further
+/// one for each 64 MiB of payload). Without events it does nothing.
+///
+/// # Errors
+/// As [`publish`]; when one event is refused, none is written.
+pub async fn publish_all<'e, E: Event>(
+    tx: &mut PgTransaction<'_>,
+    events: impl IntoIterator<Item = &'e E>,
+) -> Result<Vec<EventId>, PublishError> {
+    let events =
+        events.into_iter().map(|event| check::admit(RawEvent::of(event)?)).collect::<Result<Vec<_>, PublishError>>()?;
+    write(tx, &events).await?;
+    Ok(events.iter().map(|event| event.event_id.into()).collect())
+}
+
+/// Writes one event whose bytes, content type, headers or id the caller chose.
+///
+/// # Errors
+/// As [`publish`], and [`PublishErrorKind::Duplicate`] when an event with the caller's id is in the outbox.
+pub async fn publish_raw(tx: &mut PgTransaction<'_>, event: RawEvent) -> Result<EventId, PublishError> {
+    let event = check::admit(event)?;
+    write(tx, std::slice::from_ref(&event)).await?;
+    Ok(event.event_id.into())
+}
+
+async fn write(tx: &mut PgTransaction<'_>, events: &[NewEvent]) -> Result<(), PublishError> {
+    let Some(first) = events.first() else { return Ok(()) };
+    crate::postgres::outbox::insert(tx, events)
+        .await
+        .map_err(|error| PublishError::database(&first.event_type, error))?;
+    for event in events {
+        tracing::debug!(event_id = %event.event_id, event_type = event.event_type, "event written to the outbox");
+    }
+    Ok(())
+}

@@ -1,0 +1,87 @@
+//! Writing into the outbox.
+
+use std::collections::BTreeMap;
+
+use sqlx::PgConnection;
+use sqlx::types::Json;
+use uuid::Uuid;
+
+/// One row to be, in the columns that a publisher may write.
+pub(crate) struct NewEvent {
+    pub(crate) event_id: Uuid,
+    pub(crate) event_type: String,
+    pub(crate) version: i32,
+    pub(crate) key: Option<String>,
+    pub(crate) headers: BTreeMap<String, String>,
+    pub(crate) payload: Vec<u8>,
+    pub(crate) content_type: String,
+}
+
+/// The payload bytes that go into one statement. PostgreSQL takes up to 1 GB in one value; far less keeps the memory
+/// of both sides small and costs no time.
+const STATEMENT_BYTES: usize = 64 << 20;
+
+/// Writes the events in their order, in one statement unless they are tens of megabytes. It asks for nothing back, so
+/// that the right to insert is enough.
+pub(crate) async fn insert(connection: &mut PgConnection, mut events: &[NewEvent]) -> Result<(), sqlx::Error> {
+    while !events.is_empty() {
+        let (now, later) = events.split_at(statement_length(events));
+        insert_chunk(&mut *connection, now).await?;
+        events = later;
+    }
+    Ok(())
+}
+
+/// How many of the events fit into one statement; at least one.
+fn statement_length(events: &[NewEvent]) -> usize {
+    let mut bytes = 0;
+    let fitting = events.iter().take_while(|event| {
+        bytes += event.payload.len();
+        bytes <= STATEMENT_BYTES
+    });
+    fitting.count().max(1)
+}
+
+/// Arrays, so that the number of events never meets the limit on bind parameters. `unnest` keeps their order, and the
+/// outbox ids follow it.
+async fn insert_chunk(connection: &mut PgConnection, events: &[NewEvent]) -> Result<(), sqlx::Error> {
+    fn column<'a, T>(events: &'a [NewEvent], field: impl Fn(&'a NewEvent) -> T) -> Vec<T> {
+        events.iter().map(field).collect()
+    }
+    sqlx::query(
+        "insert into aftercommit.outbox (event_id, type, version, key, headers, payload, content_type)
+         select * from unnest($1::uuid[], $2::text[], $3::integer[], $4::text[], $5::jsonb[], $6::bytea[], $7::text[])",
+    )
+    .bind(column(events, |event| event.event_id))
+    .bind(column(events, |event| event.event_type.as_str()))
+    .bind(column(events, |event| event.version))
+    .bind(column(events, |event| event.key.as_deref()))
+    .bind(column(events, |event| Json(&event.headers)))
+    .bind(column(events, |event| event.payload.as_slice()))
+    .bind(column(events, |event| event.content_type.as_str()))
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_statement_takes_what_fits_and_at_least_one() {
+        let event = |bytes| NewEvent {
+            event_id: Uuid::nil(),
+            event_type: "a".into(),
+            version: 1,
+            key: None,
+            headers: BTreeMap::new(),
+            payload: vec![0; bytes],
+            content_type: "a".into(),
+        };
+        let events = [event(STATEMENT_BYTES / 2), event(STATEMENT_BYTES / 2), event(1)];
+        assert_eq!(statement_length(&events), 2);
+        assert_eq!(statement_length(&events[2..]), 1);
+        assert_eq!(statement_length(&[event(STATEMENT_BYTES + 1)]), 1);
+    }
+}

@@ -1,0 +1,230 @@
+//! An outbox with a stream, the relays on it, and the check of what came out.
+
+use std::collections::{BTreeMap, HashMap};
+use std::process::{Child, Command, Stdio};
+
+use aftercommit::admin;
+use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
+use aftercommit::relay::{Relay, RelayConfig};
+use aftercommit::testing::{eventually, unique_name};
+use async_nats::jetstream;
+use futures_util::TryStreamExt;
+use sqlx::PgPool;
+use sqlx::postgres::PgPoolOptions;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::SOON;
+
+/// An outbox of its own with a stream of its own.
+pub struct Outbox {
+    pub postgres: PostgresConfig,
+    pub nats: NatsConfig,
+    pub naming: Naming,
+    pub pool: PgPool,
+}
+
+impl Outbox {
+    /// In this database and on this server.
+    pub async fn new(database_url: String, nats_url: String) -> Self {
+        let postgres = PostgresConfig { url: database_url.clone() };
+        let nats = NatsConfig { url: nats_url, ..NatsConfig::default() };
+        let name = unique_name("t");
+        let naming = Naming {
+            stream: name.to_uppercase(),
+            prefix: aftercommit::subject::SubjectPrefix::new(name).unwrap(),
+            source: "/test".into(),
+        };
+        admin::migrate(&postgres).await.unwrap();
+        admin::provision(&nats, &naming).await.unwrap();
+        let pool = PgPoolOptions::new().max_connections(40).acquire_timeout(SOON).connect(&database_url).await.unwrap();
+        Self { postgres, nats, naming, pool }
+    }
+
+    pub fn relay_config(&self) -> RelayConfig {
+        RelayConfig::new(self.postgres.clone(), self.nats.clone(), self.naming.clone())
+    }
+
+    /// A relay in this process.
+    pub fn relay(&self) -> RunningRelay {
+        RunningRelay::start(self.relay_config())
+    }
+
+    /// The relay's program, as an operator runs it.
+    pub fn relay_process(&self) -> RelayProcess {
+        let child = Command::new(env!("CARGO_BIN_EXE_aftercommit-relay"))
+            .env("DATABASE_URL", &self.postgres.url)
+            .env("NATS_URL", &self.nats.url)
+            .env("AFTERCOMMIT_STREAM", &self.naming.stream)
+            .env("AFTERCOMMIT_SUBJECT_PREFIX", self.naming.prefix.to_string())
+            .env("AFTERCOMMIT_SOURCE", &self.naming.source)
+            .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "warn".into()))
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        RelayProcess(child)
+    }
+
+    /// Writes one event in its own transaction.
+    pub async fn publish(&self, event_type: &str, payload: &str, key: Option<&str>) {
+        sqlx::query("select aftercommit.publish($1, $2::text::jsonb, $3)")
+            .bind(event_type)
+            .bind(payload)
+            .bind(key)
+            .execute(&self.pool)
+            .await
+            .unwrap();
+    }
+
+    /// All events that are committed, by outbox id.
+    pub async fn committed(&self) -> Vec<String> {
+        sqlx::query_scalar("select event_id::text from aftercommit.outbox order by id")
+            .fetch_all(&self.pool)
+            .await
+            .unwrap()
+    }
+
+    pub async fn js(&self) -> jetstream::Context {
+        jetstream::new(async_nats::connect(&self.nats.url).await.unwrap())
+    }
+
+    /// Messages in the stream.
+    pub async fn stored(&self) -> u64 {
+        match self.js().await.get_stream(&self.naming.stream).await {
+            Ok(stream) => stream.cached_info().state.messages,
+            Err(_) => 0,
+        }
+    }
+
+    /// Everything in the stream, in order.
+    pub async fn messages(&self) -> Vec<Message> {
+        use async_nats::jetstream::consumer::{AckPolicy, pull};
+        let stream = self.js().await.get_stream(&self.naming.stream).await.unwrap();
+        let mut left = stream.cached_info().state.messages as usize;
+        let config = pull::Config { ack_policy: AckPolicy::None, ..Default::default() };
+        let consumer = stream.create_consumer(config).await.unwrap();
+        let mut found = Vec::with_capacity(left);
+        while left > 0 {
+            let mut batch = consumer.fetch().max_messages(left.min(500)).messages().await.unwrap();
+            while let Some(message) = batch.try_next().await.unwrap() {
+                left -= 1;
+                found.push(Message {
+                    subject: message.subject.to_string(),
+                    headers: message
+                        .headers
+                        .as_ref()
+                        .map(|headers| {
+                            headers.iter().map(|(n, v)| (n.to_string(), v[0].as_str().to_string())).collect()
+                        })
+                        .unwrap_or_default(),
+                    payload: message.payload.to_vec(),
+                    sequence: message.info().unwrap().stream_sequence,
+                });
+            }
+        }
+        found
+    }
+
+    /// Waits until as many messages as committed events are in the stream, then checks that it is them, each once, and
+    /// every key in the order of its versions.
+    pub async fn assert_complete(&self) -> Vec<Message> {
+        let committed = self.committed().await;
+        eventually(SOON, "every committed event is in the stream", async || {
+            self.stored().await >= committed.len() as u64
+        })
+        .await
+        .unwrap_or_else(|error| panic!("{error}"));
+        let messages = self.messages().await;
+        let mut times = HashMap::new();
+        for message in messages.iter().filter(|message| message.headers.contains_key("ce-id")) {
+            *times.entry(message.headers["ce-id"].clone()).or_insert(0) += 1;
+        }
+        let lost: Vec<_> = committed.iter().filter(|id| !times.contains_key(*id)).collect();
+        let doubled: Vec<_> = times.iter().filter(|(_, times)| **times > 1).collect();
+        let committed: std::collections::HashSet<_> = committed.iter().collect();
+        let ghosts: Vec<_> = times.keys().filter(|id| !committed.contains(id)).collect();
+        assert!(
+            lost.is_empty() && doubled.is_empty() && ghosts.is_empty(),
+            "lost {}, doubled {}, ghosts {} of {}: {lost:?} {doubled:?} {ghosts:?}",
+            lost.len(),
+            doubled.len(),
+            ghosts.len(),
+            committed.len()
+        );
+        let mut versions: BTreeMap<String, i64> = BTreeMap::new();
+        for message in &messages {
+            let Some(key) = message.headers.get("ce-partitionkey") else { continue };
+            let payload: serde_json::Value = serde_json::from_slice(&message.payload).unwrap();
+            let Some(version) = payload["version"].as_i64() else { continue };
+            let last = versions.entry(key.clone()).or_insert(0);
+            assert_eq!(version, *last + 1, "key {key} out of order at sequence {}", message.sequence);
+            *last = version;
+        }
+        messages
+    }
+}
+
+/// A message as it is in the stream.
+#[derive(Debug, Clone)]
+pub struct Message {
+    pub subject: String,
+    pub headers: BTreeMap<String, String>,
+    pub payload: Vec<u8>,
+    pub sequence: u64,
+}
+
+/// A relay in this process, stopped softly when asked, aborted when dropped.
+pub struct RunningRelay {
+    shutdown: CancellationToken,
+    task: JoinHandle<Result<(), aftercommit::Error>>,
+}
+
+impl RunningRelay {
+    pub fn start(config: RelayConfig) -> Self {
+        let shutdown = CancellationToken::new();
+        let task = tokio::spawn(Relay::new(config).run(shutdown.clone()));
+        Self { shutdown, task }
+    }
+
+    pub async fn stop(mut self) -> Result<(), aftercommit::Error> {
+        self.shutdown.cancel();
+        (&mut self.task).await.unwrap()
+    }
+
+    /// Waits for a relay that ends by itself.
+    pub async fn ended(mut self) -> Result<(), aftercommit::Error> {
+        (&mut self.task).await.unwrap()
+    }
+}
+
+impl Drop for RunningRelay {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// The relay's program, killed when dropped.
+pub struct RelayProcess(Child);
+
+impl RelayProcess {
+    pub fn kill(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+
+    pub fn signal(&self, signal: &str) {
+        let sent = Command::new("kill").args([signal, &self.0.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+    }
+
+    pub fn wait(&mut self) -> std::process::ExitStatus {
+        self.0.wait().unwrap()
+    }
+}
+
+impl Drop for RelayProcess {
+    fn drop(&mut self) {
+        _ = self.0.kill();
+        _ = self.0.wait();
+    }
+}
