@@ -85,6 +85,11 @@ impl Nats {
         &self.version
     }
 
+    /// The file with the server's output. It disappears with the server.
+    pub fn log(&self) -> PathBuf {
+        self.instance.log()
+    }
+
     /// Kills the server with SIGKILL.
     ///
     /// # Errors

@@ -93,6 +93,11 @@ impl Postgres {
         format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
     }
 
+    /// The file with the server's output. It disappears with the server.
+    pub fn log(&self) -> PathBuf {
+        self.instance.log()
+    }
+
     /// Makes an empty database under a name of its own and returns its URL.
     ///
     /// # Errors
