@@ -85,7 +85,9 @@ impl Postgres {
     /// # Errors
     /// When no server is installed.
     pub fn program(name: &str) -> Result<PathBuf, Error> {
-        Ok(binaries::postgres()?.join(name))
+        // Some installations put a link to the server alone into the PATH, and clients elsewhere.
+        let beside = binaries::postgres()?.join(name);
+        Ok(if beside.is_file() { beside } else { name.into() })
     }
 
     /// The URL of a database on this server. `postgres` is there from the start.
