@@ -12,10 +12,15 @@ pub mod relay;
 pub mod subject;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod worker;
 
 mod error;
+mod fault;
 mod jetstream;
 mod postgres;
 
 pub use error::{Error, ErrorKind};
 pub use event::{Event, EventId};
+
+/// The version of sqlx whose transactions handlers get.
+pub use sqlx;

@@ -1,2 +1,5 @@
-//! Placeholder until the command line exists.
-fn main() {}
+//! Runs the subscribers of a `worker.toml`.
+
+fn main() -> std::process::ExitCode {
+    aftercommit::cli::worker::main()
+}

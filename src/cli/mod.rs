@@ -2,6 +2,7 @@
 
 pub mod operator;
 pub mod relay;
+pub mod worker;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;

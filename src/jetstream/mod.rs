@@ -1,18 +1,26 @@
 //! Everything that speaks NATS. One module per concern.
 
+pub(crate) mod ack;
+pub(crate) mod consumer;
+pub(crate) mod feed;
 pub(crate) mod publisher;
+pub(crate) mod stored;
 pub(crate) mod stream;
 pub(crate) mod topology;
 
 use std::time::Duration;
 
 use async_nats::connection::State;
-use async_nats::{Client, ConnectOptions, Event as ClientEvent};
+use async_nats::jetstream::Context;
+use async_nats::{ConnectOptions, Event as ClientEvent, HeaderMap};
+use bytes::Bytes;
 use tokio::sync::watch;
 
 use crate::config::NatsConfig;
+use crate::envelope::{Envelope, EnvelopeError};
 use crate::error::{Error, ErrorKind};
 
+pub(crate) use async_nats::Client;
 /// A connection that heals itself, and the count of times that it broke.
 #[derive(Clone)]
 pub(crate) struct Connection {
@@ -68,4 +76,16 @@ pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str)
         Error::with_source(ErrorKind::Broker, "cannot connect to NATS (NATS_URL or --nats-url)", error)
     })?;
     Ok(Connection { client, losses })
+}
+
+/// JetStream on a connection.
+pub(crate) fn context(client: &Client) -> Context {
+    async_nats::jetstream::new(client.clone())
+}
+
+/// The event in a message.
+fn envelope(headers: Option<&HeaderMap>, payload: Bytes) -> Result<Envelope, EnvelopeError> {
+    let all = headers.into_iter().flat_map(HeaderMap::iter);
+    let pairs = all.flat_map(|(name, values)| values.iter().map(|value| (name.as_ref(), value.as_str())));
+    Envelope::from_headers(pairs, payload)
 }

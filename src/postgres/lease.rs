@@ -65,3 +65,11 @@ pub(crate) async fn release(
     .await
     .map(drop)
 }
+
+/// A lease that somebody holds, or held: other writes can be made conditional on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Tenure {
+    pub(crate) name: String,
+    pub(crate) holder: String,
+    pub(crate) epoch: i64,
+}

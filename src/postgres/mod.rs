@@ -2,9 +2,15 @@
 
 #[cfg(all(unix, feature = "testing"))]
 pub(crate) mod database;
+pub(crate) mod dead_letter;
+pub(crate) mod function;
+pub(crate) mod inbox;
 pub(crate) mod lease;
 pub(crate) mod migrate;
 pub(crate) mod outbox;
+pub(crate) mod parked;
+pub(crate) mod pause;
+pub(crate) mod prune;
 pub(crate) mod relay_log;
 pub(crate) mod relay_status;
 pub(crate) mod snapshot;

@@ -4,6 +4,7 @@
 //! `leader` opens a window in the relay's log, `reader` reads its rows, `pump` publishes them, `chain` keeps their order.
 
 mod chain;
+mod classify;
 mod leader;
 mod progress;
 mod pump;
@@ -20,18 +21,24 @@ use uuid::Uuid;
 use crate::backoff::Backoff;
 use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::{Error, ErrorKind};
+use crate::fault;
 use crate::jetstream::publisher::Publisher;
 use crate::jetstream::stream::StreamReader;
-use crate::jetstream::{self, Connection};
+use crate::jetstream::{self, Connection, topology};
 use crate::postgres::relay_log::{self, Appended};
 use crate::postgres::relay_status::{self, Report};
-use crate::postgres::{self, database_error, lease};
+use crate::postgres::{self, database_error, lease, pause, prune};
 use leader::Leader;
 use progress::{Position, Progress};
-use pump::Limits;
+use reader::Exceptions;
 
 /// The lease of the leading relay.
 pub(crate) const LEASE: &str = "relay";
+
+/// Events that one statement removes at most.
+const PRUNE_BATCH: i64 = 5000;
+/// States of the relay's log that are kept in any case.
+const LOG_STATES: i64 = 10_000;
 
 /// What a relay needs to know.
 #[derive(Debug, Clone)]
@@ -49,8 +56,26 @@ pub struct RelayConfig {
     pub naming: Naming,
     /// The NATS servers.
     pub nats: NatsConfig,
+    /// Publish what is there, then stop, instead of going on for ever. Defaults to false.
+    pub once: bool,
+    /// What becomes of later events of a key when one of it can never be stored. Defaults to [`ParkPolicy::Block`].
+    pub park_policy: ParkPolicy,
     /// The outbox's database.
     pub postgres: PostgresConfig,
+    /// How often old events are removed. Defaults to one minute.
+    pub prune_interval: Duration,
+    /// How long events stay in the outbox after they were written, for replay and proof; what is not in the stream yet
+    /// stays longer. Defaults to 7 days.
+    pub retention: Duration,
+}
+
+/// What becomes of later events of a key when one of it can never be stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ParkPolicy {
+    /// They wait behind it, so that no subscriber sees the key with a gap, until an operator releases or discards it.
+    Block,
+    /// They go on without it.
+    Skip,
 }
 
 impl RelayConfig {
@@ -63,7 +88,11 @@ impl RelayConfig {
             max_under_way: 2048,
             naming,
             nats,
+            once: false,
+            park_policy: ParkPolicy::Block,
             postgres,
+            prune_interval: Duration::from_mins(1),
+            retention: Duration::from_hours(7 * 24),
         }
     }
 }
@@ -129,7 +158,7 @@ impl Relay {
         let stream = StreamReader::new(&nats, &self.naming.stream);
         let mut log = self.connect().await?;
         relay_log::newest(&mut log).await.map_err(|error| database_error("reading the relay's log failed", error))?;
-        stream.info().await?;
+        self.check(&nats, &stream).await?;
         *started = true;
         tracing::info!(stream = %self.naming.stream, holder = %self.holder, "relay started");
         while !shutdown.is_cancelled() {
@@ -148,6 +177,25 @@ impl Relay {
         Ok(())
     }
 
+    /// Refuses servers and settings with which events would be lost.
+    async fn check(&self, nats: &Connection, stream: &StreamReader) -> Result<(), Error> {
+        let config = stream.info().await?.config;
+        if !nats.client.is_server_compatible(2, 11, 0) {
+            let version = nats.client.server_info().version;
+            return Err(Error::new(
+                ErrorKind::NotReady,
+                format!("nats-server {version} is too old: 2.11 or newer is needed"),
+            ));
+        }
+        let problems = topology::problems(&config, &self.naming);
+        if problems.is_empty() {
+            return Ok(());
+        }
+        let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        let stream = &self.naming.stream;
+        Err(Error::new(ErrorKind::NotReady, format!("stream {stream} would lose events: {}", problems.join("; "))))
+    }
+
     async fn lead(
         &self,
         epoch: i64,
@@ -158,7 +206,11 @@ impl Relay {
     ) -> Result<(), Error> {
         tracing::info!(epoch, stream = %self.naming.stream, "leading");
         let progress = Progress::new();
-        let heartbeat = self.heartbeat(epoch, progress.subscribe());
+        let was_paused = pause::is_paused(&mut log, &[LEASE]).await;
+        let was_paused =
+            was_paused.map_err(|error| database_error("reading whether the relay is paused failed", error))?;
+        let (paused, told_paused) = watch::channel(was_paused);
+        let heartbeat = self.heartbeat(epoch, progress.subscribe(), paused);
         let leading = async {
             let newest = relay_log::newest(&mut log).await;
             let newest = newest.map_err(|error| database_error("reading the relay's log failed", error))?;
@@ -167,17 +219,19 @@ impl Relay {
                 return Err(Error::new(ErrorKind::Fenced, "another relay was faster at taking the lead"));
             };
             let leader = Leader {
+                config: &self.config,
                 naming: self.naming.clone(),
-                limits: Limits { messages: self.config.max_under_way, ack_timeout: self.config.ack_timeout },
-                idle_poll: self.config.idle_poll,
                 connection: nats,
                 log,
                 reader: Arc::new(Mutex::new(self.connect().await?)),
                 publisher: Publisher::new(nats.clone()).await?,
                 stream,
+                unfinished: state.window.is_some(),
                 state,
                 chain: None,
+                exceptions: Exceptions::default(),
                 progress: &progress,
+                paused: told_paused,
                 shutdown,
             };
             leader.run().await
@@ -185,6 +239,7 @@ impl Relay {
         let result = tokio::select! {
             result = leading => result,
             error = heartbeat => Err(error),
+            error = self.prune() => Err(error),
         };
         if !matches!(&result, Err(error) if error.kind() == ErrorKind::Fenced) {
             self.release(epoch).await;
@@ -193,7 +248,7 @@ impl Relay {
     }
 
     /// Renews the lease and tells how far the leader is. Ends with the reason when the lease cannot be kept.
-    async fn heartbeat(&self, epoch: i64, position: watch::Receiver<Position>) -> Error {
+    async fn heartbeat(&self, epoch: i64, position: watch::Receiver<Position>, paused: watch::Sender<bool>) -> Error {
         let mut connection = None;
         let mut renewed = tokio::time::Instant::now();
         let mut ticks = tokio::time::interval(self.config.lease / 3);
@@ -203,8 +258,13 @@ impl Relay {
             let attempt =
                 tokio::time::timeout_at(renewed + self.config.lease, self.beat(&mut connection, epoch, report));
             match attempt.await {
-                Ok(Ok(true)) => renewed = tokio::time::Instant::now(),
-                Ok(Ok(false)) => return Error::new(ErrorKind::Fenced, "the lease has passed to another relay"),
+                Ok(Ok(Some(pause))) => {
+                    renewed = tokio::time::Instant::now();
+                    if paused.send_if_modified(|paused| std::mem::replace(paused, pause) != pause) {
+                        tracing::info!(paused = pause, "told by the operator");
+                    }
+                }
+                Ok(Ok(None)) => return Error::new(ErrorKind::Fenced, "the lease has passed to another relay"),
                 Ok(Err(error)) => {
                     connection = None;
                     tracing::warn!(error = error.report(), "renewing the lease failed");
@@ -220,27 +280,69 @@ impl Relay {
         }
     }
 
-    async fn beat(&self, connection: &mut Option<PgConnection>, epoch: i64, position: Position) -> Result<bool, Error> {
+    async fn beat(
+        &self,
+        connection: &mut Option<PgConnection>,
+        epoch: i64,
+        position: Position,
+    ) -> Result<Option<bool>, Error> {
         let mut open = match connection.take() {
             Some(open) => open,
             None => self.connect().await?,
         };
         let failed = |error| database_error("renewing the relay's lease failed", error);
-        let ours = lease::renew(&mut open, LEASE, &self.holder, epoch, self.config.lease).await.map_err(failed)?;
-        if ours {
-            let report = Report {
-                holder: self.holder.clone(),
-                epoch,
-                stream: self.naming.stream.clone(),
-                last_id: position.last_id,
-                last_sequence: position.last_sequence,
-                published: position.published,
-                state: position.state,
-            };
-            relay_status::write(&mut open, &report).await.map_err(failed)?;
+        fault::point("relay-renew");
+        if !lease::renew(&mut open, LEASE, &self.holder, epoch, self.config.lease).await.map_err(failed)? {
+            return Ok(None);
         }
+        let report = Report {
+            holder: self.holder.clone(),
+            epoch,
+            stream: self.naming.stream.clone(),
+            last_id: position.last_id,
+            last_sequence: position.last_sequence,
+            published: position.published,
+            state: position.state,
+        };
+        relay_status::write(&mut open, &report).await.map_err(failed)?;
+        let paused = pause::is_paused(&mut open, &[LEASE]).await.map_err(failed)?;
         *connection = Some(open);
-        Ok(ours)
+        Ok(Some(paused))
+    }
+
+    /// Removes what is old, for as long as this relay leads. It ends only with the leadership: what could not be removed
+    /// now is removed later.
+    async fn prune(&self) -> Error {
+        let mut ticks = tokio::time::interval(self.config.prune_interval);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            match self.prune_once().await {
+                Ok((0, 0)) => {}
+                Ok((events, states)) => tracing::info!(events, states, "pruned the outbox and the relay's log"),
+                Err(error) => tracing::warn!(error = error.report(), "pruning failed, it is tried again later"),
+            }
+        }
+    }
+
+    async fn prune_once(&self) -> Result<(u64, u64), Error> {
+        let failed = |error| database_error("pruning the outbox failed", error);
+        let mut connection = self.connect().await?;
+        let state = relay_log::newest(&mut connection).await.map_err(failed)?;
+        let mut events = 0;
+        loop {
+            let batch = prune::outbox(&mut connection, &state.settled, self.config.retention, PRUNE_BATCH)
+                .await
+                .map_err(failed)?;
+            fault::point("relay-pruned");
+            events += batch;
+            if batch < PRUNE_BATCH.unsigned_abs() {
+                break;
+            }
+        }
+        let states =
+            prune::relay_log(&mut connection, state.seq, LOG_STATES, self.config.retention).await.map_err(failed)?;
+        Ok((events, states))
     }
 
     /// Lets a standby lead at once. If it cannot be told, the lease runs out by itself.

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -11,6 +11,7 @@ use super::chain::{Chain, Doubt};
 use super::progress::Progress;
 use super::reader::Prepared;
 use crate::error::{Error, ErrorKind};
+use crate::fault;
 use crate::jetstream::Connection;
 use crate::jetstream::publisher::{Publisher, SendError};
 
@@ -42,6 +43,7 @@ pub(super) struct Pump<'a> {
     pub(super) chain: &'a mut Chain,
     pub(super) progress: &'a Progress,
     pub(super) limits: Limits,
+    pub(super) paused: watch::Receiver<bool>,
     pub(super) shutdown: &'a CancellationToken,
 }
 
@@ -52,6 +54,7 @@ impl Pump<'_> {
     ) -> Result<Pumped, Error> {
         let connection = self.connection.clone();
         let mut lost = std::pin::pin!(connection.lost());
+        let mut told_to_stop = std::pin::pin!(stop(self.shutdown.clone(), self.paused.clone()));
         let mut waiting: VecDeque<Prepared> = VecDeque::new();
         let (mut more, mut stopping) = (true, false);
         let mut heard = Instant::now();
@@ -87,7 +90,7 @@ impl Pump<'_> {
                 () = tokio::time::sleep_until(heard + self.limits.ack_timeout), if !idle => {
                     return Ok(Pumped::Doubt(Doubt::Timeout));
                 }
-                () = self.shutdown.cancelled(), if !stopping => {
+                () = &mut told_to_stop, if !stopping => {
                     // What is under way is still heard out, so that the next leader finds a quiet stream.
                     (stopping, more) = (true, false);
                     waiting.clear();
@@ -107,6 +110,7 @@ impl Pump<'_> {
         match self.publisher.send(self.chain.next_number(), message, self.chain.predecessor()).await {
             Ok(()) => {
                 self.chain.sent(event);
+                fault::point("relay-sent");
                 Ok(None)
             }
             Err(SendError::TooLarge { limit }) => Ok(Some(Doubt::TooLarge { event, limit })),
@@ -122,7 +126,10 @@ impl Pump<'_> {
         let Some(mut answer) = first else { return Err(closed()) };
         loop {
             match self.chain.answered(answer.0, answer.1) {
-                Ok(stored) => self.progress.stored(&stored, self.chain.sequence()),
+                Ok(stored) => {
+                    self.progress.stored(&stored, self.chain.sequence());
+                    fault::point("relay-acknowledged");
+                }
                 Err(doubt) => return Ok(Some(doubt)),
             }
             match self.publisher.ready_answer() {
@@ -130,6 +137,14 @@ impl Pump<'_> {
                 None => return Ok(None),
             }
         }
+    }
+}
+
+/// Returns when the relay is to publish no more, for now or for good.
+async fn stop(shutdown: CancellationToken, mut paused: watch::Receiver<bool>) {
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        Ok(_) = paused.wait_for(|paused| *paused) => {}
     }
 }
 

@@ -1,14 +1,17 @@
 //! What the integration tests share.
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
+#![allow(clippy::unwrap_used, reason = "these are tests")]
 
 mod database;
 mod outbox;
+mod work;
 mod writers;
 
 use std::time::Duration;
 
 pub use database::{Database, succeeded};
 pub use outbox::{Message, Outbox, RelayProcess, RunningRelay};
+pub use work::{Act, Number, Record, RunningWorker, Work, WorkerProcess};
 pub use writers::{Random, Writers};
 
 /// Long enough for a slow machine, short enough to tell that something hangs.

@@ -1,0 +1,56 @@
+//! `aftercommit-worker`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use super::{NamingArgs, NatsArgs, PostgresArgs, fail, run_role};
+use crate::error::Error;
+use crate::worker::{Worker, read_file};
+
+const NAME: &str = "aftercommit-worker";
+
+/// Runs the subscribers of a worker.toml: calls an SQL function for each event, in order per key
+#[derive(Debug, Parser)]
+#[command(name = NAME, version)]
+struct Cli {
+    /// The file that names the subscribers
+    #[arg(long, value_name = "FILE", default_value = "worker.toml")]
+    config: PathBuf,
+    #[command(flatten)]
+    postgres: PostgresArgs,
+    #[command(flatten)]
+    nats: NatsArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
+}
+
+impl Cli {
+    fn worker(&self) -> Result<Worker, Error> {
+        let remedy = format!("run `aftercommit provision --config {}`", self.config.display());
+        let worker = Worker::new(self.postgres.config(), self.nats.config(), self.naming.config()?).remedy(remedy);
+        Ok(read_file(&self.config)?.into_iter().fold(worker, Worker::subscriber))
+    }
+}
+
+/// Runs the worker of this process until a signal ends it. The exit status is 0 after an orderly stop, 2 when the
+/// command line, the file or a setting is at fault, 1 when the stop was a hard one.
+pub fn main() -> ExitCode {
+    match Cli::parse().worker() {
+        Ok(worker) => run_role(NAME, |shutdown| worker.run(shutdown)),
+        Err(error) => fail(NAME, &error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn verify_cli() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,401 @@
+//! The messages of a consumer, in an order that can be relied on.
+//!
+//! JetStream delivers a message again only when its ack wait has run out, while newer ones come at once. So what a
+//! predecessor left unacked, and what got lost on the way, would come behind newer messages of the same key. The feed
+//! closes such holes: whenever messages were delivered that it has not seen, it reads them from the stream before it
+//! hands on anything newer. Every message that the feed hands on for the first time is newer than all before it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use async_nats::jetstream::Context;
+use async_nats::jetstream::message::StreamMessage;
+use async_nats::{Client, StatusCode};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use tokio::sync::{Notify, mpsc};
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::backoff::Backoff;
+use crate::envelope::{Envelope, EnvelopeError};
+use crate::error::Error;
+
+use super::ack::Reply;
+use super::consumer::{self, ConsumerSpec, Position};
+use super::stored;
+
+/// The most messages in one pull request.
+const MAX_PULL: usize = 500;
+/// How long the server keeps a pull request.
+const EXPIRES: Duration = Duration::from_secs(30);
+/// How often the server says that it still knows of a pull request.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// A message for the subscriber.
+#[derive(Debug)]
+pub(crate) struct Incoming {
+    /// Its place in the stream.
+    pub(crate) sequence: u64,
+    /// How often it was delivered; 0 when it was read from the stream.
+    pub(crate) deliveries: u64,
+    /// Where the answer goes; none when it was read from the stream.
+    pub(crate) reply: Option<Reply>,
+    /// The event in it.
+    pub(crate) event: Result<Envelope, EnvelopeError>,
+    /// Its share of the memory.
+    pub(crate) permit: Permit,
+}
+
+/// What a feed hands on.
+#[derive(Debug)]
+pub(crate) enum Fed {
+    /// The next message.
+    Message(Box<Incoming>),
+    /// The consumer is gone or no longer the same: sequences and replies known so far mean nothing any more.
+    Ended(String),
+}
+
+/// How many messages, and of what size, may be in memory.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    max_messages: usize,
+    max_bytes: usize,
+    messages: AtomicUsize,
+    bytes: AtomicUsize,
+    freed: Notify,
+}
+
+/// The share of one message in a [`Budget`], given back when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Permit {
+    budget: Arc<Budget>,
+    bytes: usize,
+}
+
+impl Budget {
+    pub(crate) fn new(max_messages: usize, max_bytes: usize) -> Arc<Self> {
+        Arc::new(Self {
+            max_messages,
+            max_bytes,
+            messages: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
+            freed: Notify::new(),
+        })
+    }
+
+    /// Room for messages of `typical` bytes.
+    fn room(&self, typical: usize) -> usize {
+        let messages = self.max_messages.saturating_sub(self.messages.load(Ordering::Relaxed));
+        let bytes = self.max_bytes.saturating_sub(self.bytes.load(Ordering::Relaxed));
+        messages.min(bytes.div_ceil(typical.max(1)))
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.room(1) == 0
+    }
+
+    fn take(self: &Arc<Self>, bytes: usize) -> Permit {
+        self.messages.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        Permit { budget: Arc::clone(self), bytes }
+    }
+
+    async fn wait_for_room(&self) {
+        loop {
+            let freed = self.freed.notified();
+            if !self.is_full() {
+                return;
+            }
+            freed.await;
+        }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.budget.messages.fetch_sub(1, Ordering::Relaxed);
+        self.budget.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.budget.freed.notify_waiters();
+    }
+}
+
+/// Reads a consumer from `position` on until it is dropped.
+pub(crate) fn start(
+    client: &Client,
+    context: &Context,
+    spec: &ConsumerSpec,
+    position: Position,
+    budget: &Arc<Budget>,
+) -> (mpsc::UnboundedReceiver<Fed>, AbortOnDropHandle<()>) {
+    // The budget bounds what is in it.
+    let (output, messages) = mpsc::unbounded_channel();
+    let feed = Feed {
+        client: client.clone(),
+        context: context.clone(),
+        spec: spec.clone(),
+        budget: Arc::clone(budget),
+        output,
+        created: position.created,
+        seen: position.delivered,
+        deliveries: position.deliveries,
+        failures: 0,
+        // Nothing is known of the messages: be careful at first.
+        typical: 1_000_000,
+    };
+    let unacked = position.outstanding.then_some((position.ack_floor + 1, position.delivered));
+    (messages, AbortOnDropHandle::new(tokio::spawn(feed.run(unacked))))
+}
+
+struct Feed {
+    client: Client,
+    context: Context,
+    spec: ConsumerSpec,
+    budget: Arc<Budget>,
+    output: mpsc::UnboundedSender<Fed>,
+    created: String,
+    /// All messages up to this stream sequence were handed on, or were acked before this feed began.
+    seen: u64,
+    /// The consumer sequence of the last delivery.
+    deliveries: u64,
+    /// Interruptions since the last sign of life of the consumer.
+    failures: u32,
+    /// The size of messages, a moving average.
+    typical: usize,
+}
+
+/// The session's side of the feed is gone.
+struct Unwanted;
+
+impl Feed {
+    async fn run(mut self, unacked: Option<(u64, u64)>) {
+        if let Some((first, last)) = unacked {
+            tracing::info!(
+                subscriber = self.spec.name,
+                first,
+                last,
+                "reading messages that were delivered before and not acked"
+            );
+            if self.read_stream(first, last).await.is_err() {
+                return;
+            }
+        }
+        loop {
+            let connects = self.connects();
+            if let Err(reason) = self.confirm().await {
+                let _ = self.output.send(Fed::Ended(reason));
+                return;
+            }
+            match self.pull(connects).await {
+                Ok(why) => {
+                    tracing::debug!(subscriber = self.spec.name, why, "pulling is interrupted");
+                    if self.failures > 0 {
+                        tokio::time::sleep(Backoff::RECONNECT.after(self.failures)).await;
+                    }
+                    self.failures += 1;
+                }
+                Err(Unwanted) => return,
+            }
+        }
+    }
+
+    fn connects(&self) -> u64 {
+        self.client.statistics().connects.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the server can be asked, and makes sure that the consumer is still the same.
+    async fn confirm(&mut self) -> Result<(), String> {
+        let mut failures = 0;
+        loop {
+            match consumer::locate(&self.context, &self.spec).await {
+                Ok(Some(now)) if now.created != self.created => return Err("the consumer was made anew".into()),
+                Ok(Some(now)) if now.deliveries < self.deliveries => return Err("the consumer was set back".into()),
+                Ok(None) => return Err("the consumer was deleted".into()),
+                Ok(Some(_)) => {
+                    if failures > 0 {
+                        tracing::info!(subscriber = self.spec.name, "nats answers again");
+                    }
+                    return Ok(());
+                }
+                Err(error) => {
+                    if failures == 0 {
+                        tracing::warn!(subscriber = self.spec.name, error = %error.report(), "waiting for nats");
+                    }
+                    failures += 1;
+                    tokio::time::sleep(Backoff::RECONNECT.after(failures)).await;
+                }
+            }
+        }
+    }
+
+    /// Pulls until something is odd, and says what.
+    async fn pull(&mut self, connects: u64) -> Result<String, Unwanted> {
+        let inbox = self.client.new_inbox();
+        let mut messages = match self.client.subscribe(inbox.clone()).await {
+            Ok(messages) => messages,
+            Err(error) => return Ok(error.to_string()),
+        };
+        let mut owed = 0;
+        let mut heard = Instant::now();
+        let mut watch = tokio::time::interval(Duration::from_millis(250));
+        loop {
+            let room = self.budget.room(self.typical);
+            if owed <= MAX_PULL / 2 && owed < room {
+                let more = (room - owed).min(MAX_PULL);
+                if let Err(error) = self.request(&inbox, more).await {
+                    return Ok(error);
+                }
+                if owed == 0 {
+                    heard = Instant::now();
+                }
+                owed += more;
+            }
+            let budget = Arc::clone(&self.budget);
+            tokio::select! {
+                message = messages.next() => {
+                    let Some(message) = message else { return Ok("the subscription ended".into()) };
+                    match self.receive(message, &mut owed).await? {
+                        Some(odd) => return Ok(odd),
+                        None => heard = Instant::now(),
+                    }
+                }
+                () = budget.freed.notified(), if owed <= MAX_PULL / 2 && owed >= room => {}
+                _ = watch.tick() => {
+                    if self.output.is_closed() {
+                        return Err(Unwanted);
+                    }
+                    if self.connects() != connects {
+                        return Ok("the connection was made anew".into());
+                    }
+                    if owed > 0 && heard.elapsed() > 3 * HEARTBEAT {
+                        return Ok("the server is silent".into());
+                    }
+                }
+            }
+        }
+    }
+
+    async fn request(&self, inbox: &str, messages: usize) -> Result<(), String> {
+        let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{}", self.spec.stream, self.spec.name);
+        let body = format!(
+            r#"{{"batch":{messages},"expires":{},"idle_heartbeat":{}}}"#,
+            EXPIRES.as_nanos(),
+            HEARTBEAT.as_nanos()
+        );
+        self.client.publish_with_reply(subject, inbox.to_string(), body.into()).await.map_err(|error| error.to_string())
+    }
+
+    /// Takes one message or status, and says when it is odd.
+    async fn receive(&mut self, message: async_nats::Message, owed: &mut usize) -> Result<Option<String>, Unwanted> {
+        match message.status {
+            None | Some(StatusCode::OK) => {
+                *owed = owed.saturating_sub(1);
+                self.failures = 0;
+                self.accept(message).await?;
+                Ok(None)
+            }
+            Some(StatusCode::IDLE_HEARTBEAT) => {
+                self.failures = 0;
+                Ok(None)
+            }
+            Some(status) => {
+                let description = message.description.as_deref().unwrap_or_default();
+                let rest = message.headers.as_ref().and_then(|headers| headers.get("Nats-Pending-Messages"));
+                let rest = rest.and_then(|rest| rest.as_str().parse::<usize>().ok());
+                match rest {
+                    // A pull request has run out, with so many messages not delivered.
+                    Some(rest) if description != "Consumer Deleted" => {
+                        *owed = owed.saturating_sub(rest);
+                        Ok(None)
+                    }
+                    _ => Ok(Some(format!("{status} {description}"))),
+                }
+            }
+        }
+    }
+
+    /// Hands on a delivered message, behind all that come before it.
+    async fn accept(&mut self, message: async_nats::Message) -> Result<(), Unwanted> {
+        let message = async_nats::jetstream::Message { message, context: self.context.clone() };
+        let (sequence, delivery, count) = match message.info() {
+            Ok(info) => (info.stream_sequence, info.consumer_sequence, info.delivered),
+            Err(error) => {
+                tracing::warn!(subscriber = self.spec.name, error, "a message did not come from the consumer");
+                return Ok(());
+            }
+        };
+        let message = message.message;
+        if sequence > self.seen {
+            if delivery != self.deliveries + 1 {
+                tracing::info!(
+                    subscriber = self.spec.name,
+                    first = self.seen + 1,
+                    last = sequence - 1,
+                    "deliveries were missed, reading the stream for them"
+                );
+                self.read_stream(self.seen + 1, sequence - 1).await?;
+            }
+            self.seen = sequence;
+        }
+        self.deliveries = delivery;
+        let payload = message.payload.len();
+        self.typical = (self.typical * 7 + message.length) / 8;
+        self.hand_on(Incoming {
+            sequence,
+            deliveries: count.unsigned_abs(),
+            reply: message.reply.map(Reply),
+            event: super::envelope(message.headers.as_ref(), detached(&message.payload)),
+            permit: self.budget.take(payload),
+        })
+    }
+
+    /// Hands on the messages of the stream from `first` to `last`, as room for them becomes free.
+    async fn read_stream(&mut self, first: u64, last: u64) -> Result<(), Unwanted> {
+        let mut start = first;
+        while start <= last {
+            let end = last.min(start + stored::SPAN - 1);
+            for (sequence, message) in self.load(start, end).await? {
+                let StreamMessage { payload, .. } = &message;
+                while self.budget.is_full() {
+                    if self.output.is_closed() {
+                        return Err(Unwanted);
+                    }
+                    let _ = tokio::time::timeout(Duration::from_secs(1), self.budget.wait_for_room()).await;
+                }
+                let permit = self.budget.take(payload.len());
+                let event = stored::event(&message);
+                self.hand_on(Incoming { sequence, deliveries: 0, reply: None, event, permit })?;
+            }
+            start = end + 1;
+        }
+        Ok(())
+    }
+
+    async fn load(&self, start: u64, end: u64) -> Result<Vec<(u64, StreamMessage)>, Unwanted> {
+        let mut failures = 0;
+        loop {
+            let result: Result<_, Error> =
+                stored::load(&self.context, &self.spec.stream, &self.spec.subjects, start..=end).await;
+            match result {
+                Ok(messages) => return Ok(messages.into_iter().collect()),
+                Err(_) if self.output.is_closed() => return Err(Unwanted),
+                Err(error) => {
+                    if failures == 0 {
+                        tracing::warn!(subscriber = self.spec.name, error = %error.report(), "waiting for nats");
+                    }
+                    failures += 1;
+                    tokio::time::sleep(Backoff::RECONNECT.after(failures)).await;
+                }
+            }
+        }
+    }
+
+    fn hand_on(&self, incoming: Incoming) -> Result<(), Unwanted> {
+        self.output.send(Fed::Message(Box::new(incoming))).map_err(|_| Unwanted)
+    }
+}
+
+/// A copy, so that a small payload does not keep the connection's whole read buffer.
+fn detached(payload: &Bytes) -> Bytes {
+    Bytes::copy_from_slice(payload)
+}

@@ -1,0 +1,92 @@
+//! The subscriber's side: which events are done, and failed attempts of those that are not.
+
+use std::time::Duration;
+
+use sqlx::{AssertSqlSafe, PgConnection, PgPool, PgTransaction, Row};
+use uuid::Uuid;
+
+use super::lease::Tenure;
+
+/// Opens a transaction for a batch in which no statement may take longer than `limit`. When this process stops talking
+/// in the middle of it (frozen, or cut off), the server ends it, so that its locks do not keep a successor waiting for
+/// ever; that takes a little longer than `limit`, which a living process enforces itself.
+pub(crate) async fn begin(pool: &PgPool, limit: Duration) -> Result<PgTransaction<'static>, sqlx::Error> {
+    let limit = limit.as_millis().min(1_000_000_000);
+    let idle = limit + 5_000;
+    // One simple query, so one round trip. SET LOCAL ends with the transaction, as transaction pooling wants it.
+    pool.begin_with(AssertSqlSafe(format!(
+        "begin; set local statement_timeout = {limit}; set local idle_in_transaction_session_timeout = {idle}"
+    )))
+    .await
+}
+
+/// Writes the inbox rows of `events` (id, stream sequence) and returns those that were new, each with the number of
+/// its failed attempts so far. Waits for another transaction that is handling one of them right now.
+pub(crate) async fn insert(
+    connection: &mut PgConnection,
+    subscriber: &str,
+    events: &[(Uuid, i64)],
+) -> Result<Vec<(Uuid, i32)>, sqlx::Error> {
+    let rows = sqlx::query(
+        "with fresh as (
+            insert into aftercommit.inbox (subscriber, event_id, stream_seq)
+            select $1, event_id, stream_seq from unnest($2::uuid[], $3::bigint[]) as e(event_id, stream_seq)
+             order by stream_seq
+            on conflict do nothing
+            returning event_id)
+         select fresh.event_id, coalesce(attempt.attempts, 0)
+           from fresh left join aftercommit.attempt on attempt.subscriber = $1 and attempt.event_id = fresh.event_id",
+    )
+    .bind(subscriber)
+    .bind(events.iter().map(|(id, _)| *id).collect::<Vec<_>>())
+    .bind(events.iter().map(|(_, sequence)| *sequence).collect::<Vec<_>>())
+    .fetch_all(connection)
+    .await?;
+    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+}
+
+/// Forgets the failed attempts of events that are now handled.
+pub(crate) async fn clear_attempts(
+    connection: &mut PgConnection,
+    subscriber: &str,
+    events: &[Uuid],
+) -> Result<(), sqlx::Error> {
+    sqlx::query("delete from aftercommit.attempt where subscriber = $1 and event_id = any($2)")
+        .bind(subscriber)
+        .bind(events)
+        .execute(connection)
+        .await
+        .map(|_| ())
+}
+
+/// Fails when the transaction is aborted: a handler that drops the error of a statement would otherwise make COMMIT
+/// report success for a rollback.
+pub(crate) async fn check_alive(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query("select 1").execute(connection).await.map(|_| ())
+}
+
+/// Counts a failed attempt and returns how many there are now; none when the tenure is over, and nothing is counted.
+pub(crate) async fn count_failure(
+    connection: &mut PgConnection,
+    tenure: &Tenure,
+    subscriber: &str,
+    event: Uuid,
+    error: &str,
+) -> Result<Option<i32>, sqlx::Error> {
+    sqlx::query_scalar(
+        "insert into aftercommit.attempt as attempt (subscriber, event_id, attempts, last_error)
+         select $4, $5, 1, $6
+          where exists (select from aftercommit.lease where name = $1 and holder = $2 and epoch = $3)
+         on conflict (subscriber, event_id) do update
+            set attempts = attempt.attempts + 1, last_error = excluded.last_error, last_failed_at = clock_timestamp()
+         returning attempts",
+    )
+    .bind(&tenure.name)
+    .bind(&tenure.holder)
+    .bind(tenure.epoch)
+    .bind(subscriber)
+    .bind(event)
+    .bind(error)
+    .fetch_optional(connection)
+    .await
+}

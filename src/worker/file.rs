@@ -1,0 +1,189 @@
+//! `worker.toml`: subscribers whose handlers need no Rust code.
+//!
+//! ```toml
+//! [[subscriber]]
+//! name = "branch-balance"            # durable name: JetStream consumer and inbox key
+//! types = ["pgbench.history"]        # event types; "*" for all
+//! sql = { function = "demo.apply_history" }
+//! concurrency = 16                   # transactions at the same time
+//! max_attempts = 10                  # then the event becomes a dead letter
+//! max_batch = 100                    # events in one transaction
+//! ack_wait = "30s"                   # set on the consumer by `aftercommit provision`
+//! time_limit = "1m"                  # of one handler
+//! backoff = { first = "1s", max = "5m" }
+//! ```
+
+use std::ops::Range;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer};
+use toml::Spanned;
+
+use crate::backoff::Backoff;
+use crate::error::{Error, ErrorKind};
+use crate::postgres::function::FunctionName;
+
+use super::subscriber::{Subscriber, check_name, check_types};
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    subscriber: Vec<Spanned<Entry>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    name: Spanned<String>,
+    types: Spanned<Vec<String>>,
+    sql: Sql,
+    concurrency: Option<usize>,
+    max_attempts: Option<u32>,
+    max_batch: Option<usize>,
+    ack_wait: Option<Wait>,
+    time_limit: Option<Wait>,
+    backoff: Option<Waits>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Sql {
+    function: Spanned<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Waits {
+    first: Option<Wait>,
+    max: Option<Wait>,
+}
+
+/// A duration such as `30s`.
+struct Wait(Duration);
+
+impl<'de> Deserialize<'de> for Wait {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        humantime::parse_duration(&text).map(Self).map_err(|error| {
+            serde::de::Error::custom(format!("{text:?} is not a duration such as \"30s\" or \"5m\": {error}"))
+        })
+    }
+}
+
+/// Reads the subscribers from a `worker.toml`.
+///
+/// # Errors
+/// When the file cannot be read or is wrong; the message names the file, the line and the key.
+pub fn read_file(path: &Path) -> Result<Vec<Subscriber>, Error> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        Error::with_source(ErrorKind::Config, format!("the file {} cannot be read", path.display()), error)
+    })?;
+    parse(&text).map_err(|message| Error::new(ErrorKind::Config, format!("{}{message}", path.display())))
+}
+
+/// The error begins with `:line: `, for behind the file's name.
+fn parse(text: &str) -> Result<Vec<Subscriber>, String> {
+    let at = |span: Range<usize>, message: String| format!(":{}: {message}", line(text, span.start));
+    let file: File = toml::from_str(text).map_err(|error| match error.span() {
+        Some(span) => at(span, error.message().to_string()),
+        None => format!(": {}", error.message()),
+    })?;
+    if file.subscriber.is_empty() {
+        return Err(": it has no [[subscriber]]".into());
+    }
+    let mut subscribers: Vec<Subscriber> = Vec::new();
+    for entry in file.subscriber {
+        let span = entry.span();
+        let entry = entry.into_inner();
+        let name = entry.name.get_ref();
+        let wrong = |span: Range<usize>, key: &str, problem: String| Err(at(span, format!("{key}: {problem}")));
+        if let Err(problem) = check_name(name) {
+            return wrong(entry.name.span(), "name", problem);
+        }
+        if subscribers.iter().any(|other| other.name == *name) {
+            return wrong(entry.name.span(), "name", format!("there is another subscriber {name}"));
+        }
+        if let Err(problem) = check_types(entry.types.get_ref()) {
+            return wrong(entry.types.span(), "types", problem);
+        }
+        if let Err(problem) = FunctionName::parse(entry.sql.function.get_ref()) {
+            return wrong(entry.sql.function.span(), "function", problem);
+        }
+        let subscriber = entry.into_subscriber().map_err(|error| at(span.clone(), error.to_string()))?;
+        subscriber.validate().map_err(|error| at(span, error.to_string()))?;
+        subscribers.push(subscriber);
+    }
+    Ok(subscribers)
+}
+
+impl Entry {
+    fn into_subscriber(self) -> Result<Subscriber, Error> {
+        let types = self.types.into_inner();
+        let mut subscriber = Subscriber::sql(self.name.into_inner(), self.sql.function.get_ref(), types)?;
+        let settings = &mut subscriber.settings;
+        let backoff = self.backoff.unwrap_or(Waits { first: None, max: None });
+        settings.backoff = Backoff {
+            first: backoff.first.map_or(settings.backoff.first, |wait| wait.0),
+            max: backoff.max.map_or(settings.backoff.max, |wait| wait.0),
+        };
+        settings.concurrency = self.concurrency.unwrap_or(settings.concurrency);
+        settings.max_attempts = self.max_attempts.unwrap_or(settings.max_attempts);
+        settings.max_batch = self.max_batch.unwrap_or(settings.max_batch);
+        settings.ack_wait = self.ack_wait.map_or(settings.ack_wait, |wait| wait.0);
+        settings.time_limit = self.time_limit.map_or(settings.time_limit, |wait| wait.0);
+        Ok(subscriber)
+    }
+}
+
+fn line(text: &str, offset: usize) -> usize {
+    text.bytes().take(offset).filter(|b| *b == b'\n').count() + 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+[[subscriber]]
+name = "branch-balance"
+types = ["pgbench.history"]
+concurrency = 16
+sql = { function = "demo.apply_history" }
+ack_wait = "10s"
+backoff = { first = "250ms" }
+"#;
+
+    #[test]
+    fn a_file_becomes_subscribers() {
+        let subscribers = parse(GOOD).unwrap();
+        let settings = &subscribers[0].settings;
+        assert_eq!(subscribers[0].name, "branch-balance");
+        assert_eq!((settings.concurrency, settings.max_attempts), (16, 10));
+        assert_eq!(settings.ack_wait, Duration::from_secs(10));
+        assert_eq!(settings.backoff, Backoff { first: Duration::from_millis(250), ..Backoff::default() });
+    }
+
+    #[test]
+    fn mistakes_are_named_with_line_and_key() {
+        for (from, to, expected) in [
+            ("branch-balance", "branch balance", ":3: name:"),
+            ("[\"pgbench.history\"]", "[]", ":4: types:"),
+            ("pgbench.history", "pgbench.>", ":4: types:"),
+            ("[\"pgbench.history\"]", "[\"*\", \"a\"]", ":4: types:"),
+            ("concurrency = 16", "concurency = 16", ":5: unknown field `concurency`"),
+            ("concurrency = 16", "concurrency = -1", ":5: "),
+            ("demo.apply_history", "demo.apply history", ":6: function:"),
+            ("\"10s\"", "\"10 parsecs\"", ":7: \"10 parsecs\" is not a duration"),
+            ("concurrency = 16", "concurrency = 0", "concurrency must be at least 1"),
+            ("types = [\"pgbench.history\"]\n", "", "missing field `types`"),
+        ] {
+            let error = parse(&GOOD.replace(from, to)).unwrap_err();
+            assert!(error.contains(expected), "{expected}: {error}");
+        }
+        let twice = format!("{GOOD}{GOOD}");
+        assert!(parse(&twice).unwrap_err().contains("another subscriber branch-balance"));
+        assert!(parse("").unwrap_err().contains("no [[subscriber]]"));
+    }
+}

@@ -1,0 +1,183 @@
+//! Runs handlers for the events of a stream: each event once per subscriber, each key in order.
+//!
+//! A [`Subscriber`] has a durable name and handlers. A [`Worker`] runs subscribers against one database, one NATS
+//! server and one stream. Of several workers with the same subscriber one is active and the others stand by; they take
+//! over some seconds after it died, and at once when it stops.
+
+#[cfg(feature = "cli")]
+mod file;
+mod handler;
+mod lane;
+mod scheduler;
+mod serve;
+mod session;
+mod subscriber;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::backoff::Backoff;
+use crate::config::{Naming, NatsConfig, PostgresConfig};
+use crate::error::{Error, ErrorKind};
+use crate::jetstream::Client;
+use crate::jetstream::consumer::{self, ConsumerSpec};
+use crate::{jetstream, postgres};
+
+#[cfg(feature = "cli")]
+pub use file::read_file;
+pub use handler::{Delivery, Handler, HandlerError};
+pub use subscriber::Subscriber;
+
+/// Runs subscribers.
+#[derive(Debug)]
+pub struct Worker {
+    postgres: PostgresConfig,
+    nats: NatsConfig,
+    naming: Naming,
+    subscribers: Vec<Subscriber>,
+    remedy: String,
+}
+
+impl Worker {
+    /// A worker without subscribers. `postgres` is the database in which their handlers work.
+    pub fn new(postgres: PostgresConfig, nats: NatsConfig, naming: Naming) -> Self {
+        let remedy = "provision it, with `Worker::provision` or `aftercommit provision --config worker.toml`".into();
+        Self { postgres, nats, naming, subscribers: Vec::new(), remedy }
+    }
+
+    /// Adds a subscriber.
+    #[must_use]
+    pub fn subscriber(mut self, subscriber: Subscriber) -> Self {
+        self.subscribers.push(subscriber);
+        self
+    }
+
+    /// What the log tells to do when a consumer is missing.
+    #[cfg(feature = "cli")]
+    pub(crate) fn remedy(mut self, remedy: String) -> Self {
+        self.remedy = remedy;
+        self
+    }
+
+    /// Creates or corrects the JetStream consumers of the subscribers, and returns what was changed, in words; nothing
+    /// when all was right. The stream must exist.
+    ///
+    /// # Errors
+    /// When the subscribers contradict each other, NATS cannot be reached, or a consumer differs in a way that cannot
+    /// be changed.
+    pub async fn provision(&self) -> Result<Vec<String>, Error> {
+        provision(&self.nats, &self.naming, &self.subscribers).await
+    }
+
+    /// Runs the subscribers until `shutdown` is cancelled: then running handlers finish, unfinished events go back and
+    /// other instances take over at once. Dropping the future stops hard; what was running is rolled back.
+    ///
+    /// Servers that are away, and schemas, consumers or functions that are missing, are waited for, with an error in
+    /// the log.
+    ///
+    /// # Errors
+    /// When the definition of the subscribers or a setting is wrong.
+    pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
+        validate(&self.subscribers)?;
+        let lanes: usize = self.subscribers.iter().map(|subscriber| subscriber.settings.concurrency).sum();
+        // One for each lane, one for each lease.
+        let connections = u32::try_from(lanes + self.subscribers.len()).unwrap_or(u32::MAX);
+        let pool = postgres::pool(&self.postgres, "aftercommit-worker", connections)?;
+        let Some(client) = self.connect(&shutdown).await? else { return Ok(()) };
+        let holder = holder();
+        let mut services = JoinSet::new();
+        let specs: Vec<_> = self.subscribers.iter().map(|subscriber| spec(&self.naming, subscriber)).collect();
+        for (subscriber, spec) in self.subscribers.into_iter().zip(specs) {
+            let service = serve::Service {
+                subscriber: Arc::new(subscriber),
+                spec,
+                pool: pool.clone(),
+                client: client.clone(),
+                holder: holder.clone(),
+                remedy: self.remedy.clone(),
+            };
+            services.spawn(service.run(shutdown.clone()));
+        }
+        while let Some(ended) = services.join_next().await {
+            ended.map_err(|error| Error::with_source(ErrorKind::Integrity, "a subscriber broke down", error))?;
+        }
+        pool.close().await;
+        Ok(())
+    }
+
+    /// Connects to NATS, as long as that takes.
+    async fn connect(&self, shutdown: &CancellationToken) -> Result<Option<Client>, Error> {
+        let mut failures = 0;
+        loop {
+            let error = tokio::select! {
+                () = shutdown.cancelled() => return Ok(None),
+                connected = jetstream::connect(&self.nats, "aftercommit-worker", "_INBOX_worker") => match connected {
+                    Ok(connection) => return Ok(Some(connection.client)),
+                    Err(error) => error,
+                }
+            };
+            if error.kind() != ErrorKind::Broker {
+                return Err(error);
+            }
+            if failures == 0 {
+                tracing::error!(error = error.report(), "waiting for nats");
+            }
+            failures += 1;
+            tokio::time::sleep(Backoff::RECONNECT.after(failures)).await;
+        }
+    }
+}
+
+/// See [`Worker::provision`].
+pub(crate) async fn provision(
+    nats: &NatsConfig,
+    naming: &Naming,
+    subscribers: &[Subscriber],
+) -> Result<Vec<String>, Error> {
+    validate(subscribers)?;
+    let connection = jetstream::connect(nats, "aftercommit-provision", "_INBOX_prov").await?;
+    let context = jetstream::context(&connection.client);
+    let mut changes = Vec::new();
+    for subscriber in subscribers {
+        changes.extend(consumer::provision(&context, &spec(naming, subscriber)).await?);
+    }
+    Ok(changes)
+}
+
+fn spec(naming: &Naming, subscriber: &Subscriber) -> ConsumerSpec {
+    ConsumerSpec {
+        stream: naming.stream.clone(),
+        name: subscriber.name.clone(),
+        subjects: subscriber.subjects(&naming.prefix),
+        ack_wait: subscriber.settings.ack_wait,
+    }
+}
+
+fn validate(subscribers: &[Subscriber]) -> Result<(), Error> {
+    let config = |text| Err(Error::new(ErrorKind::Config, text));
+    if subscribers.is_empty() {
+        return config("the worker has no subscriber".to_string());
+    }
+    let mut names = BTreeMap::new();
+    for subscriber in subscribers {
+        subscriber.validate()?;
+        if let Some(other) = names.insert(&subscriber.name, &subscriber.work) {
+            return config(format!(
+                "two subscribers are called {}, one for {other:?} and one for {:?}: each needs a name of its own",
+                subscriber.name, subscriber.work
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Who holds a lease: host, process, and something random, because process numbers come again.
+fn holder() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = Some(host.trim()).filter(|host| !host.is_empty()).unwrap_or("host");
+    let id = uuid::Uuid::now_v7().simple().to_string();
+    format!("{host}:{}:{}", std::process::id(), &id[24..])
+}

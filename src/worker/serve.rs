@@ -1,0 +1,223 @@
+//! The life of one subscriber in one process: stand by, take over, work, hand over.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::backoff::Backoff;
+use crate::error::{Error, ErrorKind};
+use crate::jetstream::ack::Answers;
+use crate::jetstream::consumer::{self, ConsumerSpec, Position};
+use crate::jetstream::stored::Source;
+use crate::jetstream::{self, Client, feed};
+use crate::postgres::lease::{self, Tenure};
+use crate::postgres::{self, function};
+
+use super::lane::Lane;
+use super::session::{self, End, Session};
+use super::subscriber::{Subscriber, Work};
+
+/// How long a lease lasts without a sign of life, by the database's clock.
+const LEASE: Duration = Duration::from_secs(4);
+/// How often the holder prolongs it.
+const RENEW: Duration = Duration::from_secs(1);
+/// How often a standby looks whether it is free.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// One subscriber with its connections.
+pub(super) struct Service {
+    pub(super) subscriber: Arc<Subscriber>,
+    pub(super) spec: ConsumerSpec,
+    pub(super) pool: PgPool,
+    pub(super) client: Client,
+    pub(super) holder: String,
+    pub(super) remedy: String,
+}
+
+impl Service {
+    /// Serves until `stop`.
+    pub(super) async fn run(self, stop: CancellationToken) {
+        let mut standing_by = false;
+        let mut trouble = Trouble::default();
+        while !stop.is_cancelled() {
+            match self.acquire().await {
+                Ok(Some(tenure)) => {
+                    trouble.over(self.name());
+                    standing_by = false;
+                    self.lead(tenure, &stop).await;
+                }
+                Ok(None) => {
+                    trouble.over(self.name());
+                    if !standing_by {
+                        tracing::info!(subscriber = self.name(), "another instance is active, standing by");
+                    }
+                    standing_by = true;
+                }
+                Err(error) => trouble.report(self.name(), &error),
+            }
+            pause(&stop, LOOK).await;
+        }
+    }
+
+    fn name(&self) -> &str {
+        &self.subscriber.name
+    }
+
+    async fn acquire(&self) -> Result<Option<Tenure>, Error> {
+        let name = format!("subscriber:{}", self.name());
+        let mut connection = self.pool.acquire().await.map_err(cannot_lease)?;
+        let epoch = lease::acquire(&mut connection, &name, &self.holder, LEASE).await.map_err(cannot_lease)?;
+        Ok(epoch.map(|epoch| Tenure { name, holder: self.holder.clone(), epoch }))
+    }
+
+    /// Works as long as the lease is ours.
+    async fn lead(&self, tenure: Tenure, stop: &CancellationToken) {
+        tracing::info!(subscriber = self.name(), epoch = tenure.epoch, holder = tenure.holder, "active");
+        let tenure = Arc::new(tenure);
+        let lost = CancellationToken::new();
+        let keeper = keep(self.pool.clone(), Arc::clone(&tenure), lost.clone());
+        let keeper = AbortOnDropHandle::new(tokio::spawn(keeper));
+        while !stop.is_cancelled() && !lost.is_cancelled() {
+            let Some(position) = self.wait_until_ready(stop, &lost).await else { break };
+            match self.work(&tenure, position, stop, &lost).await {
+                End::Stopped => break,
+                End::Fenced => lost.cancel(),
+                End::Broken(reason) => {
+                    tracing::warn!(subscriber = self.name(), reason, "starting over");
+                    pause(stop, RENEW).await;
+                }
+            }
+        }
+        drop(keeper);
+        if lost.is_cancelled() {
+            tracing::warn!(subscriber = self.name(), epoch = tenure.epoch, "another instance has taken over");
+            return;
+        }
+        self.hand_over(&tenure).await;
+    }
+
+    async fn hand_over(&self, tenure: &Tenure) {
+        let released = async {
+            let mut connection = self.pool.acquire().await?;
+            lease::release(&mut connection, &tenure.name, &tenure.holder, tenure.epoch).await
+        };
+        match tokio::time::timeout(Duration::from_secs(2), released).await {
+            Ok(Ok(())) => tracing::info!(subscriber = self.name(), epoch = tenure.epoch, "stopped"),
+            // It runs out by itself.
+            Ok(Err(error)) => {
+                tracing::warn!(subscriber = self.name(), error = %error, "stopped, the lease was not released")
+            }
+            Err(_) => tracing::warn!(subscriber = self.name(), "stopped, the lease was not released in time"),
+        }
+    }
+
+    /// Waits for what the subscriber needs, saying what is missing. None when it shall end.
+    async fn wait_until_ready(&self, stop: &CancellationToken, lost: &CancellationToken) -> Option<Position> {
+        let mut trouble = Trouble::default();
+        loop {
+            let look = async {
+                if let Work::Function { function, .. } = &self.subscriber.work {
+                    function::check(&self.pool, function).await?;
+                }
+                let context = jetstream::context(&self.client);
+                consumer::check(&context, &self.spec, &self.remedy).await
+            };
+            tokio::select! {
+                () = stop.cancelled() => return None,
+                () = lost.cancelled() => return None,
+                found = look => match found {
+                    Ok(position) => {
+                        trouble.over(self.name());
+                        return Some(position);
+                    }
+                    Err(error) => {
+                        trouble.report(self.name(), &error);
+                        pause(stop, Backoff::RECONNECT.after(trouble.reports)).await;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn work(
+        &self,
+        tenure: &Arc<Tenure>,
+        position: Position,
+        stop: &CancellationToken,
+        lost: &CancellationToken,
+    ) -> End {
+        let context = jetstream::context(&self.client);
+        let lane = Lane {
+            subscriber: Arc::clone(&self.subscriber),
+            pool: self.pool.clone(),
+            source: Source::new(&context, &self.spec.stream),
+            tenure: Arc::clone(tenure),
+        };
+        let budget = session::budget(&lane);
+        let ack_wait = position.ack_wait;
+        let (messages, _feed) = feed::start(&self.client, &context, &self.spec, position, &budget);
+        Session::new(lane, Answers::start(&self.client), budget).run(messages, ack_wait, stop, lost).await
+    }
+}
+
+/// Prolongs the lease until somebody else has it. While the database is away nobody can take it either, and nothing
+/// can be committed: so that is waited out.
+async fn keep(pool: PgPool, tenure: Arc<Tenure>, lost: CancellationToken) {
+    loop {
+        tokio::time::sleep(RENEW).await;
+        let renewed = async {
+            let mut connection = pool.acquire().await?;
+            lease::renew(&mut connection, &tenure.name, &tenure.holder, tenure.epoch, LEASE).await
+        };
+        match tokio::time::timeout(LEASE, renewed).await {
+            Ok(Ok(true)) => {}
+            Ok(Ok(false)) => {
+                lost.cancel();
+                return;
+            }
+            Ok(Err(error)) => tracing::debug!(lease = tenure.name, error = %error, "the lease was not prolonged"),
+            Err(_) => tracing::debug!(lease = tenure.name, "the lease was not prolonged in time"),
+        }
+    }
+}
+
+/// Says once what is wrong, again when that changes or has lasted, and when it is over.
+#[derive(Default)]
+struct Trouble {
+    last: String,
+    reports: u32,
+}
+
+impl Trouble {
+    fn report(&mut self, subscriber: &str, error: &Error) {
+        let text = error.report();
+        self.reports = self.reports.saturating_add(1);
+        if self.last != text || self.reports.is_multiple_of(30) {
+            tracing::error!(subscriber, error = text, "not ready, waiting");
+        }
+        self.last = text;
+    }
+
+    fn over(&mut self, subscriber: &str) {
+        if self.reports > 0 {
+            tracing::info!(subscriber, "ready");
+        }
+        *self = Self::default();
+    }
+}
+
+fn cannot_lease(error: sqlx::Error) -> Error {
+    match error {
+        error @ sqlx::Error::PoolTimedOut => {
+            Error::with_source(ErrorKind::Database, "PostgreSQL does not answer", error)
+        }
+        error => postgres::database_error("the subscriber's lease cannot be looked at", error),
+    }
+}
+
+async fn pause(stop: &CancellationToken, time: Duration) {
+    let _ = tokio::time::timeout(time, stop.cancelled()).await;
+}

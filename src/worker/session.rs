@@ -1,0 +1,310 @@
+//! The main loop of a subscriber's active instance: takes messages from the feed, gives events to lanes, answers.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tokio::task::{JoinError, JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use crate::backoff::Backoff;
+use crate::envelope::Envelope;
+use crate::jetstream::ack::{Answer, Answers, Reply};
+use crate::jetstream::feed::{Budget, Fed, Incoming, Permit};
+
+use super::lane::{Item, Lane, Report, Verdict};
+use super::scheduler::Scheduler;
+
+/// The most payload bytes in memory, beside what is on its way.
+const MAX_BYTES: usize = 64 * 1024 * 1024;
+/// How long the events of one transaction should take together.
+const TARGET: Duration = Duration::from_millis(100);
+/// When JetStream shall send an event again whose payload was let go. The lane reads it from the stream before.
+const LET_GO: Duration = Duration::from_secs(300);
+
+/// Why a session ended.
+#[derive(Debug, PartialEq)]
+pub(super) enum End {
+    /// It was asked to.
+    Stopped,
+    /// Another instance has taken over.
+    Fenced,
+    /// It has to begin anew: the consumer is not the one that it began with.
+    Broken(String),
+}
+
+/// One stretch of work on one consumer.
+pub(super) struct Session {
+    lane: Lane,
+    scheduler: Scheduler,
+    pending: HashMap<u64, Pending>,
+    lanes: JoinSet<Report>,
+    answers: Answers,
+    budget: Arc<Budget>,
+    gate: Gate,
+    /// How long one event takes, a moving average.
+    pace: Duration,
+}
+
+/// What is known of an event that is not done.
+struct Pending {
+    /// The event and its share of the memory; none when it was let go.
+    event: Option<(Arc<Envelope>, Permit)>,
+    reply: Option<Reply>,
+    deliveries: u64,
+    /// Whether the server must be told that the event is still worked on.
+    alive: bool,
+    /// How often in a row its handler was interrupted by an outage.
+    interruptions: u32,
+}
+
+/// Closed while the database is away.
+#[derive(Default)]
+struct Gate {
+    failures: u32,
+    closed_until: Option<Instant>,
+}
+
+/// How many events a subscriber holds in memory: enough to keep all lanes busy.
+pub(super) fn budget(lane: &Lane) -> Arc<Budget> {
+    let settings = &lane.subscriber.settings;
+    Budget::new((settings.concurrency * settings.max_batch * 2).clamp(500, 5000), MAX_BYTES)
+}
+
+impl Session {
+    pub(super) fn new(lane: Lane, answers: Answers, budget: Arc<Budget>) -> Self {
+        Self {
+            lane,
+            scheduler: Scheduler::default(),
+            pending: HashMap::new(),
+            lanes: JoinSet::new(),
+            answers,
+            budget,
+            gate: Gate::default(),
+            pace: TARGET / 10,
+        }
+    }
+
+    /// Works until `stop`, until `lost`, or until the feed ends. Signs of life go out three times per `ack_wait`.
+    pub(super) async fn run(
+        mut self,
+        mut feed: mpsc::UnboundedReceiver<Fed>,
+        ack_wait: Duration,
+        stop: &CancellationToken,
+        lost: &CancellationToken,
+    ) -> End {
+        let mut signs = tokio::time::interval(ack_wait / 3);
+        signs.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let end = loop {
+            self.give_out();
+            self.make_room();
+            let wake = self.next_wake();
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break End::Stopped,
+                () = lost.cancelled() => break End::Fenced,
+                Some(report) = self.lanes.join_next(), if !self.lanes.is_empty() => {
+                    if let Some(end) = self.settle(report) {
+                        break end;
+                    }
+                }
+                _ = signs.tick() => self.send_signs(),
+                () = sleep_until(wake), if wake.is_some() => self.scheduler.wake(Instant::now()),
+                fed = feed.recv() => match fed {
+                    Some(Fed::Message(incoming)) => self.take_in(*incoming),
+                    Some(Fed::Ended(reason)) => break End::Broken(reason),
+                    None => break End::Broken("the feed ended".into()),
+                },
+            }
+        };
+        drop(feed);
+        self.finish(end).await
+    }
+
+    fn take_in(&mut self, incoming: Incoming) {
+        let Incoming { sequence, deliveries, reply, event, permit } = incoming;
+        let event = match event {
+            Ok(event) => event,
+            Err(problem) => {
+                tracing::warn!(
+                    subscriber = self.lane.subscriber.name,
+                    sequence,
+                    error = %problem,
+                    "a message is not an event, skipping it"
+                );
+                if let Some(reply) = reply {
+                    self.answers.send(&reply, &Answer::Never(format!("not an event: {problem}")));
+                }
+                return;
+            }
+        };
+        if self.scheduler.add(sequence, event.key.as_deref()) {
+            let event = Some((Arc::new(event), permit));
+            self.pending.insert(sequence, Pending { event, reply, deliveries, alive: true, interruptions: 0 });
+        } else if let Some(known) = self.pending.get_mut(&sequence) {
+            // It came again while it waits or runs: never a second run, but a fresh place for the answer.
+            if reply.is_some() {
+                known.reply = reply;
+                known.alive = true;
+                known.deliveries = known.deliveries.max(deliveries);
+            }
+            if known.event.is_none() {
+                known.event = Some((Arc::new(event), permit));
+            }
+        }
+    }
+
+    /// When the memory is full of events that cannot run now and lanes have nothing to do: keeps the places of those
+    /// events and lets their payloads go, so that others can come in. Lanes read them again when their time comes.
+    fn make_room(&mut self) {
+        let busy = self.lanes.len() >= self.lane.subscriber.settings.concurrency;
+        if busy || !self.budget.is_full() || self.scheduler.ready() > 0 {
+            return;
+        }
+        for sequence in self.scheduler.idle() {
+            let Some(pending) = self.pending.get_mut(&sequence) else { continue };
+            if pending.event.take().is_some() && pending.alive {
+                pending.alive = false;
+                if let Some(reply) = &pending.reply {
+                    self.answers.send(reply, &Answer::Later(LET_GO));
+                }
+            }
+        }
+    }
+
+    /// Gives free lanes something to do.
+    fn give_out(&mut self) {
+        if self.gate.closed_until.is_some_and(|until| until > Instant::now()) {
+            return;
+        }
+        // After an outage one lane looks whether it is over.
+        let lanes = if self.gate.failures > 0 { 1 } else { self.lane.subscriber.settings.concurrency };
+        while self.lanes.len() < lanes && self.scheduler.ready() > 0 {
+            let heads = self.scheduler.ready().div_ceil(lanes - self.lanes.len());
+            let items = self.scheduler.take(heads, self.batch_limit()).into_iter().map(|sequence| {
+                let pending = self.pending.get(&sequence);
+                Item {
+                    sequence,
+                    event: pending.and_then(|pending| pending.event.as_ref()).map(|(event, _)| Arc::clone(event)),
+                    deliveries: pending.map_or(0, |pending| pending.deliveries),
+                }
+            });
+            let items = items.collect();
+            self.lanes.spawn(self.lane.clone().run(items));
+        }
+    }
+
+    /// As many events as should fit into one transaction of the targeted length.
+    fn batch_limit(&self) -> usize {
+        let fit = TARGET.as_nanos() / self.pace.as_nanos().max(1);
+        usize::try_from(fit).unwrap_or(usize::MAX).clamp(1, self.lane.subscriber.settings.max_batch)
+    }
+
+    fn next_wake(&self) -> Option<Instant> {
+        match self.gate.closed_until {
+            Some(until) if self.gate.failures > 0 && self.lanes.is_empty() => {
+                Some(self.scheduler.next_wake().map_or(until, |wake| wake.min(until)))
+            }
+            _ => self.scheduler.next_wake(),
+        }
+    }
+
+    /// Takes the outcome of a batch, and says when the session cannot go on.
+    fn settle(&mut self, report: Result<Report, JoinError>) -> Option<End> {
+        let report = match report {
+            Ok(report) => report,
+            // Handlers' panics are caught in the lane: this is a defect of ours, and its events are still given out.
+            Err(error) => return Some(End::Broken(format!("a lane broke down: {error}"))),
+        };
+        for (sequence, verdict) in report.verdicts {
+            self.settle_event(sequence, verdict);
+        }
+        if let Some(pace) = report.pace {
+            self.pace = (self.pace * 7 + pace) / 8;
+            self.gate.open(&self.lane.subscriber.name);
+        }
+        if let Some(reason) = report.outage {
+            self.gate.close(&self.lane.subscriber.name, &reason);
+        }
+        report.fenced.then_some(End::Fenced)
+    }
+
+    fn settle_event(&mut self, sequence: u64, verdict: Verdict) {
+        let Some(pending) = self.pending.get_mut(&sequence) else { return };
+        let answer = match verdict {
+            Verdict::NotRun => return self.scheduler.put_back(sequence),
+            Verdict::Interrupted => {
+                pending.interruptions += 1;
+                let wait = Backoff::RECONNECT.after(pending.interruptions);
+                return self.scheduler.hold(sequence, Instant::now() + wait);
+            }
+            Verdict::Later(wait) => {
+                pending.alive = false;
+                pending.interruptions = 0;
+                self.scheduler.hold(sequence, Instant::now() + wait);
+                Answer::Later(wait)
+            }
+            Verdict::Done => Answer::Done,
+            Verdict::Dead(reason) => Answer::Never(reason),
+        };
+        if let Some(reply) = &pending.reply {
+            self.answers.send(reply, &answer);
+        }
+        if !matches!(answer, Answer::Later(_)) {
+            self.scheduler.done(sequence);
+            self.pending.remove(&sequence);
+        }
+    }
+
+    fn send_signs(&self) {
+        for reply in self.pending.values().filter(|pending| pending.alive).filter_map(|pending| pending.reply.as_ref())
+        {
+            self.answers.send(reply, &Answer::Working);
+        }
+    }
+
+    /// Ends in an orderly way: what runs may finish, the rest goes back.
+    async fn finish(mut self, end: End) -> End {
+        if end == End::Fenced {
+            // The successor waits for the locks of what still runs here.
+            self.lanes.shutdown().await;
+            return end;
+        }
+        while let Some(report) = self.lanes.join_next().await {
+            if end == End::Stopped {
+                self.settle(report);
+            }
+        }
+        if end == End::Stopped {
+            for reply in self.pending.values().filter_map(|pending| pending.reply.as_ref()) {
+                self.answers.send(reply, &Answer::Again);
+            }
+            self.answers.finish(Duration::from_secs(2)).await;
+        }
+        end
+    }
+}
+
+impl Gate {
+    fn close(&mut self, subscriber: &str, reason: &str) {
+        if self.failures == 0 {
+            tracing::warn!(subscriber, error = reason, "the database is away, waiting");
+        }
+        self.failures += 1;
+        self.closed_until = Some(Instant::now() + Backoff::RECONNECT.after(self.failures));
+    }
+
+    fn open(&mut self, subscriber: &str) {
+        if self.failures > 0 {
+            tracing::info!(subscriber, "the database is back");
+        }
+        *self = Self::default();
+    }
+}
+
+async fn sleep_until(wake: Option<Instant>) {
+    if let Some(wake) = wake {
+        tokio::time::sleep_until(wake.into()).await;
+    }
+}

@@ -1,0 +1,329 @@
+//! What a worker serves: named subscribers, their handlers and settings.
+
+use std::any::type_name;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use sqlx::PgTransaction;
+
+use crate::backoff::Backoff;
+use crate::envelope::Envelope;
+use crate::error::{Error, ErrorKind};
+use crate::event::Event;
+use crate::postgres::function::FunctionName;
+use crate::subject::{SubjectPrefix, check_tokens};
+
+use super::handler::{Delivery, Handler, HandlerError};
+
+/// A named, durable reader of events with its own progress, retries and dead letters.
+///
+/// The name is the JetStream consumer's name and the key of the inbox: renaming a subscriber makes a new one that starts
+/// at the beginning of the stream.
+pub struct Subscriber {
+    pub(super) name: String,
+    pub(super) work: Work,
+    pub(super) settings: Settings,
+    /// Mistakes in the definition, reported when the worker starts.
+    problems: Vec<String>,
+}
+
+/// How a subscriber runs.
+#[derive(Debug, Clone)]
+pub(super) struct Settings {
+    pub(super) concurrency: usize,
+    pub(super) max_attempts: u32,
+    pub(super) max_batch: usize,
+    pub(super) backoff: Backoff,
+    pub(super) ack_wait: Duration,
+    pub(super) time_limit: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            concurrency: 8,
+            max_attempts: 10,
+            max_batch: 100,
+            backoff: Backoff::default(),
+            ack_wait: Duration::from_secs(30),
+            time_limit: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What is done with the events.
+pub(super) enum Work {
+    /// A Rust handler per event type.
+    Handlers(BTreeMap<&'static str, Route>),
+    /// One SQL function for the listed types, or for all when there are none.
+    Function { function: FunctionName, types: Vec<String> },
+}
+
+/// A handler behind its event type.
+pub(super) struct Route {
+    handler: &'static str,
+    pub(super) run: Run,
+}
+
+type Run = Arc<
+    dyn for<'a> Fn(&'a mut PgTransaction<'static>, &'a Envelope, Try) -> BoxFuture<'a, Result<(), HandlerError>>
+        + Send
+        + Sync,
+>;
+
+/// Which try of an event this is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Try {
+    pub(super) attempt: u32,
+    pub(super) delivery_count: u64,
+}
+
+impl Subscriber {
+    /// A subscriber without handlers. `name` is 1 to 64 letters, digits, `_` and `-`.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            work: Work::Handlers(BTreeMap::new()),
+            settings: Settings::default(),
+            problems: Vec::new(),
+        }
+    }
+
+    /// A subscriber that calls the SQL function `function(event jsonb)` in the inbox transaction for every event of
+    /// `types`; `*` stands for all. `event` is the CloudEvent in its JSON format.
+    pub fn sql(
+        name: impl Into<String>,
+        function: &str,
+        types: impl IntoIterator<Item = impl Into<String>>,
+    ) -> Result<Self, Error> {
+        let name = name.into();
+        let config = |text: String| Error::new(ErrorKind::Config, format!("subscriber {name}: {text}"));
+        let function = FunctionName::parse(function).map_err(&config)?;
+        let mut types: Vec<String> = types.into_iter().map(Into::into).collect();
+        check_types(&types).map_err(&config)?;
+        types.retain(|event_type| event_type != "*");
+        Ok(Self { work: Work::Function { function, types }, ..Self::new(name) })
+    }
+
+    /// Handles events of type `E` with `handler`. One handler per type.
+    #[must_use]
+    pub fn on<E: Event>(mut self, handler: impl Handler<E>) -> Self {
+        let route = Route::new(handler);
+        match &mut self.work {
+            Work::Function { function, .. } => {
+                self.problems.push(format!("it calls {function} and cannot have the handler {} too", route.handler))
+            }
+            Work::Handlers(routes) => match routes.get(E::TYPE) {
+                Some(other) => self.problems.push(format!(
+                    "it has two handlers for {}: {} and {}; make one of them a subscriber of its own",
+                    E::TYPE,
+                    other.handler,
+                    route.handler
+                )),
+                None => {
+                    routes.insert(E::TYPE, route);
+                }
+            },
+        }
+        self
+    }
+
+    /// How many transactions run at the same time; events of one key never do. Each uses a database connection.
+    /// Defaults to 8.
+    #[must_use]
+    pub fn concurrency(mut self, lanes: usize) -> Self {
+        self.settings.concurrency = lanes;
+        self
+    }
+
+    /// After how many failed attempts an event becomes a dead letter. Defaults to 10.
+    #[must_use]
+    pub fn max_attempts(mut self, attempts: u32) -> Self {
+        self.settings.max_attempts = attempts;
+        self
+    }
+
+    /// The wait between attempts. Defaults to 1 second, doubling up to 5 minutes, plus jitter.
+    #[must_use]
+    pub fn backoff(mut self, backoff: Backoff) -> Self {
+        self.settings.backoff = backoff;
+        self
+    }
+
+    /// The most events in one transaction. Defaults to 100; 1 gives each event a transaction of its own.
+    #[must_use]
+    pub fn max_batch(mut self, events: usize) -> Self {
+        self.settings.max_batch = events;
+        self
+    }
+
+    /// How long JetStream waits for a sign of life of a delivered message before it delivers it again; a running
+    /// handler gives such signs by itself. Set on the consumer by `aftercommit provision`. Defaults to 30 seconds.
+    #[must_use]
+    pub fn ack_wait(mut self, wait: Duration) -> Self {
+        self.settings.ack_wait = wait;
+        self
+    }
+
+    /// How long one handler may run, or one transaction wait for the handler's next statement. Longer counts as a
+    /// failed attempt. It also bounds how long a worker that was cut off can keep others waiting for its locks.
+    /// Defaults to 1 minute.
+    #[must_use]
+    pub fn time_limit(mut self, limit: Duration) -> Self {
+        self.settings.time_limit = limit;
+        self
+    }
+
+    /// The durable name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The subjects that the subscriber's consumer delivers.
+    pub(super) fn subjects(&self, prefix: &SubjectPrefix) -> Vec<String> {
+        match &self.work {
+            Work::Handlers(routes) => routes.keys().map(|event_type| prefix.subject(event_type)).collect(),
+            Work::Function { types, .. } if types.is_empty() => vec![prefix.wildcard()],
+            Work::Function { types, .. } => types.iter().map(|event_type| prefix.subject(event_type)).collect(),
+        }
+    }
+
+    /// Finds what cannot work.
+    pub(super) fn validate(&self) -> Result<(), Error> {
+        let problem = self.problems.first().cloned().or_else(|| self.problem());
+        match problem {
+            Some(problem) => Err(Error::new(ErrorKind::Config, format!("subscriber {}: {problem}", self.name))),
+            None => Ok(()),
+        }
+    }
+
+    fn problem(&self) -> Option<String> {
+        if let Err(problem) = check_name(&self.name) {
+            return Some(problem);
+        }
+        if let Work::Handlers(routes) = &self.work {
+            if routes.is_empty() {
+                return Some("it has no handler: add one with `on`".into());
+            }
+            if let Some(error) = routes.keys().find_map(|event_type| check_tokens(event_type).err()) {
+                return Some(format!("an event type {error}"));
+            }
+        }
+        self.settings.problem()
+    }
+}
+
+impl Settings {
+    fn problem(&self) -> Option<String> {
+        let second = Duration::from_secs(1);
+        let at_least = |name: &str, least: &str| Some(format!("{name} must be at least {least}"));
+        match self {
+            Self { concurrency: 0, .. } => at_least("concurrency", "1"),
+            Self { max_attempts: 0, .. } => at_least("max_attempts", "1"),
+            Self { max_batch: 0, .. } => at_least("max_batch", "1"),
+            Self { ack_wait, .. } if *ack_wait < second => at_least("ack_wait", "1s"),
+            Self { time_limit, .. } if *time_limit < second => at_least("time_limit", "1s"),
+            Self { backoff, .. } if backoff.max < backoff.first => {
+                Some("the backoff's max must not be below its first wait".into())
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Route {
+    fn new<E: Event, H: Handler<E>>(handler: H) -> Self {
+        let handler = Arc::new(handler);
+        Self {
+            handler: type_name::<H>(),
+            run: Arc::new(move |tx, envelope, this| {
+                let handler = Arc::clone(&handler);
+                Box::pin(async move { handler.handle(tx, &read::<E>(envelope, this)?).await })
+            }),
+        }
+    }
+}
+
+/// The typed event. What cannot be read now can never be read, so it is rejected.
+fn read<E: Event>(envelope: &Envelope, this: Try) -> Result<Delivery<E>, HandlerError> {
+    if envelope.version > E::VERSION {
+        return Err(HandlerError::reject(format!(
+            "the event has version {} of {}, this subscriber knows up to {}",
+            envelope.version,
+            E::TYPE,
+            E::VERSION
+        )));
+    }
+    let event = serde_json::from_slice(&envelope.payload).map_err(|error| {
+        HandlerError::reject(format!("the payload cannot be read as {}: {}", E::TYPE, without_values(&error)))
+    })?;
+    Ok(Delivery {
+        event,
+        id: envelope.id,
+        version: envelope.version,
+        key: envelope.key.clone(),
+        time: envelope.time,
+        source: envelope.source.clone(),
+        sequence: envelope.sequence,
+        attempt: this.attempt,
+        delivery_count: this.delivery_count,
+        headers: envelope.headers.clone(),
+    })
+}
+
+/// The message of a JSON error, unless it may quote the payload.
+fn without_values(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    if !error.is_data() || text.starts_with("missing field") || text.starts_with("duplicate field") {
+        return text;
+    }
+    format!("a value of the wrong kind at line {} column {}", error.line(), error.column())
+}
+
+/// Checks a subscriber's name: it is a JetStream consumer name and a token of subjects.
+pub(super) fn check_name(name: &str) -> Result<(), String> {
+    let legal = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
+    if (1..=64).contains(&name.len()) && name.bytes().all(legal) {
+        return Ok(());
+    }
+    Err(format!("{name:?} is not a subscriber name: use 1 to 64 letters, digits, '_' and '-'"))
+}
+
+/// Checks a list of event types: legal ones, each once, or `*` alone.
+pub(super) fn check_types(types: &[String]) -> Result<(), String> {
+    if types.is_empty() {
+        return Err("it names no event type; \"*\" stands for all".into());
+    }
+    for (n, event_type) in types.iter().enumerate() {
+        if event_type == "*" {
+            if types.len() > 1 {
+                return Err("\"*\" already stands for all event types: leave out the others".into());
+            }
+            continue;
+        }
+        check_tokens(event_type).map_err(|error| error.to_string())?;
+        if types[..n].contains(event_type) {
+            return Err(format!("event type {event_type} is listed twice"));
+        }
+    }
+    Ok(())
+}
+
+impl fmt::Debug for Subscriber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Subscriber").field("name", &self.name).field("work", &self.work).finish_non_exhaustive()
+    }
+}
+
+/// `order.placed, order.paid`, or the function.
+impl fmt::Debug for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Handlers(routes) => f.write_str(&routes.keys().copied().collect::<Vec<_>>().join(", ")),
+            Self::Function { function, .. } => write!(f, "{function}"),
+        }
+    }
+}

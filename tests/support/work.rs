@@ -1,0 +1,296 @@
+//! A stream with numbers in it, the workers on it, and what their handlers did.
+
+use std::collections::BTreeMap;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use aftercommit::envelope::Envelope;
+use aftercommit::testing::eventually;
+use aftercommit::testing::servers::{Nats, Postgres};
+use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber, Worker};
+use aftercommit::{Error, Event, EventId};
+use async_nats::HeaderMap;
+use async_nats::jetstream::{self, consumer};
+use sqlx::PgTransaction;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::{Outbox, SOON};
+
+/// The event of these tests: the n-th of its key.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Number {
+    pub key: Option<String>,
+    pub n: i64,
+}
+
+impl Event for Number {
+    const TYPE: &'static str = "test.number";
+
+    fn key(&self) -> Option<String> {
+        self.key.clone()
+    }
+}
+
+/// What a handler does after it has written its effect.
+pub enum Act {
+    Succeed,
+    Fail(HandlerError),
+    Panic,
+    Sleep(Duration),
+    /// Break the transaction and hide it.
+    Swallow,
+}
+
+/// Writes a row per event, then does as it is told.
+pub struct Record(Arc<dyn Fn(&Delivery<Number>) -> Act + Send + Sync>);
+
+impl Record {
+    pub fn new(act: impl Fn(&Delivery<Number>) -> Act + Send + Sync + 'static) -> Self {
+        Self(Arc::new(act))
+    }
+
+    /// Never fails.
+    pub fn good() -> Self {
+        Self::new(|_| Act::Succeed)
+    }
+}
+
+impl Handler<Number> for Record {
+    async fn handle(&self, tx: &mut PgTransaction<'_>, delivery: &Delivery<Number>) -> Result<(), HandlerError> {
+        sqlx::query("insert into effect (event_id, key, n, attempt) values ($1, $2, $3, $4)")
+            .bind(delivery.id.as_uuid())
+            .bind(&delivery.key)
+            .bind(delivery.event.n)
+            .bind(i32::try_from(delivery.attempt)?)
+            .execute(&mut **tx)
+            .await?;
+        match (self.0)(delivery) {
+            Act::Succeed => Ok(()),
+            Act::Fail(error) => Err(error),
+            Act::Panic => panic!("as told"),
+            Act::Sleep(time) => {
+                tokio::time::sleep(time).await;
+                Ok(())
+            }
+            Act::Swallow => {
+                let _ = sqlx::query("select 1 / 0").execute(&mut **tx).await;
+                Ok(())
+            }
+        }
+    }
+}
+
+/// An effect: its key, number and the attempt that made it.
+pub type Effect = (Option<String>, i64, i32);
+
+/// A stream and a database with a table of effects.
+pub struct Work {
+    pub outbox: Outbox,
+    pub context: jetstream::Context,
+}
+
+impl Work {
+    /// On the servers that all tests share.
+    pub async fn shared() -> Self {
+        let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+        Self::on(database, Nats::shared().await.unwrap().url()).await
+    }
+
+    pub async fn on(database_url: String, nats_url: String) -> Self {
+        let outbox = Outbox::new(database_url, nats_url).await;
+        sqlx::raw_sql("create table effect (id bigint generated always as identity, event_id uuid, key text, n bigint, attempt int)")
+            .execute(&outbox.pool).await.unwrap();
+        let context = jetstream::new(async_nats::connect(&outbox.nats.url).await.unwrap());
+        Self { outbox, context }
+    }
+
+    /// The envelope of a number.
+    pub fn envelope(&self, key: Option<&str>, n: i64) -> Envelope {
+        let event = Number { key: key.map(str::to_string), n };
+        Envelope {
+            id: EventId::new(),
+            event_type: Number::TYPE.into(),
+            version: Number::VERSION,
+            key: event.key(),
+            source: "/test".into(),
+            time: chrono::Utc::now(),
+            sequence: 0,
+            headers: BTreeMap::new(),
+            content_type: "application/json".into(),
+            payload: serde_json::to_vec(&event).unwrap().into(),
+        }
+    }
+
+    /// Puts an event into the stream, past any relay and any dropping of repeats.
+    pub async fn put(&self, event: &Envelope) -> u64 {
+        let mut headers = HeaderMap::new();
+        for (name, value) in event.to_headers().iter().filter(|(name, _)| name != "Nats-Msg-Id") {
+            headers.append(name.as_ref(), value.as_ref());
+        }
+        let subject = self.outbox.naming.prefix.subject(&event.event_type);
+        let ack = self.context.publish_with_headers(subject, headers, event.payload.clone()).await.unwrap();
+        ack.await.unwrap().sequence
+    }
+
+    pub async fn send(&self, key: &str, n: i64) {
+        self.put(&self.envelope(Some(key), n)).await;
+    }
+
+    /// `count` numbers of each key, in turns.
+    pub async fn send_many(&self, keys: &[&str], count: i64) {
+        let events = (1..=count).flat_map(|n| keys.iter().map(move |key| (n, *key)));
+        for (n, key) in events {
+            self.send(key, n).await;
+        }
+    }
+
+    pub fn worker_with(&self, subscriber: Subscriber) -> Worker {
+        let Outbox { postgres, nats, naming, .. } = &self.outbox;
+        Worker::new(postgres.clone(), nats.clone(), naming.clone()).subscriber(subscriber)
+    }
+
+    /// Provisions the subscriber's consumer and runs it.
+    pub async fn run(&self, subscriber: Subscriber) -> RunningWorker {
+        let worker = self.worker_with(subscriber);
+        worker.provision().await.unwrap();
+        RunningWorker::start(worker)
+    }
+
+    pub async fn effects(&self) -> Vec<Effect> {
+        sqlx::query_as("select key, n, attempt from effect order by id").fetch_all(&self.outbox.pool).await.unwrap()
+    }
+
+    /// The numbers of one key, in the order in which they took effect.
+    pub async fn numbers(&self, key: &str) -> Vec<i64> {
+        let all = self.effects().await;
+        all.into_iter().filter(|(of, ..)| of.as_deref() == Some(key)).map(|(_, n, _)| n).collect()
+    }
+
+    pub async fn count(&self) -> i64 {
+        sqlx::query_scalar("select count(*) from effect").fetch_one(&self.outbox.pool).await.unwrap()
+    }
+
+    /// Waits for that many effects.
+    pub async fn wait_for(&self, effects: i64) {
+        let mut last = 0;
+        let waited = eventually(SOON, "the effects", async || {
+            last = self.count().await;
+            last >= effects
+        })
+        .await;
+        assert!(waited.is_ok(), "only {last} of {effects} effects");
+    }
+
+    /// That exactly the numbers 1 to `count` of each key took effect, each once and in order.
+    pub async fn assert_in_order(&self, keys: &[&str], count: i64) {
+        for key in keys {
+            assert_eq!(self.numbers(key).await, (1..=count).collect::<Vec<_>>(), "key {key}");
+        }
+    }
+
+    /// Failed attempts that are on record.
+    pub async fn attempts(&self) -> Vec<i32> {
+        sqlx::query_scalar("select attempts from aftercommit.attempt").fetch_all(&self.outbox.pool).await.unwrap()
+    }
+
+    /// Dead letters: number, attempts, reason.
+    pub async fn dead_letters(&self) -> Vec<(i64, i32, String)> {
+        sqlx::query_as(
+            "select coalesce((aftercommit.payload_json(payload) ->> 'n')::bigint, 0), attempts, reason
+               from aftercommit.dead_letter order by id",
+        )
+        .fetch_all(&self.outbox.pool)
+        .await
+        .unwrap()
+    }
+
+    pub async fn consumer(&self, subscriber: &str) -> consumer::PullConsumer {
+        self.context.get_consumer_from_stream(subscriber, &self.outbox.naming.stream).await.unwrap()
+    }
+
+    /// Waits until the consumer has nothing left, not even acks.
+    pub async fn wait_until_acked(&self, subscriber: &str) {
+        let waited = eventually(SOON, "everything is acked", async || {
+            let consumer = self.consumer(subscriber).await;
+            let info = consumer.cached_info();
+            info.num_pending == 0 && info.num_ack_pending == 0
+        })
+        .await;
+        assert!(waited.is_ok(), "{:?}", self.consumer(subscriber).await.cached_info());
+    }
+
+    /// The worker's program with a file of that content.
+    pub fn process(&self, toml: &str) -> WorkerProcess {
+        let file = std::env::temp_dir().join(format!("{}.toml", self.outbox.naming.stream));
+        std::fs::write(&file, toml).unwrap();
+        let run = |program: &str, arguments: &[&str]| {
+            let mut command = Command::new(program);
+            command
+                .args(arguments)
+                .arg("--config")
+                .arg(&file)
+                .env("DATABASE_URL", &self.outbox.postgres.url)
+                .env("NATS_URL", &self.outbox.nats.url)
+                .env("AFTERCOMMIT_STREAM", &self.outbox.naming.stream)
+                .env("AFTERCOMMIT_SUBJECT_PREFIX", self.outbox.naming.prefix.to_string())
+                .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "warn".into()))
+                .stdin(Stdio::null());
+            command
+        };
+        let provisioned = run(env!("CARGO_BIN_EXE_aftercommit"), &["provision"]).output().unwrap();
+        assert!(provisioned.status.success(), "{}", String::from_utf8_lossy(&provisioned.stderr));
+        WorkerProcess(run(env!("CARGO_BIN_EXE_aftercommit-worker"), &[]).spawn().unwrap())
+    }
+}
+
+/// A worker in this process. Dropping it is like a crash: transactions are rolled back, nothing is given back.
+pub struct RunningWorker {
+    stop: CancellationToken,
+    task: JoinHandle<Result<(), Error>>,
+}
+
+impl RunningWorker {
+    pub fn start(worker: Worker) -> Self {
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(worker.run(stop.clone()));
+        Self { stop, task }
+    }
+
+    /// Stops in an orderly way.
+    pub async fn stop(mut self) {
+        self.stop.cancel();
+        tokio::time::timeout(SOON, &mut self.task).await.unwrap().unwrap().unwrap();
+    }
+}
+
+impl Drop for RunningWorker {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A worker in a process of its own.
+pub struct WorkerProcess(pub Child);
+
+impl WorkerProcess {
+    /// SIGKILL.
+    pub fn kill(mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+
+    /// SIGTERM, and the exit status.
+    pub fn stop(mut self) -> Option<i32> {
+        Command::new("kill").args(["-TERM", &self.0.id().to_string()]).status().unwrap();
+        self.0.wait().unwrap().code()
+    }
+}
+
+impl Drop for WorkerProcess {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
