@@ -125,6 +125,9 @@ async fn demo(options: &Options, logs: &Path) -> Result<Proof> {
 async fn run(options: &Options, programs: &Programs, servers: &mut Servers) -> Result<Proof> {
     prepare(options, programs, servers).await?;
     let mut watch = Watch::new(servers).await?;
+    if !watch.commit_times {
+        println!("track_commit_timestamp is off on your server, so latencies count from insert to insert");
+    }
     let mut crew = start_crew(programs, servers)?;
     let mut faults = Vec::new();
     if !options.calm {

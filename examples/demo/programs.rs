@@ -72,10 +72,11 @@ impl Programs {
         self.logs.join(format!("{name}.log"))
     }
 
-    /// The last thing that a program said.
+    /// The last things that a program said.
     pub fn said(&self, name: &str) -> String {
         let log = std::fs::read_to_string(self.log(name)).unwrap_or_default();
-        log.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("(nothing)").to_string()
+        let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
+        lines[lines.len().saturating_sub(3)..].join(" | ")
     }
 
     /// All that a program said.

@@ -64,6 +64,7 @@ pub async fn prove(watch: &Watch, stream: &str, transactions: usize) -> Result<P
     };
     same("transactions and rows of pgbench_history", transactions, history as usize);
     same("rows of pgbench_history and of the outbox", history as usize, outbox.len());
+    same("rows of the outbox and events applied to the projection", outbox.len(), applied as usize);
     same("messages in the stream that are in no outbox, expected", stored.ids.difference(&outbox).count(), 0);
     same("inbox rows of events that are in no outbox, expected", inbox.difference(&outbox).count(), 0);
     for (what, bank, projection) in [

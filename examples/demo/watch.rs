@@ -19,11 +19,13 @@ pub struct Watch {
     pub projection: PgPool,
     pub nats: jetstream::Context,
     stream: String,
-    /// Whether the servers know when transactions committed. If not, the latency is measured between statements.
-    commit_times: bool,
+    /// Whether the server knows when transactions committed. If not, the latency is measured between statements.
+    pub commit_times: bool,
     relayed: u64,
     /// The inbox pages that have been looked at and were full.
     pages_seen: i64,
+    /// When the last event that has been looked at was handled, in microseconds.
+    time_seen: i64,
 }
 
 /// How far the events are.
@@ -57,6 +59,7 @@ impl Watch {
             commit_times: commit_times == "on",
             relayed: 0,
             pages_seen: 0,
+            time_seen: 0,
         })
     }
 
@@ -105,10 +108,12 @@ impl Watch {
                                    from aftercommit.inbox where ctid >= $1::text::tid limit 5000";
         const WRITTEN: &str = "select event_id, (extract(epoch from handled_at) * 1e6)::bigint
                                  from aftercommit.inbox where ctid >= $1::text::tid limit 5000";
-        let handled: Vec<(Uuid, i64)> = sqlx::query_as(if self.commit_times { COMMITTED } else { WRITTEN })
+        let mut handled: Vec<(Uuid, i64)> = sqlx::query_as(if self.commit_times { COMMITTED } else { WRITTEN })
             .bind(format!("({},0)", self.pages_seen))
             .fetch_all(&self.projection)
             .await?;
+        handled.retain(|(_, time)| *time > self.time_seen);
+        self.time_seen = handled.iter().map(|(_, time)| *time).max().unwrap_or(self.time_seen);
         self.pages_seen = sqlx::query_scalar(
             "select greatest(pg_relation_size('aftercommit.inbox') / current_setting('block_size')::bigint - 1, 0)",
         )
