@@ -12,7 +12,9 @@ use sqlx::{PgPool, PgTransaction};
 /// What subscribers learn: a fact, in the past tense, with all that they need to know of it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PingEvent {
+    /// The row that was added.
     pub ping: i64,
+    /// What it says.
     pub message: String,
 }
 
@@ -29,9 +31,11 @@ impl Event for PingEvent {
 pub struct PingRepository;
 
 impl PingRepository {
+    /// Where the pings are.
     pub const TABLE: &str =
         "create table if not exists ping (id bigint generated always as identity primary key, message text not null)";
 
+    /// Adds a ping and publishes it; both happen when the caller commits, or neither.
     pub async fn send(tx: &mut PgTransaction<'_>, message: &str) -> Result<EventId, Box<dyn Error + Send + Sync>> {
         let ping = sqlx::query_scalar("insert into ping (message) values ($1) returning id")
             .bind(message)

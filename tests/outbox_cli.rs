@@ -1,5 +1,7 @@
 //! `aftercommit publish`: one event by hand.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::io::Write;

@@ -1,5 +1,7 @@
 //! The behaviours of the ping example, from the repository's call to the outbox.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 #[expect(dead_code, reason = "the example's main is not called here")]
 #[path = "../examples/ping.rs"]
 mod ping;
