@@ -425,7 +425,9 @@ fn trouble(at: Option<usize>, error: HandlerError) -> Trouble {
                 return Trouble::Conflict { at, error };
             }
         }
-        cause = next.source();
+        // An io::Error names as its source the source of what it wraps, not the wrapped error itself.
+        let wrapped = next.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        cause = wrapped.map(|wrapped| wrapped as &(dyn StdError + 'static)).or_else(|| next.source());
     }
     Trouble::Failed { at, error }
 }

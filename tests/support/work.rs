@@ -198,7 +198,7 @@ impl Work {
     /// Dead letters: number, attempts, reason.
     pub async fn dead_letters(&self) -> Vec<(i64, i32, String)> {
         sqlx::query_as(
-            "select coalesce((aftercommit.payload_json(payload) ->> 'n')::bigint, 0), attempts, reason
+            "select coalesce(substring(aftercommit.payload_json(payload) ->> 'n' from '^[0-9]+$')::bigint, 0), attempts, reason
                from aftercommit.dead_letter order by id",
         )
         .fetch_all(&self.outbox.pool)
