@@ -97,7 +97,9 @@ async fn a_panic_and_a_hidden_error_count_as_failures() {
     for (n, act) in [(1, (|_| Act::Panic) as fn(&Delivery<Number>) -> Act), (2, |_| Act::Swallow)] {
         let name = format!("poison{n}");
         work.send("bad", 1).await;
-        let handler = Record::new(move |delivery| if delivery.key.as_deref() == Some("bad") { act(delivery) } else { Act::Succeed });
+        let handler = Record::new(
+            move |delivery| if delivery.key.as_deref() == Some("bad") { act(delivery) } else { Act::Succeed },
+        );
         let worker = work.run(Subscriber::new(name).on::<Number>(handler).backoff(QUICK).max_attempts(2)).await;
         eventually(SOON, "the dead letters", async || work.dead_letters().await.len() >= [1, 3][n - 1]).await.unwrap();
         worker.stop().await;
@@ -154,8 +156,7 @@ async fn a_statement_that_hangs_runs_into_the_time_limit_too() {
     .unwrap();
     work.send_many(&["bad"], 3).await;
     let subscriber = Subscriber::sql("sql", "apply", ["test.number"]).unwrap();
-    let worker =
-        work.run(subscriber.time_limit(Duration::from_secs(1)).max_attempts(2).backoff(QUICK)).await;
+    let worker = work.run(subscriber.time_limit(Duration::from_secs(1)).max_attempts(2).backoff(QUICK)).await;
     work.wait_for(2).await;
     assert_eq!(work.numbers("bad").await, [2, 3]);
     assert_eq!(work.dead_letters().await.len(), 1);

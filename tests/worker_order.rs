@@ -3,8 +3,8 @@
 mod support;
 
 use std::process::Command;
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use aftercommit::backoff::Backoff;
@@ -20,13 +20,11 @@ const QUICK: Backoff = Backoff { first: Duration::from_millis(5), max: Duration:
 async fn random_failures_in_sixteen_lanes_change_no_order() {
     let work = Work::shared().await;
     let random = Mutex::new(Random(20));
-    let act = move |_: &Delivery<Number>| {
-        match random.lock().unwrap().below(8) {
-            0 => Act::Fail(HandlerError::retry("told to")),
-            1 => Act::Fail(HandlerError::snooze(Duration::from_millis(3))),
-            2 => Act::Panic,
-            _ => Act::Succeed,
-        }
+    let act = move |_: &Delivery<Number>| match random.lock().unwrap().below(8) {
+        0 => Act::Fail(HandlerError::retry("told to")),
+        1 => Act::Fail(HandlerError::snooze(Duration::from_millis(3))),
+        2 => Act::Panic,
+        _ => Act::Succeed,
     };
     let subscriber = Subscriber::new("order").on::<Number>(Record::new(act));
     work.send_many(&KEYS, 20).await;
@@ -123,7 +121,8 @@ async fn two_instances_that_both_believe_to_be_active_do_no_harm() {
     let work = Work::shared().await;
     work.send_many(&KEYS, 60).await;
     let subscriber = || {
-        let slowly = |delivery: &Delivery<Number>| Act::Sleep(Duration::from_millis(20 * (delivery.event.n as u64 % 4)));
+        let slowly =
+            |delivery: &Delivery<Number>| Act::Sleep(Duration::from_millis(20 * (delivery.event.n as u64 % 4)));
         Subscriber::new("order").on::<Number>(Record::new(slowly)).max_attempts(3)
     };
     let first = work.run(subscriber()).await;
@@ -137,7 +136,8 @@ async fn two_instances_that_both_believe_to_be_active_do_no_harm() {
     })
     .await
     .unwrap();
-    let epoch: i64 = sqlx::query_scalar("select epoch from aftercommit.lease").fetch_one(&work.outbox.pool).await.unwrap();
+    let epoch: i64 =
+        sqlx::query_scalar("select epoch from aftercommit.lease").fetch_one(&work.outbox.pool).await.unwrap();
     assert!(epoch > 1, "there was no change of hands");
     first.stop().await;
     second.stop().await;
@@ -157,7 +157,8 @@ async fn a_frozen_instance_that_wakes_up_late_does_no_harm() {
     .execute(&work.outbox.pool)
     .await
     .unwrap();
-    let file = "[[subscriber]]\nname = \"frozen\"\ntypes = [\"*\"]\nsql = { function = \"apply\" }\ntime_limit = \"2s\"\n";
+    let file =
+        "[[subscriber]]\nname = \"frozen\"\ntypes = [\"*\"]\nsql = { function = \"apply\" }\ntime_limit = \"2s\"\n";
     work.send_many(&KEYS, 100).await;
     let first = work.process(file);
     work.wait_for(50).await;

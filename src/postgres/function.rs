@@ -2,9 +2,7 @@
 
 use std::fmt;
 
-use sqlx::{AssertSqlSafe, PgConnection, PgPool};
-
-use crate::error::{Error, ErrorKind};
+use sqlx::{AssertSqlSafe, PgConnection};
 
 /// The checked name of a function, with or without schema.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,22 +54,11 @@ pub(crate) async fn call(
 }
 
 /// Whether the function is there and takes one jsonb.
-pub(crate) async fn check(pool: &PgPool, function: &FunctionName) -> Result<(), Error> {
-    let there: bool = sqlx::query_scalar("select to_regprocedure($1) is not null")
+pub(crate) async fn check(connection: &mut PgConnection, function: &FunctionName) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("select to_regprocedure($1) is not null")
         .bind(format!("{}(jsonb)", function.quoted()))
-        .fetch_one(pool)
+        .fetch_one(connection)
         .await
-        .map_err(|error| super::database_error(format!("looking for the function {function} failed"), error))?;
-    if there {
-        return Ok(());
-    }
-    Err(Error::new(
-        ErrorKind::NotReady,
-        format!(
-            "the function {function}(jsonb) does not exist, or the role may not see it: create it with \
-             `create function {function}(event jsonb) returns void ...`"
-        ),
-    ))
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sqlx::{AssertSqlSafe, PgConnection, PgPool, PgTransaction, Row};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgTransaction, Row};
 use uuid::Uuid;
 
 use super::lease::Tenure;
@@ -10,14 +10,15 @@ use super::lease::Tenure;
 /// Opens a transaction for a batch in which no statement may take longer than `limit`. When this process stops talking
 /// in the middle of it (frozen, or cut off), the server ends it, so that its locks do not keep a successor waiting for
 /// ever; that takes a little longer than `limit`, which a living process enforces itself.
-pub(crate) async fn begin(pool: &PgPool, limit: Duration) -> Result<PgTransaction<'static>, sqlx::Error> {
+pub(crate) async fn begin(connection: &mut PgConnection, limit: Duration) -> Result<PgTransaction<'_>, sqlx::Error> {
     let limit = limit.as_millis().min(1_000_000_000);
     let idle = limit + 5_000;
     // One simple query, so one round trip. SET LOCAL ends with the transaction, as transaction pooling wants it.
-    pool.begin_with(AssertSqlSafe(format!(
-        "begin; set local statement_timeout = {limit}; set local idle_in_transaction_session_timeout = {idle}"
-    )))
-    .await
+    connection
+        .begin_with(AssertSqlSafe(format!(
+            "begin; set local statement_timeout = {limit}; set local idle_in_transaction_session_timeout = {idle}"
+        )))
+        .await
 }
 
 /// Writes the inbox rows of `events` (id, stream sequence) and returns those that were new, each with the number of

@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::join_all;
-use sqlx::{PgPool, PgTransaction};
+use sqlx::{PgConnection, PgTransaction};
 use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::backoff::Backoff;
 use crate::envelope::Envelope;
 use crate::jetstream::stored::Source;
+use crate::postgres::connections::Connections;
 use crate::postgres::dead_letter::{self, DeadLetter};
 use crate::postgres::lease::Tenure;
 use crate::postgres::{self, function, inbox};
@@ -32,7 +33,7 @@ const GRACE: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub(super) struct Lane {
     pub(super) subscriber: Arc<Subscriber>,
-    pub(super) pool: PgPool,
+    pub(super) connections: Arc<Connections>,
     pub(super) source: Source,
     pub(super) tenure: Arc<Tenure>,
 }
@@ -243,10 +244,9 @@ impl Lane {
 
     async fn count_failure(&self, queued: &Queued, error: &str) -> Result<u32, Halt> {
         let id = queued.event.id.as_uuid();
-        let counted = async {
-            let mut connection = self.pool.acquire().await?;
-            inbox::count_failure(&mut connection, &self.tenure, &self.subscriber.name, id, error).await
-        };
+        let counted = self.connections.run(async |connection| {
+            inbox::count_failure(connection, &self.tenure, &self.subscriber.name, id, error).await
+        });
         let attempts = self.own(counted).await.map_err(Halt::Outage)?;
         attempts.map(|attempts| attempts.unsigned_abs()).ok_or(Halt::Fenced)
     }
@@ -260,10 +260,8 @@ impl Lane {
             reason,
             counted,
         };
-        let written = async {
-            let mut connection = self.pool.acquire().await?;
-            dead_letter::insert(&mut connection, &self.tenure, &letter).await
-        };
+        let written =
+            self.connections.run(async |connection| dead_letter::insert(connection, &self.tenure, &letter).await);
         if !self.own(written).await.map_err(Halt::Outage)? {
             return Err(Halt::Fenced);
         }
@@ -278,8 +276,18 @@ impl Lane {
 
     /// One transaction: inbox rows, handlers of the events that were new, commit.
     async fn transact(&self, group: &[&Queued]) -> Result<(), Trouble> {
-        let mut tx =
-            self.own(inbox::begin(&self.pool, self.subscriber.settings.time_limit)).await.map_err(Trouble::Outage)?;
+        let mut connection = self.own(self.connections.take()).await.map_err(Trouble::Outage)?;
+        let result = self.transact_on(&mut connection, group).await;
+        match &result {
+            Err(Trouble::Outage(_)) => self.connections.forget_idle(),
+            _ => self.connections.give_back(connection),
+        }
+        result
+    }
+
+    async fn transact_on(&self, connection: &mut PgConnection, group: &[&Queued]) -> Result<(), Trouble> {
+        let limit = self.subscriber.settings.time_limit;
+        let mut tx = self.own(inbox::begin(connection, limit)).await.map_err(Trouble::Outage)?;
         match self.fill(&mut tx, group).await {
             Ok(()) => self.own_or_conflict(tx.commit()).await,
             Err(Trouble::Outage(reason)) => Err(Trouble::Outage(reason)),
@@ -292,7 +300,7 @@ impl Lane {
         }
     }
 
-    async fn fill(&self, tx: &mut PgTransaction<'static>, group: &[&Queued]) -> Result<(), Trouble> {
+    async fn fill(&self, tx: &mut PgTransaction<'_>, group: &[&Queued]) -> Result<(), Trouble> {
         let rows: Vec<(Uuid, i64)> =
             group.iter().map(|queued| (queued.event.id.as_uuid(), queued.position())).collect();
         let fresh = self.own_or_conflict(inbox::insert(tx, &self.subscriber.name, &rows)).await;
@@ -331,7 +339,7 @@ impl Lane {
         Ok(())
     }
 
-    async fn handle(&self, tx: &mut PgTransaction<'static>, queued: &Queued, this: Try) -> Result<(), HandlerError> {
+    async fn handle(&self, tx: &mut PgTransaction<'_>, queued: &Queued, this: Try) -> Result<(), HandlerError> {
         let Work::Handlers(routes) = &self.subscriber.work else { return Ok(()) };
         let Some(route) = routes.get(queued.event.event_type.as_str()) else {
             return Err(HandlerError::reject(format!("the subscriber has no handler for {}", queued.event.event_type)));

@@ -22,9 +22,10 @@ use tokio_util::sync::CancellationToken;
 use crate::backoff::Backoff;
 use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::{Error, ErrorKind};
+use crate::jetstream;
 use crate::jetstream::Client;
 use crate::jetstream::consumer::{self, ConsumerSpec};
-use crate::{jetstream, postgres};
+use crate::postgres::connections::Connections;
 
 #[cfg(feature = "cli")]
 pub use file::read_file;
@@ -82,10 +83,7 @@ impl Worker {
     /// When the definition of the subscribers or a setting is wrong.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
         validate(&self.subscribers)?;
-        let lanes: usize = self.subscribers.iter().map(|subscriber| subscriber.settings.concurrency).sum();
-        // One for each lane, one for each lease.
-        let connections = u32::try_from(lanes + self.subscribers.len()).unwrap_or(u32::MAX);
-        let pool = postgres::pool(&self.postgres, "aftercommit-worker", connections)?;
+        let connections = Arc::new(Connections::new(&self.postgres, "aftercommit-worker")?);
         let Some(client) = self.connect(&shutdown).await? else { return Ok(()) };
         let holder = holder();
         let mut services = JoinSet::new();
@@ -94,7 +92,7 @@ impl Worker {
             let service = serve::Service {
                 subscriber: Arc::new(subscriber),
                 spec,
-                pool: pool.clone(),
+                connections: Arc::clone(&connections),
                 client: client.clone(),
                 holder: holder.clone(),
                 remedy: self.remedy.clone(),
@@ -104,7 +102,6 @@ impl Worker {
         while let Some(ended) = services.join_next().await {
             ended.map_err(|error| Error::with_source(ErrorKind::Integrity, "a subscriber broke down", error))?;
         }
-        pool.close().await;
         Ok(())
     }
 

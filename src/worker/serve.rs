@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -13,8 +12,10 @@ use crate::jetstream::ack::Answers;
 use crate::jetstream::consumer::{self, ConsumerSpec, Position};
 use crate::jetstream::stored::Source;
 use crate::jetstream::{self, Client, feed};
+use crate::postgres;
+use crate::postgres::connections::Connections;
+use crate::postgres::function::{self, FunctionName};
 use crate::postgres::lease::{self, Tenure};
-use crate::postgres::{self, function};
 
 use super::lane::Lane;
 use super::session::{self, End, Session};
@@ -31,7 +32,7 @@ const LOOK: Duration = Duration::from_millis(500);
 pub(super) struct Service {
     pub(super) subscriber: Arc<Subscriber>,
     pub(super) spec: ConsumerSpec,
-    pub(super) pool: PgPool,
+    pub(super) connections: Arc<Connections>,
     pub(super) client: Client,
     pub(super) holder: String,
     pub(super) remedy: String,
@@ -68,8 +69,10 @@ impl Service {
 
     async fn acquire(&self) -> Result<Option<Tenure>, Error> {
         let name = format!("subscriber:{}", self.name());
-        let mut connection = self.pool.acquire().await.map_err(cannot_lease)?;
-        let epoch = lease::acquire(&mut connection, &name, &self.holder, LEASE).await.map_err(cannot_lease)?;
+        let acquired =
+            self.connections.run(async |connection| lease::acquire(connection, &name, &self.holder, LEASE).await).await;
+        let epoch =
+            acquired.map_err(|error| postgres::database_error("the subscriber's lease cannot be looked at", error))?;
         Ok(epoch.map(|epoch| Tenure { name, holder: self.holder.clone(), epoch }))
     }
 
@@ -78,7 +81,7 @@ impl Service {
         tracing::info!(subscriber = self.name(), epoch = tenure.epoch, holder = tenure.holder, "active");
         let tenure = Arc::new(tenure);
         let lost = CancellationToken::new();
-        let keeper = keep(self.pool.clone(), Arc::clone(&tenure), lost.clone());
+        let keeper = keep(Arc::clone(&self.connections), Arc::clone(&tenure), lost.clone());
         let keeper = AbortOnDropHandle::new(tokio::spawn(keeper));
         while !stop.is_cancelled() && !lost.is_cancelled() {
             let Some(position) = self.wait_until_ready(stop, &lost).await else { break };
@@ -100,10 +103,9 @@ impl Service {
     }
 
     async fn hand_over(&self, tenure: &Tenure) {
-        let released = async {
-            let mut connection = self.pool.acquire().await?;
-            lease::release(&mut connection, &tenure.name, &tenure.holder, tenure.epoch).await
-        };
+        let released = self
+            .connections
+            .run(async |connection| lease::release(connection, &tenure.name, &tenure.holder, tenure.epoch).await);
         match tokio::time::timeout(Duration::from_secs(2), released).await {
             Ok(Ok(())) => tracing::info!(subscriber = self.name(), epoch = tenure.epoch, "stopped"),
             // It runs out by itself.
@@ -120,7 +122,7 @@ impl Service {
         loop {
             let look = async {
                 if let Work::Function { function, .. } = &self.subscriber.work {
-                    function::check(&self.pool, function).await?;
+                    self.check(function).await?;
                 }
                 let context = jetstream::context(&self.client);
                 consumer::check(&context, &self.spec, &self.remedy).await
@@ -142,6 +144,21 @@ impl Service {
         }
     }
 
+    async fn check(&self, function: &FunctionName) -> Result<(), Error> {
+        let found = self.connections.run(async |connection| function::check(connection, function).await).await;
+        match found {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Error::new(
+                ErrorKind::NotReady,
+                format!(
+                    "the function {function}(jsonb) does not exist, or the role may not see it: create it with \
+                     `create function {function}(event jsonb) returns void ...`"
+                ),
+            )),
+            Err(error) => Err(postgres::database_error(format!("looking for the function {function} failed"), error)),
+        }
+    }
+
     async fn work(
         &self,
         tenure: &Arc<Tenure>,
@@ -152,7 +169,7 @@ impl Service {
         let context = jetstream::context(&self.client);
         let lane = Lane {
             subscriber: Arc::clone(&self.subscriber),
-            pool: self.pool.clone(),
+            connections: Arc::clone(&self.connections),
             source: Source::new(&context, &self.spec.stream),
             tenure: Arc::clone(tenure),
         };
@@ -165,13 +182,11 @@ impl Service {
 
 /// Prolongs the lease until somebody else has it. While the database is away nobody can take it either, and nothing
 /// can be committed: so that is waited out.
-async fn keep(pool: PgPool, tenure: Arc<Tenure>, lost: CancellationToken) {
+async fn keep(connections: Arc<Connections>, tenure: Arc<Tenure>, lost: CancellationToken) {
     loop {
         tokio::time::sleep(RENEW).await;
-        let renewed = async {
-            let mut connection = pool.acquire().await?;
-            lease::renew(&mut connection, &tenure.name, &tenure.holder, tenure.epoch, LEASE).await
-        };
+        let renewed = connections
+            .run(async |connection| lease::renew(connection, &tenure.name, &tenure.holder, tenure.epoch, LEASE).await);
         match tokio::time::timeout(LEASE, renewed).await {
             Ok(Ok(true)) => {}
             Ok(Ok(false)) => {
@@ -206,15 +221,6 @@ impl Trouble {
             tracing::info!(subscriber, "ready");
         }
         *self = Self::default();
-    }
-}
-
-fn cannot_lease(error: sqlx::Error) -> Error {
-    match error {
-        error @ sqlx::Error::PoolTimedOut => {
-            Error::with_source(ErrorKind::Database, "PostgreSQL does not answer", error)
-        }
-        error => postgres::database_error("the subscriber's lease cannot be looked at", error),
     }
 }
 

@@ -69,7 +69,7 @@ pub(super) struct Route {
 }
 
 type Run = Arc<
-    dyn for<'a> Fn(&'a mut PgTransaction<'static>, &'a Envelope, Try) -> BoxFuture<'a, Result<(), HandlerError>>
+    dyn for<'a, 't> Fn(&'a mut PgTransaction<'t>, &'a Envelope, Try) -> BoxFuture<'a, Result<(), HandlerError>>
         + Send
         + Sync,
 >;

@@ -1,0 +1,65 @@
+//! Connections that are used again only when they were left in order.
+//!
+//! A pool would take a connection back whose user was cancelled in the middle of BEGIN, with a transaction open on it
+//! that the next user knows nothing of. Here a connection that is not given back is closed, and the server ends what was
+//! open on it.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{ConnectOptions, PgConnection};
+
+use crate::config::PostgresConfig;
+use crate::error::Error;
+
+/// How long to wait for a server that does not even refuse.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// Connections to one database, opened when they are needed. There are as many as are used at the same time.
+#[derive(Debug)]
+pub(crate) struct Connections {
+    options: PgConnectOptions,
+    idle: Mutex<Vec<PgConnection>>,
+}
+
+impl Connections {
+    pub(crate) fn new(config: &PostgresConfig, application: &str) -> Result<Self, Error> {
+        Ok(Self { options: super::options(config, application)?, idle: Mutex::default() })
+    }
+
+    /// An idle connection, or a new one.
+    pub(crate) async fn take(&self) -> Result<PgConnection, sqlx::Error> {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        match idle {
+            Some(connection) => Ok(connection),
+            None => tokio::time::timeout(CONNECT, self.options.connect())
+                .await
+                .unwrap_or_else(|_| Err(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()))),
+        }
+    }
+
+    /// Keeps a connection for the next one who needs it. Nothing may be open on it.
+    pub(crate) fn give_back(&self, connection: PgConnection) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+    }
+
+    /// Closes the idle connections, which went away together with one that was in use.
+    pub(crate) fn forget_idle(&self) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// Runs one statement, or some without a transaction around them.
+    pub(crate) async fn run<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, sqlx::Error> {
+        let mut connection = self.take().await?;
+        let result = work(&mut connection).await;
+        match &result {
+            Err(error) if super::is_outage(error) => self.forget_idle(),
+            _ => self.give_back(connection),
+        }
+        result
+    }
+}
