@@ -1,6 +1,7 @@
 //! Everything that speaks NATS. One module per concern.
 
 pub(crate) mod publisher;
+pub(crate) mod service;
 pub(crate) mod stream;
 pub(crate) mod topology;
 
@@ -31,9 +32,14 @@ impl Connection {
         }
     }
 
+    /// Whether the connection stands.
+    pub(crate) fn is_up(&self) -> bool {
+        self.client.connection_state() == State::Connected
+    }
+
     /// Returns when the connection stands, at once if it does.
     pub(crate) async fn connected(&self) {
-        while self.client.connection_state() != State::Connected {
+        while !self.is_up() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -50,6 +56,7 @@ pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str)
         async move {
             match event {
                 ClientEvent::Connected => tracing::info!("connected to nats"),
+                ClientEvent::ServerError(error) if service::explains(&error.to_string()) => {}
                 other => tracing::warn!(event = %other, "nats connection"),
             }
         }

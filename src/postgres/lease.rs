@@ -55,11 +55,13 @@ pub(crate) async fn release(
     holder: &str,
     epoch: i64,
 ) -> Result<(), sqlx::Error> {
-    sqlx::query("update aftercommit.lease set expires_at = to_timestamp(0) where name = $1 and holder = $2 and epoch = $3")
-        .bind(name)
-        .bind(holder)
-        .bind(epoch)
-        .execute(connection)
-        .await
-        .map(drop)
+    sqlx::query(
+        "update aftercommit.lease set expires_at = to_timestamp(0) where name = $1 and holder = $2 and epoch = $3",
+    )
+    .bind(name)
+    .bind(holder)
+    .bind(epoch)
+    .execute(connection)
+    .await
+    .map(drop)
 }

@@ -5,7 +5,9 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::time::Instant;
 
+use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use crate::jetstream::publisher::{Answer, Predecessor};
@@ -16,6 +18,10 @@ pub(super) struct Sent {
     pub(super) outbox_id: i64,
     pub(super) event_id: Uuid,
     pub(super) bytes: usize,
+    /// When it was written, by the database's clock.
+    pub(super) created_at: DateTime<Utc>,
+    /// When it was handed to the connection; for the metrics.
+    pub(super) sent_at: Option<Instant>,
 }
 
 /// Where the chain stands: the last message that is known to be stored, and those under way behind it.
@@ -153,7 +159,13 @@ mod tests {
     use super::*;
 
     fn event(outbox_id: i64) -> Sent {
-        Sent { outbox_id, event_id: Uuid::from_u128(outbox_id as u128), bytes: 10 }
+        Sent {
+            outbox_id,
+            event_id: Uuid::from_u128(outbox_id as u128),
+            bytes: 10,
+            created_at: DateTime::UNIX_EPOCH,
+            sent_at: None,
+        }
     }
 
     fn chain(events: i64) -> Chain {

@@ -80,7 +80,7 @@ impl Leader<'_> {
                 self.settle(unseen > 0).await?;
                 last_news = Instant::now();
             }
-            self.progress.state("idle");
+            self.progress.idle();
             tokio::select! {
                 () = tokio::time::sleep(pause) => pause = (pause * 2).min(self.idle_poll),
                 () = self.shutdown.cancelled() => {}
@@ -153,7 +153,10 @@ impl Leader<'_> {
             }
             let before = self.chain.as_ref().map_or(0, Chain::sequence);
             match self.pump(open, after.unwrap_or(0)).await? {
-                Pumped::Done => return Ok(()),
+                Pumped::Done => {
+                    self.progress.window_done();
+                    return Ok(());
+                }
                 Pumped::Stopped => {
                     self.chain = None;
                     return Ok(());
@@ -190,7 +193,7 @@ impl Leader<'_> {
     }
 
     fn report(&self, doubt: &Doubt) {
-        self.progress.state(format!("finding out what is stored: {doubt}"));
+        self.progress.interrupted(doubt);
         match doubt {
             Doubt::Refused { event, .. }
             | Doubt::Duplicate { event, .. }

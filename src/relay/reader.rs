@@ -83,7 +83,13 @@ async fn prepare(connection: &mut PgConnection, naming: &Naming, row: OutboxEven
         Some(body) => body,
         None => window::body(connection, row.id).await?,
     };
-    let event = Sent { outbox_id: row.id, event_id: row.event_id, bytes: body.payload.len() };
+    let event = Sent {
+        outbox_id: row.id,
+        event_id: row.event_id,
+        bytes: body.payload.len(),
+        created_at: row.created_at,
+        sent_at: None,
+    };
     let subject = naming.prefix.subject(&row.event_type);
     let envelope = Envelope {
         id: row.event_id.into(),

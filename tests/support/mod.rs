@@ -2,12 +2,14 @@
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 
 mod database;
+mod http;
 mod outbox;
 mod writers;
 
 use std::time::Duration;
 
 pub use database::{Database, succeeded};
+pub use http::{free_address, get, metric};
 pub use outbox::{Message, Outbox, RelayProcess, RunningRelay};
 pub use writers::{Random, Writers};
 
