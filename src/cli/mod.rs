@@ -1,5 +1,6 @@
 //! The command lines of the binaries.
 
+mod http;
 pub mod operator;
 pub mod relay;
 pub mod worker;

@@ -4,6 +4,7 @@ pub(crate) mod ack;
 pub(crate) mod consumer;
 pub(crate) mod feed;
 pub(crate) mod publisher;
+pub(crate) mod service;
 pub(crate) mod stored;
 pub(crate) mod stream;
 pub(crate) mod topology;
@@ -39,9 +40,14 @@ impl Connection {
         }
     }
 
+    /// Whether the connection stands.
+    pub(crate) fn is_up(&self) -> bool {
+        self.client.connection_state() == State::Connected
+    }
+
     /// Returns when the connection stands, at once if it does.
     pub(crate) async fn connected(&self) {
-        while self.client.connection_state() != State::Connected {
+        while !self.is_up() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -58,6 +64,7 @@ pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str)
         async move {
             match event {
                 ClientEvent::Connected => tracing::info!("connected to nats"),
+                ClientEvent::ServerError(error) if service::explains(&error.to_string()) => {}
                 other => tracing::warn!(event = %other, "nats connection"),
             }
         }

@@ -20,8 +20,8 @@ pub(crate) mod window;
 
 use std::str::FromStr;
 
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{ConnectOptions, PgConnection, PgPool};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{ConnectOptions, PgConnection};
 
 use crate::config::PostgresConfig;
 use crate::error::{Error, ErrorKind};
@@ -47,11 +47,6 @@ fn options(config: &PostgresConfig, application: &str) -> Result<PgConnectOption
 /// Opens one connection.
 pub(crate) async fn connect(config: &PostgresConfig, application: &str) -> Result<PgConnection, Error> {
     options(config, application)?.connect().await.map_err(|error| database_error("cannot connect to PostgreSQL", error))
-}
-
-/// A pool that opens its connections when they are needed.
-pub(crate) fn pool(config: &PostgresConfig, application: &str, size: u32) -> Result<PgPool, Error> {
-    Ok(PgPoolOptions::new().max_connections(size).connect_lazy_with(options(config, application)?))
 }
 
 /// An error of `doing`, without the server's DETAIL, which may hold a row's payload.

@@ -149,6 +149,8 @@ pub(super) async fn prepare(
         key: row.key.clone(),
         message_id: row.event_id.to_string(),
         bytes: body.payload.len(),
+        created_at: row.created_at,
+        sent_at: None,
     };
     let subject = naming.prefix.subject(&row.event_type);
     let envelope = Envelope {

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "these are tests")]
 
 mod database;
+mod http;
 mod outbox;
 mod work;
 mod writers;
@@ -10,6 +11,7 @@ mod writers;
 use std::time::Duration;
 
 pub use database::{Database, succeeded};
+pub use http::{free_address, get, metric};
 pub use outbox::{Message, Outbox, RelayProcess, RunningRelay};
 pub use work::{Act, Number, Record, RunningWorker, Work, WorkerProcess};
 pub use writers::{Random, Writers};
