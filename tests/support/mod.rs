@@ -5,6 +5,7 @@
 mod database;
 mod http;
 mod outbox;
+mod proxy;
 mod work;
 mod writers;
 
@@ -13,6 +14,7 @@ use std::time::Duration;
 pub use database::{Database, succeeded};
 pub use http::{free_address, get, metric};
 pub use outbox::{Message, Outbox, RelayProcess, RunningRelay};
+pub use proxy::{Proxy, Way};
 pub use work::{Act, Number, Record, RunningWorker, Work, WorkerProcess};
 pub use writers::{Random, Writers};
 

@@ -221,6 +221,22 @@ impl RelayProcess {
         assert!(sent.success());
     }
 
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Waits for a relay that ends by itself.
+    pub async fn ends(&mut self, deadline: std::time::Duration) -> std::process::ExitStatus {
+        let mut status = None;
+        eventually(deadline, "the relay's process ends", async || {
+            status = self.0.try_wait().unwrap();
+            status.is_some()
+        })
+        .await
+        .unwrap_or_else(|error| panic!("{error}"));
+        status.unwrap()
+    }
+
     pub fn wait(&mut self) -> std::process::ExitStatus {
         self.0.wait().unwrap()
     }
