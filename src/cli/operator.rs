@@ -117,7 +117,7 @@ fn run(cli: Cli) -> Result<(), Error> {
 }
 
 async fn migrate(command: Migrate) -> Result<String, Error> {
-    let applied = admin::migrate(&command.postgres.config()).await?;
+    let applied = admin::migrate(&command.postgres.config()?).await?;
     if applied.is_empty() {
         return Ok("the schema aftercommit is up to date\n".into());
     }
@@ -125,7 +125,7 @@ async fn migrate(command: Migrate) -> Result<String, Error> {
 }
 
 async fn provision(command: Provision) -> Result<String, Error> {
-    let changes = admin::provision(&command.nats.config(), &command.naming.config()?).await?;
+    let changes = admin::provision(&command.nats.config()?, &command.naming.config()?).await?;
     if changes.is_empty() {
         return Ok("everything is as it should be\n".into());
     }
@@ -134,7 +134,7 @@ async fn provision(command: Provision) -> Result<String, Error> {
 
 async fn status(command: Status) -> Result<String, Error> {
     let naming = command.naming.config()?;
-    let status = admin::status::status(&command.postgres.config(), &command.nats.config(), &naming).await?;
+    let status = admin::status::status(&command.postgres.config()?, &command.nats.config()?, &naming).await?;
     if !command.json {
         return Ok(status.to_string());
     }
@@ -160,7 +160,7 @@ async fn publish(command: Publish) -> Result<String, Error> {
     for (name, value) in command.headers {
         event = event.header(name, value);
     }
-    let id = admin::publish(&command.postgres.config(), event).await?;
+    let id = admin::publish(&command.postgres.config()?, event).await?;
     Ok(format!("{id}\n"))
 }
 

@@ -13,7 +13,7 @@ use crate::relay::{Relay, RelayConfig};
 const NAME: &str = "aftercommit-relay";
 
 /// Publishes what transactions committed to the outbox, in order, to a JetStream stream
-#[derive(Debug, Parser)]
+#[derive(Parser)]
 #[command(name = NAME, version)]
 struct Cli {
     #[command(flatten)]
@@ -28,7 +28,7 @@ struct Cli {
 
 impl Cli {
     fn config(&self) -> Result<RelayConfig, Error> {
-        let config = RelayConfig::new(self.postgres.config(), self.nats.config(), self.naming.config()?);
+        let config = RelayConfig::new(self.postgres.config()?, self.nats.config()?, self.naming.config()?);
         Ok(RelayConfig { unhealthy_after: self.http.unhealthy_after, ..config })
     }
 }

@@ -1,6 +1,7 @@
 //! What the integration tests share.
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 
+mod certificates;
 mod database;
 mod http;
 mod outbox;
@@ -8,6 +9,7 @@ mod writers;
 
 use std::time::Duration;
 
+pub use certificates::{Authority, Directory};
 pub use database::{Database, succeeded};
 pub use http::{free_address, get, metric};
 pub use outbox::{Message, Outbox, RelayProcess, RunningRelay};
