@@ -14,7 +14,7 @@ use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
 use aftercommit::testing::{eventually, unique_name};
 use aftercommit::{Error, ErrorKind, admin};
 use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use nkeys::KeyPair;
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
@@ -334,16 +334,17 @@ async fn postgres_over_tls_with_a_client_certificate() {
 async fn no_secret_and_no_payload_is_shown() {
     let (authority, files) = (Authority::new(), Directory::new());
     let postgres = secured_postgres(&authority).await;
-    let plain = postgres.create_database().await.unwrap();
-    let database = plain.replace("//postgres@", "//pw@");
-    let with_password = plain.replace("//postgres@", "//pw:canary-database-password@");
     let ca = files.write("ca.crt", &authority.certificate).display().to_string();
     let tls = format!("?sslmode=verify-full&sslrootcert={ca}&unknown=canary-parameter");
-    let host = postgres.url("").replace("postgres://postgres@127.0.0.1:", "").replace('/', "");
-    let passwords =
-        files.write("pgpass", format!("canary-malformed-line\n127.0.0.1:{host}:*:pw:canary-database-password\n"));
+    let passwords = files.write("pgpass", "canary-malformed-line\n127.0.0.1:*:*:pw:canary-database-password\n");
     fs::set_permissions(&passwords, fs::Permissions::from_mode(0o600)).unwrap();
-    let url_file = files.write("url", format!("{with_password}{tls}"));
+    let mut databases = Vec::new();
+    for _ in 0..3 {
+        databases.push(postgres.create_database().await.unwrap());
+    }
+    let url = |run: usize, user: &str| databases[run].replace("//postgres@", &format!("//{user}@")) + &tls;
+    let with_password = "pw:canary-database-password";
+    let url_file = files.write("url", url(0, with_password));
 
     let user = KeyPair::new_user();
     let seed = user.seed().unwrap();
@@ -365,17 +366,17 @@ async fn no_secret_and_no_payload_is_shown() {
             NatsAuth::UserPassword { user: "me".into(), password: Secret::Text(password.clone()) },
             &with_user,
             vec![("NATS_URL", format!("nats://me:{password}@"))],
-            vec![("DATABASE_URL", format!("{with_password}{tls}"))],
+            vec![("DATABASE_URL", url(1, with_password))],
         ),
         (
             "token",
             NatsAuth::Token(Secret::Text(token.clone())),
             &with_token,
             vec![("NATS_TOKEN", token.clone())],
-            vec![("DATABASE_URL", format!("{database}{tls}")), ("PGPASSFILE", passwords.display().to_string())],
+            vec![("DATABASE_URL", url(2, "pw")), ("PGPASSFILE", passwords.display().to_string())],
         ),
     ];
-    for (run, auth, server, nats_settings, postgres_settings) in runs {
+    for ((run, auth, server, nats_settings, postgres_settings), plain) in runs.into_iter().zip(&databases) {
         let mut server = nats(server).await;
         let nats = NatsConfig { url: server.url(), auth, ..Default::default() };
         let postgres = PostgresConfig { url: plain.clone() };
@@ -394,11 +395,9 @@ async fn no_secret_and_no_payload_is_shown() {
             RelayProcess(command.spawn().unwrap())
         };
         let mut relay = start();
-        let payload = json!({ "note": "canary-payload" }).to_string();
+        let payload = "canary-payload".to_string();
         let published = async |messages: u64| {
-            admin::publish(&postgres, RawEvent::new("order.placed", "application/json", payload.clone()))
-                .await
-                .unwrap();
+            admin::publish(&postgres, RawEvent::new("order.placed", "text/plain", payload.clone())).await.unwrap();
             eventually(SOON, "the event is in the stream", async || {
                 let status = admin::status::status(&postgres, &nats, &naming).await;
                 status.is_ok_and(|status| status.stream.is_some_and(|stream| stream.messages == messages))
@@ -421,7 +420,7 @@ async fn no_secret_and_no_payload_is_shown() {
         relay.kill();
         let shown = fs::read_to_string(&log).unwrap() + &String::from_utf8_lossy(&command_line);
         assert!(shown.contains(" DEBUG "), "{run}: the log is talkative");
-        for secret in ["canary", seed.as_str()] {
+        for secret in ["canary", seed.as_str(), &STANDARD.encode("canary-payload")[4..16]] {
             let found = shown.lines().find(|line| line.contains(secret));
             assert_eq!(found, None, "{run}");
         }

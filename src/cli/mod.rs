@@ -62,11 +62,13 @@ fn start_logging() {
     tracing_subscriber::registry().with(filter).with(filter_fn(is_discreet)).with(lines).init();
 }
 
-/// Keeps out what the drivers would show of secrets and payloads: the NATS client traces whole messages, the PostgreSQL
-/// driver warns of lines of the password file and of parameters of the URL with what is in them.
+/// Keeps out what the drivers would show of secrets and payloads: the NATS client shows whole messages and answers when it
+/// is asked to be talkative, the PostgreSQL driver warns of lines of the password file and of parameters of the URL with
+/// what is in them.
 fn is_discreet(line: &Metadata<'_>) -> bool {
     match line.target() {
         "async_nats::connection" => *line.level() != Level::TRACE,
+        "async_nats::jetstream::context" => *line.level() < Level::DEBUG,
         "sqlx_postgres::options::parse" => line.fields().field("value").is_none(),
         "sqlx_postgres::options::pgpass" => line.fields().field("line").is_none(),
         _ => true,
