@@ -217,7 +217,8 @@ async fn nobody_makes_the_relay_answer_into_its_stream() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_the_permissions_of_a_service_there_is_one_warning() {
-    let config = "authorization { users: [
+    let config = "no_auth_user: admin
+    authorization { users: [
         { user: admin, password: admin },
         { user: relay, password: relay, permissions: {
             publish: [ \"*.order.placed\", \"$JS.API.STREAM.INFO.*\", \"$JS.API.DIRECT.GET.>\" ],
@@ -225,11 +226,10 @@ async fn without_the_permissions_of_a_service_there_is_one_warning() {
         } }
     ] }";
     let mut nats = Nats::start(NatsOptions { config: config.into(), ..Default::default() }).await.unwrap();
-    let url = |user: &str| nats.url().replace("nats://", &format!("nats://{user}:{user}@"));
-    let outbox = Outbox::new(database().await, url("admin")).await;
+    let outbox = Outbox::new(database().await, nats.url()).await;
     let log = std::env::temp_dir().join(unique_name("aftercommit-log"));
     let mut command = outbox.relay_command();
-    command.env("NATS_URL", url("relay")).env("RUST_LOG", "info,async_nats=warn");
+    command.env("NATS_USER", "relay").env("NATS_PASSWORD", "relay").env("RUST_LOG", "info,async_nats=warn");
     command.stdout(Stdio::null()).stderr(fs::File::create(&log).unwrap());
     let _relay = RelayProcess(command.spawn().unwrap());
     outbox.publish("order.placed", "{}", None).await;

@@ -14,7 +14,7 @@ use crate::relay::{ParkPolicy, Relay, RelayConfig};
 const NAME: &str = "aftercommit-relay";
 
 /// Publishes what transactions committed to the outbox, in order, to a JetStream stream
-#[derive(Debug, Parser)]
+#[derive(Parser)]
 #[command(name = NAME, version)]
 struct Cli {
     #[command(flatten)]
@@ -61,7 +61,7 @@ impl Cli {
             },
             retention: Duration::from_secs_f64(self.retention_days * 86_400.0),
             unhealthy_after: self.http.unhealthy_after,
-            ..RelayConfig::new(self.postgres.config(), self.nats.config(), self.naming.config()?)
+            ..RelayConfig::new(self.postgres.config()?, self.nats.config()?, self.naming.config()?)
         })
     }
 }

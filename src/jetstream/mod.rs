@@ -1,5 +1,6 @@
 //! Everything that speaks NATS. One module per concern.
 
+mod access;
 pub(crate) mod ack;
 pub(crate) mod consumer;
 pub(crate) mod feed;
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use async_nats::connection::State;
 use async_nats::jetstream::Context;
-use async_nats::{ConnectOptions, Event as ClientEvent, HeaderMap};
+use async_nats::{Event as ClientEvent, HeaderMap};
 use bytes::Bytes;
 use tokio::sync::watch;
 
@@ -57,7 +58,8 @@ impl Connection {
 /// `inbox_prefix` is where answers come, so that permissions can tell roles apart.
 pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str) -> Result<Connection, Error> {
     let (lost, losses) = watch::channel(0_u64);
-    let mut options = ConnectOptions::new().name(name).custom_inbox_prefix(inbox_prefix).event_callback(move |event| {
+    let (options, servers) = access::options(config)?;
+    let options = options.name(name).custom_inbox_prefix(inbox_prefix).event_callback(move |event| {
         if matches!(event, ClientEvent::Disconnected) {
             lost.send_modify(|count| *count += 1);
         }
@@ -69,16 +71,6 @@ pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str)
             }
         }
     });
-    if let Some(creds) = &config.creds {
-        options = options.credentials_file(creds).await.map_err(|error| {
-            Error::with_source(
-                ErrorKind::Config,
-                format!("the NATS credentials file {} cannot be read", creds.display()),
-                error,
-            )
-        })?;
-    }
-    let servers: Vec<&str> = config.url.split(',').map(str::trim).filter(|url| !url.is_empty()).collect();
     let client = options.connect(servers).await.map_err(|error| {
         Error::with_source(ErrorKind::Broker, "cannot connect to NATS (NATS_URL or --nats-url)", error)
     })?;

@@ -2,6 +2,7 @@
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 #![allow(clippy::unwrap_used, reason = "these are tests")]
 
+mod certificates;
 mod database;
 mod http;
 mod outbox;
@@ -11,6 +12,7 @@ mod writers;
 
 use std::time::Duration;
 
+pub use certificates::{Authority, Directory};
 pub use database::{Database, succeeded};
 pub use http::{free_address, get, metric};
 pub use outbox::{Message, Outbox, RelayProcess, RunningRelay};
