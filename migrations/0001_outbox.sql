@@ -44,7 +44,7 @@ create table aftercommit.outbox (
         not headers @? 'strict $.* ? (@.type() != "string" || @ like_regex "^ | $|[^ -~]" flag "s")'),
     constraint outbox_payload_size check (octet_length(payload) <= 1000000),
     constraint outbox_content_type_is_legal check (
-        octet_length(content_type) between 1 and 128 and content_type !~ '^ | $|[^ -~]')
+        content_type <> '' and octet_length(content_type) <= 128 and content_type !~ '^ | $|[^ -~]')
 );
 create index outbox_xid_id on aftercommit.outbox (xid, id);
 

@@ -49,3 +49,27 @@ create table aftercommit.relay_status (
     state         text        not null,      -- 'publishing', 'idle', or what it waits for
     updated_at    timestamptz not null default clock_timestamp()
 );
+
+-- Events that the stream will never take, and with policy `block` the later events of their keys behind them.
+create table aftercommit.parked (
+    outbox_id  bigint      primary key,
+    event_id   uuid        not null unique,
+    type       text        not null,
+    key        text,
+    code       bigint,                       -- JetStream's error number; null for one that waits behind another
+    reason     text        not null,
+    state      text        not null default 'parked',
+    parked_at  timestamptz not null default clock_timestamp(),
+    changed_at timestamptz not null default clock_timestamp(),
+    sequence   bigint,                       -- where it went in the end
+    constraint parked_state_is_known check (state in ('parked', 'released', 'published', 'discarded'))
+);
+create index parked_open on aftercommit.parked (key, outbox_id) where state in ('parked', 'released');
+
+-- What operators have switched off: `relay`, `subscriber:<name>`, `subscriber:*` for all of them.
+create table aftercommit.pause (
+    name      text        primary key,
+    paused_at timestamptz not null default clock_timestamp(),
+    paused_by text        not null default current_user,
+    reason    text
+);

@@ -1,5 +1,6 @@
 //! What an operator does: set up schema and stream, write an event by hand, look at where everything is.
 
+pub mod relay;
 pub mod status;
 
 use sqlx::Connection;

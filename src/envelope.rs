@@ -34,6 +34,8 @@ pub const CE_SEQUENCE: &str = "ce-sequence";
 pub const CE_DATAVERSION: &str = "ce-dataversion";
 /// JetStream's message id, by which the server drops repeats.
 pub const NATS_MSG_ID: &str = "Nats-Msg-Id";
+/// Set on messages that were published out of the outbox's order, after they had been set aside.
+pub const REPAIR: &str = "Aftercommit-Repair";
 /// The W3C trace context of the publisher.
 pub const TRACEPARENT: &str = "traceparent";
 
@@ -113,7 +115,7 @@ impl Envelope {
             let lower = name.to_ascii_lowercase();
             if lower.starts_with("ce-") {
                 attributes.insert(lower, percent_decode_str(value).decode_utf8_lossy());
-            } else if !lower.starts_with("nats-") {
+            } else if !lower.starts_with("nats-") && !lower.starts_with("aftercommit-") {
                 own.insert(name.to_string(), value.to_string());
             }
         }

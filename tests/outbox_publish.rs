@@ -1,5 +1,7 @@
 //! Guarantees of publishing: what commits is in the outbox, what rolls back is not, and nothing else happens.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::collections::BTreeMap;
@@ -294,6 +296,20 @@ async fn transactions_do_not_mix() {
     // The other transaction took its id first.
     ids.insert(0, theirs);
     assert_eq!(written(&pool).await, ids);
+}
+
+/// Handlers and services run on several threads.
+#[tokio::test]
+async fn publishing_can_be_spawned() {
+    let database = Database::migrated().await;
+    let pool = database.pool().await;
+    let ids = tokio::spawn(async move {
+        let mut tx = pool.begin().await.unwrap();
+        let events = [measured(1), measured(2)];
+        outbox::publish(&mut tx, &events[0]).await.unwrap();
+        outbox::publish_all(&mut tx, events.iter().filter(|event| event.sensor > 1)).await.unwrap()
+    });
+    assert_eq!(ids.await.unwrap().len(), 1);
 }
 
 /// Savepoints keep the id of the whole transaction, which is what a reader asks a snapshot about.

@@ -7,8 +7,11 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use serde::de::IgnoredAny;
 
+use uuid::Uuid;
+
 use super::{NamingArgs, NatsArgs, PostgresArgs, fail};
 use crate::admin;
+use crate::admin::relay::ParkedEvent;
 use crate::envelope::is_json;
 use crate::error::{Error, ErrorKind};
 use crate::outbox::RawEvent;
@@ -26,10 +29,16 @@ struct Cli {
 enum Command {
     /// Create or update the schema aftercommit; harmless when it is up to date
     Migrate(Migrate),
+    /// See and decide about events that the stream would not take
+    #[command(subcommand)]
+    Parked(Parked),
     /// Create the stream and consumers, or correct settings of it that would lose events; prints what it changed
     Provision(Provision),
     /// Write one event in a transaction of its own and print its id
     Publish(Publish),
+    /// Pause or resume publishing, whichever relay leads
+    #[command(subcommand)]
+    Relay(Relay),
     /// Show the backlog, the leading relay, the stream and the subscribers
     Status(Status),
 }
@@ -41,6 +50,52 @@ struct Migrate {
     print: bool,
     #[command(flatten)]
     postgres: PostgresArgs,
+}
+
+#[derive(Subcommand)]
+enum Parked {
+    /// List them in outbox order
+    List {
+        /// At most so many
+        #[arg(long, default_value_t = 100)]
+        limit: i64,
+        /// Print them as JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        postgres: PostgresArgs,
+    },
+    /// Let the relay try an event again, and then what waits behind it
+    Release {
+        /// The event's id
+        event_id: Uuid,
+        #[command(flatten)]
+        postgres: PostgresArgs,
+    },
+    /// Give an event up and let go what waits behind it
+    Discard {
+        /// The event's id
+        event_id: Uuid,
+        #[command(flatten)]
+        postgres: PostgresArgs,
+    },
+}
+
+#[derive(Subcommand)]
+enum Relay {
+    /// Stop publishing until told to resume; the backlog waits in the outbox
+    Pause {
+        /// Why, for the next one who looks
+        #[arg(long)]
+        reason: Option<String>,
+        #[command(flatten)]
+        postgres: PostgresArgs,
+    },
+    /// Publish again
+    Resume {
+        #[command(flatten)]
+        postgres: PostgresArgs,
+    },
 }
 
 #[derive(Args)]
@@ -112,8 +167,10 @@ fn run(cli: Cli) -> Result<(), Error> {
     let text = match cli.command {
         Command::Migrate(Migrate { print: true, .. }) => admin::migrations_sql(),
         Command::Migrate(command) => runtime.block_on(migrate(command))?,
+        Command::Parked(command) => runtime.block_on(parked(command))?,
         Command::Provision(command) => runtime.block_on(provision(command))?,
         Command::Publish(command) => runtime.block_on(publish(command))?,
+        Command::Relay(command) => runtime.block_on(relay(command))?,
         Command::Status(command) => runtime.block_on(status(command))?,
     };
     // A reader that went away early, such as `head`, has what it wanted.
@@ -122,16 +179,66 @@ fn run(cli: Cli) -> Result<(), Error> {
 }
 
 async fn migrate(command: Migrate) -> Result<String, Error> {
-    let applied = admin::migrate(&command.postgres.config()).await?;
+    let applied = admin::migrate(&command.postgres.config()?).await?;
     if applied.is_empty() {
         return Ok("the schema aftercommit is up to date\n".into());
     }
     Ok(applied.iter().map(|name| format!("applied {name}\n")).collect())
 }
 
+async fn parked(command: Parked) -> Result<String, Error> {
+    match command {
+        Parked::List { limit, json, postgres } => {
+            let events = admin::relay::parked(&postgres.config()?, limit).await?;
+            if json {
+                return as_json(&events);
+            }
+            if events.is_empty() {
+                return Ok("nothing is parked\n".into());
+            }
+            let line = |event: &ParkedEvent| {
+                let code = event.code.map_or_else(|| "-".into(), |code| code.to_string());
+                let key = event.key.as_deref().unwrap_or("-");
+                format!(
+                    "{}  outbox id {}  {}  key {key}  {}  code {code}  {}\n",
+                    event.event_id, event.outbox_id, event.event_type, event.state, event.reason
+                )
+            };
+            Ok(events.iter().map(line).collect())
+        }
+        Parked::Release { event_id, postgres } => {
+            let events = admin::relay::release(&postgres.config()?, event_id.into()).await?;
+            Ok(format!("released {events} events\n"))
+        }
+        Parked::Discard { event_id, postgres } => {
+            let events = admin::relay::discard(&postgres.config()?, event_id.into()).await?;
+            Ok(format!("discarded the event, released {events} events behind it\n"))
+        }
+    }
+}
+
+async fn relay(command: Relay) -> Result<String, Error> {
+    Ok(match command {
+        Relay::Pause { reason, postgres } => match admin::relay::pause(&postgres.config()?, reason.as_deref()).await? {
+            true => "paused; `aftercommit relay resume` goes on\n".into(),
+            false => "it was paused already\n".into(),
+        },
+        Relay::Resume { postgres } => match admin::relay::resume(&postgres.config()?).await? {
+            true => "resumed\n".into(),
+            false => "it was not paused\n".into(),
+        },
+    })
+}
+
+fn as_json(value: &impl serde::Serialize) -> Result<String, Error> {
+    let json = serde_json::to_string_pretty(value)
+        .map_err(|error| Error::with_source(ErrorKind::Integrity, "the answer cannot be written as JSON", error))?;
+    Ok(json + "\n")
+}
+
 async fn provision(command: Provision) -> Result<String, Error> {
     let subscribers = command.config.as_deref().map(worker::read_file).transpose()?;
-    let (nats, naming) = (command.nats.config(), command.naming.config()?);
+    let (nats, naming) = (command.nats.config()?, command.naming.config()?);
     let mut changes = admin::provision(&nats, &naming).await?;
     if let Some(subscribers) = subscribers {
         changes.extend(worker::provision(&nats, &naming, &subscribers).await?);
@@ -144,13 +251,11 @@ async fn provision(command: Provision) -> Result<String, Error> {
 
 async fn status(command: Status) -> Result<String, Error> {
     let naming = command.naming.config()?;
-    let status = admin::status::status(&command.postgres.config(), &command.nats.config(), &naming).await?;
+    let status = admin::status::status(&command.postgres.config()?, &command.nats.config()?, &naming).await?;
     if !command.json {
         return Ok(status.to_string());
     }
-    let json = serde_json::to_string_pretty(&status)
-        .map_err(|error| Error::with_source(ErrorKind::Integrity, "the status cannot be written as JSON", error))?;
-    Ok(json + "\n")
+    as_json(&status)
 }
 
 async fn publish(command: Publish) -> Result<String, Error> {
@@ -170,7 +275,7 @@ async fn publish(command: Publish) -> Result<String, Error> {
     for (name, value) in command.headers {
         event = event.header(name, value);
     }
-    let id = admin::publish(&command.postgres.config(), event).await?;
+    let id = admin::publish(&command.postgres.config()?, event).await?;
     Ok(format!("{id}\n"))
 }
 

@@ -1,18 +1,20 @@
 //! Everything that speaks NATS. One module per concern.
 
+mod access;
 pub(crate) mod ack;
 pub(crate) mod consumer;
 pub(crate) mod feed;
 pub(crate) mod publisher;
+pub(crate) mod service;
 pub(crate) mod stored;
 pub(crate) mod stream;
 pub(crate) mod topology;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::connection::State;
 use async_nats::jetstream::Context;
-use async_nats::{ConnectOptions, Event as ClientEvent, HeaderMap};
+use async_nats::{Event as ClientEvent, HeaderMap};
 use bytes::Bytes;
 use tokio::sync::watch;
 
@@ -21,11 +23,16 @@ use crate::envelope::{Envelope, EnvelopeError};
 use crate::error::{Error, ErrorKind};
 
 pub(crate) use async_nats::Client;
-/// A connection that heals itself, and the count of times that it broke.
+
+/// For how long an error that the server reports out of turn may explain that an answer does not come.
+const COMPLAINT_AGE: Duration = Duration::from_secs(30);
+
+/// A connection that heals itself, the count of times that it broke, and what the server complained of last.
 #[derive(Clone)]
 pub(crate) struct Connection {
     pub(crate) client: Client,
     losses: watch::Receiver<u64>,
+    complaint: watch::Receiver<Option<(Instant, String)>>,
 }
 
 impl Connection {
@@ -39,9 +46,21 @@ impl Connection {
         }
     }
 
+    /// What the server has complained of lately. A publish without permission, for one, is not answered: the server
+    /// only reports it beside.
+    pub(crate) fn complaint(&self) -> Option<String> {
+        let latest = self.complaint.borrow();
+        latest.as_ref().filter(|(when, _)| when.elapsed() < COMPLAINT_AGE).map(|(_, text)| text.clone())
+    }
+
+    /// Whether the connection stands.
+    pub(crate) fn is_up(&self) -> bool {
+        self.client.connection_state() == State::Connected
+    }
+
     /// Returns when the connection stands, at once if it does.
     pub(crate) async fn connected(&self) {
-        while self.client.connection_state() != State::Connected {
+        while !self.is_up() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -51,31 +70,36 @@ impl Connection {
 /// `inbox_prefix` is where answers come, so that permissions can tell roles apart.
 pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str) -> Result<Connection, Error> {
     let (lost, losses) = watch::channel(0_u64);
-    let mut options = ConnectOptions::new().name(name).custom_inbox_prefix(inbox_prefix).event_callback(move |event| {
+    let (complain, complaint) = watch::channel(None);
+    let (options, servers) = access::options(config)?;
+    let options = options.name(name).custom_inbox_prefix(inbox_prefix).event_callback(move |event| {
         if matches!(event, ClientEvent::Disconnected) {
             lost.send_modify(|count| *count += 1);
         }
+        let explained = match &event {
+            ClientEvent::ServerError(error) => {
+                let text = error.to_string();
+                let explained = service::explains(&text);
+                if !explained {
+                    complain.send_replace(Some((Instant::now(), text)));
+                }
+                explained
+            }
+            _ => false,
+        };
         async move {
             match event {
                 ClientEvent::Connected => tracing::info!("connected to nats"),
+                ClientEvent::Closed => {}
+                _ if explained => {}
                 other => tracing::warn!(event = %other, "nats connection"),
             }
         }
     });
-    if let Some(creds) = &config.creds {
-        options = options.credentials_file(creds).await.map_err(|error| {
-            Error::with_source(
-                ErrorKind::Config,
-                format!("the NATS credentials file {} cannot be read", creds.display()),
-                error,
-            )
-        })?;
-    }
-    let servers: Vec<&str> = config.url.split(',').map(str::trim).filter(|url| !url.is_empty()).collect();
     let client = options.connect(servers).await.map_err(|error| {
         Error::with_source(ErrorKind::Broker, "cannot connect to NATS (NATS_URL or --nats-url)", error)
     })?;
-    Ok(Connection { client, losses })
+    Ok(Connection { client, losses, complaint })
 }
 
 /// JetStream on a connection.

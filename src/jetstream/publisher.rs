@@ -1,13 +1,13 @@
 //! Publishing without waiting for each acknowledgement: messages go out under numbers, answers come back with them.
 
-use async_nats::header::{HeaderMap, NATS_EXPECTED_LAST_MESSAGE_ID, NATS_EXPECTED_LAST_SEQUENCE};
+use async_nats::header::{HeaderMap, NATS_EXPECTED_LAST_MESSAGE_ID, NATS_EXPECTED_LAST_SEQUENCE, NATS_MESSAGE_ID};
 use async_nats::{HeaderName, StatusCode, Subscriber};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use serde::Deserialize;
 
 use super::Connection;
-use crate::envelope::Envelope;
+use crate::envelope::{Envelope, REPAIR};
 use crate::error::{Error, ErrorKind};
 
 /// A message that is ready to be sent.
@@ -25,6 +25,16 @@ impl Outgoing {
             headers.append(name.as_ref(), value.as_ref());
         }
         Self { subject, headers, payload: event.payload.clone() }
+    }
+
+    /// Gives the message another id than the event's, for a server that would take it for a repeat.
+    pub(crate) fn set_message_id(&mut self, id: &str) {
+        self.headers.insert(NATS_MESSAGE_ID, id);
+    }
+
+    /// Marks the message as published out of the outbox's order.
+    pub(crate) fn mark_repair(&mut self) {
+        self.headers.insert(REPAIR, "released");
     }
 }
 

@@ -7,7 +7,7 @@ use futures_util::StreamExt;
 use uuid::Uuid;
 
 use super::Connection;
-use crate::envelope::{CE_ID, CE_SEQUENCE, CE_SOURCE};
+use crate::envelope::{CE_ID, CE_SEQUENCE, CE_SOURCE, REPAIR};
 use crate::error::{Error, ErrorKind};
 
 /// A stream that is looked at, never administered.
@@ -24,8 +24,8 @@ pub(crate) struct Stored {
     pub(crate) subject: String,
     /// The event's id, its source and its outbox id; none for a message that is no event.
     pub(crate) identity: Option<(Uuid, String, i64)>,
-    /// `Nats-Msg-Id`.
-    pub(crate) message_id: Option<String>,
+    /// Whether it was published out of the outbox's order.
+    pub(crate) repair: bool,
 }
 
 /// Where a consumer stands.
@@ -98,7 +98,7 @@ impl StreamReader {
                     sequence,
                     subject: message.subject.to_string(),
                     identity: identity(),
-                    message_id: header(crate::envelope::NATS_MSG_ID),
+                    repair: header(REPAIR).is_some(),
                 }))
             }
             Err(error) => match error.kind() {

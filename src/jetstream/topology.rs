@@ -35,6 +35,12 @@ pub(crate) struct Problem {
     pub(crate) remedy: &'static str,
 }
 
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}; {}", self.setting, self.why, self.remedy)
+    }
+}
+
 /// Creates the stream, or corrects what would lose events. Returns what was changed, empty when nothing.
 pub(crate) async fn provision_stream(
     connection: &Connection,
@@ -70,10 +76,7 @@ pub(crate) async fn provision_stream(
         })?;
     }
     if let Some(problem) = problems(&wanted, naming).first() {
-        return Err(Error::new(
-            ErrorKind::NotReady,
-            format!("stream {name} cannot be corrected: {}: {}; {}", problem.setting, problem.why, problem.remedy),
-        ));
+        return Err(Error::new(ErrorKind::NotReady, format!("stream {name} cannot be corrected: {problem}")));
     }
     Ok(changes.into_iter().map(|change| format!("stream {name}: {change}")).collect())
 }

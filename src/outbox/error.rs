@@ -21,8 +21,8 @@ pub struct PublishError {
 #[non_exhaustive]
 pub enum PublishErrorKind {
     /// The event could not be published or read as it is: its type, version, key, a header or the content type is
-    /// illegal, the payload is too large, or JSON cannot hold it. Nothing was sent to the database; the transaction
-    /// goes on.
+    /// illegal, the payload is too large, JSON cannot hold a field (NaN, infinity, bytes, a map whose keys are no
+    /// strings), or the type cannot read its own JSON. Nothing was sent to the database; the transaction goes on.
     Invalid,
     /// An event with this id is in the outbox. Roll back: what the caller wanted to tell has been told.
     Duplicate,

@@ -17,6 +17,68 @@
 //! # }
 //! ```
 //!
+//! Neither does a publish without a transaction, or past an open savepoint. The first of these compiles, the others
+//! differ from it in one thing each:
+//!
+//! ```no_run
+//! # async fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+//! # use aftercommit::outbox::{self, RawEvent};
+//! let mut tx = pool.begin().await?;
+//! outbox::publish_raw(&mut tx, RawEvent::new("a", "text/plain", "")).await?;
+//! tx.commit().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! ```compile_fail,E0382
+//! # async fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+//! # use aftercommit::outbox::{self, RawEvent};
+//! let mut tx = pool.begin().await?;
+//! tx.commit().await?;
+//! outbox::publish_raw(&mut tx, RawEvent::new("a", "text/plain", "")).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! ```compile_fail,E0382
+//! # async fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+//! # use aftercommit::outbox::{self, RawEvent};
+//! let mut tx = pool.begin().await?;
+//! tx.rollback().await?;
+//! outbox::publish_raw(&mut tx, RawEvent::new("a", "text/plain", "")).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! ```compile_fail,E0308
+//! # async fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+//! # use aftercommit::outbox::{self, RawEvent};
+//! outbox::publish_raw(&pool, RawEvent::new("a", "text/plain", "")).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! ```compile_fail,E0308
+//! # async fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+//! # use aftercommit::outbox::{self, RawEvent};
+//! let mut connection = pool.acquire().await?;
+//! outbox::publish_raw(&mut connection, RawEvent::new("a", "text/plain", "")).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! ```compile_fail,E0499
+//! # async fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+//! # use aftercommit::outbox::{self, RawEvent};
+//! use sqlx::Connection;
+//! let mut tx = pool.begin().await?;
+//! let savepoint = tx.begin().await?;
+//! outbox::publish_raw(&mut tx, RawEvent::new("a", "text/plain", "")).await?;
+//! savepoint.rollback().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # What is refused
 //! An event that could not be published or read later is refused before anything is written: see
 //! [`PublishErrorKind::Invalid`]. The transaction stays usable.

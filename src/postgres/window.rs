@@ -126,6 +126,18 @@ async fn stragglers(
     rows.iter().map(event).collect()
 }
 
+/// One event by its outbox id.
+pub(crate) async fn one(connection: &mut PgConnection, id: i64) -> Result<OutboxEvent, sqlx::Error> {
+    let row = sqlx::query(
+        "select id, event_id, type, version, key, content_type, created_at, headers::text, payload
+           from aftercommit.outbox where id = $1",
+    )
+    .bind(id)
+    .fetch_one(connection)
+    .await?;
+    event(&row)
+}
+
 /// Headers and payload of a large event.
 pub(crate) async fn body(connection: &mut PgConnection, id: i64) -> Result<Body, sqlx::Error> {
     let row = sqlx::query("select headers::text, payload from aftercommit.outbox where id = $1")

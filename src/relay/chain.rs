@@ -5,7 +5,9 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::time::Instant;
 
+use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use crate::jetstream::publisher::{Answer, Predecessor};
@@ -15,7 +17,15 @@ use crate::jetstream::publisher::{Answer, Predecessor};
 pub(super) struct Sent {
     pub(super) outbox_id: i64,
     pub(super) event_id: Uuid,
+    /// The ordering key.
+    pub(super) key: Option<String>,
+    /// `Nats-Msg-Id`: the event's id, except for one that the server would take for a repeat although it is gone.
+    pub(super) message_id: String,
     pub(super) bytes: usize,
+    /// When it was written, by the database's clock.
+    pub(super) created_at: DateTime<Utc>,
+    /// When it was handed to the connection; for the metrics.
+    pub(super) sent_at: Option<Instant>,
 }
 
 /// Where the chain stands: the last message that is known to be stored, and those under way behind it.
@@ -43,12 +53,33 @@ pub(super) enum Doubt {
     Misplaced { event: Sent, stream: String, sequence: u64 },
     /// Something that is no JetStream answer came back.
     Unreadable,
-    /// No answer in time.
-    Timeout,
+    /// No answer in time, and what the server complained of meanwhile.
+    Timeout { complaint: Option<String> },
     /// The connection broke while messages were under way.
     ConnectionLost,
     /// An event is larger than the server takes; it was not sent.
     TooLarge { event: Sent, limit: usize },
+}
+
+impl Doubt {
+    /// The event that it is about, when it is about one.
+    pub(super) fn event(&self) -> Option<&Sent> {
+        match self {
+            Self::Refused { event, .. }
+            | Self::Duplicate { event, .. }
+            | Self::Misplaced { event, .. }
+            | Self::TooLarge { event, .. } => Some(event),
+            Self::NoResponders | Self::Unreadable | Self::Timeout { .. } | Self::ConnectionLost => None,
+        }
+    }
+
+    /// JetStream's error number, when it gave one.
+    pub(super) fn code(&self) -> Option<u64> {
+        match self {
+            Self::Refused { code, .. } => Some(*code),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for Doubt {
@@ -59,7 +90,8 @@ impl fmt::Display for Doubt {
             Self::Duplicate { sequence, .. } => write!(f, "dropped as a repeat of message {sequence}"),
             Self::Misplaced { stream, sequence, .. } => write!(f, "stored as message {sequence} of {stream}"),
             Self::Unreadable => f.write_str("the answer is no acknowledgement of a JetStream server"),
-            Self::Timeout => f.write_str("no acknowledgement in time"),
+            Self::Timeout { complaint: None } => f.write_str("no acknowledgement in time"),
+            Self::Timeout { complaint: Some(text) } => write!(f, "no acknowledgement in time; the server says: {text}"),
             Self::ConnectionLost => f.write_str("the connection to nats broke"),
             Self::TooLarge { limit, .. } => write!(f, "larger than the server's max_payload of {limit} bytes"),
         }
@@ -130,7 +162,7 @@ impl Chain {
             self.sequence += 1;
             self.first_number += 1;
             self.bytes -= event.bytes;
-            self.message_id = Some(event.event_id.to_string());
+            self.message_id = Some(event.message_id.clone());
             done.push(event);
         }
         done
@@ -141,7 +173,7 @@ impl Chain {
         Predecessor {
             sequence: self.sequence + self.under_way.len() as u64,
             message_id: match self.under_way.back() {
-                Some((event, _)) => Some(event.event_id.to_string()),
+                Some((event, _)) => Some(event.message_id.clone()),
                 None => self.message_id.clone(),
             },
         }
@@ -153,7 +185,15 @@ mod tests {
     use super::*;
 
     fn event(outbox_id: i64) -> Sent {
-        Sent { outbox_id, event_id: Uuid::from_u128(outbox_id as u128), bytes: 10 }
+        Sent {
+            outbox_id,
+            event_id: Uuid::nil(),
+            key: None,
+            message_id: format!("m{outbox_id}"),
+            bytes: 10,
+            created_at: DateTime::UNIX_EPOCH,
+            sent_at: None,
+        }
     }
 
     fn chain(events: i64) -> Chain {
@@ -174,7 +214,7 @@ mod tests {
         let mut chain = Chain::behind("E", 40);
         assert_eq!(chain.predecessor(), Predecessor { sequence: 40, message_id: None });
         chain.sent(event(1));
-        let behind_first = Predecessor { sequence: 41, message_id: Some(event(1).event_id.to_string()) };
+        let behind_first = Predecessor { sequence: 41, message_id: Some("m1".into()) };
         assert_eq!(chain.predecessor(), behind_first);
         assert_eq!(chain.answered(0, stored(41)), Ok(vec![event(1)]));
         assert_eq!(chain.predecessor(), behind_first);

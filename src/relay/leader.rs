@@ -4,89 +4,127 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::PgConnection;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::chain::{Chain, Doubt};
+use super::classify::Class;
 use super::progress::Progress;
 use super::pump::{Limits, Pump, Pumped};
-use super::reader::{self, Remainder};
+use super::reader::{Exceptions, Prepared, Reader, Remainder};
+use super::{ParkPolicy, RelayConfig};
 use crate::backoff::Backoff;
 use crate::config::Naming;
 use crate::error::{Error, ErrorKind};
+use crate::fault;
+use crate::health::Phase;
 use crate::jetstream::Connection;
 use crate::jetstream::publisher::Publisher;
 use crate::jetstream::stream::StreamReader;
 use crate::postgres::relay_log::{self, Appended, State, Window};
 use crate::postgres::snapshot::Mark;
-use crate::postgres::{database_error, window};
+use crate::postgres::{database_error, parked, window};
 
 /// The shortest pause between two looks at an outbox that has just had something.
 const BUSY_POLL: Duration = Duration::from_millis(2);
-/// After so long without news the window is closed in the log, and its mark moves past transactions that came to nothing.
-const SETTLE_AFTER: Duration = Duration::from_secs(1);
+/// After so long without news the window is closed in the log, and its mark moves past transactions that came to
+/// nothing. Also how often released events are looked for.
+const REST: Duration = Duration::from_secs(1);
 /// So many ids that were handed out and not committed move the mark at once, so that looks stay cheap.
 const MANY_IDS: i64 = 1000;
+/// Waits between tries when the stream is full or a setting is wrong.
+const SLOW: Backoff = Backoff { first: Duration::from_millis(250), max: Duration::from_secs(5) };
 
 /// A leader's tools and state. It is dropped, wherever it is, when the lease is lost.
 pub(super) struct Leader<'a> {
+    pub(super) config: &'a RelayConfig,
     pub(super) naming: Arc<Naming>,
-    pub(super) limits: Limits,
-    pub(super) idle_poll: Duration,
     pub(super) connection: &'a Connection,
     pub(super) log: PgConnection,
     pub(super) reader: Arc<Mutex<PgConnection>>,
     pub(super) publisher: Publisher,
     pub(super) stream: StreamReader,
     pub(super) state: State,
+    /// Whether the open window has events that may not be in the stream yet.
+    pub(super) unfinished: bool,
+    /// The chain to the stream's end; none when the end must be read first.
     pub(super) chain: Option<Chain>,
+    pub(super) exceptions: Exceptions,
     pub(super) progress: &'a Progress,
+    pub(super) paused: watch::Receiver<bool>,
     pub(super) shutdown: &'a CancellationToken,
 }
 
-/// The end of what is known to be in the stream.
-struct Tail {
-    /// The stream's last sequence.
-    sequence: u64,
-    /// The outbox id of this window's last event in the stream; none before its first.
-    outbox_id: Option<i64>,
-}
-
 impl Leader<'_> {
-    /// Publishes until shutdown, or until an error ends the leadership.
+    /// Publishes until shutdown, until everything is published when it was asked for no more, or until an error ends
+    /// the leadership.
     pub(super) async fn run(mut self) -> Result<(), Error> {
-        if let Some(open) = self.state.window.clone() {
-            tracing::info!(base_sequence = open.base_sequence, "resuming the open window");
-            self.finish(&open).await?;
-        }
+        let parked = parked::load(&mut self.log).await.map_err(reading_parked)?;
+        (self.exceptions.any_parked, self.exceptions.blocked_keys) = (parked.any, parked.keys);
         let mut pause = BUSY_POLL;
         let mut last_news = Instant::now();
+        let mut last_rest = Instant::now();
         while !self.shutdown.is_cancelled() {
+            if *self.paused.borrow() {
+                self.progress.enter(Phase::Paused, "paused by the operator");
+                self.wait_while_paused().await;
+                self.progress.enter(Phase::Leading, "resumed");
+                continue;
+            }
+            if self.unfinished {
+                self.progress.state("publishing");
+                self.finish().await?;
+                continue;
+            }
+            if last_rest.elapsed() > REST {
+                last_rest = Instant::now();
+                self.publish_released().await?;
+            }
             let handled = self.handled();
             let look = window::look(&mut self.log, &handled)
                 .await
                 .map_err(|error| database_error("looking for new events failed", error))?;
             let unseen = look.last_id - handled.last_id;
             if look.news || unseen > MANY_IDS {
-                self.progress.state("publishing");
-                let open = self.open().await?;
-                self.finish(&open).await?;
+                self.open().await?;
                 if look.news {
                     (pause, last_news) = (BUSY_POLL, Instant::now());
+                }
+                continue;
+            }
+            if self.config.once {
+                return self.settle().await;
+            }
+            if last_news.elapsed() > REST {
+                last_news = Instant::now();
+                if unseen > 0 {
+                    self.open().await?;
                     continue;
                 }
-            } else if last_news.elapsed() > SETTLE_AFTER && (self.state.window.is_some() || unseen > 0) {
-                self.settle(unseen > 0).await?;
-                last_news = Instant::now();
+                self.settle().await?;
             }
-            self.progress.state("idle");
-            tokio::select! {
-                () = tokio::time::sleep(pause) => pause = (pause * 2).min(self.idle_poll),
-                () = self.shutdown.cancelled() => {}
-            }
+            self.progress.idle();
+            self.rest(pause).await;
+            pause = (pause * 2).min(self.config.idle_poll);
         }
         Ok(())
+    }
+
+    async fn wait_while_paused(&mut self) {
+        let shutdown = self.shutdown;
+        tokio::select! {
+            // The sender lives as long as this leader.
+            _ = self.paused.wait_for(|paused| !paused) => {}
+            () = shutdown.cancelled() => {}
+        }
+    }
+
+    async fn rest(&self, wait: Duration) {
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = self.shutdown.cancelled() => {}
+        }
     }
 
     /// Up to where every event is in the stream.
@@ -97,27 +135,29 @@ impl Leader<'_> {
         }
     }
 
-    async fn open(&mut self) -> Result<Window, Error> {
+    async fn open(&mut self) -> Result<(), Error> {
         let base = match &self.chain {
             Some(chain) => chain.sequence(),
             None => self.stream_end().await?,
         };
+        fault::point("relay-before-barrier");
         let appended = relay_log::open_window(&mut self.log, &self.state, &self.naming.stream, base).await;
         self.append(appended)?;
-        self.state
-            .window
-            .clone()
-            .ok_or_else(|| Error::new(ErrorKind::Integrity, "a window that was opened is not in the relay's log"))
+        fault::point("relay-after-barrier");
+        self.exceptions.present.clear();
+        self.exceptions.renamed.clear();
+        self.unfinished = true;
+        Ok(())
     }
 
-    /// Writes down that everything is handled. With ids that came to nothing, the mark moves past them first.
-    async fn settle(&mut self, move_mark: bool) -> Result<(), Error> {
-        if move_mark {
-            let open = self.open().await?;
-            self.finish(&open).await?;
+    /// Writes down that everything is handled, unless it is written.
+    async fn settle(&mut self) -> Result<(), Error> {
+        if self.state.window.is_some() {
+            let appended = relay_log::settle(&mut self.log, &self.state).await;
+            self.append(appended)?;
+            fault::point("relay-settled");
         }
-        let appended = relay_log::settle(&mut self.log, &self.state).await;
-        self.append(appended)
+        Ok(())
     }
 
     fn append(&mut self, appended: Result<Appended, sqlx::Error>) -> Result<(), Error> {
@@ -130,40 +170,43 @@ impl Leader<'_> {
         }
     }
 
-    /// Sees every event of a window into the stream, whatever happens to the connection on the way.
-    async fn finish(&mut self, open: &Window) -> Result<(), Error> {
+    /// Sees every event of the open window into the stream, whatever happens to the connection on the way.
+    async fn finish(&mut self) -> Result<(), Error> {
+        let Some(open) = self.state.window.clone() else {
+            self.unfinished = false;
+            return Ok(());
+        };
         let mut failures = 0;
-        let mut after = None;
-        while !self.shutdown.is_cancelled() {
+        let mut after = 0;
+        while !self.shutdown.is_cancelled() && !*self.paused.borrow() {
             if self.chain.is_none() {
-                match self.resume(open).await {
-                    Ok(tail) => {
-                        after = tail.outbox_id;
-                        self.chain = Some(Chain::behind(&self.naming.stream, tail.sequence));
-                    }
+                match self.resume(&open).await {
+                    Ok(last) => after = last,
                     Err(error) if matches!(error.kind(), ErrorKind::Database | ErrorKind::Fenced) => return Err(error),
                     Err(error) => {
                         failures += 1;
                         self.progress.state(format!("waiting for the stream: {}", error.report()));
                         tracing::warn!(error = error.report(), "cannot read the stream's end, trying again");
-                        self.pause(Backoff::RECONNECT.after(failures)).await;
+                        self.rest(Backoff::RECONNECT.after(failures)).await;
                         continue;
                     }
                 }
             }
             let before = self.chain.as_ref().map_or(0, Chain::sequence);
-            match self.pump(open, after.unwrap_or(0)).await? {
-                Pumped::Done => return Ok(()),
-                Pumped::Stopped => {
-                    self.chain = None;
+            match self.pump(&open, after).await? {
+                Pumped::Done => {
+                    fault::point("relay-window-done");
+                    self.progress.window_done();
+                    self.unfinished = false;
                     return Ok(());
                 }
+                Pumped::Stopped => self.chain = None,
                 Pumped::Doubt(doubt) => {
                     let went_on = self.chain.take().is_some_and(|chain| chain.sequence() > before);
                     failures = if went_on { 1 } else { failures + 1 };
-                    self.report(&doubt);
-                    self.pause(Backoff::RECONNECT.after(failures)).await;
                     self.publisher.restart();
+                    let class = self.report(&doubt);
+                    self.deal_with(&doubt, class, failures).await?;
                 }
             }
         }
@@ -171,47 +214,144 @@ impl Leader<'_> {
     }
 
     async fn pump(&mut self, open: &Window, after: i64) -> Result<Pumped, Error> {
-        let Some(chain) = &mut self.chain else { return Ok(Pumped::Stopped) };
         let (chunks, received) = mpsc::channel(1);
         let remainder = Remainder { settled: self.state.settled.clone(), target: open.target.clone(), after };
-        let reader = tokio::spawn(reader::read(self.reader.clone(), self.naming.clone(), remainder, chunks));
-        let pump = Pump {
-            publisher: &mut self.publisher,
-            connection: self.connection,
-            chain,
-            progress: self.progress,
-            limits: self.limits,
-            shutdown: self.shutdown,
+        let reader = Reader {
+            connection: self.reader.clone(),
+            naming: self.naming.clone(),
+            exceptions: self.exceptions.clone(),
         };
-        let pumped = pump.run(received).await;
+        let reader = tokio::spawn(reader.run(remainder, chunks));
+        let pumped = self.publish(received).await;
         // It has ended or ends at its next send, since nobody listens any more.
         reader.await.map_err(|error| Error::with_source(ErrorKind::Database, "the outbox reader failed", error))?;
         pumped
     }
 
-    fn report(&self, doubt: &Doubt) {
-        self.progress.state(format!("finding out what is stored: {doubt}"));
-        match doubt {
-            Doubt::Refused { event, .. }
-            | Doubt::Duplicate { event, .. }
-            | Doubt::Misplaced { event, .. }
-            | Doubt::TooLarge { event, .. } => {
-                tracing::warn!(
-                    event_id = %event.event_id,
-                    outbox_id = event.outbox_id,
-                    error = %doubt,
-                    "publishing was interrupted, reading the stream's end"
-                );
-            }
-            _ => tracing::warn!(error = %doubt, "publishing was interrupted, reading the stream's end"),
-        }
+    async fn publish(&mut self, chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>) -> Result<Pumped, Error> {
+        let Some(chain) = &mut self.chain else { return Ok(Pumped::Stopped) };
+        let pump = Pump {
+            publisher: &mut self.publisher,
+            connection: self.connection,
+            chain,
+            progress: self.progress,
+            limits: Limits { messages: self.config.max_under_way, ack_timeout: self.config.ack_timeout },
+            paused: self.paused.clone(),
+            shutdown: self.shutdown,
+        };
+        pump.run(chunks).await
     }
 
-    async fn pause(&self, wait: Duration) {
-        tokio::select! {
-            () = tokio::time::sleep(wait) => {}
-            () = self.shutdown.cancelled() => {}
+    fn report(&self, doubt: &Doubt) -> Class {
+        let class = Class::of(doubt);
+        let (label, remedy) = (class.label(), class.remedy(doubt.code()));
+        self.progress.interrupted(doubt, class);
+        let (event_id, outbox_id) = match doubt.event() {
+            Some(event) => (Some(event.event_id.to_string()), Some(event.outbox_id)),
+            None => (None, None),
+        };
+        let code = doubt.code();
+        match class {
+            Class::Alarm | Class::Park => {
+                tracing::error!(event_id, outbox_id, code, class = label, error = %doubt, remedy, "publishing was interrupted");
+            }
+            _ => {
+                tracing::warn!(event_id, outbox_id, code, class = label, error = %doubt, remedy, "publishing was interrupted");
+            }
         }
+        class
+    }
+
+    /// Does what the class of a doubt asks for, so that the next try can get further.
+    async fn deal_with(&mut self, doubt: &Doubt, class: Class, failures: u32) -> Result<(), Error> {
+        match (class, doubt) {
+            (Class::Park, _) => {
+                if let Some(event) = doubt.event() {
+                    parked::park(
+                        &mut self.log,
+                        &[event.outbox_id],
+                        Some(doubt.code().unwrap_or(0)),
+                        &doubt.to_string(),
+                    )
+                    .await
+                    .map_err(|error| database_error("parking an event failed", error))?;
+                    self.exceptions.any_parked = true;
+                    if let (Some(key), ParkPolicy::Block) = (&event.key, self.config.park_policy) {
+                        self.exceptions.blocked_keys.insert(key.clone());
+                    }
+                }
+            }
+            (_, Doubt::Duplicate { event, sequence }) => {
+                self.repeated(event.outbox_id, event.event_id, *sequence).await?
+            }
+            (Class::BackPressure | Class::Alarm, _) => self.rest(SLOW.after(failures)).await,
+            // The first look costs nothing, and most often it is the answer.
+            _ if failures <= 1 => {}
+            _ => self.rest(Backoff::RECONNECT.after(failures)).await,
+        }
+        Ok(())
+    }
+
+    /// The server took an event for a repeat. Either it is in the stream, or only its id is remembered there.
+    async fn repeated(&mut self, outbox_id: i64, event_id: uuid::Uuid, sequence: u64) -> Result<(), Error> {
+        let there = match self.stream.message(sequence).await {
+            Ok(message) => message.and_then(|message| message.identity).is_some_and(|(id, ..)| id == event_id),
+            // It is asked again at the next try.
+            Err(error) => {
+                tracing::warn!(error = error.report(), %event_id, "cannot look whether an event is in the stream");
+                return Ok(());
+            }
+        };
+        if there {
+            tracing::warn!(%event_id, outbox_id, sequence, "the event is in the stream already, going on behind it");
+            self.exceptions.present.insert(outbox_id);
+        } else {
+            tracing::warn!(%event_id, outbox_id, sequence, "the event was removed from the stream; publishing it anew");
+            self.exceptions.renamed.insert(outbox_id, format!("{event_id}:r{sequence}"));
+        }
+        Ok(())
+    }
+
+    /// Publishes events that were parked and that an operator has released, one at a time, in the order of their keys.
+    async fn publish_released(&mut self) -> Result<(), Error> {
+        if !self.exceptions.any_parked {
+            return Ok(());
+        }
+        while let Some(outbox_id) = parked::next_released(&mut self.log).await.map_err(reading_parked)? {
+            if self.chain.is_none() || self.state.window.is_none() {
+                // A repair must lie behind the base of an open window, so that it is looked past when resuming.
+                self.open().await?;
+                return Ok(());
+            }
+            let failed = |error| database_error("publishing a released event failed", error);
+            let row = window::one(&mut self.log, outbox_id).await.map_err(failed)?;
+            let mut prepared = super::reader::prepare(&mut self.log, &self.naming, row).await.map_err(failed)?;
+            let event_id = prepared.event.event_id;
+            prepared.message.mark_repair();
+            let (chunks, received) = mpsc::channel(1);
+            _ = chunks.send(Ok(vec![prepared])).await;
+            drop(chunks);
+            let outcome = match self.publish(received).await? {
+                Pumped::Done => Ok(self.chain.as_ref().map_or(0, Chain::sequence)),
+                Pumped::Stopped => return Ok(()),
+                Pumped::Doubt(doubt) => {
+                    self.chain = None;
+                    self.publisher.restart();
+                    match (self.report(&doubt), doubt) {
+                        (_, Doubt::Duplicate { sequence, .. }) => Ok(sequence),
+                        (Class::Park, doubt) => Err(doubt.to_string()),
+                        _ => return Ok(()),
+                    }
+                }
+            };
+            tracing::info!(%event_id, outbox_id, sequence = outcome.as_ref().ok(), "released event");
+            parked::settle_released(&mut self.log, outbox_id, outcome.as_ref().map(|n| *n).map_err(String::as_str))
+                .await
+                .map_err(failed)?;
+        }
+        let parked = parked::load(&mut self.log).await.map_err(reading_parked)?;
+        self.exceptions.blocked_keys = parked.keys;
+        Ok(())
     }
 
     async fn stream_end(&self) -> Result<u64, Error> {
@@ -228,9 +368,10 @@ impl Leader<'_> {
         if newest.seq == self.state.seq { Ok(()) } else { Err(fenced()) }
     }
 
-    /// Finds the last event of the window in the stream. Only this relay writes to it, and everything of this window
+    /// Finds the last event of the window in the stream, puts the chain behind the stream's end and returns that
+    /// event's outbox id, 0 when there is none yet. Only this relay writes to the stream, and everything of the window
     /// lies behind the window's base; messages of others are passed over and reported.
-    async fn resume(&mut self, open: &Window) -> Result<Tail, Error> {
+    async fn resume(&mut self, open: &Window) -> Result<i64, Error> {
         let end = self.stream_end().await?;
         self.still_leading().await?;
         let base = if open.stream == self.naming.stream { open.base_sequence } else { end };
@@ -240,30 +381,38 @@ impl Leader<'_> {
                 "the stream ends before the window began: messages that were acknowledged are gone from it"
             );
         }
-        let mut sequence = end;
-        while sequence > base {
-            if let Some(message) = self.stream.message(sequence).await? {
-                let identity = message.identity.as_ref().filter(|(_, source, _)| *source == self.naming.source);
-                if let Some((event_id, _, outbox_id)) = identity {
+        let mut last = 0;
+        for sequence in (base + 1..=end).rev() {
+            let Some(message) = self.stream.message(sequence).await? else { continue };
+            let identity = message.identity.as_ref().filter(|(_, source, _)| *source == self.naming.source);
+            match identity {
+                Some(_) if message.repair => continue,
+                Some((event_id, _, outbox_id)) => {
                     let ours = window::is_unsettled(&mut self.log, &self.state.settled, *outbox_id, *event_id)
                         .await
                         .map_err(|error| database_error("looking up the stream's last event failed", error))?;
                     if ours {
-                        self.progress.found(*outbox_id, end);
-                        return Ok(Tail { sequence: end, outbox_id: Some(*outbox_id) });
+                        last = *outbox_id;
+                        break;
                     }
                 }
-                tracing::error!(
-                    stream = %self.naming.stream, sequence, subject = message.subject,
-                    "a message in the stream is not from this outbox; nobody else may write to an exclusive stream"
-                );
+                None => {}
             }
-            sequence -= 1;
+            tracing::error!(
+                stream = %self.naming.stream, sequence, subject = message.subject,
+                "a message in the stream is not from this outbox; nobody else may write to an exclusive stream"
+            );
         }
-        Ok(Tail { sequence: end, outbox_id: None })
+        self.progress.found(last, end);
+        self.chain = Some(Chain::behind(&self.naming.stream, end));
+        Ok(last)
     }
 }
 
 fn fenced() -> Error {
     Error::new(ErrorKind::Fenced, "another relay has taken over; this one writes no more")
+}
+
+fn reading_parked(error: sqlx::Error) -> Error {
+    database_error("reading the parked events failed", error)
 }

@@ -4,34 +4,49 @@
 //! `leader` opens a window in the relay's log, `reader` reads its rows, `pump` publishes them, `chain` keeps their order.
 
 mod chain;
+mod classify;
 mod leader;
+mod monitor;
 mod progress;
 mod pump;
 mod reader;
+mod sample;
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::PgConnection;
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use crate::backoff::Backoff;
 use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::{Error, ErrorKind};
+use crate::fault;
+use crate::health::Phase;
 use crate::jetstream::publisher::Publisher;
+use crate::jetstream::service::{self, Service};
 use crate::jetstream::stream::StreamReader;
-use crate::jetstream::{self, Connection};
+use crate::jetstream::{self, Connection, topology};
 use crate::postgres::relay_log::{self, Appended};
 use crate::postgres::relay_status::{self, Report};
-use crate::postgres::{self, database_error, lease};
+use crate::postgres::{self, database_error, lease, pause, prune};
 use leader::Leader;
+pub use monitor::{Monitor, RelayReport};
 use progress::{Position, Progress};
-use pump::Limits;
+use reader::Exceptions;
+use sample::{Sample, Sampler};
 
 /// The lease of the leading relay.
 pub(crate) const LEASE: &str = "relay";
+
+/// Events that one statement removes at most.
+const PRUNE_BATCH: i64 = 5000;
+/// States of the relay's log that are kept in any case.
+const LOG_STATES: i64 = 10_000;
 
 /// What a relay needs to know.
 #[derive(Debug, Clone)]
@@ -49,8 +64,29 @@ pub struct RelayConfig {
     pub naming: Naming,
     /// The NATS servers.
     pub nats: NatsConfig,
+    /// Publish what is there, then stop, instead of going on for ever. Defaults to false.
+    pub once: bool,
+    /// What becomes of later events of a key when one of it can never be stored. Defaults to [`ParkPolicy::Block`].
+    pub park_policy: ParkPolicy,
     /// The outbox's database.
     pub postgres: PostgresConfig,
+    /// How often old events are removed. Defaults to one minute.
+    pub prune_interval: Duration,
+    /// How long events stay in the outbox after they were written, for replay and proof; what is not in the stream yet
+    /// stays longer. Defaults to 7 days.
+    pub retention: Duration,
+    /// How long the relay may get on with nothing, while events wait, until it counts as unhealthy. Defaults to 30
+    /// seconds.
+    pub unhealthy_after: Duration,
+}
+
+/// What becomes of later events of a key when one of it can never be stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ParkPolicy {
+    /// They wait behind it, so that no subscriber sees the key with a gap, until an operator releases or discards it.
+    Block,
+    /// They go on without it.
+    Skip,
 }
 
 impl RelayConfig {
@@ -63,26 +99,46 @@ impl RelayConfig {
             max_under_way: 2048,
             naming,
             nats,
+            once: false,
+            park_policy: ParkPolicy::Block,
             postgres,
+            prune_interval: Duration::from_mins(1),
+            retention: Duration::from_hours(7 * 24),
+            unhealthy_after: Duration::from_secs(30),
         }
     }
 }
 
 /// One relay: stands by until it leads, then publishes until it is stopped.
-#[derive(Debug)]
 pub struct Relay {
     config: RelayConfig,
     holder: String,
     naming: Arc<Naming>,
+    progress: Progress,
+    samples: watch::Sender<Option<Sample>>,
+    nats: watch::Sender<Option<Connection>>,
 }
 
 impl Relay {
-    /// A relay of its own identity.
+    /// A relay of its own identity. Its metrics go to the recorder that is installed now.
     pub fn new(config: RelayConfig) -> Self {
         let host = gethostname();
         let holder = format!("{host}:{}:{}", std::process::id(), Uuid::new_v4().simple());
         let naming = Arc::new(config.naming.clone());
-        Self { config, holder, naming }
+        let progress = Progress::new(&naming.stream, config.max_under_way);
+        Self { config, holder, naming, progress, samples: watch::Sender::new(None), nats: watch::Sender::new(None) }
+    }
+
+    /// Tells how this relay is doing, while it runs.
+    pub fn monitor(&self) -> Monitor {
+        Monitor {
+            naming: self.naming.clone(),
+            holder: self.holder.clone(),
+            patience: self.config.unhealthy_after,
+            position: self.progress.subscribe(),
+            samples: self.samples.subscribe(),
+            nats: self.nats.subscribe(),
+        }
     }
 
     /// Runs until `shutdown` is cancelled. Lost servers are waited for, for ever.
@@ -91,10 +147,12 @@ impl Relay {
     /// Only at the start, for what time does not heal: [`ErrorKind::Config`] for settings that cannot be used,
     /// [`ErrorKind::NotReady`] for a schema or stream that does not exist.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
+        let _sampler = AbortOnDropHandle::new(tokio::spawn(self.sampler().run()));
         let mut failures = 0;
         let mut started = false;
         while !shutdown.is_cancelled() {
             let run = self.serve(&shutdown, &mut started, &mut failures).await;
+            self.nats.send_replace(None);
             match run {
                 Ok(()) => break,
                 Err(error) if !started && matches!(error.kind(), ErrorKind::Config | ErrorKind::NotReady) => {
@@ -102,6 +160,7 @@ impl Relay {
                 }
                 Err(error) => {
                     failures += 1;
+                    self.progress.enter(Phase::Connecting, error.report());
                     tracing::warn!(error = error.report(), "the relay was interrupted, starting over");
                     tokio::select! {
                         () = tokio::time::sleep(Backoff::RECONNECT.after(failures)) => {}
@@ -126,26 +185,49 @@ impl Relay {
             return Ok(());
         };
         let nats = nats?;
+        self.nats.send_replace(Some(nats.clone()));
         let stream = StreamReader::new(&nats, &self.naming.stream);
         let mut log = self.connect().await?;
         relay_log::newest(&mut log).await.map_err(|error| database_error("reading the relay's log failed", error))?;
-        stream.info().await?;
+        self.check(&nats, &stream).await?;
         *started = true;
         tracing::info!(stream = %self.naming.stream, holder = %self.holder, "relay started");
+        let _service = AbortOnDropHandle::new(tokio::spawn(self.service(nats.clone())));
         while !shutdown.is_cancelled() {
             *failures = 0;
             let epoch = lease::acquire(&mut log, LEASE, &self.holder, self.config.lease)
                 .await
                 .map_err(|error| database_error("asking for the relay's lease failed", error))?;
             if let Some(epoch) = epoch {
+                self.progress.lead(epoch);
                 return self.lead(epoch, log, &nats, stream, shutdown).await;
             }
+            self.progress.enter(Phase::StandingBy, "another relay leads");
             tokio::select! {
                 () = tokio::time::sleep(self.config.lease / 6) => {}
                 () = shutdown.cancelled() => {}
             }
         }
         Ok(())
+    }
+
+    /// Refuses servers and settings with which events would be lost.
+    async fn check(&self, nats: &Connection, stream: &StreamReader) -> Result<(), Error> {
+        let config = stream.info().await?.config;
+        if !nats.client.is_server_compatible(2, 11, 0) {
+            let version = nats.client.server_info().version;
+            return Err(Error::new(
+                ErrorKind::NotReady,
+                format!("nats-server {version} is too old: 2.11 or newer is needed"),
+            ));
+        }
+        let problems = topology::problems(&config, &self.naming);
+        if problems.is_empty() {
+            return Ok(());
+        }
+        let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        let stream = &self.naming.stream;
+        Err(Error::new(ErrorKind::NotReady, format!("stream {stream} would lose events: {}", problems.join("; "))))
     }
 
     async fn lead(
@@ -157,8 +239,11 @@ impl Relay {
         shutdown: &CancellationToken,
     ) -> Result<(), Error> {
         tracing::info!(epoch, stream = %self.naming.stream, "leading");
-        let progress = Progress::new();
-        let heartbeat = self.heartbeat(epoch, progress.subscribe());
+        let was_paused = pause::is_paused(&mut log, &[LEASE]).await;
+        let was_paused =
+            was_paused.map_err(|error| database_error("reading whether the relay is paused failed", error))?;
+        let (paused, told_paused) = watch::channel(was_paused);
+        let heartbeat = self.heartbeat(epoch, self.progress.subscribe(), paused);
         let leading = async {
             let newest = relay_log::newest(&mut log).await;
             let newest = newest.map_err(|error| database_error("reading the relay's log failed", error))?;
@@ -167,17 +252,19 @@ impl Relay {
                 return Err(Error::new(ErrorKind::Fenced, "another relay was faster at taking the lead"));
             };
             let leader = Leader {
+                config: &self.config,
                 naming: self.naming.clone(),
-                limits: Limits { messages: self.config.max_under_way, ack_timeout: self.config.ack_timeout },
-                idle_poll: self.config.idle_poll,
                 connection: nats,
                 log,
                 reader: Arc::new(Mutex::new(self.connect().await?)),
                 publisher: Publisher::new(nats.clone()).await?,
                 stream,
+                unfinished: state.window.is_some(),
                 state,
                 chain: None,
-                progress: &progress,
+                exceptions: Exceptions::default(),
+                progress: &self.progress,
+                paused: told_paused,
                 shutdown,
             };
             leader.run().await
@@ -185,6 +272,7 @@ impl Relay {
         let result = tokio::select! {
             result = leading => result,
             error = heartbeat => Err(error),
+            error = self.prune() => Err(error),
         };
         if !matches!(&result, Err(error) if error.kind() == ErrorKind::Fenced) {
             self.release(epoch).await;
@@ -193,7 +281,7 @@ impl Relay {
     }
 
     /// Renews the lease and tells how far the leader is. Ends with the reason when the lease cannot be kept.
-    async fn heartbeat(&self, epoch: i64, position: watch::Receiver<Position>) -> Error {
+    async fn heartbeat(&self, epoch: i64, position: watch::Receiver<Position>, paused: watch::Sender<bool>) -> Error {
         let mut connection = None;
         let mut renewed = tokio::time::Instant::now();
         let mut ticks = tokio::time::interval(self.config.lease / 3);
@@ -203,8 +291,13 @@ impl Relay {
             let attempt =
                 tokio::time::timeout_at(renewed + self.config.lease, self.beat(&mut connection, epoch, report));
             match attempt.await {
-                Ok(Ok(true)) => renewed = tokio::time::Instant::now(),
-                Ok(Ok(false)) => return Error::new(ErrorKind::Fenced, "the lease has passed to another relay"),
+                Ok(Ok(Some(pause))) => {
+                    renewed = tokio::time::Instant::now();
+                    if paused.send_if_modified(|paused| std::mem::replace(paused, pause) != pause) {
+                        tracing::info!(paused = pause, "told by the operator");
+                    }
+                }
+                Ok(Ok(None)) => return Error::new(ErrorKind::Fenced, "the lease has passed to another relay"),
                 Ok(Err(error)) => {
                     connection = None;
                     tracing::warn!(error = error.report(), "renewing the lease failed");
@@ -220,27 +313,69 @@ impl Relay {
         }
     }
 
-    async fn beat(&self, connection: &mut Option<PgConnection>, epoch: i64, position: Position) -> Result<bool, Error> {
+    async fn beat(
+        &self,
+        connection: &mut Option<PgConnection>,
+        epoch: i64,
+        position: Position,
+    ) -> Result<Option<bool>, Error> {
         let mut open = match connection.take() {
             Some(open) => open,
             None => self.connect().await?,
         };
         let failed = |error| database_error("renewing the relay's lease failed", error);
-        let ours = lease::renew(&mut open, LEASE, &self.holder, epoch, self.config.lease).await.map_err(failed)?;
-        if ours {
-            let report = Report {
-                holder: self.holder.clone(),
-                epoch,
-                stream: self.naming.stream.clone(),
-                last_id: position.last_id,
-                last_sequence: position.last_sequence,
-                published: position.published,
-                state: position.state,
-            };
-            relay_status::write(&mut open, &report).await.map_err(failed)?;
+        fault::point("relay-renew");
+        if !lease::renew(&mut open, LEASE, &self.holder, epoch, self.config.lease).await.map_err(failed)? {
+            return Ok(None);
         }
+        let report = Report {
+            holder: self.holder.clone(),
+            epoch,
+            stream: self.naming.stream.clone(),
+            last_id: position.last_id,
+            last_sequence: position.last_sequence,
+            published: position.published,
+            state: position.state,
+        };
+        relay_status::write(&mut open, &report).await.map_err(failed)?;
+        let paused = pause::is_paused(&mut open, &[LEASE]).await.map_err(failed)?;
         *connection = Some(open);
-        Ok(ours)
+        Ok(Some(paused))
+    }
+
+    /// Removes what is old, for as long as this relay leads. It ends only with the leadership: what could not be removed
+    /// now is removed later.
+    async fn prune(&self) -> Error {
+        let mut ticks = tokio::time::interval(self.config.prune_interval);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            match self.prune_once().await {
+                Ok((0, 0)) => {}
+                Ok((events, states)) => tracing::info!(events, states, "pruned the outbox and the relay's log"),
+                Err(error) => tracing::warn!(error = error.report(), "pruning failed, it is tried again later"),
+            }
+        }
+    }
+
+    async fn prune_once(&self) -> Result<(u64, u64), Error> {
+        let failed = |error| database_error("pruning the outbox failed", error);
+        let mut connection = self.connect().await?;
+        let state = relay_log::newest(&mut connection).await.map_err(failed)?;
+        let mut events = 0;
+        loop {
+            let batch = prune::outbox(&mut connection, &state.settled, self.config.retention, PRUNE_BATCH)
+                .await
+                .map_err(failed)?;
+            fault::point("relay-pruned");
+            events += batch;
+            if batch < PRUNE_BATCH.unsigned_abs() {
+                break;
+            }
+        }
+        let states =
+            prune::relay_log(&mut connection, state.seq, LOG_STATES, self.config.retention).await.map_err(failed)?;
+        Ok((events, states))
     }
 
     /// Lets a standby lead at once. If it cannot be told, the lease runs out by itself.
@@ -258,8 +393,36 @@ impl Relay {
         }
     }
 
+    fn sampler(&self) -> Sampler {
+        Sampler {
+            postgres: self.config.postgres.clone(),
+            naming: self.naming.clone(),
+            position: self.progress.subscribe(),
+            samples: self.samples.clone(),
+        }
+    }
+
+    /// Registers the relay as a NATS micro service, so that it can be found and asked with the `nats` program.
+    fn service(&self, nats: Connection) -> impl Future<Output = ()> + use<> {
+        let service = Service {
+            name: "aftercommit-relay",
+            description: "Publishes the events of an outbox to a stream",
+            metadata: [("stream", self.naming.stream.clone()), ("holder", self.holder.clone())].into(),
+            endpoint: "status",
+            subject: format!("aftercommit.relay.{}.status", self.naming.stream),
+        };
+        let monitor = self.monitor();
+        service::run(nats, service, move || serde_json::to_value(monitor.report()).unwrap_or_default())
+    }
+
     async fn connect(&self) -> Result<PgConnection, Error> {
         postgres::connect(&self.config.postgres, "aftercommit-relay").await
+    }
+}
+
+impl fmt::Debug for Relay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Relay").field("config", &self.config).field("holder", &self.holder).finish_non_exhaustive()
     }
 }
 

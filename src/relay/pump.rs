@@ -3,14 +3,15 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::chain::{Chain, Doubt};
+use super::chain::{Chain, Doubt, Sent};
 use super::progress::Progress;
 use super::reader::Prepared;
 use crate::error::{Error, ErrorKind};
+use crate::fault;
 use crate::jetstream::Connection;
 use crate::jetstream::publisher::{Publisher, SendError};
 
@@ -42,6 +43,7 @@ pub(super) struct Pump<'a> {
     pub(super) chain: &'a mut Chain,
     pub(super) progress: &'a Progress,
     pub(super) limits: Limits,
+    pub(super) paused: watch::Receiver<bool>,
     pub(super) shutdown: &'a CancellationToken,
 }
 
@@ -52,6 +54,7 @@ impl Pump<'_> {
     ) -> Result<Pumped, Error> {
         let connection = self.connection.clone();
         let mut lost = std::pin::pin!(connection.lost());
+        let mut told_to_stop = std::pin::pin!(stop(self.shutdown.clone(), self.paused.clone()));
         let mut waiting: VecDeque<Prepared> = VecDeque::new();
         let (mut more, mut stopping) = (true, false);
         let mut heard = Instant::now();
@@ -67,6 +70,7 @@ impl Pump<'_> {
                     sent = sending => if let Some(doubt) = sent? { return Ok(Pumped::Doubt(doubt)) },
                 }
             }
+            self.progress.under_way(self.chain.load().0);
             let idle = self.chain.load().0 == 0;
             if idle && waiting.is_empty() && !more {
                 return Ok(if stopping { Pumped::Stopped } else { Pumped::Done });
@@ -85,9 +89,9 @@ impl Pump<'_> {
                     None => more = false,
                 },
                 () = tokio::time::sleep_until(heard + self.limits.ack_timeout), if !idle => {
-                    return Ok(Pumped::Doubt(Doubt::Timeout));
+                    return Ok(Pumped::Doubt(Doubt::Timeout { complaint: connection.complaint() }));
                 }
-                () = self.shutdown.cancelled(), if !stopping => {
+                () = &mut told_to_stop, if !stopping => {
                     // What is under way is still heard out, so that the next leader finds a quiet stream.
                     (stopping, more) = (true, false);
                     waiting.clear();
@@ -106,7 +110,8 @@ impl Pump<'_> {
         let Some(Prepared { event, message }) = waiting.pop_front() else { return Ok(None) };
         match self.publisher.send(self.chain.next_number(), message, self.chain.predecessor()).await {
             Ok(()) => {
-                self.chain.sent(event);
+                self.chain.sent(Sent { sent_at: Some(std::time::Instant::now()), ..event });
+                fault::point("relay-sent");
                 Ok(None)
             }
             Err(SendError::TooLarge { limit }) => Ok(Some(Doubt::TooLarge { event, limit })),
@@ -122,7 +127,10 @@ impl Pump<'_> {
         let Some(mut answer) = first else { return Err(closed()) };
         loop {
             match self.chain.answered(answer.0, answer.1) {
-                Ok(stored) => self.progress.stored(&stored, self.chain.sequence()),
+                Ok(stored) => {
+                    self.progress.stored(&stored, self.chain.sequence());
+                    fault::point("relay-acknowledged");
+                }
                 Err(doubt) => return Ok(Some(doubt)),
             }
             match self.publisher.ready_answer() {
@@ -130,6 +138,14 @@ impl Pump<'_> {
                 None => return Ok(None),
             }
         }
+    }
+}
+
+/// Returns when the relay is to publish no more, for now or for good.
+async fn stop(shutdown: CancellationToken, mut paused: watch::Receiver<bool>) {
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        Ok(_) = paused.wait_for(|paused| *paused) => {}
     }
 }
 

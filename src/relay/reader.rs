@@ -1,5 +1,6 @@
 //! Reads the rows of a window ahead of the publisher and makes messages of them.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use sqlx::PgConnection;
@@ -9,10 +10,11 @@ use super::chain::Sent;
 use crate::config::Naming;
 use crate::envelope::Envelope;
 use crate::error::Error;
+use crate::fault;
 use crate::jetstream::publisher::Outgoing;
-use crate::postgres::database_error;
 use crate::postgres::snapshot::Mark;
 use crate::postgres::window::{self, OutboxEvent};
+use crate::postgres::{database_error, parked};
 
 /// Rows per query. Rows of more than 4 KiB are fetched one by one, so a page is at most 4 MiB.
 const PAGE_ROWS: usize = 1000;
@@ -33,57 +35,125 @@ pub(super) struct Remainder {
     pub(super) after: i64,
 }
 
-/// Sends the remaining events of a window in order, a chunk at a time, and ends when there are no more or nobody
-/// listens. No transaction is open while it waits for the publisher.
-pub(super) async fn read(
-    connection: Arc<Mutex<PgConnection>>,
-    naming: Arc<Naming>,
-    remainder: Remainder,
-    chunks: mpsc::Sender<Result<Vec<Prepared>, Error>>,
-) {
-    let mut connection = connection.lock().await;
-    let Remainder { settled, target, mut after } = remainder;
-    loop {
-        let page = match window::page(&mut connection, &settled, &target, after, PAGE_ROWS).await {
-            Ok(page) => page,
-            Err(error) => {
-                _ = chunks.send(Err(database_error("reading the outbox failed", error))).await;
-                return;
-            }
-        };
-        let Some(last) = page.last() else { return };
-        after = last.id;
-        let (mut chunk, mut bytes) = (Vec::with_capacity(page.len()), 0);
-        for row in page {
-            match prepare(&mut connection, &naming, row).await {
-                Ok(prepared) => {
-                    bytes += prepared.event.bytes;
-                    chunk.push(prepared);
-                }
+/// Events of the window that do not simply go out.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Exceptions {
+    /// Whether any event was ever parked.
+    pub(super) any_parked: bool,
+    /// Keys with a parked event: the later ones wait behind it.
+    pub(super) blocked_keys: HashSet<String>,
+    /// Events that are in the stream already.
+    pub(super) present: HashSet<i64>,
+    /// Events that need a message id of their own, because the server knows theirs from a message that is gone.
+    pub(super) renamed: HashMap<i64, String>,
+}
+
+/// Reads for the publisher.
+pub(super) struct Reader {
+    pub(super) connection: Arc<Mutex<PgConnection>>,
+    pub(super) naming: Arc<Naming>,
+    pub(super) exceptions: Exceptions,
+}
+
+impl Reader {
+    /// Sends the remaining events of a window in order, a chunk at a time, and ends when there are no more or nobody
+    /// listens. No transaction is open while it waits for the publisher.
+    pub(super) async fn run(self, remainder: Remainder, chunks: mpsc::Sender<Result<Vec<Prepared>, Error>>) {
+        let connection = self.connection.clone();
+        let mut connection = connection.lock().await;
+        let Remainder { settled, target, mut after } = remainder;
+        loop {
+            let chunk = match self.page(&mut connection, &settled, &target, &mut after).await {
+                Ok(Some(page)) => self.send(&mut connection, page, &chunks).await,
+                Ok(None) => return,
+                Err(error) => Err(error),
+            };
+            match chunk {
+                Ok(true) => {}
+                Ok(false) => return,
                 Err(error) => {
-                    _ = chunks.send(Err(database_error("reading a large event failed", error))).await;
+                    _ = chunks.send(Err(database_error("reading the outbox failed", error))).await;
                     return;
                 }
             }
+        }
+    }
+
+    /// The next rows that are to go out; none at the window's end.
+    async fn page(
+        &self,
+        connection: &mut PgConnection,
+        settled: &Mark,
+        target: &Mark,
+        after: &mut i64,
+    ) -> Result<Option<Vec<OutboxEvent>>, sqlx::Error> {
+        let mut page = window::page(connection, settled, target, *after, PAGE_ROWS).await?;
+        fault::point("relay-window-read");
+        let Some(last) = page.last() else { return Ok(None) };
+        *after = last.id;
+        let Exceptions { any_parked, blocked_keys, present, .. } = &self.exceptions;
+        if *any_parked {
+            let ids: Vec<i64> = page.iter().map(|event| event.id).collect();
+            let parked = parked::among(connection, &ids).await?;
+            page.retain(|event| !parked.contains(&event.id));
+            let blocked = |event: &OutboxEvent| event.key.as_ref().is_some_and(|key| blocked_keys.contains(key));
+            let behind: Vec<i64> = page.iter().filter(|event| blocked(event)).map(|event| event.id).collect();
+            if !behind.is_empty() {
+                // Before anything later goes out: what is behind the stream's end is not looked at again.
+                parked::park(connection, &behind, None, "waits behind an earlier event of its key").await?;
+                page.retain(|event| !blocked(event));
+            }
+        }
+        page.retain(|event| !present.contains(&event.id));
+        Ok(Some(page))
+    }
+
+    /// Hands a page to the publisher; false when nobody listens any more.
+    async fn send(
+        &self,
+        connection: &mut PgConnection,
+        page: Vec<OutboxEvent>,
+        chunks: &mpsc::Sender<Result<Vec<Prepared>, Error>>,
+    ) -> Result<bool, sqlx::Error> {
+        let (mut chunk, mut bytes) = (Vec::with_capacity(page.len()), 0);
+        for row in page {
+            let mut prepared = prepare(connection, &self.naming, row).await?;
+            if let Some(id) = self.exceptions.renamed.get(&prepared.event.outbox_id) {
+                prepared.message.set_message_id(id);
+                prepared.event.message_id.clone_from(id);
+            }
+            bytes += prepared.event.bytes;
+            chunk.push(prepared);
             if bytes > CHUNK_BYTES {
                 bytes = 0;
                 if chunks.send(Ok(std::mem::take(&mut chunk))).await.is_err() {
-                    return;
+                    return Ok(false);
                 }
             }
         }
-        if chunks.send(Ok(chunk)).await.is_err() {
-            return;
-        }
+        Ok(chunks.send(Ok(chunk)).await.is_ok())
     }
 }
 
-async fn prepare(connection: &mut PgConnection, naming: &Naming, row: OutboxEvent) -> Result<Prepared, sqlx::Error> {
+/// Makes a message of a row; headers and payload of a large one are read here.
+pub(super) async fn prepare(
+    connection: &mut PgConnection,
+    naming: &Naming,
+    row: OutboxEvent,
+) -> Result<Prepared, sqlx::Error> {
     let body = match row.body {
         Some(body) => body,
         None => window::body(connection, row.id).await?,
     };
-    let event = Sent { outbox_id: row.id, event_id: row.event_id, bytes: body.payload.len() };
+    let event = Sent {
+        outbox_id: row.id,
+        event_id: row.event_id,
+        key: row.key.clone(),
+        message_id: row.event_id.to_string(),
+        bytes: body.payload.len(),
+        created_at: row.created_at,
+        sent_at: None,
+    };
     let subject = naming.prefix.subject(&row.event_type);
     let envelope = Envelope {
         id: row.event_id.into(),

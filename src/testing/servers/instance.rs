@@ -79,10 +79,15 @@ impl Instance {
         &self.directory
     }
 
-    /// Starts `command` as the server; its output goes to the file `log`.
+    /// The file with the server's output.
+    pub(super) fn log(&self) -> PathBuf {
+        self.directory.join("log")
+    }
+
+    /// Starts `command` as the server.
     pub(super) fn start(&mut self, command: &Command, owner: Option<Owner>) -> Result<(), Error> {
         let start = || {
-            let log = File::options().create(true).append(true).open(self.directory.join("log"))?;
+            let log = File::options().create(true).append(true).open(self.log())?;
             let mut shell = Command::new("sh");
             shell.args(["-c", START]).arg(&self.directory).arg(command.get_program()).args(command.get_args());
             as_user(&mut shell, owner);
@@ -154,7 +159,7 @@ impl Instance {
 
     /// The end of the server's output, for errors.
     fn log_tail(&self) -> String {
-        let log = fs::read_to_string(self.directory.join("log")).unwrap_or_default();
+        let log = fs::read_to_string(self.log()).unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();
         format!("the end of its log: {}", lines[lines.len().saturating_sub(8)..].join(" | "))
     }

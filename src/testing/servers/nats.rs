@@ -85,6 +85,11 @@ impl Nats {
         &self.version
     }
 
+    /// The file with the server's output. It disappears with the server.
+    pub fn log(&self) -> PathBuf {
+        self.instance.log()
+    }
+
     /// Kills the server with SIGKILL.
     ///
     /// # Errors
@@ -112,6 +117,15 @@ impl Nats {
             self.stop().await?;
         }
         self.launch().await
+    }
+
+    /// Starts the server again with other lines in its configuration file.
+    ///
+    /// # Errors
+    /// Those of [`Nats::restart`].
+    pub async fn reconfigure(&mut self, config: impl Into<String>) -> Result<(), Error> {
+        self.options.config = config.into();
+        self.restart().await
     }
 
     /// Halts the server with SIGSTOP: connections stay open, and nothing answers.

@@ -85,12 +85,19 @@ impl Postgres {
     /// # Errors
     /// When no server is installed.
     pub fn program(name: &str) -> Result<PathBuf, Error> {
-        Ok(binaries::postgres()?.join(name))
+        // Some installations put a link to the server alone into the PATH, and clients elsewhere.
+        let beside = binaries::postgres()?.join(name);
+        Ok(if beside.is_file() { beside } else { name.into() })
     }
 
     /// The URL of a database on this server. `postgres` is there from the start.
     pub fn url(&self, database: &str) -> String {
         format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
+    }
+
+    /// The file with the server's output. It disappears with the server.
+    pub fn log(&self) -> PathBuf {
+        self.instance.log()
     }
 
     /// Makes an empty database under a name of its own and returns its URL.

@@ -1,0 +1,58 @@
+//! Retention: removing what is settled and old, in bounded batches.
+
+use std::time::Duration;
+
+use sqlx::PgConnection;
+
+use super::snapshot::Mark;
+
+/// Deletes up to `limit` events that were written before `retention` ago and that `settled` holds. Parked events stay
+/// until they are dealt with.
+pub(crate) async fn outbox(
+    connection: &mut PgConnection,
+    settled: &Mark,
+    retention: Duration,
+    limit: i64,
+) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query(
+        "delete from aftercommit.outbox
+          where id in (
+                select id from aftercommit.outbox o
+                 where id <= $1 and created_at < clock_timestamp() - make_interval(secs => $2)
+                   and pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot))
+                   and not exists (select from aftercommit.parked p
+                                    where p.outbox_id = o.id and p.state in ('parked', 'released'))
+                 order by id limit $4)",
+    )
+    .bind(settled.last_id)
+    .bind(retention.as_secs_f64())
+    .bind(settled.snapshot.to_string())
+    .bind(limit)
+    .execute(connection)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// Thins the relay's log out: the newest `keep` states stay, of older ones the first of each minute until they are
+/// older than `retention`. A state is a point to which the relay can go back when the stream has lost its end.
+pub(crate) async fn relay_log(
+    connection: &mut PgConnection,
+    newest: i64,
+    keep: i64,
+    retention: Duration,
+) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query(
+        "delete from aftercommit.relay_log l
+          where l.seq <= $1 - $2
+            and (l.created_at < clock_timestamp() - make_interval(secs => $3)
+                 or exists (select from aftercommit.relay_log before
+                             where before.seq = l.seq - 1
+                               and date_trunc('minute', before.created_at) = date_trunc('minute', l.created_at)))",
+    )
+    .bind(newest)
+    .bind(keep)
+    .bind(retention.as_secs_f64())
+    .execute(connection)
+    .await?;
+    Ok(done.rows_affected())
+}
