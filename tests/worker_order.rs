@@ -157,8 +157,7 @@ async fn a_frozen_instance_that_wakes_up_late_does_no_harm() {
     .execute(&work.outbox.pool)
     .await
     .unwrap();
-    let file =
-        "[[subscriber]]\nname = \"frozen\"\ntypes = [\"*\"]\nsql = { function = \"apply\" }\ntime_limit = \"2s\"\n";
+    let file = "[[subscriber]]\nname = \"frozen\"\ntypes = [\"*\"]\nsql = { function = \"apply\" }\ntime_limit = \"2s\"\nack_wait = \"3s\"\n";
     work.send_many(&KEYS, 100).await;
     let first = work.process(file);
     work.wait_for(50).await;

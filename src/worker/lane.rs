@@ -1,8 +1,6 @@
 //! Runs one batch of events: transaction, inbox, handlers, commit, and what becomes of those that fail.
 
-use std::any::Any;
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::error::Error as StdError;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,6 +22,7 @@ use crate::postgres::{self, function, inbox};
 
 use super::handler::HandlerError;
 use super::subscriber::{Subscriber, Try, Work};
+use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_out, trouble};
 
 /// How often a conflict with other transactions is answered with another run before it counts as a failure.
 const MAX_CONFLICTS: u32 = 10;
@@ -72,35 +71,6 @@ pub(super) struct Report {
     pub(super) fenced: bool,
     /// How long one event took.
     pub(super) pace: Option<Duration>,
-}
-
-/// Why a transaction was not committed, and by which event of the group, if that is known.
-enum Trouble {
-    /// The database is away, or does not let us do our own work.
-    Outage(String),
-    /// Others were in the way.
-    Conflict {
-        at: Option<usize>,
-        error: HandlerError,
-    },
-    /// The handler says that something it needs is away.
-    Interrupted {
-        at: Option<usize>,
-        error: HandlerError,
-    },
-    Failed {
-        at: Option<usize>,
-        error: HandlerError,
-    },
-}
-
-impl Trouble {
-    fn culprit(&self) -> Option<usize> {
-        match self {
-            Self::Outage(_) => None,
-            Self::Conflict { at, .. } | Self::Interrupted { at, .. } | Self::Failed { at, .. } => *at,
-        }
-    }
 }
 
 /// The lane cannot go on with its batch.
@@ -367,7 +337,7 @@ impl Lane {
     /// Runs a statement of our own that no event can be blamed for.
     async fn own<T>(&self, statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, String> {
         match timeout(self.subscriber.settings.time_limit + GRACE, statement).await {
-            Ok(result) => result.map_err(|error| error.to_string()),
+            Ok(result) => result.map_err(|error| database_text(&error)),
             Err(_) => Err("PostgreSQL does not answer".into()),
         }
     }
@@ -376,7 +346,7 @@ impl Lane {
     async fn own_or_conflict<T>(&self, statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, Trouble> {
         match timeout(self.subscriber.settings.time_limit + GRACE, statement).await {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) if postgres::is_outage(&error) => Err(Trouble::Outage(error.to_string())),
+            Ok(Err(error)) if postgres::is_outage(&error) => Err(Trouble::Outage(database_text(&error))),
             Ok(Err(error)) => Err(trouble(None, error.into())),
             Err(_) => Err(Trouble::Outage("PostgreSQL does not answer".into())),
         }
@@ -416,61 +386,28 @@ fn split<'a>(mut group: Vec<&'a Queued>, culprit: Option<usize>, groups: &mut Ve
     groups.push_front(group);
 }
 
-/// Sorts an error: is the event at fault, or the world around it?
-fn trouble(at: Option<usize>, error: HandlerError) -> Trouble {
-    let HandlerError::Retry { error: cause, .. } = &error else {
-        return Trouble::Failed { at, error };
-    };
-    let mut cause: Option<&(dyn StdError + 'static)> = Some(cause.as_ref());
-    while let Some(next) = cause {
-        if let Some(database) = next.downcast_ref::<sqlx::Error>() {
-            if postgres::is_outage(database) {
-                return Trouble::Interrupted { at, error };
-            }
-            if postgres::is_conflict(database) {
-                return Trouble::Conflict { at, error };
-            }
-        }
-        // An io::Error names as its source the source of what it wraps, not the wrapped error itself.
-        let wrapped = next.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        cause = wrapped.map(|wrapped| wrapped as &(dyn StdError + 'static)).or_else(|| next.source());
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts(culprit: Option<usize>) -> Vec<Vec<u64>> {
+        let event = Envelope::from_headers(
+            [("ce-id", "01a1fbb7-bafe-75ab-a111-dc3a330bc524"), ("ce-type", "a"), ("ce-source", "/")].into_iter(),
+            bytes::Bytes::new(),
+        );
+        let event = Arc::new(event.unwrap());
+        let events: Vec<_> =
+            (1..=5).map(|sequence| Queued { sequence, event: Arc::clone(&event), deliveries: 1 }).collect();
+        let mut groups = VecDeque::new();
+        split(events.iter().collect(), culprit, &mut groups);
+        groups.iter().map(|group| group.iter().map(|queued| queued.sequence).collect()).collect()
     }
-    Trouble::Failed { at, error }
-}
 
-/// Whether a statement was cancelled because it took too long: another instance holds the inbox row.
-fn timed_out(error: &HandlerError) -> bool {
-    let HandlerError::Retry { error, .. } = error else { return false };
-    let code = error.downcast_ref::<sqlx::Error>().and_then(|error| error.as_database_error()?.code());
-    code.as_deref() == Some("57014")
-}
-
-/// The error with its causes, on one line.
-fn describe(error: &HandlerError) -> String {
-    match error {
-        HandlerError::Snooze(wait) => format!("snoozed for {wait:?}"),
-        HandlerError::Reject { reason } => clip(reason),
-        HandlerError::Retry { error, .. } => {
-            let mut text = error.to_string();
-            let mut cause = error.source();
-            while let Some(next) = cause {
-                let more = next.to_string();
-                if !text.ends_with(&more) {
-                    text.push_str(": ");
-                    text.push_str(&more);
-                }
-                cause = next.source();
-            }
-            clip(&text)
-        }
+    #[test]
+    fn a_failed_group_is_split_around_its_culprit_in_order() {
+        assert_eq!(parts(Some(0)), [vec![], vec![1], vec![2, 3, 4, 5]]);
+        assert_eq!(parts(Some(2)), [vec![1, 2], vec![3], vec![4, 5]]);
+        assert_eq!(parts(Some(4)), [vec![1, 2, 3, 4], vec![5], vec![]]);
+        assert_eq!(parts(None), [vec![1, 2], vec![3, 4, 5]]);
     }
-}
-
-/// What fits into a log line and a text column.
-fn clip(text: &str) -> String {
-    text.chars().filter(|c| *c != '\0').take(2000).collect()
-}
-
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("?")
 }
