@@ -232,7 +232,6 @@ async fn killed_at_every_step() {
     for key in KEYS {
         assert_eq!(work.numbers(key).await, (1..=30).filter(|n| *n != 7).collect::<Vec<_>>(), "key {key}");
     }
-    // A crash behind the count of an attempt is a failed attempt all the same.
     assert!(work.dead_letters().await.iter().all(|(n, attempts, _)| *n == 7 && *attempts == 3));
     assert_eq!(last.stop(), Some(0));
 }

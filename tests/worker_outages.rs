@@ -146,18 +146,17 @@ async fn few_permissions_are_enough() {
     let permissions = r#"publish: ["$JS.API.CONSUMER.INFO.*.limited", "$JS.API.CONSUMER.MSG.NEXT.*.limited",
         "$JS.API.STREAM.MSG.GET.*", "$JS.ACK.*.limited.>"], subscribe: ["_INBOX_worker.>"]"#;
     let config = format!(
-        "authorization {{ users: [ {{ user: admin, password: a }}, \
+        "no_auth_user: admin, authorization {{ users: [ {{ user: admin, password: a }}, \
          {{ user: worker, password: w, permissions: {{ {permissions} }} }} ] }}"
     );
     let nats = Nats::start(NatsOptions { config, ..NatsOptions::default() }).await.unwrap();
-    let url = |user: &str| nats.url().replace("nats://", &format!("nats://{user}@"));
     let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
-    let work = Work::on(database, url("admin:a")).await;
+    let work = Work::on(database, nats.url()).await;
     work.worker_with(strict("limited")).provision().await.unwrap();
     work.send_many(&KEYS, 10).await;
     let left = work.consumer("limited").await.fetch().max_messages(7).messages().await.unwrap().count().await;
     assert_eq!(left, 7);
-    let limited = NatsConfig { url: url("worker:w"), ..NatsConfig::default() };
+    let limited = NatsConfig { url: nats.url().replace("nats://", "nats://worker:w@"), ..NatsConfig::default() };
     let (postgres, naming) = (work.outbox.postgres.clone(), work.outbox.naming.clone());
     let worker = RunningWorker::start(Worker::new(postgres, limited, naming).subscriber(strict("limited")));
     work.wait_for(40).await;

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
@@ -107,10 +108,10 @@ impl Lane {
     async fn complete(&self, item: Item) -> Result<Queued, (u64, Verdict)> {
         let Item { sequence, event, deliveries } = item;
         if let Some(event) = event {
-            return Ok(Queued { sequence, event, deliveries });
+            return Ok(Queued::new(sequence, event, deliveries));
         }
         match self.source.read(sequence).await {
-            Ok(Some(event)) => Ok(Queued { sequence, event: Arc::new(event), deliveries }),
+            Ok(Some(event)) => Ok(Queued::new(sequence, Arc::new(event), deliveries)),
             Ok(None) => {
                 tracing::error!(
                     subscriber = self.subscriber.name,
@@ -181,13 +182,13 @@ impl Lane {
     async fn decide(&self, queued: &Queued, error: HandlerError) -> Result<Verdict, Halt> {
         match error {
             HandlerError::Snooze(wait) => Ok(Verdict::Later(wait)),
-            HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason), false).await,
+            HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason)).await,
             HandlerError::Retry { after, .. } => {
                 let text = describe(&error);
-                let attempts = self.count_failure(queued, &text).await?;
-                if attempts >= self.subscriber.settings.max_attempts {
-                    return self.give_up(queued, &text, true).await;
+                if queued.failures.load(Ordering::Relaxed) + 1 >= self.subscriber.settings.max_attempts {
+                    return self.give_up(queued, &text).await;
                 }
+                let attempts = self.count_failure(queued, &text).await?;
                 let wait = after.unwrap_or_else(|| self.subscriber.settings.backoff.after(attempts));
                 tracing::warn!(
                     subscriber = self.subscriber.name,
@@ -212,14 +213,13 @@ impl Lane {
         attempts.map(|attempts| attempts.unsigned_abs()).ok_or(Halt::Fenced)
     }
 
-    async fn give_up(&self, queued: &Queued, reason: &str, counted: bool) -> Result<Verdict, Halt> {
+    async fn give_up(&self, queued: &Queued, reason: &str) -> Result<Verdict, Halt> {
         let letter = DeadLetter {
             subscriber: &self.subscriber.name,
             stream: self.source.stream(),
             stream_seq: queued.position(),
             event: &queued.event,
             reason,
-            counted,
         };
         let written =
             self.connections.run(async |connection| dead_letter::insert(connection, &self.tenure, &letter).await);
@@ -279,6 +279,10 @@ impl Lane {
         })?;
         fault::point("worker-inserted");
         let mut fresh: HashMap<Uuid, i32> = fresh.into_iter().collect();
+        for queued in group {
+            let failures = fresh.get(&queued.event.id.as_uuid()).map_or(0, |failures| failures.unsigned_abs());
+            queued.failures.store(failures, Ordering::Relaxed);
+        }
         let failed: Vec<Uuid> = fresh.iter().filter(|(_, attempts)| **attempts > 0).map(|(id, _)| *id).collect();
         match &self.subscriber.work {
             Work::Function { function, .. } => {
@@ -292,9 +296,9 @@ impl Lane {
             }
             Work::Handlers(_) => {
                 for (at, queued) in group.iter().enumerate() {
-                    if let Some(attempts) = fresh.remove(&queued.event.id.as_uuid()) {
-                        let this =
-                            Try { attempt: attempts.unsigned_abs() + 1, delivery_count: queued.deliveries.max(1) };
+                    if fresh.remove(&queued.event.id.as_uuid()).is_some() {
+                        let attempt = queued.failures.load(Ordering::Relaxed) + 1;
+                        let this = Try { attempt, delivery_count: queued.deliveries.max(1) };
                         self.handle(tx, queued, this).await.map_err(|error| trouble(Some(at), error))?;
                     }
                 }
@@ -358,9 +362,15 @@ struct Queued {
     sequence: u64,
     event: Arc<Envelope>,
     deliveries: u64,
+    /// The attempts that had failed when it was looked at last.
+    failures: AtomicU32,
 }
 
 impl Queued {
+    fn new(sequence: u64, event: Arc<Envelope>, deliveries: u64) -> Self {
+        Self { sequence, event, deliveries, failures: AtomicU32::new(0) }
+    }
+
     fn position(&self) -> i64 {
         i64::try_from(self.sequence).unwrap_or(i64::MAX)
     }
@@ -396,8 +406,7 @@ mod tests {
             bytes::Bytes::new(),
         );
         let event = Arc::new(event.unwrap());
-        let events: Vec<_> =
-            (1..=5).map(|sequence| Queued { sequence, event: Arc::clone(&event), deliveries: 1 }).collect();
+        let events: Vec<_> = (1..=5).map(|sequence| Queued::new(sequence, Arc::clone(&event), 1)).collect();
         let mut groups = VecDeque::new();
         split(events.iter().collect(), culprit, &mut groups);
         groups.iter().map(|group| group.iter().map(|queued| queued.sequence).collect()).collect()
