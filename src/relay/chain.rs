@@ -53,8 +53,8 @@ pub(super) enum Doubt {
     Misplaced { event: Sent, stream: String, sequence: u64 },
     /// Something that is no JetStream answer came back.
     Unreadable,
-    /// No answer in time.
-    Timeout,
+    /// No answer in time, and what the server complained of meanwhile.
+    Timeout { complaint: Option<String> },
     /// The connection broke while messages were under way.
     ConnectionLost,
     /// An event is larger than the server takes; it was not sent.
@@ -69,7 +69,7 @@ impl Doubt {
             | Self::Duplicate { event, .. }
             | Self::Misplaced { event, .. }
             | Self::TooLarge { event, .. } => Some(event),
-            Self::NoResponders | Self::Unreadable | Self::Timeout | Self::ConnectionLost => None,
+            Self::NoResponders | Self::Unreadable | Self::Timeout { .. } | Self::ConnectionLost => None,
         }
     }
 
@@ -90,7 +90,8 @@ impl fmt::Display for Doubt {
             Self::Duplicate { sequence, .. } => write!(f, "dropped as a repeat of message {sequence}"),
             Self::Misplaced { stream, sequence, .. } => write!(f, "stored as message {sequence} of {stream}"),
             Self::Unreadable => f.write_str("the answer is no acknowledgement of a JetStream server"),
-            Self::Timeout => f.write_str("no acknowledgement in time"),
+            Self::Timeout { complaint: None } => f.write_str("no acknowledgement in time"),
+            Self::Timeout { complaint: Some(text) } => write!(f, "no acknowledgement in time; the server says: {text}"),
             Self::ConnectionLost => f.write_str("the connection to nats broke"),
             Self::TooLarge { limit, .. } => write!(f, "larger than the server's max_payload of {limit} bytes"),
         }

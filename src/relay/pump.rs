@@ -89,7 +89,7 @@ impl Pump<'_> {
                     None => more = false,
                 },
                 () = tokio::time::sleep_until(heard + self.limits.ack_timeout), if !idle => {
-                    return Ok(Pumped::Doubt(Doubt::Timeout));
+                    return Ok(Pumped::Doubt(Doubt::Timeout { complaint: connection.complaint() }));
                 }
                 () = &mut told_to_stop, if !stopping => {
                     // What is under way is still heard out, so that the next leader finds a quiet stream.
