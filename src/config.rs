@@ -1,8 +1,9 @@
 //! How to reach the two servers, and the names that publishers, relay and workers share.
 
-use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::{fmt, fs};
 
+use crate::error::{Error, ErrorKind};
 use crate::subject::SubjectPrefix;
 
 /// The names under which one outbox is published.
@@ -39,20 +40,129 @@ impl fmt::Debug for PostgresConfig {
 /// How to reach NATS.
 #[derive(Clone)]
 pub struct NatsConfig {
-    /// One or more `nats://` or `tls://` URLs, separated by commas. Defaults to `nats://127.0.0.1:4222`.
+    /// One or more `nats://` or `tls://` URLs, separated by commas. One `tls://` makes TLS a must for all of them.
+    /// It may hold a password, so it is never printed. Defaults to `nats://127.0.0.1:4222`.
     pub url: String,
-    /// A credentials file (JWT and seed). Defaults to none.
-    pub creds: Option<PathBuf>,
+    /// Who connects. Defaults to whoever the URL names.
+    pub auth: NatsAuth,
+    /// What makes the connection secret and the server trusted. Any of its settings makes TLS a must. Defaults to the
+    /// system's certificates, when URL or server ask for TLS.
+    pub tls: NatsTls,
 }
 
 impl Default for NatsConfig {
     fn default() -> Self {
-        Self { url: "nats://127.0.0.1:4222".into(), creds: None }
+        Self { url: "nats://127.0.0.1:4222".into(), auth: NatsAuth::default(), tls: NatsTls::default() }
     }
 }
 
 impl fmt::Debug for NatsConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("NatsConfig").field("creds", &self.creds).finish_non_exhaustive()
+        f.debug_struct("NatsConfig").field("auth", &self.auth).field("tls", &self.tls).finish_non_exhaustive()
+    }
+}
+
+/// Who connects to NATS. Files are read anew for each connection, so that secrets can be changed while a process runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum NatsAuth {
+    /// Whoever the URL names, as `user:password@` or `token@`; nobody when it names none.
+    #[default]
+    Url,
+    /// The user of a credentials file (JWT and seed).
+    Credentials(PathBuf),
+    /// The user of an nkey, by its seed (`SU…`).
+    Nkey(Secret),
+    /// The bearer of a token.
+    Token(Secret),
+    /// A user with a password.
+    UserPassword {
+        /// The user's name.
+        user: String,
+        /// The password.
+        password: Secret,
+    },
+}
+
+/// TLS with NATS.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NatsTls {
+    /// Certificates (PEM) of those whom to trust instead of the system's. Defaults to none.
+    pub ca: Option<PathBuf>,
+    /// What to show to a server that wants to see a certificate. Defaults to none.
+    pub certificate: Option<ClientCertificate>,
+    /// Whether to start with TLS before the server's greeting, for servers with `handshake_first`. Defaults to false.
+    pub first: bool,
+}
+
+/// A client's certificate and its key, in PEM files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientCertificate {
+    /// The certificate, with those between it and the authority's behind it.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+}
+
+/// Something that must not be printed. `Debug` shows the name of the file at most.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Secret {
+    /// The secret itself.
+    Text(String),
+    /// A file with nothing but the secret in it; space around it does not count.
+    File(PathBuf),
+}
+
+impl Secret {
+    /// The secret. `setting` is what errors call it.
+    pub(crate) fn read(&self, setting: &str) -> Result<String, Error> {
+        match self {
+            Self::Text(text) => Ok(text.clone()),
+            Self::File(path) => read_file(path, setting).map(|text| text.trim().to_string()),
+        }
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Text(_) => f.write_str("Text(…)"),
+            Self::File(path) => f.debug_tuple("File").field(path).finish(),
+        }
+    }
+}
+
+/// The text of a file that a setting names. What is in it does not get into the error.
+pub(crate) fn read_file(path: &Path, setting: &str) -> Result<String, Error> {
+    fs::read_to_string(path).map_err(|error| {
+        Error::with_source(ErrorKind::Config, format!("the file {} cannot be read ({setting})", path.display()), error)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_secret_is_printed() {
+        let secret = || Secret::Text("hunter2".into());
+        let url = "nats://me:hunter2@127.0.0.1".to_string();
+        for auth in [
+            NatsAuth::Url,
+            NatsAuth::Nkey(secret()),
+            NatsAuth::Token(secret()),
+            NatsAuth::UserPassword { user: "me".into(), password: secret() },
+        ] {
+            let printed = format!("{:?}", NatsConfig { url: url.clone(), auth, ..Default::default() });
+            assert!(!printed.contains("hunter2"), "{printed}");
+        }
+        assert!(!format!("{:?}", PostgresConfig { url }).contains("hunter2"));
+        assert!(format!("{:?}", Secret::File("/run/secrets/token".into())).contains("/run/secrets/token"));
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_named_with_its_setting() {
+        let error = Secret::File("/nowhere/token".into()).read("NATS_TOKEN_FILE").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config);
+        assert!(error.report().contains("/nowhere/token") && error.report().contains("NATS_TOKEN_FILE"), "{error}");
     }
 }

@@ -7,9 +7,11 @@ pub mod cli;
 pub mod config;
 pub mod envelope;
 pub mod event;
+pub mod health;
 pub mod outbox;
 pub mod relay;
 pub mod subject;
+pub mod telemetry;
 #[cfg(feature = "testing")]
 pub mod testing;
 pub mod worker;

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use chrono::Utc;
 use serde::Serialize;
 
 use crate::config::{Naming, NatsConfig, PostgresConfig};
@@ -110,10 +109,7 @@ pub async fn status(database: &PostgresConfig, nats: &NatsConfig, naming: &Namin
         Err(error) => (None, Some(error.report())),
     };
     Ok(Status {
-        backlog: Backlog {
-            events: backlog.events,
-            oldest_seconds: backlog.oldest.map(|oldest| (Utc::now() - oldest).as_seconds_f64().max(0.0)),
-        },
+        backlog: Backlog { events: backlog.events, oldest_seconds: backlog.oldest_seconds },
         relay: leader.map(|leader| RelayStatus {
             leader: leader.holder,
             epoch: leader.epoch,

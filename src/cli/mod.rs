@@ -1,54 +1,29 @@
 //! The command lines of the binaries.
 
+mod http;
 pub mod operator;
 pub mod relay;
+mod servers;
 pub mod worker;
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
+use tracing::{Level, Metadata};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::config::{Naming, NatsConfig, PostgresConfig};
+use crate::config::Naming;
 use crate::error::{Error, ErrorKind};
 use crate::subject::SubjectPrefix;
+use servers::{NatsArgs, PostgresArgs};
 
 /// How long a soft stop may take before the process ends anyway.
 const STOP_DEADLINE: Duration = Duration::from_secs(25);
-
-/// Where PostgreSQL is.
-#[derive(Debug, clap::Args)]
-struct PostgresArgs {
-    /// The database, as postgres://user:password@host:5432/database
-    #[arg(long, env = "DATABASE_URL", hide_env_values = true, default_value = "", hide_default_value = true)]
-    database_url: String,
-}
-
-impl PostgresArgs {
-    fn config(&self) -> PostgresConfig {
-        PostgresConfig { url: self.database_url.clone() }
-    }
-}
-
-/// Where NATS is.
-#[derive(Debug, clap::Args)]
-struct NatsArgs {
-    /// The NATS servers, as nats://host:port, separated by commas
-    #[arg(long, env = "NATS_URL", hide_env_values = true, default_value = "nats://127.0.0.1:4222")]
-    nats_url: String,
-    /// A NATS credentials file
-    #[arg(long, env = "NATS_CREDS", value_name = "FILE")]
-    nats_creds: Option<PathBuf>,
-}
-
-impl NatsArgs {
-    fn config(&self) -> NatsConfig {
-        NatsConfig { url: self.nats_url.clone(), creds: self.nats_creds.clone() }
-    }
-}
 
 /// The names under which an outbox is published.
 #[derive(Debug, clap::Args)]
@@ -83,8 +58,22 @@ impl NamingArgs {
 /// Logs to standard error, as `RUST_LOG` says; without it from level info, of the NATS client only warnings.
 fn start_logging() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,async_nats=warn"));
-    let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines = lines.with_ansi(std::io::stderr().is_terminal());
+    tracing_subscriber::registry().with(filter).with(filter_fn(is_discreet)).with(lines).init();
+}
+
+/// Keeps out what the drivers would show of secrets and payloads: the NATS client shows whole messages and answers when it
+/// is asked to be talkative, the PostgreSQL driver warns of lines of the password file and of parameters of the URL with
+/// what is in them.
+fn is_discreet(line: &Metadata<'_>) -> bool {
+    match line.target() {
+        "async_nats::connection" => *line.level() != Level::TRACE,
+        "async_nats::jetstream::context" => *line.level() < Level::DEBUG,
+        "sqlx_postgres::options::parse" => line.fields().field("value").is_none(),
+        "sqlx_postgres::options::pgpass" => line.fields().field("line").is_none(),
+        _ => true,
+    }
 }
 
 /// Runs a role until it ends or is told to stop. The first SIGTERM or SIGINT cancels the token that `start` gets; a

@@ -179,7 +179,7 @@ fn run(cli: Cli) -> Result<(), Error> {
 }
 
 async fn migrate(command: Migrate) -> Result<String, Error> {
-    let applied = admin::migrate(&command.postgres.config()).await?;
+    let applied = admin::migrate(&command.postgres.config()?).await?;
     if applied.is_empty() {
         return Ok("the schema aftercommit is up to date\n".into());
     }
@@ -189,7 +189,7 @@ async fn migrate(command: Migrate) -> Result<String, Error> {
 async fn parked(command: Parked) -> Result<String, Error> {
     match command {
         Parked::List { limit, json, postgres } => {
-            let events = admin::relay::parked(&postgres.config(), limit).await?;
+            let events = admin::relay::parked(&postgres.config()?, limit).await?;
             if json {
                 return as_json(&events);
             }
@@ -207,11 +207,11 @@ async fn parked(command: Parked) -> Result<String, Error> {
             Ok(events.iter().map(line).collect())
         }
         Parked::Release { event_id, postgres } => {
-            let events = admin::relay::release(&postgres.config(), event_id.into()).await?;
+            let events = admin::relay::release(&postgres.config()?, event_id.into()).await?;
             Ok(format!("released {events} events\n"))
         }
         Parked::Discard { event_id, postgres } => {
-            let events = admin::relay::discard(&postgres.config(), event_id.into()).await?;
+            let events = admin::relay::discard(&postgres.config()?, event_id.into()).await?;
             Ok(format!("discarded the event, released {events} events behind it\n"))
         }
     }
@@ -219,11 +219,11 @@ async fn parked(command: Parked) -> Result<String, Error> {
 
 async fn relay(command: Relay) -> Result<String, Error> {
     Ok(match command {
-        Relay::Pause { reason, postgres } => match admin::relay::pause(&postgres.config(), reason.as_deref()).await? {
+        Relay::Pause { reason, postgres } => match admin::relay::pause(&postgres.config()?, reason.as_deref()).await? {
             true => "paused; `aftercommit relay resume` goes on\n".into(),
             false => "it was paused already\n".into(),
         },
-        Relay::Resume { postgres } => match admin::relay::resume(&postgres.config()).await? {
+        Relay::Resume { postgres } => match admin::relay::resume(&postgres.config()?).await? {
             true => "resumed\n".into(),
             false => "it was not paused\n".into(),
         },
@@ -238,7 +238,7 @@ fn as_json(value: &impl serde::Serialize) -> Result<String, Error> {
 
 async fn provision(command: Provision) -> Result<String, Error> {
     let subscribers = command.config.as_deref().map(worker::read_file).transpose()?;
-    let (nats, naming) = (command.nats.config(), command.naming.config()?);
+    let (nats, naming) = (command.nats.config()?, command.naming.config()?);
     let mut changes = admin::provision(&nats, &naming).await?;
     if let Some(subscribers) = subscribers {
         changes.extend(worker::provision(&nats, &naming, &subscribers).await?);
@@ -251,7 +251,7 @@ async fn provision(command: Provision) -> Result<String, Error> {
 
 async fn status(command: Status) -> Result<String, Error> {
     let naming = command.naming.config()?;
-    let status = admin::status::status(&command.postgres.config(), &command.nats.config(), &naming).await?;
+    let status = admin::status::status(&command.postgres.config()?, &command.nats.config()?, &naming).await?;
     if !command.json {
         return Ok(status.to_string());
     }
@@ -275,7 +275,7 @@ async fn publish(command: Publish) -> Result<String, Error> {
     for (name, value) in command.headers {
         event = event.header(name, value);
     }
-    let id = admin::publish(&command.postgres.config(), event).await?;
+    let id = admin::publish(&command.postgres.config()?, event).await?;
     Ok(format!("{id}\n"))
 }
 

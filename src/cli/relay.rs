@@ -4,7 +4,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use tokio_util::sync::CancellationToken;
 
+use super::http::{self, HttpArgs};
 use super::{NamingArgs, NatsArgs, PostgresArgs, fail, run_role};
 use crate::error::Error;
 use crate::relay::{ParkPolicy, Relay, RelayConfig};
@@ -12,7 +14,7 @@ use crate::relay::{ParkPolicy, Relay, RelayConfig};
 const NAME: &str = "aftercommit-relay";
 
 /// Publishes what transactions committed to the outbox, in order, to a JetStream stream
-#[derive(Debug, Parser)]
+#[derive(Parser)]
 #[command(name = NAME, version)]
 struct Cli {
     #[command(flatten)]
@@ -30,6 +32,8 @@ struct Cli {
     /// How many days events stay in the outbox after they were published
     #[arg(long, env = "AFTERCOMMIT_RETENTION_DAYS", value_name = "DAYS", default_value_t = 7.0, value_parser = days)]
     retention_days: f64,
+    #[command(flatten)]
+    http: HttpArgs,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -56,7 +60,8 @@ impl Cli {
                 Policy::Skip => ParkPolicy::Skip,
             },
             retention: Duration::from_secs_f64(self.retention_days * 86_400.0),
-            ..RelayConfig::new(self.postgres.config(), self.nats.config(), self.naming.config()?)
+            unhealthy_after: self.http.unhealthy_after,
+            ..RelayConfig::new(self.postgres.config()?, self.nats.config()?, self.naming.config()?)
         })
     }
 }
@@ -64,10 +69,17 @@ impl Cli {
 /// Runs the relay of this process until a signal ends it. The exit status is 0 after an orderly stop, 2 when the
 /// command line or a setting is at fault, 1 when schema or stream are missing at the start or the stop was a hard one.
 pub fn main() -> ExitCode {
-    match Cli::parse().config() {
-        Ok(config) => run_role(NAME, |shutdown| Relay::new(config).run(shutdown)),
+    let cli = Cli::parse();
+    match cli.config() {
+        Ok(config) => run_role(NAME, |shutdown| run(config, cli.http, shutdown)),
         Err(error) => fail(NAME, &error),
     }
+}
+
+async fn run(config: RelayConfig, http: HttpArgs, shutdown: CancellationToken) -> Result<(), Error> {
+    let server = http.open().await?;
+    let relay = Relay::new(config);
+    Box::pin(http::beside(server, relay.monitor(), relay.run(shutdown))).await
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use crate::worker::{Worker, read_file};
 const NAME: &str = "aftercommit-worker";
 
 /// Runs the subscribers of a worker.toml: calls an SQL function for each event, in order per key
-#[derive(Debug, Parser)]
+#[derive(Parser)]
 #[command(name = NAME, version)]
 struct Cli {
     /// The file that names the subscribers
@@ -29,7 +29,7 @@ struct Cli {
 impl Cli {
     fn worker(&self) -> Result<Worker, Error> {
         let remedy = format!("run `aftercommit provision --config {}`", self.config.display());
-        let worker = Worker::new(self.postgres.config(), self.nats.config(), self.naming.config()?).remedy(remedy);
+        let worker = Worker::new(self.postgres.config()?, self.nats.config()?, self.naming.config()?).remedy(remedy);
         Ok(read_file(&self.config)?.into_iter().fold(worker, Worker::subscriber))
     }
 }

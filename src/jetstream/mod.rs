@@ -1,9 +1,11 @@
 //! Everything that speaks NATS. One module per concern.
 
+mod access;
 pub(crate) mod ack;
 pub(crate) mod consumer;
 pub(crate) mod feed;
 pub(crate) mod publisher;
+pub(crate) mod service;
 pub(crate) mod stored;
 pub(crate) mod stream;
 pub(crate) mod topology;
@@ -12,7 +14,7 @@ use std::time::Duration;
 
 use async_nats::connection::State;
 use async_nats::jetstream::Context;
-use async_nats::{ConnectOptions, Event as ClientEvent, HeaderMap};
+use async_nats::{Event as ClientEvent, HeaderMap};
 use bytes::Bytes;
 use tokio::sync::watch;
 
@@ -39,9 +41,14 @@ impl Connection {
         }
     }
 
+    /// Whether the connection stands.
+    pub(crate) fn is_up(&self) -> bool {
+        self.client.connection_state() == State::Connected
+    }
+
     /// Returns when the connection stands, at once if it does.
     pub(crate) async fn connected(&self) {
-        while self.client.connection_state() != State::Connected {
+        while !self.is_up() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -51,27 +58,19 @@ impl Connection {
 /// `inbox_prefix` is where answers come, so that permissions can tell roles apart.
 pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str) -> Result<Connection, Error> {
     let (lost, losses) = watch::channel(0_u64);
-    let mut options = ConnectOptions::new().name(name).custom_inbox_prefix(inbox_prefix).event_callback(move |event| {
+    let (options, servers) = access::options(config)?;
+    let options = options.name(name).custom_inbox_prefix(inbox_prefix).event_callback(move |event| {
         if matches!(event, ClientEvent::Disconnected) {
             lost.send_modify(|count| *count += 1);
         }
         async move {
             match event {
                 ClientEvent::Connected => tracing::info!("connected to nats"),
+                ClientEvent::ServerError(error) if service::explains(&error.to_string()) => {}
                 other => tracing::warn!(event = %other, "nats connection"),
             }
         }
     });
-    if let Some(creds) = &config.creds {
-        options = options.credentials_file(creds).await.map_err(|error| {
-            Error::with_source(
-                ErrorKind::Config,
-                format!("the NATS credentials file {} cannot be read", creds.display()),
-                error,
-            )
-        })?;
-    }
-    let servers: Vec<&str> = config.url.split(',').map(str::trim).filter(|url| !url.is_empty()).collect();
     let client = options.connect(servers).await.map_err(|error| {
         Error::with_source(ErrorKind::Broker, "cannot connect to NATS (NATS_URL or --nats-url)", error)
     })?;

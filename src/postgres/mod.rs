@@ -18,12 +18,14 @@ pub(crate) mod snapshot;
 pub(crate) mod status;
 pub(crate) mod window;
 
+use std::path::Path;
 use std::str::FromStr;
 
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{ConnectOptions, PgConnection, PgPool};
+use percent_encoding::percent_decode_str;
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{ConnectOptions, PgConnection};
 
-use crate::config::PostgresConfig;
+use crate::config::{PostgresConfig, read_file};
 use crate::error::{Error, ErrorKind};
 
 /// Reads the URL. The password stays out of the error.
@@ -34,6 +36,7 @@ fn options(config: &PostgresConfig, application: &str) -> Result<PgConnectOption
             "no database is named: set DATABASE_URL or --database-url to postgres://user@host/database",
         ));
     }
+    check_files(&config.url)?;
     PgConnectOptions::from_str(&config.url)
         .map(|options| options.application_name(application).disable_statement_logging())
         .map_err(|_| {
@@ -44,14 +47,31 @@ fn options(config: &PostgresConfig, application: &str) -> Result<PgConnectOption
         })
 }
 
+/// Checks the files that the URL's TLS parameters name, because the driver's errors do not name them, and refuses the
+/// passphrase of a key, because the driver would ignore it and write it to the log.
+fn check_files(url: &str) -> Result<(), Error> {
+    let Some((_, parameters)) = url.split_once('?') else { return Ok(()) };
+    for (name, value) in parameters.split('&').filter_map(|parameter| parameter.split_once('=')) {
+        let value = percent_decode_str(value).decode_utf8_lossy();
+        match name {
+            "sslrootcert" | "sslcert" | "sslkey" if !value.starts_with("-----BEGIN") => {
+                read_file(Path::new(&*value), &format!("{name} in DATABASE_URL"))?;
+            }
+            "sslpassword" => {
+                return Err(Error::new(
+                    ErrorKind::Config,
+                    "sslpassword in DATABASE_URL is not supported: use a key file without a passphrase",
+                ));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// Opens one connection.
 pub(crate) async fn connect(config: &PostgresConfig, application: &str) -> Result<PgConnection, Error> {
     options(config, application)?.connect().await.map_err(|error| database_error("cannot connect to PostgreSQL", error))
-}
-
-/// A pool that opens its connections when they are needed.
-pub(crate) fn pool(config: &PostgresConfig, application: &str, size: u32) -> Result<PgPool, Error> {
-    Ok(PgPoolOptions::new().max_connections(size).connect_lazy_with(options(config, application)?))
 }
 
 /// An error of `doing`, without the server's DETAIL, which may hold a row's payload.

@@ -1,6 +1,5 @@
 //! Read-only questions for `aftercommit status` and for health.
 
-use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, Row};
 
 use super::relay_log::State;
@@ -14,8 +13,8 @@ pub(crate) const COUNT_LIMIT: i64 = 1_000_000;
 pub(crate) struct Backlog {
     /// How many, counted up to [`COUNT_LIMIT`].
     pub(crate) events: i64,
-    /// When the first of them was written.
-    pub(crate) oldest: Option<DateTime<Utc>>,
+    /// How long ago the oldest of them was written, in seconds.
+    pub(crate) oldest_seconds: Option<f64>,
 }
 
 /// Counts the backlog behind a relay's state and the last outbox id that it reports as published.
@@ -41,7 +40,7 @@ pub(crate) async fn backlog(
                      where (o.xid, o.id) > (t.xid, 0) and (o.xid, o.id) <= (t.xid, $2)
                      order by o.xid, o.id limit $6) as o
          )
-         select count(*), min(created_at)
+         select count(*), greatest(extract(epoch from clock_timestamp() - min(created_at)), 0)::float8
            from (select created_at from unsettled u, published p
                   where not (u.id <= p.id and pg_visible_in_snapshot(u.xid, (select $4::text::pg_snapshot)))
                   limit $6) as waiting",
@@ -54,7 +53,7 @@ pub(crate) async fn backlog(
     .bind(COUNT_LIMIT)
     .fetch_one(connection)
     .await?;
-    Ok(Backlog { events: row.try_get(0)?, oldest: row.try_get(1)? })
+    Ok(Backlog { events: row.try_get(0)?, oldest_seconds: row.try_get(1)? })
 }
 
 /// The leading relay as its lease and its last report show it.
@@ -92,6 +91,22 @@ pub(crate) async fn leader(connection: &mut PgConnection, lease: &str) -> Result
         })
     })
     .transpose()
+}
+
+/// The age in seconds of the longest open transaction of the database, prepared ones included; 0 without one, none when
+/// the role may not see those of other roles.
+pub(crate) async fn oldest_transaction(connection: &mut PgConnection) -> Result<Option<f64>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select case when pg_has_role('pg_read_all_stats', 'usage')
+                then coalesce(extract(epoch from clock_timestamp() - least(
+                         (select min(xact_start) from pg_stat_activity
+                           where datname = current_database() and backend_type = 'client backend'
+                             and pid <> pg_backend_pid()),
+                         (select min(prepared) from pg_prepared_xacts where database = current_database())
+                     )), 0)::float8 end",
+    )
+    .fetch_one(connection)
+    .await
 }
 
 /// Dead letters per subscriber in this database.

@@ -5,7 +5,9 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::time::Instant;
 
+use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use crate::jetstream::publisher::{Answer, Predecessor};
@@ -20,6 +22,10 @@ pub(super) struct Sent {
     /// `Nats-Msg-Id`: the event's id, except for one that the server would take for a repeat although it is gone.
     pub(super) message_id: String,
     pub(super) bytes: usize,
+    /// When it was written, by the database's clock.
+    pub(super) created_at: DateTime<Utc>,
+    /// When it was handed to the connection; for the metrics.
+    pub(super) sent_at: Option<Instant>,
 }
 
 /// Where the chain stands: the last message that is known to be stored, and those under way behind it.
@@ -178,7 +184,15 @@ mod tests {
     use super::*;
 
     fn event(outbox_id: i64) -> Sent {
-        Sent { outbox_id, event_id: Uuid::nil(), key: None, message_id: format!("m{outbox_id}"), bytes: 10 }
+        Sent {
+            outbox_id,
+            event_id: Uuid::nil(),
+            key: None,
+            message_id: format!("m{outbox_id}"),
+            bytes: 10,
+            created_at: DateTime::UNIX_EPOCH,
+            sent_at: None,
+        }
     }
 
     fn chain(events: i64) -> Chain {

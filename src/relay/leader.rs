@@ -18,6 +18,7 @@ use crate::backoff::Backoff;
 use crate::config::Naming;
 use crate::error::{Error, ErrorKind};
 use crate::fault;
+use crate::health::Phase;
 use crate::jetstream::Connection;
 use crate::jetstream::publisher::Publisher;
 use crate::jetstream::stream::StreamReader;
@@ -66,8 +67,9 @@ impl Leader<'_> {
         let mut last_rest = Instant::now();
         while !self.shutdown.is_cancelled() {
             if *self.paused.borrow() {
-                self.progress.state("paused");
+                self.progress.enter(Phase::Paused, "paused by the operator");
                 self.wait_while_paused().await;
+                self.progress.enter(Phase::Leading, "resumed");
                 continue;
             }
             if self.unfinished {
@@ -102,7 +104,7 @@ impl Leader<'_> {
                 }
                 self.settle().await?;
             }
-            self.progress.state("idle");
+            self.progress.idle();
             self.rest(pause).await;
             pause = (pause * 2).min(self.config.idle_poll);
         }
@@ -194,6 +196,7 @@ impl Leader<'_> {
             match self.pump(&open, after).await? {
                 Pumped::Done => {
                     fault::point("relay-window-done");
+                    self.progress.window_done();
                     self.unfinished = false;
                     return Ok(());
                 }
@@ -242,7 +245,7 @@ impl Leader<'_> {
     fn report(&self, doubt: &Doubt) -> Class {
         let class = Class::of(doubt);
         let (label, remedy) = (class.label(), class.remedy(doubt.code()));
-        self.progress.state(format!("interrupted: {doubt}; {remedy}"));
+        self.progress.interrupted(doubt, class);
         let (event_id, outbox_id) = match doubt.event() {
             Some(event) => (Some(event.event_id.to_string()), Some(event.outbox_id)),
             None => (None, None),

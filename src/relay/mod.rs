@@ -6,31 +6,39 @@
 mod chain;
 mod classify;
 mod leader;
+mod monitor;
 mod progress;
 mod pump;
 mod reader;
+mod sample;
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::PgConnection;
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use crate::backoff::Backoff;
 use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::{Error, ErrorKind};
 use crate::fault;
+use crate::health::Phase;
 use crate::jetstream::publisher::Publisher;
+use crate::jetstream::service::{self, Service};
 use crate::jetstream::stream::StreamReader;
 use crate::jetstream::{self, Connection, topology};
 use crate::postgres::relay_log::{self, Appended};
 use crate::postgres::relay_status::{self, Report};
 use crate::postgres::{self, database_error, lease, pause, prune};
 use leader::Leader;
+pub use monitor::{Monitor, RelayReport};
 use progress::{Position, Progress};
 use reader::Exceptions;
+use sample::{Sample, Sampler};
 
 /// The lease of the leading relay.
 pub(crate) const LEASE: &str = "relay";
@@ -67,6 +75,9 @@ pub struct RelayConfig {
     /// How long events stay in the outbox after they were written, for replay and proof; what is not in the stream yet
     /// stays longer. Defaults to 7 days.
     pub retention: Duration,
+    /// How long the relay may get on with nothing, while events wait, until it counts as unhealthy. Defaults to 30
+    /// seconds.
+    pub unhealthy_after: Duration,
 }
 
 /// What becomes of later events of a key when one of it can never be stored.
@@ -93,25 +104,41 @@ impl RelayConfig {
             postgres,
             prune_interval: Duration::from_mins(1),
             retention: Duration::from_hours(7 * 24),
+            unhealthy_after: Duration::from_secs(30),
         }
     }
 }
 
 /// One relay: stands by until it leads, then publishes until it is stopped.
-#[derive(Debug)]
 pub struct Relay {
     config: RelayConfig,
     holder: String,
     naming: Arc<Naming>,
+    progress: Progress,
+    samples: watch::Sender<Option<Sample>>,
+    nats: watch::Sender<Option<Connection>>,
 }
 
 impl Relay {
-    /// A relay of its own identity.
+    /// A relay of its own identity. Its metrics go to the recorder that is installed now.
     pub fn new(config: RelayConfig) -> Self {
         let host = gethostname();
         let holder = format!("{host}:{}:{}", std::process::id(), Uuid::new_v4().simple());
         let naming = Arc::new(config.naming.clone());
-        Self { config, holder, naming }
+        let progress = Progress::new(&naming.stream, config.max_under_way);
+        Self { config, holder, naming, progress, samples: watch::Sender::new(None), nats: watch::Sender::new(None) }
+    }
+
+    /// Tells how this relay is doing, while it runs.
+    pub fn monitor(&self) -> Monitor {
+        Monitor {
+            naming: self.naming.clone(),
+            holder: self.holder.clone(),
+            patience: self.config.unhealthy_after,
+            position: self.progress.subscribe(),
+            samples: self.samples.subscribe(),
+            nats: self.nats.subscribe(),
+        }
     }
 
     /// Runs until `shutdown` is cancelled. Lost servers are waited for, for ever.
@@ -120,10 +147,12 @@ impl Relay {
     /// Only at the start, for what time does not heal: [`ErrorKind::Config`] for settings that cannot be used,
     /// [`ErrorKind::NotReady`] for a schema or stream that does not exist.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
+        let _sampler = AbortOnDropHandle::new(tokio::spawn(self.sampler().run()));
         let mut failures = 0;
         let mut started = false;
         while !shutdown.is_cancelled() {
             let run = self.serve(&shutdown, &mut started, &mut failures).await;
+            self.nats.send_replace(None);
             match run {
                 Ok(()) => break,
                 Err(error) if !started && matches!(error.kind(), ErrorKind::Config | ErrorKind::NotReady) => {
@@ -131,6 +160,7 @@ impl Relay {
                 }
                 Err(error) => {
                     failures += 1;
+                    self.progress.enter(Phase::Connecting, error.report());
                     tracing::warn!(error = error.report(), "the relay was interrupted, starting over");
                     tokio::select! {
                         () = tokio::time::sleep(Backoff::RECONNECT.after(failures)) => {}
@@ -155,20 +185,24 @@ impl Relay {
             return Ok(());
         };
         let nats = nats?;
+        self.nats.send_replace(Some(nats.clone()));
         let stream = StreamReader::new(&nats, &self.naming.stream);
         let mut log = self.connect().await?;
         relay_log::newest(&mut log).await.map_err(|error| database_error("reading the relay's log failed", error))?;
         self.check(&nats, &stream).await?;
         *started = true;
         tracing::info!(stream = %self.naming.stream, holder = %self.holder, "relay started");
+        let _service = AbortOnDropHandle::new(tokio::spawn(self.service(nats.clone())));
         while !shutdown.is_cancelled() {
             *failures = 0;
             let epoch = lease::acquire(&mut log, LEASE, &self.holder, self.config.lease)
                 .await
                 .map_err(|error| database_error("asking for the relay's lease failed", error))?;
             if let Some(epoch) = epoch {
+                self.progress.lead(epoch);
                 return self.lead(epoch, log, &nats, stream, shutdown).await;
             }
+            self.progress.enter(Phase::StandingBy, "another relay leads");
             tokio::select! {
                 () = tokio::time::sleep(self.config.lease / 6) => {}
                 () = shutdown.cancelled() => {}
@@ -205,12 +239,11 @@ impl Relay {
         shutdown: &CancellationToken,
     ) -> Result<(), Error> {
         tracing::info!(epoch, stream = %self.naming.stream, "leading");
-        let progress = Progress::new();
         let was_paused = pause::is_paused(&mut log, &[LEASE]).await;
         let was_paused =
             was_paused.map_err(|error| database_error("reading whether the relay is paused failed", error))?;
         let (paused, told_paused) = watch::channel(was_paused);
-        let heartbeat = self.heartbeat(epoch, progress.subscribe(), paused);
+        let heartbeat = self.heartbeat(epoch, self.progress.subscribe(), paused);
         let leading = async {
             let newest = relay_log::newest(&mut log).await;
             let newest = newest.map_err(|error| database_error("reading the relay's log failed", error))?;
@@ -230,7 +263,7 @@ impl Relay {
                 state,
                 chain: None,
                 exceptions: Exceptions::default(),
-                progress: &progress,
+                progress: &self.progress,
                 paused: told_paused,
                 shutdown,
             };
@@ -360,8 +393,36 @@ impl Relay {
         }
     }
 
+    fn sampler(&self) -> Sampler {
+        Sampler {
+            postgres: self.config.postgres.clone(),
+            naming: self.naming.clone(),
+            position: self.progress.subscribe(),
+            samples: self.samples.clone(),
+        }
+    }
+
+    /// Registers the relay as a NATS micro service, so that it can be found and asked with the `nats` program.
+    fn service(&self, nats: Connection) -> impl Future<Output = ()> + use<> {
+        let service = Service {
+            name: "aftercommit-relay",
+            description: "Publishes the events of an outbox to a stream",
+            metadata: [("stream", self.naming.stream.clone()), ("holder", self.holder.clone())].into(),
+            endpoint: "status",
+            subject: format!("aftercommit.relay.{}.status", self.naming.stream),
+        };
+        let monitor = self.monitor();
+        service::run(nats, service, move || serde_json::to_value(monitor.report()).unwrap_or_default())
+    }
+
     async fn connect(&self) -> Result<PgConnection, Error> {
         postgres::connect(&self.config.postgres, "aftercommit-relay").await
+    }
+}
+
+impl fmt::Debug for Relay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Relay").field("config", &self.config).field("holder", &self.holder).finish_non_exhaustive()
     }
 }
 

@@ -7,7 +7,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::chain::{Chain, Doubt};
+use super::chain::{Chain, Doubt, Sent};
 use super::progress::Progress;
 use super::reader::Prepared;
 use crate::error::{Error, ErrorKind};
@@ -70,6 +70,7 @@ impl Pump<'_> {
                     sent = sending => if let Some(doubt) = sent? { return Ok(Pumped::Doubt(doubt)) },
                 }
             }
+            self.progress.under_way(self.chain.load().0);
             let idle = self.chain.load().0 == 0;
             if idle && waiting.is_empty() && !more {
                 return Ok(if stopping { Pumped::Stopped } else { Pumped::Done });
@@ -109,7 +110,7 @@ impl Pump<'_> {
         let Some(Prepared { event, message }) = waiting.pop_front() else { return Ok(None) };
         match self.publisher.send(self.chain.next_number(), message, self.chain.predecessor()).await {
             Ok(()) => {
-                self.chain.sent(event);
+                self.chain.sent(Sent { sent_at: Some(std::time::Instant::now()), ..event });
                 fault::point("relay-sent");
                 Ok(None)
             }

@@ -10,6 +10,7 @@ use super::chain::Sent;
 use crate::config::Naming;
 use crate::envelope::Envelope;
 use crate::error::Error;
+use crate::fault;
 use crate::jetstream::publisher::Outgoing;
 use crate::postgres::snapshot::Mark;
 use crate::postgres::window::{self, OutboxEvent};
@@ -87,6 +88,7 @@ impl Reader {
         after: &mut i64,
     ) -> Result<Option<Vec<OutboxEvent>>, sqlx::Error> {
         let mut page = window::page(connection, settled, target, *after, PAGE_ROWS).await?;
+        fault::point("relay-window-read");
         let Some(last) = page.last() else { return Ok(None) };
         *after = last.id;
         let Exceptions { any_parked, blocked_keys, present, .. } = &self.exceptions;
@@ -149,6 +151,8 @@ pub(super) async fn prepare(
         key: row.key.clone(),
         message_id: row.event_id.to_string(),
         bytes: body.payload.len(),
+        created_at: row.created_at,
+        sent_at: None,
     };
     let subject = naming.prefix.subject(&row.event_type);
     let envelope = Envelope {

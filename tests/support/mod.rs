@@ -2,15 +2,21 @@
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 #![allow(clippy::unwrap_used, reason = "these are tests")]
 
+mod certificates;
 mod database;
+mod http;
 mod outbox;
+mod proxy;
 mod work;
 mod writers;
 
 use std::time::Duration;
 
+pub use certificates::{Authority, Directory};
 pub use database::{Database, succeeded};
+pub use http::{free_address, get, metric};
 pub use outbox::{Message, Outbox, RelayProcess, RunningRelay};
+pub use proxy::{Proxy, Way};
 pub use work::{Act, Number, Record, RunningWorker, Work, WorkerProcess};
 pub use writers::{Random, Writers};
 

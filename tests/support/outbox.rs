@@ -52,17 +52,21 @@ impl Outbox {
 
     /// The relay's program, as an operator runs it.
     pub fn relay_process(&self) -> RelayProcess {
-        let child = Command::new(env!("CARGO_BIN_EXE_aftercommit-relay"))
+        RelayProcess(self.relay_command().spawn().unwrap())
+    }
+
+    /// The same, to be changed before it is started.
+    pub fn relay_command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit-relay"));
+        command
             .env("DATABASE_URL", &self.postgres.url)
             .env("NATS_URL", &self.nats.url)
             .env("AFTERCOMMIT_STREAM", &self.naming.stream)
             .env("AFTERCOMMIT_SUBJECT_PREFIX", self.naming.prefix.to_string())
             .env("AFTERCOMMIT_SOURCE", &self.naming.source)
             .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "warn".into()))
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        RelayProcess(child)
+            .stdin(Stdio::null());
+        command
     }
 
     /// Writes one event in its own transaction.
@@ -204,7 +208,7 @@ impl Drop for RunningRelay {
 }
 
 /// The relay's program, killed when dropped.
-pub struct RelayProcess(Child);
+pub struct RelayProcess(pub Child);
 
 impl RelayProcess {
     pub fn kill(&mut self) {
@@ -215,6 +219,22 @@ impl RelayProcess {
     pub fn signal(&self, signal: &str) {
         let sent = Command::new("kill").args([signal, &self.0.id().to_string()]).status().unwrap();
         assert!(sent.success());
+    }
+
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Waits for a relay that ends by itself.
+    pub async fn ends(&mut self, deadline: std::time::Duration) -> std::process::ExitStatus {
+        let mut status = None;
+        eventually(deadline, "the relay's process ends", async || {
+            status = self.0.try_wait().unwrap();
+            status.is_some()
+        })
+        .await
+        .unwrap_or_else(|error| panic!("{error}"));
+        status.unwrap()
     }
 
     pub fn wait(&mut self) -> std::process::ExitStatus {

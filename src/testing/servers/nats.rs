@@ -119,6 +119,15 @@ impl Nats {
         self.launch().await
     }
 
+    /// Starts the server again with other lines in its configuration file.
+    ///
+    /// # Errors
+    /// Those of [`Nats::restart`].
+    pub async fn reconfigure(&mut self, config: impl Into<String>) -> Result<(), Error> {
+        self.options.config = config.into();
+        self.restart().await
+    }
+
     /// Halts the server with SIGSTOP: connections stay open, and nothing answers.
     ///
     /// # Errors

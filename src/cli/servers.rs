@@ -1,0 +1,204 @@
+//! Where PostgreSQL and NATS are, and who connects to them.
+//!
+//! Secrets have no flags of their own, because everybody on the machine can see command lines: they come from files or
+//! from the environment.
+
+use std::env;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::config::{ClientCertificate, NatsAuth, NatsConfig, NatsTls, PostgresConfig, Secret};
+use crate::error::{Error, ErrorKind};
+
+/// Where PostgreSQL is.
+#[derive(Args)]
+pub(super) struct PostgresArgs {
+    /// The database, as postgres://user@host:5432/database; with a password better in the environment or a file
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, default_value = "", hide_default_value = true)]
+    database_url: String,
+    /// A file with the URL instead
+    #[arg(long, env = "DATABASE_URL_FILE", value_name = "FILE")]
+    database_url_file: Option<PathBuf>,
+}
+
+impl PostgresArgs {
+    pub(super) fn config(&self) -> Result<PostgresConfig, Error> {
+        let url = match given(&self.database_url_file) {
+            None => self.database_url.clone(),
+            Some(_) if !self.database_url.is_empty() => {
+                return Err(both("DATABASE_URL (--database-url)", "DATABASE_URL_FILE (--database-url-file)"));
+            }
+            Some(file) => Secret::File(file).read("DATABASE_URL_FILE or --database-url-file")?,
+        };
+        Ok(PostgresConfig { url })
+    }
+}
+
+/// Where NATS is.
+#[derive(Args)]
+pub(super) struct NatsArgs {
+    /// The NATS servers, as nats://host:port or tls://host:port, separated by commas
+    #[arg(long, env = "NATS_URL", hide_env_values = true, default_value = "nats://127.0.0.1:4222")]
+    nats_url: String,
+    /// A NATS credentials file
+    #[arg(long, env = "NATS_CREDS", value_name = "FILE")]
+    nats_creds: Option<PathBuf>,
+    /// A file with the seed of an nkey
+    #[arg(long, env = "NATS_NKEY", value_name = "FILE")]
+    nats_nkey: Option<PathBuf>,
+    /// A file with a token; or set NATS_TOKEN to the token itself
+    #[arg(long, env = "NATS_TOKEN_FILE", value_name = "FILE")]
+    nats_token_file: Option<PathBuf>,
+    /// A user with a password
+    #[arg(long, env = "NATS_USER", value_name = "NAME")]
+    nats_user: Option<String>,
+    /// A file with the user's password; or set NATS_PASSWORD to the password itself
+    #[arg(long, env = "NATS_PASSWORD_FILE", value_name = "FILE")]
+    nats_password_file: Option<PathBuf>,
+    /// Certificates of those whom to trust instead of the system's
+    #[arg(long, env = "NATS_CA", value_name = "FILE")]
+    nats_ca: Option<PathBuf>,
+    /// The certificate to show to the server
+    #[arg(long, env = "NATS_CERT", value_name = "FILE")]
+    nats_cert: Option<PathBuf>,
+    /// Its private key
+    #[arg(long, env = "NATS_KEY", value_name = "FILE")]
+    nats_key: Option<PathBuf>,
+    /// Start with TLS before the server's greeting
+    #[arg(long, env = "NATS_TLS_FIRST")]
+    nats_tls_first: bool,
+}
+
+impl NatsArgs {
+    pub(super) fn config(&self) -> Result<NatsConfig, Error> {
+        self.with(environment("NATS_TOKEN"), environment("NATS_PASSWORD"))
+    }
+
+    /// With the secrets that come from the environment only.
+    fn with(&self, token: Option<Secret>, password: Option<Secret>) -> Result<NatsConfig, Error> {
+        let certificate = match (given(&self.nats_cert), given(&self.nats_key)) {
+            (Some(certificate), Some(key)) => Some(ClientCertificate { certificate, key }),
+            (None, None) => None,
+            (Some(_), None) => return Err(refuse("NATS_CERT (--nats-cert) needs NATS_KEY (--nats-key)")),
+            (None, Some(_)) => return Err(refuse("NATS_KEY (--nats-key) needs NATS_CERT (--nats-cert)")),
+        };
+        let tls = NatsTls { ca: given(&self.nats_ca), certificate, first: self.nats_tls_first };
+        Ok(NatsConfig { url: self.nats_url.clone(), auth: self.auth(token, password)?, tls })
+    }
+
+    fn auth(&self, token: Option<Secret>, password: Option<Secret>) -> Result<NatsAuth, Error> {
+        let file = |path: &Option<PathBuf>| given(path).map(Secret::File);
+        let token = either(token, file(&self.nats_token_file), "NATS_TOKEN", "NATS_TOKEN_FILE (--nats-token-file)")?;
+        let password = either(
+            password,
+            file(&self.nats_password_file),
+            "NATS_PASSWORD",
+            "NATS_PASSWORD_FILE (--nats-password-file)",
+        )?;
+        let user = match (self.nats_user.clone().filter(|user| !user.is_empty()), password) {
+            (Some(user), Some(password)) => Some(NatsAuth::UserPassword { user, password }),
+            (None, None) => None,
+            (Some(_), None) => {
+                return Err(refuse("NATS_USER (--nats-user) needs NATS_PASSWORD or NATS_PASSWORD_FILE"));
+            }
+            (None, Some(_)) => return Err(refuse("a password for NATS needs NATS_USER (--nats-user)")),
+        };
+        let ways = [
+            ("NATS_CREDS (--nats-creds)", given(&self.nats_creds).map(NatsAuth::Credentials)),
+            ("NATS_NKEY (--nats-nkey)", file(&self.nats_nkey).map(NatsAuth::Nkey)),
+            ("NATS_TOKEN (--nats-token-file)", token.map(NatsAuth::Token)),
+            ("NATS_USER (--nats-user)", user),
+        ];
+        let mut given = ways.into_iter().filter_map(|(name, auth)| Some((name, auth?)));
+        match (given.next(), given.next()) {
+            (None, _) => Ok(NatsAuth::Url),
+            (Some((_, auth)), None) => Ok(auth),
+            (Some((one, _)), Some((other, _))) => Err(both(one, other)),
+        }
+    }
+}
+
+/// A path that is not empty: an empty variable is as good as none.
+fn given(path: &Option<PathBuf>) -> Option<PathBuf> {
+    path.clone().filter(|path| !path.as_os_str().is_empty())
+}
+
+fn environment(name: &str) -> Option<Secret> {
+    env::var(name).ok().filter(|text| !text.is_empty()).map(Secret::Text)
+}
+
+fn either(text: Option<Secret>, file: Option<Secret>, one: &str, other: &str) -> Result<Option<Secret>, Error> {
+    if text.is_some() && file.is_some() { Err(both(one, other)) } else { Ok(text.or(file)) }
+}
+
+fn both(one: &str, other: &str) -> Error {
+    refuse(format!("{one} and {other} are both set: take one of them away"))
+}
+
+fn refuse(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Config, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        nats: NatsArgs,
+        #[command(flatten)]
+        postgres: PostgresArgs,
+    }
+
+    fn parse(arguments: &[&str]) -> Line {
+        Line::try_parse_from(["test"].iter().chain(arguments)).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    #[test]
+    fn each_way_to_connect_is_understood() {
+        let secret = || Some(Secret::Text("hunter2".into()));
+        let auth = |arguments: &[&str], token, password| parse(arguments).nats.with(token, password).unwrap().auth;
+        let file = || Secret::File("f".into());
+        assert_eq!(auth(&[], None, None), NatsAuth::Url);
+        assert_eq!(auth(&["--nats-creds", "f"], None, None), NatsAuth::Credentials("f".into()));
+        assert_eq!(auth(&["--nats-nkey", "f"], None, None), NatsAuth::Nkey(file()));
+        assert_eq!(auth(&["--nats-token-file", "f"], None, None), NatsAuth::Token(file()));
+        assert_eq!(auth(&[], secret(), None), NatsAuth::Token(Secret::Text("hunter2".into())));
+        let user = |password| NatsAuth::UserPassword { user: "me".into(), password };
+        assert_eq!(auth(&["--nats-user", "me"], None, secret()), user(Secret::Text("hunter2".into())));
+        assert_eq!(auth(&["--nats-user", "me", "--nats-password-file", "f"], None, None), user(file()));
+    }
+
+    #[test]
+    fn contradictions_are_refused_and_named() {
+        let secret = || Some(Secret::Text("hunter2".into()));
+        for (arguments, token, password, named) in [
+            (&["--nats-creds", "f", "--nats-nkey", "f"][..], None, None, "NATS_NKEY"),
+            (&["--nats-creds", "f"], secret(), None, "NATS_TOKEN"),
+            (&["--nats-token-file", "f"], secret(), None, "NATS_TOKEN_FILE"),
+            (&["--nats-user", "me", "--nats-password-file", "f"], None, secret(), "NATS_PASSWORD_FILE"),
+            (&["--nats-user", "me"], secret(), secret(), "NATS_USER"),
+            (&["--nats-user", "me"], None, None, "NATS_PASSWORD"),
+            (&[], None, secret(), "NATS_USER"),
+            (&["--nats-cert", "f"], None, None, "NATS_KEY"),
+            (&["--nats-key", "f"], None, None, "NATS_CERT"),
+        ] {
+            let error = parse(arguments).nats.with(token, password).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Config);
+            assert!(error.report().contains(named) && !error.report().contains("hunter2"), "{}", error.report());
+        }
+    }
+
+    #[test]
+    fn a_database_is_named_once() {
+        let line = parse(&["--database-url", "postgres://me:hunter2@one/db", "--database-url-file", "f"]);
+        let error = line.postgres.config().unwrap_err();
+        assert!(error.report().contains("DATABASE_URL_FILE") && !error.report().contains("hunter2"));
+        let error = parse(&["--database-url-file", "/nowhere/url"]).postgres.config().unwrap_err();
+        assert!(error.report().contains("/nowhere/url") && error.report().contains("DATABASE_URL_FILE"));
+    }
+}

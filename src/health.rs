@@ -1,0 +1,163 @@
+//! Whether a process gets on with its work, as its health checks say it.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+/// The answer of a health check.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Health {
+    /// Whether all is well.
+    pub ok: bool,
+    /// What the process does, or why it does not get on; one line for a person.
+    pub text: String,
+}
+
+/// What can be checked from outside: see [`crate::relay::Monitor`].
+pub trait Check: Send + Sync + 'static {
+    /// Whether the process gets on with its work.
+    fn health(&self) -> Health;
+
+    /// Whether it has what it needs to work: its servers, and the lead or a place in the queue for it.
+    fn readiness(&self) -> Health;
+
+    /// Brings metrics that change by themselves up to date.
+    fn refresh_metrics(&self);
+}
+
+/// What a process is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// It has no connection to one of its servers, or starts over.
+    Connecting,
+    /// Another process leads; this one waits.
+    StandingBy,
+    /// It does the work.
+    Leading,
+    /// It leads, and an operator has paused it.
+    Paused,
+}
+
+/// What a health check is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Facts<'a> {
+    pub(crate) phase: Phase,
+    /// What it does or waits for.
+    pub(crate) state: &'a str,
+    /// Events that wait for it; none when nobody knows.
+    pub(crate) waiting: Option<i64>,
+    /// Whether the connection to NATS stands.
+    pub(crate) nats: bool,
+    /// When it last got on: published something, found nothing to do, or found another one leading.
+    pub(crate) progressed: Instant,
+}
+
+impl Facts<'_> {
+    /// Unhealthy is who has got on with nothing for longer than `patience` while work waits or may wait.
+    pub(crate) fn health(&self, patience: Duration, now: Instant) -> Health {
+        let stalled = now.saturating_duration_since(self.progressed);
+        if self.phase == Phase::Paused {
+            return Health { ok: true, text: format!("paused, {}", self.waiting()) };
+        }
+        if stalled <= patience || (self.phase == Phase::Leading && self.waiting == Some(0)) {
+            return Health { ok: true, text: self.describe() };
+        }
+        let text = format!("no progress for {} s, {}; {}", stalled.as_secs(), self.waiting(), self.describe());
+        Health { ok: false, text }
+    }
+
+    /// Ready is who is connected to both servers, and leads or could take over.
+    pub(crate) fn readiness(&self) -> Health {
+        Health { ok: self.nats && self.phase != Phase::Connecting, text: self.describe() }
+    }
+
+    fn describe(&self) -> String {
+        let phase = match self.phase {
+            Phase::Connecting => "connecting",
+            Phase::StandingBy => "standing by",
+            Phase::Leading => "leading",
+            Phase::Paused => "paused",
+        };
+        let nats = if self.nats { "" } else { "; not connected to NATS" };
+        match self.state {
+            "" => format!("{phase}{nats}"),
+            state => format!("{phase}: {state}{nats}"),
+        }
+    }
+
+    fn waiting(&self) -> String {
+        match self.waiting {
+            Some(1) => "1 event waiting".into(),
+            Some(events) => format!("{events} events waiting"),
+            None => "the backlog is unknown".into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    fn after(seconds: u64, phase: Phase, waiting: Option<i64>) -> Health {
+        let start = Instant::now();
+        let facts = Facts { phase, state: "doing", waiting, nats: true, progressed: start };
+        facts.health(PATIENCE, start + Duration::from_secs(seconds))
+    }
+
+    #[test]
+    fn a_leader_is_unhealthy_when_work_waits_and_nothing_moves() {
+        assert!(after(30, Phase::Leading, Some(7)).ok, "within its patience");
+        assert!(after(3600, Phase::Leading, Some(0)).ok, "nothing waits");
+        let stuck = after(31, Phase::Leading, Some(7));
+        assert_eq!(stuck, Health { ok: false, text: "no progress for 31 s, 7 events waiting; leading: doing".into() });
+        assert!(!after(31, Phase::Leading, None).ok, "work may wait");
+    }
+
+    #[test]
+    fn one_that_cannot_connect_is_unhealthy_even_if_nothing_waited_last() {
+        assert!(after(30, Phase::Connecting, Some(0)).ok);
+        assert!(!after(31, Phase::Connecting, Some(0)).ok);
+        assert!(!after(31, Phase::Connecting, None).text.contains("0 events"));
+    }
+
+    #[test]
+    fn a_standby_is_healthy_as_long_as_it_sees_the_lease() {
+        assert!(after(1, Phase::StandingBy, Some(1_000)).ok, "the leader's backlog is not its business");
+        assert!(!after(31, Phase::StandingBy, Some(0)).ok, "the database answers no more");
+    }
+
+    #[test]
+    fn a_paused_one_is_healthy_and_says_so() {
+        let paused = after(3600, Phase::Paused, Some(1));
+        assert_eq!(paused, Health { ok: true, text: "paused, 1 event waiting".into() });
+    }
+
+    #[test]
+    fn the_text_names_the_cause() {
+        let start = Instant::now();
+        let facts = Facts {
+            phase: Phase::Leading,
+            state: "waiting for the stream: no answer",
+            waiting: Some(3),
+            nats: false,
+            progressed: start,
+        };
+        let health = facts.health(PATIENCE, start + Duration::from_secs(60));
+        assert!(health.text.contains("waiting for the stream: no answer; not connected to NATS"), "{}", health.text);
+    }
+
+    #[test]
+    fn ready_needs_both_servers_and_a_role() {
+        let now = Instant::now();
+        let facts = |phase, nats| Facts { phase, state: "", waiting: None, nats, progressed: now };
+        assert!(facts(Phase::Leading, true).readiness().ok);
+        assert!(facts(Phase::StandingBy, true).readiness().ok);
+        assert!(facts(Phase::Paused, true).readiness().ok);
+        assert!(!facts(Phase::Connecting, true).readiness().ok);
+        let cut_off = facts(Phase::Leading, false).readiness();
+        assert_eq!(cut_off, Health { ok: false, text: "leading; not connected to NATS".into() });
+    }
+}
