@@ -1,7 +1,5 @@
 //! How the parts connect: TLS, certificates and every kind of login, against real servers. G8: no secret is shown.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 mod support;
 
 use std::fs;

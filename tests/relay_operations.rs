@@ -1,7 +1,5 @@
 //! G5 at the relay: what an operator sees of it over HTTP and NATS, in good times and in bad ones.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 mod support;
 
 use std::fs;

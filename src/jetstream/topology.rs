@@ -254,7 +254,8 @@ mod tests {
 
     #[test]
     fn every_lossy_setting_is_named() {
-        let cases: [(&str, fn(&mut Config)); 11] = [
+        type Spoil = fn(&mut Config);
+        let cases: [(&str, Spoil); 11] = [
             ("duplicate_window", |c| c.duplicate_window = Duration::from_secs(5)),
             ("storage", |c| c.storage = StorageType::Memory),
             ("retention", |c| c.retention = RetentionPolicy::WorkQueue),

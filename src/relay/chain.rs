@@ -44,13 +44,13 @@ pub(super) struct Chain {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Doubt {
     /// The server refused an event.
-    Refused { event: Sent, code: u64, description: String },
+    Refused { event: Box<Sent>, code: u64, description: String },
     /// Nobody answers on the subject: no stream, or one without a leader.
     NoResponders,
     /// The event was dropped as a repeat of an earlier message.
-    Duplicate { event: Sent, sequence: u64 },
+    Duplicate { event: Box<Sent>, sequence: u64 },
     /// An event is not where it must be: another stream answered, or another writer came between.
-    Misplaced { event: Sent, stream: String, sequence: u64 },
+    Misplaced { event: Box<Sent>, stream: String, sequence: u64 },
     /// Something that is no JetStream answer came back.
     Unreadable,
     /// No answer in time, and what the server complained of meanwhile.
@@ -58,7 +58,7 @@ pub(super) enum Doubt {
     /// The connection broke while messages were under way.
     ConnectionLost,
     /// An event is larger than the server takes; it was not sent.
-    TooLarge { event: Sent, limit: usize },
+    TooLarge { event: Box<Sent>, limit: usize },
 }
 
 impl Doubt {
@@ -140,7 +140,7 @@ impl Chain {
         else {
             return Ok(Vec::new());
         };
-        let event = event.clone();
+        let event = Box::new(event.clone());
         match answer {
             Answer::Stored { sequence, duplicate: true, .. } => Err(Doubt::Duplicate { event, sequence }),
             Answer::Stored { stream, sequence, .. } if stream != self.stream || sequence != expected => {

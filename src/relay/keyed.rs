@@ -74,7 +74,7 @@ impl Keyed {
 
     /// Takes an answer in: the event that is stored now. A repeat counts as stored.
     pub(super) fn answered(&mut self, number: u64, answer: Answer) -> Result<Vec<Sent>, Doubt> {
-        let Some(event) = self.under_way.get(&number).cloned() else { return Ok(Vec::new()) };
+        let Some(event) = self.under_way.get(&number).cloned().map(Box::new) else { return Ok(Vec::new()) };
         match answer {
             Answer::Stored { stream, sequence, .. } if stream != self.stream => {
                 Err(Doubt::Misplaced { event, stream, sequence })
@@ -86,7 +86,7 @@ impl Keyed {
                     self.keys.remove(key);
                 }
                 self.sequence = self.sequence.max(sequence);
-                Ok(vec![event])
+                Ok(vec![*event])
             }
             Answer::Refused { code, description } => Err(Doubt::Refused { event, code, description }),
             Answer::NoResponders => Err(Doubt::NoResponders),

@@ -267,6 +267,7 @@ impl Relay {
             let Appended::Yes(state) = taken.map_err(|error| database_error("taking the lead failed", error))? else {
                 return Err(Error::new(ErrorKind::Fenced, "another relay was faster at taking the lead"));
             };
+            tracing::debug!(epoch = state.epoch, seq = state.seq, cluster = state.system_identifier, "took the lead");
             let leader = Leader {
                 config: &self.config,
                 naming: self.naming.clone(),

@@ -133,7 +133,7 @@ impl Pump<'_> {
                 fault::point("relay-sent");
                 Ok(None)
             }
-            Err(SendError::TooLarge { limit }) => Ok(Some(Doubt::TooLarge { event, limit })),
+            Err(SendError::TooLarge { limit }) => Ok(Some(Doubt::TooLarge { event: Box::new(event), limit })),
             Err(SendError::Closed) => Err(closed()),
         }
     }
