@@ -1,7 +1,5 @@
 //! The ping example: what it promises, end to end, and what its repository does when things go wrong.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 #[expect(dead_code, reason = "the example's main is not called here")]
 #[path = "../examples/ping.rs"]
 mod ping;

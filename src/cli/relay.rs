@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::http::{self, HttpArgs};
 use super::{NamingArgs, NatsArgs, PostgresArgs, fail, run_role};
 use crate::error::Error;
-use crate::relay::{ParkPolicy, Relay, RelayConfig};
+use crate::relay::{Mode, ParkPolicy, Relay, RelayConfig};
 
 const NAME: &str = "aftercommit-relay";
 
@@ -23,6 +23,9 @@ struct Cli {
     nats: NatsArgs,
     #[command(flatten)]
     naming: NamingArgs,
+    /// Who writes to the stream
+    #[arg(long, env = "AFTERCOMMIT_MODE", value_enum, default_value = "exclusive")]
+    mode: Writers,
     /// Publish what is there, then end with status 0
     #[arg(long)]
     once: bool,
@@ -34,6 +37,14 @@ struct Cli {
     retention_days: f64,
     #[command(flatten)]
     http: HttpArgs,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Writers {
+    /// Only the relays of this outbox
+    Exclusive,
+    /// Others, too
+    Shared,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -54,6 +65,10 @@ fn days(text: &str) -> Result<f64, String> {
 impl Cli {
     fn config(&self) -> Result<RelayConfig, Error> {
         Ok(RelayConfig {
+            mode: match self.mode {
+                Writers::Exclusive => Mode::Exclusive,
+                Writers::Shared => Mode::Shared,
+            },
             once: self.once,
             park_policy: match self.park_policy {
                 Policy::Block => ParkPolicy::Block,

@@ -28,9 +28,9 @@ use super::stored;
 /// The most messages in one pull request.
 const MAX_PULL: usize = 500;
 /// How long the server keeps a pull request.
-const EXPIRES: Duration = Duration::from_secs(30);
+const EXPIRES: Duration = Duration::from_secs(10);
 /// How often the server says that it still knows of a pull request.
-const HEARTBEAT: Duration = Duration::from_secs(5);
+const HEARTBEAT: Duration = Duration::from_secs(3);
 
 /// A message for the subscriber.
 #[derive(Debug)]

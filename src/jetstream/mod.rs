@@ -10,7 +10,7 @@ pub(crate) mod stored;
 pub(crate) mod stream;
 pub(crate) mod topology;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::connection::State;
 use async_nats::jetstream::Context;
@@ -23,11 +23,16 @@ use crate::envelope::{Envelope, EnvelopeError};
 use crate::error::{Error, ErrorKind};
 
 pub(crate) use async_nats::Client;
-/// A connection that heals itself, and the count of times that it broke.
+
+/// For how long an error that the server reports out of turn may explain that an answer does not come.
+const COMPLAINT_AGE: Duration = Duration::from_secs(30);
+
+/// A connection that heals itself, the count of times that it broke, and what the server complained of last.
 #[derive(Clone)]
 pub(crate) struct Connection {
     pub(crate) client: Client,
     losses: watch::Receiver<u64>,
+    complaint: watch::Receiver<Option<(Instant, String)>>,
 }
 
 impl Connection {
@@ -39,6 +44,13 @@ impl Connection {
             // The client is gone, and with it whoever could tell.
             std::future::pending::<()>().await;
         }
+    }
+
+    /// What the server has complained of lately. A publish without permission, for one, is not answered: the server
+    /// only reports it beside.
+    pub(crate) fn complaint(&self) -> Option<String> {
+        let latest = self.complaint.borrow();
+        latest.as_ref().filter(|(when, _)| when.elapsed() < COMPLAINT_AGE).map(|(_, text)| text.clone())
     }
 
     /// Whether the connection stands.
@@ -58,15 +70,28 @@ impl Connection {
 /// `inbox_prefix` is where answers come, so that permissions can tell roles apart.
 pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str) -> Result<Connection, Error> {
     let (lost, losses) = watch::channel(0_u64);
+    let (complain, complaint) = watch::channel(None);
     let (options, servers) = access::options(config)?;
     let options = options.name(name).custom_inbox_prefix(inbox_prefix).event_callback(move |event| {
         if matches!(event, ClientEvent::Disconnected) {
             lost.send_modify(|count| *count += 1);
         }
+        let explained = match &event {
+            ClientEvent::ServerError(error) => {
+                let text = error.to_string();
+                let explained = service::explains(&text);
+                if !explained {
+                    complain.send_replace(Some((Instant::now(), text)));
+                }
+                explained
+            }
+            _ => false,
+        };
         async move {
             match event {
                 ClientEvent::Connected => tracing::info!("connected to nats"),
-                ClientEvent::ServerError(error) if service::explains(&error.to_string()) => {}
+                ClientEvent::Closed => {}
+                _ if explained => {}
                 other => tracing::warn!(event = %other, "nats connection"),
             }
         }
@@ -74,7 +99,7 @@ pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str)
     let client = options.connect(servers).await.map_err(|error| {
         Error::with_source(ErrorKind::Broker, "cannot connect to NATS (NATS_URL or --nats-url)", error)
     })?;
-    Ok(Connection { client, losses })
+    Ok(Connection { client, losses, complaint })
 }
 
 /// JetStream on a connection.

@@ -93,11 +93,18 @@ impl Publisher {
     }
 
     /// Hands message `number` to the connection.
-    pub(crate) async fn send(&mut self, number: u64, message: Outgoing, behind: Predecessor) -> Result<(), SendError> {
+    pub(crate) async fn send(
+        &mut self,
+        number: u64,
+        message: Outgoing,
+        behind: Option<Predecessor>,
+    ) -> Result<(), SendError> {
         let Outgoing { subject, mut headers, payload } = message;
-        headers.insert(NATS_EXPECTED_LAST_SEQUENCE, behind.sequence.to_string());
-        if let Some(id) = behind.message_id {
-            headers.insert(NATS_EXPECTED_LAST_MESSAGE_ID, id);
+        if let Some(behind) = behind {
+            headers.insert(NATS_EXPECTED_LAST_SEQUENCE, behind.sequence.to_string());
+            if let Some(id) = behind.message_id {
+                headers.insert(NATS_EXPECTED_LAST_MESSAGE_ID, id);
+            }
         }
         let reply = format!("{}.{}.{number}", self.inbox, self.generation);
         let size = payload.len() + header_bytes(&headers);

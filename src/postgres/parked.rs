@@ -88,6 +88,13 @@ pub(crate) async fn settle_released(
     .map(drop)
 }
 
+/// How many events are parked or on their way out.
+pub(crate) async fn count(connection: &mut PgConnection) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar("select count(*) from aftercommit.parked where state in ('parked', 'released')")
+        .fetch_one(connection)
+        .await
+}
+
 /// A parked event as an operator sees it.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct ParkedEvent {

@@ -44,21 +44,21 @@ pub(super) struct Chain {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Doubt {
     /// The server refused an event.
-    Refused { event: Sent, code: u64, description: String },
+    Refused { event: Box<Sent>, code: u64, description: String },
     /// Nobody answers on the subject: no stream, or one without a leader.
     NoResponders,
     /// The event was dropped as a repeat of an earlier message.
-    Duplicate { event: Sent, sequence: u64 },
+    Duplicate { event: Box<Sent>, sequence: u64 },
     /// An event is not where it must be: another stream answered, or another writer came between.
-    Misplaced { event: Sent, stream: String, sequence: u64 },
+    Misplaced { event: Box<Sent>, stream: String, sequence: u64 },
     /// Something that is no JetStream answer came back.
     Unreadable,
-    /// No answer in time.
-    Timeout,
+    /// No answer in time, and what the server complained of meanwhile.
+    Timeout { complaint: Option<String> },
     /// The connection broke while messages were under way.
     ConnectionLost,
     /// An event is larger than the server takes; it was not sent.
-    TooLarge { event: Sent, limit: usize },
+    TooLarge { event: Box<Sent>, limit: usize },
 }
 
 impl Doubt {
@@ -69,7 +69,7 @@ impl Doubt {
             | Self::Duplicate { event, .. }
             | Self::Misplaced { event, .. }
             | Self::TooLarge { event, .. } => Some(event),
-            Self::NoResponders | Self::Unreadable | Self::Timeout | Self::ConnectionLost => None,
+            Self::NoResponders | Self::Unreadable | Self::Timeout { .. } | Self::ConnectionLost => None,
         }
     }
 
@@ -90,7 +90,8 @@ impl fmt::Display for Doubt {
             Self::Duplicate { sequence, .. } => write!(f, "dropped as a repeat of message {sequence}"),
             Self::Misplaced { stream, sequence, .. } => write!(f, "stored as message {sequence} of {stream}"),
             Self::Unreadable => f.write_str("the answer is no acknowledgement of a JetStream server"),
-            Self::Timeout => f.write_str("no acknowledgement in time"),
+            Self::Timeout { complaint: None } => f.write_str("no acknowledgement in time"),
+            Self::Timeout { complaint: Some(text) } => write!(f, "no acknowledgement in time; the server says: {text}"),
             Self::ConnectionLost => f.write_str("the connection to nats broke"),
             Self::TooLarge { limit, .. } => write!(f, "larger than the server's max_payload of {limit} bytes"),
         }
@@ -139,7 +140,7 @@ impl Chain {
         else {
             return Ok(Vec::new());
         };
-        let event = event.clone();
+        let event = Box::new(event.clone());
         match answer {
             Answer::Stored { sequence, duplicate: true, .. } => Err(Doubt::Duplicate { event, sequence }),
             Answer::Stored { stream, sequence, .. } if stream != self.stream || sequence != expected => {

@@ -62,7 +62,8 @@ impl Class {
             Doubt::NoResponders => Self::Retry,
             Doubt::Duplicate { .. } => Self::Fenced,
             Doubt::Misplaced { .. } => Self::Alarm,
-            Doubt::Unreadable | Doubt::Timeout | Doubt::ConnectionLost => Self::Unknown,
+            Doubt::Timeout { complaint: Some(text) } if text.contains("Permissions Violation") => Self::Alarm,
+            Doubt::Unreadable | Doubt::Timeout { .. } | Doubt::ConnectionLost => Self::Unknown,
             Doubt::TooLarge { .. } => Self::Park,
         }
     }
@@ -75,6 +76,9 @@ impl Class {
             (Self::BackPressure, _) => "the stream is busy, the relay slows down",
             (Self::Alarm, Some(10109)) => "the stream is sealed: name another one with --stream",
             (Self::Alarm, Some(10174 | 10205)) => "run `aftercommit provision`",
+            (Self::Alarm, None) => {
+                "give the relay's NATS user the right, or check the stream with `aftercommit doctor`"
+            }
             (Self::Alarm, _) => "check the stream with `aftercommit doctor`",
             (Self::Fenced, _) => "another writer was there first; the relay looks at the stream and goes on",
             (Self::Retry, Some(10023)) => "the server is out of memory or storage: raise its JetStream limits",

@@ -10,10 +10,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::chain::{Chain, Doubt};
 use super::classify::Class;
+use super::keyed::Keyed;
 use super::progress::Progress;
 use super::pump::{Limits, Pump, Pumped};
 use super::reader::{Exceptions, Prepared, Reader, Remainder};
-use super::{ParkPolicy, RelayConfig};
+use super::under_way::UnderWay;
+use super::{Mode, ParkPolicy, RelayConfig};
 use crate::backoff::Backoff;
 use crate::config::Naming;
 use crate::error::{Error, ErrorKind};
@@ -48,8 +50,10 @@ pub(super) struct Leader<'a> {
     pub(super) state: State,
     /// Whether the open window has events that may not be in the stream yet.
     pub(super) unfinished: bool,
-    /// The chain to the stream's end; none when the end must be read first.
-    pub(super) chain: Option<Chain>,
+    /// What is under way; none when the stream must be looked at first.
+    pub(super) under_way: Option<UnderWay>,
+    /// In a shared stream: the outbox id up to which the open window is known to be stored.
+    pub(super) stored_up_to: i64,
     pub(super) exceptions: Exceptions,
     pub(super) progress: &'a Progress,
     pub(super) paused: watch::Receiver<bool>,
@@ -136,8 +140,8 @@ impl Leader<'_> {
     }
 
     async fn open(&mut self) -> Result<(), Error> {
-        let base = match &self.chain {
-            Some(chain) => chain.sequence(),
+        let base = match &self.under_way {
+            Some(under_way) => under_way.sequence(),
             None => self.stream_end().await?,
         };
         fault::point("relay-before-barrier");
@@ -146,6 +150,7 @@ impl Leader<'_> {
         fault::point("relay-after-barrier");
         self.exceptions.present.clear();
         self.exceptions.renamed.clear();
+        self.stored_up_to = 0;
         self.unfinished = true;
         Ok(())
     }
@@ -179,7 +184,7 @@ impl Leader<'_> {
         let mut failures = 0;
         let mut after = 0;
         while !self.shutdown.is_cancelled() && !*self.paused.borrow() {
-            if self.chain.is_none() {
+            if self.under_way.is_none() {
                 match self.resume(&open).await {
                     Ok(last) => after = last,
                     Err(error) if matches!(error.kind(), ErrorKind::Database | ErrorKind::Fenced) => return Err(error),
@@ -192,7 +197,7 @@ impl Leader<'_> {
                     }
                 }
             }
-            let before = self.chain.as_ref().map_or(0, Chain::sequence);
+            let before = self.under_way.as_ref().map_or(0, UnderWay::sequence);
             match self.pump(&open, after).await? {
                 Pumped::Done => {
                     fault::point("relay-window-done");
@@ -200,9 +205,9 @@ impl Leader<'_> {
                     self.unfinished = false;
                     return Ok(());
                 }
-                Pumped::Stopped => self.chain = None,
+                Pumped::Stopped => self.under_way = None,
                 Pumped::Doubt(doubt) => {
-                    let went_on = self.chain.take().is_some_and(|chain| chain.sequence() > before);
+                    let went_on = self.under_way.take().is_some_and(|under_way| under_way.sequence() > before);
                     failures = if went_on { 1 } else { failures + 1 };
                     self.publisher.restart();
                     let class = self.report(&doubt);
@@ -229,17 +234,19 @@ impl Leader<'_> {
     }
 
     async fn publish(&mut self, chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>) -> Result<Pumped, Error> {
-        let Some(chain) = &mut self.chain else { return Ok(Pumped::Stopped) };
+        let Some(under_way) = &mut self.under_way else { return Ok(Pumped::Stopped) };
         let pump = Pump {
             publisher: &mut self.publisher,
             connection: self.connection,
-            chain,
+            under_way,
             progress: self.progress,
             limits: Limits { messages: self.config.max_under_way, ack_timeout: self.config.ack_timeout },
             paused: self.paused.clone(),
             shutdown: self.shutdown,
         };
-        pump.run(chunks).await
+        let (pumped, stored_up_to) = pump.run(chunks).await?;
+        self.stored_up_to = self.stored_up_to.max(stored_up_to);
+        Ok(pumped)
     }
 
     fn report(&self, doubt: &Doubt) -> Class {
@@ -318,7 +325,7 @@ impl Leader<'_> {
             return Ok(());
         }
         while let Some(outbox_id) = parked::next_released(&mut self.log).await.map_err(reading_parked)? {
-            if self.chain.is_none() || self.state.window.is_none() {
+            if self.under_way.is_none() || self.state.window.is_none() {
                 // A repair must lie behind the base of an open window, so that it is looked past when resuming.
                 self.open().await?;
                 return Ok(());
@@ -332,10 +339,10 @@ impl Leader<'_> {
             _ = chunks.send(Ok(vec![prepared])).await;
             drop(chunks);
             let outcome = match self.publish(received).await? {
-                Pumped::Done => Ok(self.chain.as_ref().map_or(0, Chain::sequence)),
+                Pumped::Done => Ok(self.under_way.as_ref().map_or(0, UnderWay::sequence)),
                 Pumped::Stopped => return Ok(()),
                 Pumped::Doubt(doubt) => {
-                    self.chain = None;
+                    self.under_way = None;
                     self.publisher.restart();
                     match (self.report(&doubt), doubt) {
                         (_, Doubt::Duplicate { sequence, .. }) => Ok(sequence),
@@ -374,6 +381,11 @@ impl Leader<'_> {
     async fn resume(&mut self, open: &Window) -> Result<i64, Error> {
         let end = self.stream_end().await?;
         self.still_leading().await?;
+        if self.config.mode == Mode::Shared {
+            // From there the window is gone through again; what is stored is dropped as a repeat.
+            self.under_way = Some(UnderWay::Keyed(Keyed::new(&self.naming.stream, end)));
+            return Ok(self.stored_up_to);
+        }
         let base = if open.stream == self.naming.stream { open.base_sequence } else { end };
         if end < base {
             tracing::error!(
@@ -404,7 +416,7 @@ impl Leader<'_> {
             );
         }
         self.progress.found(last, end);
-        self.chain = Some(Chain::behind(&self.naming.stream, end));
+        self.under_way = Some(UnderWay::Chained(Chain::behind(&self.naming.stream, end)));
         Ok(last)
     }
 }

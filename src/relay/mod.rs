@@ -5,12 +5,14 @@
 
 mod chain;
 mod classify;
+mod keyed;
 mod leader;
 mod monitor;
 mod progress;
 mod pump;
 mod reader;
 mod sample;
+mod under_way;
 
 use std::fmt;
 use std::sync::Arc;
@@ -60,6 +62,8 @@ pub struct RelayConfig {
     pub lease: Duration,
     /// Messages under way to the stream at most. Defaults to 2,048.
     pub max_under_way: usize,
+    /// Whether others write to the stream, too. Defaults to [`Mode::Exclusive`].
+    pub mode: Mode,
     /// Stream, subjects and source.
     pub naming: Naming,
     /// The NATS servers.
@@ -80,6 +84,17 @@ pub struct RelayConfig {
     pub unhealthy_after: Duration,
 }
 
+/// Who writes to the stream, and so how order is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Only the relays of this outbox. Every message names its predecessor, so the server keeps the order and lets no
+    /// second relay in between; each event is in the stream once, whatever fails.
+    Exclusive,
+    /// Others, too. Each key has at most one message under way, which costs a round trip between two events of a key;
+    /// what is sent again after a failure is dropped by the server within the stream's duplicate window.
+    Shared,
+}
+
 /// What becomes of later events of a key when one of it can never be stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ParkPolicy {
@@ -97,6 +112,7 @@ impl RelayConfig {
             idle_poll: Duration::from_millis(25),
             lease: Duration::from_secs(3),
             max_under_way: 2048,
+            mode: Mode::Exclusive,
             naming,
             nats,
             once: false,
@@ -221,7 +237,7 @@ impl Relay {
                 format!("nats-server {version} is too old: 2.11 or newer is needed"),
             ));
         }
-        let problems = topology::problems(&config, &self.naming);
+        let problems = topology::problems(&config, &self.naming, self.config.mode == Mode::Shared);
         if problems.is_empty() {
             return Ok(());
         }
@@ -251,6 +267,7 @@ impl Relay {
             let Appended::Yes(state) = taken.map_err(|error| database_error("taking the lead failed", error))? else {
                 return Err(Error::new(ErrorKind::Fenced, "another relay was faster at taking the lead"));
             };
+            tracing::debug!(epoch = state.epoch, seq = state.seq, cluster = state.system_identifier, "took the lead");
             let leader = Leader {
                 config: &self.config,
                 naming: self.naming.clone(),
@@ -261,7 +278,8 @@ impl Relay {
                 stream,
                 unfinished: state.window.is_some(),
                 state,
-                chain: None,
+                under_way: None,
+                stored_up_to: 0,
                 exceptions: Exceptions::default(),
                 progress: &self.progress,
                 paused: told_paused,

@@ -7,9 +7,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::chain::{Chain, Doubt, Sent};
+use super::chain::{Doubt, Sent};
 use super::progress::Progress;
 use super::reader::Prepared;
+use super::under_way::UnderWay;
 use crate::error::{Error, ErrorKind};
 use crate::fault;
 use crate::jetstream::Connection;
@@ -40,7 +41,7 @@ pub(super) struct Limits {
 pub(super) struct Pump<'a> {
     pub(super) publisher: &'a mut Publisher,
     pub(super) connection: &'a Connection,
-    pub(super) chain: &'a mut Chain,
+    pub(super) under_way: &'a mut UnderWay,
     pub(super) progress: &'a Progress,
     pub(super) limits: Limits,
     pub(super) paused: watch::Receiver<bool>,
@@ -48,30 +49,48 @@ pub(super) struct Pump<'a> {
 }
 
 impl Pump<'_> {
+    /// Publishes what comes. Beside how it ended it returns an outbox id up to which everything of the window is stored,
+    /// for a stream where that cannot be read from its end; 0 when nothing is known.
     pub(super) async fn run(
         mut self,
+        chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+    ) -> Result<(Pumped, i64), Error> {
+        let (mut waiting, mut sending) = (VecDeque::new(), None);
+        let pumped = self.drain(chunks, &mut waiting, &mut sending).await?;
+        let next = waiting.front().map(|prepared: &Prepared| prepared.event.outbox_id);
+        let first = [self.under_way.first_outbox_id(), sending, next].into_iter().flatten().min();
+        Ok((pumped, first.map_or(0, |first| first - 1)))
+    }
+
+    async fn drain(
+        &mut self,
         mut chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+        waiting: &mut VecDeque<Prepared>,
+        sending: &mut Option<i64>,
     ) -> Result<Pumped, Error> {
         let connection = self.connection.clone();
         let mut lost = std::pin::pin!(connection.lost());
         let mut told_to_stop = std::pin::pin!(stop(self.shutdown.clone(), self.paused.clone()));
-        let mut waiting: VecDeque<Prepared> = VecDeque::new();
         let (mut more, mut stopping) = (true, false);
         let mut heard = Instant::now();
         loop {
-            while !waiting.is_empty() && self.has_room() {
-                if self.chain.load().0 == 0 {
+            while self.has_room()
+                && let Some(next) = self.under_way.take_next(waiting)
+            {
+                if self.under_way.load().0 == 0 {
                     heard = Instant::now();
                 }
-                let sending = self.send_next(&mut waiting);
+                *sending = Some(next.event.outbox_id);
+                let sent = self.send(next);
                 tokio::select! {
                     biased;
                     () = &mut lost => return Ok(Pumped::Doubt(Doubt::ConnectionLost)),
-                    sent = sending => if let Some(doubt) = sent? { return Ok(Pumped::Doubt(doubt)) },
+                    sent = sent => if let Some(doubt) = sent? { return Ok(Pumped::Doubt(doubt)) },
                 }
+                *sending = None;
             }
-            self.progress.under_way(self.chain.load().0);
-            let idle = self.chain.load().0 == 0;
+            self.progress.under_way(self.under_way.load().0);
+            let idle = self.under_way.load().0 == 0;
             if idle && waiting.is_empty() && !more {
                 return Ok(if stopping { Pumped::Stopped } else { Pumped::Done });
             }
@@ -89,7 +108,7 @@ impl Pump<'_> {
                     None => more = false,
                 },
                 () = tokio::time::sleep_until(heard + self.limits.ack_timeout), if !idle => {
-                    return Ok(Pumped::Doubt(Doubt::Timeout));
+                    return Ok(Pumped::Doubt(Doubt::Timeout { complaint: connection.complaint() }));
                 }
                 () = &mut told_to_stop, if !stopping => {
                     // What is under way is still heard out, so that the next leader finds a quiet stream.
@@ -102,19 +121,19 @@ impl Pump<'_> {
     }
 
     fn has_room(&self) -> bool {
-        let (messages, bytes) = self.chain.load();
+        let (messages, bytes) = self.under_way.load();
         messages < self.limits.messages && bytes < MAX_BYTES
     }
 
-    async fn send_next(&mut self, waiting: &mut VecDeque<Prepared>) -> Result<Option<Doubt>, Error> {
-        let Some(Prepared { event, message }) = waiting.pop_front() else { return Ok(None) };
-        match self.publisher.send(self.chain.next_number(), message, self.chain.predecessor()).await {
+    async fn send(&mut self, next: Prepared) -> Result<Option<Doubt>, Error> {
+        let Prepared { event, message } = next;
+        match self.publisher.send(self.under_way.next_number(), message, self.under_way.predecessor()).await {
             Ok(()) => {
-                self.chain.sent(Sent { sent_at: Some(std::time::Instant::now()), ..event });
+                self.under_way.sent(Sent { sent_at: Some(std::time::Instant::now()), ..event });
                 fault::point("relay-sent");
                 Ok(None)
             }
-            Err(SendError::TooLarge { limit }) => Ok(Some(Doubt::TooLarge { event, limit })),
+            Err(SendError::TooLarge { limit }) => Ok(Some(Doubt::TooLarge { event: Box::new(event), limit })),
             Err(SendError::Closed) => Err(closed()),
         }
     }
@@ -126,9 +145,9 @@ impl Pump<'_> {
     ) -> Result<Option<Doubt>, Error> {
         let Some(mut answer) = first else { return Err(closed()) };
         loop {
-            match self.chain.answered(answer.0, answer.1) {
+            match self.under_way.answered(answer.0, answer.1) {
                 Ok(stored) => {
-                    self.progress.stored(&stored, self.chain.sequence());
+                    self.progress.stored(&stored, self.under_way.sequence());
                     fault::point("relay-acknowledged");
                 }
                 Err(doubt) => return Ok(Some(doubt)),

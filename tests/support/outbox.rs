@@ -89,7 +89,14 @@ impl Outbox {
     }
 
     pub async fn js(&self) -> jetstream::Context {
-        jetstream::new(async_nats::connect(&self.nats.url).await.unwrap())
+        // The client library takes no user from the URL.
+        let (scheme, rest) = self.nats.url.split_once("//").unwrap();
+        let (login, address) = rest.split_once('@').unwrap_or(("", rest));
+        let options = match login.split_once(':') {
+            Some((user, password)) => async_nats::ConnectOptions::with_user_and_password(user.into(), password.into()),
+            None => async_nats::ConnectOptions::new(),
+        };
+        jetstream::new(options.connect(format!("{scheme}//{address}")).await.unwrap())
     }
 
     /// Messages in the stream.
