@@ -187,13 +187,13 @@ impl Stage {
         Ok(eventually(SOON, &format!("{count} pings are in the stream"), stored).await?)
     }
 
-    /// Waits for two more reports of the leading relay, and that they say `paused`.
+    /// Waits for two more reports of the leading relay, and that they say so.
     async fn wait_until_paused(&self) -> Outcome {
         for _ in 0..2 {
             let now: String = sqlx::query_scalar("select clock_timestamp()::text").fetch_one(&self.publisher).await?;
             let paused = async || {
                 sqlx::query_scalar(
-                    "select state = 'paused' and updated_at > $1::timestamptz from aftercommit.relay_status",
+                    "select state like 'paused%' and updated_at > $1::timestamptz from aftercommit.relay_status",
                 )
                 .bind(&now)
                 .fetch_optional(&self.publisher)
