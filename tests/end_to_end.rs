@@ -86,7 +86,8 @@ async fn every_committed_event_takes_effect_once_and_in_order() {
     subscriber.wait_until_acked("seen").await;
     assert_eq!(worker.stop(), Some(0));
 
-    let effects: Vec<(String, String, Option<String>, i64, Option<i32>)> =
+    type Effect = (String, String, Option<String>, i64, Option<i32>);
+    let effects: Vec<Effect> =
         sqlx::query_as("select event_id::text, type, key, sequence, version from seen order by n")
             .fetch_all(&subscriber.outbox.pool)
             .await

@@ -177,6 +177,67 @@ async fn a_frozen_instance_that_wakes_up_late_does_no_harm() {
     assert!(work.dead_letters().await.is_empty() && work.attempts().await.is_empty());
 }
 
+/// The process dies in the middle of each step; another one goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_every_step() {
+    let work = Work::shared().await;
+    sqlx::raw_sql(
+        "create function apply(event jsonb) returns void language plpgsql as $$
+         begin
+            insert into effect (event_id, key, n, attempt)
+            values ((event ->> 'id')::uuid, event ->> 'partitionkey', (event -> 'data' ->> 'n')::bigint, 1);
+            if event -> 'data' ->> 'n' = '7' then
+                raise exception 'seven is refused';
+            end if;
+         end $$",
+    )
+    .execute(&work.outbox.pool)
+    .await
+    .unwrap();
+    let file = "[[subscriber]]\nname = \"steps\"\ntypes = [\"*\"]\nsql = { function = \"apply\" }\n\
+                max_attempts = 3\nmax_batch = 4\nbackoff = { first = \"20ms\" }\n";
+    work.send_many(&KEYS, 30).await;
+    let steps = [
+        ("worker-fetched", 1),
+        ("worker-fetched", 100),
+        ("worker-inserted", 5),
+        ("worker-handled", 5),
+        ("worker-committed", 1),
+        ("worker-committed", 8),
+        ("worker-answered", 1),
+        ("worker-answered", 6),
+        ("worker-failure-counted", 3),
+        ("worker-given-up", 2),
+    ];
+    for (step, times) in steps {
+        let mut process = work.command(file).env("AFTERCOMMIT_FAULT", format!("{step}:{times}")).spawn().unwrap();
+        let mut status = None;
+        let died = eventually(SOON, "the process dies", async || {
+            status = process.try_wait().unwrap();
+            status.is_some()
+        });
+        let died = died.await;
+        if died.is_err() {
+            process.kill().unwrap();
+        }
+        assert!(died.is_ok() && !status.unwrap().success(), "it was to die at {step}: {status:?}");
+        // What waiting for the lease to run out would do.
+        sqlx::raw_sql("update aftercommit.lease set expires_at = '-infinity'")
+            .execute(&work.outbox.pool)
+            .await
+            .unwrap();
+    }
+    let last = work.process(file);
+    work.wait_for(8 * 29).await;
+    eventually(SOON, "the dead letters", async || work.dead_letters().await.len() == 8).await.unwrap();
+    for key in KEYS {
+        assert_eq!(work.numbers(key).await, (1..=30).filter(|n| *n != 7).collect::<Vec<_>>(), "key {key}");
+    }
+    // A crash behind the count of an attempt is a failed attempt all the same.
+    assert!(work.dead_letters().await.iter().all(|(n, attempts, _)| *n == 7 && *attempts == 3));
+    assert_eq!(last.stop(), Some(0));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_workers_lose_and_repeat_nothing() {
     let work = Work::shared().await;

@@ -7,7 +7,7 @@ use clap::Parser;
 
 use super::{NamingArgs, NatsArgs, PostgresArgs, fail, run_role};
 use crate::error::Error;
-use crate::worker::{Worker, read_file};
+use crate::worker::{Subscriber, Worker, read_file};
 
 const NAME: &str = "aftercommit-worker";
 
@@ -34,6 +34,41 @@ impl Cli {
     }
 }
 
+/// Runs the subscribers of this program
+#[derive(Parser)]
+#[command(version)]
+struct Service {
+    /// Create or correct the JetStream consumers, print what was changed, and end
+    #[arg(long)]
+    provision: bool,
+    #[command(flatten)]
+    postgres: PostgresArgs,
+    #[command(flatten)]
+    nats: NatsArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
+}
+
+/// See [`crate::worker::main`].
+pub(crate) fn serve(subscribers: Vec<Subscriber>) -> ExitCode {
+    let cli = Service::parse();
+    let worker = || {
+        let worker = Worker::new(cli.postgres.config()?, cli.nats.config()?, cli.naming.config()?);
+        let worker = worker.remedy("run this program with --provision".into());
+        Ok(subscribers.into_iter().fold(worker, Worker::subscriber))
+    };
+    match worker() {
+        Ok(worker) if cli.provision => run_role(NAME, async |_| {
+            for change in worker.provision().await? {
+                println!("{change}");
+            }
+            Ok(())
+        }),
+        Ok(worker) => run_role(NAME, |shutdown| worker.run(shutdown)),
+        Err(error) => fail(NAME, &error),
+    }
+}
+
 /// Runs the worker of this process until a signal ends it. The exit status is 0 after an orderly stop, 2 when the
 /// command line, the file or a setting is at fault, 1 when the stop was a hard one.
 pub fn main() -> ExitCode {
@@ -52,5 +87,6 @@ mod tests {
     #[test]
     fn verify_cli() {
         Cli::command().debug_assert();
+        Service::command().debug_assert();
     }
 }

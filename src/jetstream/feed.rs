@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::Context;
-use async_nats::jetstream::message::StreamMessage;
 use async_nats::{Client, StatusCode};
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -19,11 +18,10 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::backoff::Backoff;
 use crate::envelope::{Envelope, EnvelopeError};
-use crate::error::Error;
 
 use super::ack::Reply;
 use super::consumer::{self, ConsumerSpec, Position};
-use super::stored;
+use super::stored::{self, Stretch};
 
 /// The most messages in one pull request.
 const MAX_PULL: usize = 500;
@@ -239,7 +237,10 @@ impl Feed {
         let mut heard = Instant::now();
         let mut watch = tokio::time::interval(Duration::from_millis(250));
         loop {
-            let room = self.budget.room(self.typical);
+            let budget = Arc::clone(&self.budget);
+            // Before the look at the room, so that nothing freed after it is missed.
+            let freed = budget.freed.notified();
+            let room = budget.room(self.typical);
             if owed <= MAX_PULL / 2 && owed < room {
                 let more = (room - owed).min(MAX_PULL);
                 if let Err(error) = self.request(&inbox, more).await {
@@ -250,7 +251,6 @@ impl Feed {
                 }
                 owed += more;
             }
-            let budget = Arc::clone(&self.budget);
             tokio::select! {
                 message = messages.next() => {
                     let Some(message) = message else { return Ok("the subscription ended".into()) };
@@ -259,7 +259,7 @@ impl Feed {
                         None => heard = Instant::now(),
                     }
                 }
-                () = budget.freed.notified(), if owed <= MAX_PULL / 2 && owed >= room => {}
+                () = freed, if owed <= MAX_PULL / 2 && owed >= room => {}
                 _ = watch.tick() => {
                     if self.output.is_closed() {
                         return Err(Unwanted);
@@ -351,33 +351,32 @@ impl Feed {
 
     /// Hands on the messages of the stream from `first` to `last`, as room for them becomes free.
     async fn read_stream(&mut self, first: u64, last: u64) -> Result<(), Unwanted> {
-        let mut start = first;
-        while start <= last {
-            let end = last.min(start + stored::SPAN - 1);
-            for (sequence, message) in self.load(start, end).await? {
-                let StreamMessage { payload, .. } = &message;
-                while self.budget.is_full() {
-                    if self.output.is_closed() {
-                        return Err(Unwanted);
-                    }
-                    let _ = tokio::time::timeout(Duration::from_secs(1), self.budget.wait_for_room()).await;
-                }
-                let permit = self.budget.take(payload.len());
+        let mut next = Some(first).filter(|first| *first <= last);
+        while let Some(start) = next {
+            let stretch = self.load(start, last).await?;
+            for (sequence, message) in stretch.messages {
+                self.wait_for_room().await?;
+                let permit = self.budget.take(message.payload.len());
                 let event = stored::event(&message);
                 self.hand_on(Incoming { sequence, deliveries: 0, reply: None, event, permit })?;
             }
-            start = end + 1;
+            next = stretch.next;
         }
         Ok(())
     }
 
-    async fn load(&self, start: u64, end: u64) -> Result<Vec<(u64, StreamMessage)>, Unwanted> {
+    async fn wait_for_room(&self) -> Result<(), Unwanted> {
+        tokio::select! {
+            () = self.budget.wait_for_room() => Ok(()),
+            () = self.output.closed() => Err(Unwanted),
+        }
+    }
+
+    async fn load(&self, first: u64, last: u64) -> Result<Stretch, Unwanted> {
         let mut failures = 0;
         loop {
-            let result: Result<_, Error> =
-                stored::load(&self.context, &self.spec.stream, &self.spec.subjects, start..=end).await;
-            match result {
-                Ok(messages) => return Ok(messages.into_iter().collect()),
+            match stored::load(&self.context, &self.spec.stream, &self.spec.subjects, first, last).await {
+                Ok(stretch) => return Ok(stretch),
                 Err(_) if self.output.is_closed() => return Err(Unwanted),
                 Err(error) => {
                     if failures == 0 {

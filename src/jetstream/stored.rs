@@ -1,7 +1,6 @@
 //! Messages read straight from the stream, past any consumer.
 
 use std::collections::BTreeMap;
-use std::ops::RangeInclusive;
 
 use async_nats::jetstream::Context;
 use async_nats::jetstream::message::StreamMessage;
@@ -11,29 +10,52 @@ use futures_util::future::try_join_all;
 use crate::envelope::{Envelope, EnvelopeError};
 use crate::error::{Error, ErrorKind};
 
-/// Requests that are under way at the same time.
-const PIPELINE: u64 = 16;
+/// Requests that are under way at the same time, per subject.
+const PIPELINE: u64 = 64;
 /// Sequences that one of them walks through.
-const STRIDE: u64 = 16;
+const STRIDE: u64 = 8;
 /// How many sequences [`load`] covers at a time.
-pub(crate) const SPAN: u64 = PIPELINE * STRIDE;
+const SPAN: u64 = PIPELINE * STRIDE;
 
-/// Reads the messages on `subjects` whose sequence is in `range`, in order. `range` should not be longer than [`SPAN`].
-/// What the stream no longer holds is left out.
+/// Some messages of a stream, in order.
+#[derive(Debug)]
+pub(crate) struct Stretch {
+    pub(crate) messages: BTreeMap<u64, StreamMessage>,
+    /// Where to go on; none when nothing follows.
+    pub(crate) next: Option<u64>,
+}
+
+/// Reads messages on `subjects` from the sequence `first` on, to `last` at most. What the stream no longer holds is left
+/// out.
 pub(crate) async fn load(
     context: &Context,
     stream: &str,
     subjects: &[String],
-    range: RangeInclusive<u64>,
-) -> Result<BTreeMap<u64, StreamMessage>, Error> {
+    first: u64,
+    last: u64,
+) -> Result<Stretch, Error> {
     let stream = handle(context, stream).await?;
-    let (first, last) = range.into_inner();
-    let walks = (first..=last).step_by(STRIDE as usize).flat_map(|start| {
-        let end = last.min(start + STRIDE - 1);
-        subjects.iter().map(move |subject| (start, end, subject))
+    // One look per subject skips what is empty.
+    let heads = try_join_all(subjects.iter().map(|subject| following(&stream, subject, first))).await?;
+    let heads: Vec<(&String, StreamMessage)> = subjects
+        .iter()
+        .zip(heads)
+        .filter_map(|(subject, head)| Some((subject, head.filter(|head| head.sequence <= last)?)))
+        .collect();
+    let Some(start) = heads.iter().map(|(_, head)| head.sequence).min() else {
+        return Ok(Stretch { messages: BTreeMap::new(), next: None });
+    };
+    let end = last.min(start + SPAN - 1);
+    let heads = heads.into_iter().filter(|(_, head)| head.sequence <= end);
+    let (subjects, heads): (Vec<&String>, Vec<StreamMessage>) = heads.unzip();
+    let walks = subjects.iter().zip(&heads).flat_map(|(subject, head)| {
+        let starts = (head.sequence + 1..=end).step_by(STRIDE as usize);
+        starts.map(|start| walk(&stream, subject, start, end.min(start + STRIDE - 1)))
     });
-    let found = try_join_all(walks.map(|(start, end, subject)| walk(&stream, subject, start, end))).await?;
-    Ok(found.into_iter().flatten().map(|message| (message.sequence, message)).collect())
+    let found = try_join_all(walks).await?;
+    let messages = heads.into_iter().chain(found.into_iter().flatten());
+    let messages = messages.map(|message| (message.sequence, message)).collect();
+    Ok(Stretch { messages, next: Some(end + 1).filter(|next| *next <= last) })
 }
 
 /// Follows one subject from message to message.
@@ -41,18 +63,24 @@ async fn walk(stream: &Stream<()>, subject: &str, start: u64, end: u64) -> Resul
     let mut found = Vec::new();
     let mut next = start;
     while next <= end {
-        let request = stream.raw_message_builder().sequence(next).next_by_subject(subject);
-        match request.send().await {
-            Ok(message) if message.sequence <= end => {
+        match following(stream, subject, next).await? {
+            Some(message) if message.sequence <= end => {
                 next = message.sequence + 1;
                 found.push(message);
             }
-            Ok(_) => break,
-            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => break,
-            Err(error) => return Err(unreadable(error)),
+            _ => break,
         }
     }
     Ok(found)
+}
+
+/// The first message on a subject from a sequence on.
+async fn following(stream: &Stream<()>, subject: &str, sequence: u64) -> Result<Option<StreamMessage>, Error> {
+    match stream.raw_message_builder().sequence(sequence).next_by_subject(subject).send().await {
+        Ok(message) => Ok(Some(message)),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
+        Err(error) => Err(unreadable(error)),
+    }
 }
 
 async fn handle(context: &Context, stream: &str) -> Result<Stream<()>, Error> {

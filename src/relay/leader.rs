@@ -71,7 +71,7 @@ impl Leader<'_> {
         let mut last_rest = Instant::now();
         while !self.shutdown.is_cancelled() {
             if *self.paused.borrow() {
-                self.progress.enter(Phase::Paused, "paused by the operator");
+                self.progress.enter(Phase::Paused, "paused");
                 self.wait_while_paused().await;
                 self.progress.enter(Phase::Leading, "resumed");
                 continue;

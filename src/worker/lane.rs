@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use crate::backoff::Backoff;
 use crate::envelope::Envelope;
+use crate::fault;
 use crate::jetstream::stored::Source;
 use crate::postgres::connections::Connections;
 use crate::postgres::dead_letter::{self, DeadLetter};
@@ -55,8 +56,8 @@ pub(super) enum Verdict {
     Dead(String),
     /// It failed, or asked for it: not before this time has passed.
     Later(Duration),
-    /// Something that its handler needs is away.
-    Interrupted,
+    /// Something that its handler needs is away, for this reason.
+    Interrupted(String),
     /// It did not come to a decision.
     NotRun,
 }
@@ -148,10 +149,7 @@ impl Lane {
                 );
                 Err((sequence, Verdict::Dead("the stream dropped it before it could be handled".into())))
             }
-            Err(error) => {
-                tracing::debug!(subscriber = self.subscriber.name, sequence, error = %error.report(), "waiting for nats");
-                Err((sequence, Verdict::Interrupted))
-            }
+            Err(error) => Err((sequence, Verdict::Interrupted(error.report()))),
         }
     }
 
@@ -197,15 +195,7 @@ impl Lane {
             let error = match self.transact(&[queued]).await {
                 Ok(()) => return Ok(Verdict::Done),
                 Err(Trouble::Outage(reason)) => return Err(Halt::Outage(reason)),
-                Err(Trouble::Interrupted { error, .. }) => {
-                    tracing::debug!(
-                        subscriber = self.subscriber.name,
-                        event_id = %queued.event.id,
-                        error = describe(&error),
-                        "the handler waits for an outage to end"
-                    );
-                    return Ok(Verdict::Interrupted);
-                }
+                Err(Trouble::Interrupted { error, .. }) => return Ok(Verdict::Interrupted(describe(&error))),
                 Err(Trouble::Conflict { .. }) if conflicts < MAX_CONFLICTS => {
                     conflicts += 1;
                     tokio::time::sleep(CONFLICT.after(conflicts)).await;
@@ -248,6 +238,7 @@ impl Lane {
             inbox::count_failure(connection, &self.tenure, &self.subscriber.name, id, error).await
         });
         let attempts = self.own(counted).await.map_err(Halt::Outage)?;
+        fault::point("worker-failure-counted");
         attempts.map(|attempts| attempts.unsigned_abs()).ok_or(Halt::Fenced)
     }
 
@@ -265,6 +256,7 @@ impl Lane {
         if !self.own(written).await.map_err(Halt::Outage)? {
             return Err(Halt::Fenced);
         }
+        fault::point("worker-given-up");
         tracing::error!(
             subscriber = self.subscriber.name,
             event_id = %queued.event.id,
@@ -289,7 +281,12 @@ impl Lane {
         let limit = self.subscriber.settings.time_limit;
         let mut tx = self.own(inbox::begin(connection, limit)).await.map_err(Trouble::Outage)?;
         match self.fill(&mut tx, group).await {
-            Ok(()) => self.own_or_conflict(tx.commit()).await,
+            Ok(()) => {
+                fault::point("worker-handled");
+                self.own_or_conflict(tx.commit()).await?;
+                fault::point("worker-committed");
+                Ok(())
+            }
             Err(Trouble::Outage(reason)) => Err(Trouble::Outage(reason)),
             // Waits for a statement that still runs, so that its locks are gone when the event runs again.
             Err(trouble) => match self.own(tx.rollback()).await {
@@ -310,6 +307,7 @@ impl Lane {
             Trouble::Failed { error, .. } => Trouble::Outage(describe(&error)),
             other => other,
         })?;
+        fault::point("worker-inserted");
         let mut fresh: HashMap<Uuid, i32> = fresh.into_iter().collect();
         let failed: Vec<Uuid> = fresh.iter().filter(|(_, attempts)| **attempts > 0).map(|(id, _)| *id).collect();
         match &self.subscriber.work {

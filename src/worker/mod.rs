@@ -32,6 +32,29 @@ pub use file::read_file;
 pub use handler::{Delivery, Handler, HandlerError};
 pub use subscriber::Subscriber;
 
+/// The `main` of a service whose handlers are written in Rust: reads the command line and the environment as
+/// `aftercommit-worker` does, without `--config`, and runs until a signal ends it. With `--provision` it creates or
+/// corrects the consumers instead.
+///
+/// ```no_run
+/// # use aftercommit::Event;
+/// # use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
+/// # #[derive(serde::Serialize, serde::Deserialize)]
+/// # struct OrderPlaced { order: i64 }
+/// # impl Event for OrderPlaced { const TYPE: &'static str = "order.placed"; }
+/// # struct SendReceipt;
+/// # impl Handler<OrderPlaced> for SendReceipt {
+/// #     async fn handle(&self, _: &mut sqlx::PgTransaction<'_>, _: &Delivery<OrderPlaced>) -> Result<(), HandlerError> { Ok(()) }
+/// # }
+/// fn main() -> std::process::ExitCode {
+///     aftercommit::worker::main(vec![Subscriber::new("receipts").on::<OrderPlaced>(SendReceipt)])
+/// }
+/// ```
+#[cfg(feature = "cli")]
+pub fn main(subscribers: Vec<Subscriber>) -> std::process::ExitCode {
+    crate::cli::worker::serve(subscribers)
+}
+
 /// Runs subscribers.
 #[derive(Debug)]
 pub struct Worker {

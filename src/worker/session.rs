@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backoff::Backoff;
 use crate::envelope::Envelope;
+use crate::fault;
 use crate::jetstream::ack::{Answer, Answers, Reply};
 use crate::jetstream::feed::{Budget, Fed, Incoming, Permit};
 
@@ -124,6 +125,7 @@ impl Session {
 
     fn take_in(&mut self, incoming: Incoming) {
         let Incoming { sequence, deliveries, reply, event, permit } = incoming;
+        fault::point("worker-fetched");
         let event = match event {
             Ok(event) => event,
             Err(problem) => {
@@ -234,8 +236,19 @@ impl Session {
         let Some(pending) = self.pending.get_mut(&sequence) else { return };
         let answer = match verdict {
             Verdict::NotRun => return self.scheduler.put_back(sequence),
-            Verdict::Interrupted => {
+            Verdict::Interrupted(reason) => {
                 pending.interruptions += 1;
+                // The first one and then ever more rarely.
+                if pending.interruptions.is_power_of_two() {
+                    tracing::warn!(
+                        subscriber = self.lane.subscriber.name,
+                        event_id = pending.event.as_ref().map(|(event, _)| tracing::field::display(event.id)),
+                        sequence,
+                        times = pending.interruptions,
+                        error = reason,
+                        "what an event needs is away, waiting"
+                    );
+                }
                 let wait = Backoff::RECONNECT.after(pending.interruptions);
                 return self.scheduler.hold(sequence, Instant::now() + wait);
             }
@@ -251,6 +264,7 @@ impl Session {
         if let Some(reply) = &pending.reply {
             self.answers.send(reply, &answer);
         }
+        fault::point("worker-answered");
         if !matches!(answer, Answer::Later(_)) {
             self.scheduler.done(sequence);
             self.pending.remove(&sequence);
@@ -289,7 +303,7 @@ impl Session {
 impl Gate {
     fn close(&mut self, subscriber: &str, reason: &str) {
         if self.failures == 0 {
-            tracing::warn!(subscriber, error = reason, "the database is away, waiting");
+            tracing::warn!(subscriber, error = reason, "the database does not let the subscriber work, waiting");
         }
         self.failures += 1;
         self.closed_until = Some(Instant::now() + Backoff::RECONNECT.after(self.failures));
@@ -297,7 +311,7 @@ impl Gate {
 
     fn open(&mut self, subscriber: &str) {
         if self.failures > 0 {
-            tracing::info!(subscriber, "the database is back");
+            tracing::info!(subscriber, "the database lets the subscriber work again");
         }
         *self = Self::default();
     }

@@ -226,6 +226,11 @@ impl Work {
 
     /// The worker's program with a file of that content.
     pub fn process(&self, toml: &str) -> WorkerProcess {
+        WorkerProcess(self.command(toml).spawn().unwrap())
+    }
+
+    /// The command that runs it, its consumers provisioned.
+    pub fn command(&self, toml: &str) -> Command {
         let file = std::env::temp_dir().join(format!("{}.toml", self.outbox.naming.stream));
         std::fs::write(&file, toml).unwrap();
         let run = |program: &str, arguments: &[&str]| {
@@ -244,7 +249,7 @@ impl Work {
         };
         let provisioned = run(env!("CARGO_BIN_EXE_aftercommit"), &["provision"]).output().unwrap();
         assert!(provisioned.status.success(), "{}", String::from_utf8_lossy(&provisioned.stderr));
-        WorkerProcess(run(env!("CARGO_BIN_EXE_aftercommit-worker"), &[]).spawn().unwrap())
+        run(env!("CARGO_BIN_EXE_aftercommit-worker"), &[])
     }
 }
 
