@@ -11,6 +11,9 @@ mod monitor;
 mod progress;
 mod pump;
 mod reader;
+mod restore;
+mod resume;
+mod rewind;
 mod sample;
 mod under_way;
 
@@ -40,6 +43,7 @@ use leader::Leader;
 pub use monitor::{Monitor, RelayReport};
 use progress::{Position, Progress};
 use reader::Exceptions;
+use resume::Found;
 use sample::{Sample, Sampler};
 
 /// The lease of the leading relay.
@@ -275,10 +279,12 @@ impl Relay {
                 reader: Arc::new(Mutex::new(self.connect().await?)),
                 publisher: Publisher::new(nats.clone()).await?,
                 stream,
-                unfinished: state.window.is_some(),
                 state,
+                unfinished: true,
                 under_way: None,
                 stored_up_to: 0,
+                found: Found::default(),
+                stream_created: None,
                 exceptions: Exceptions::default(),
                 progress: &self.progress,
                 paused: told_paused,
