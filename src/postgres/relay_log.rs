@@ -45,7 +45,7 @@ pub(crate) struct Base {
 #[derive(Debug)]
 pub(crate) enum Appended {
     /// It is the newest state now.
-    Yes(State),
+    Yes(Box<State>),
     /// Somebody else appended first: this process leads no more.
     Fenced,
 }
@@ -231,7 +231,7 @@ pub(super) async fn forget(connection: &mut PgConnection, after: i64, before: i6
 /// What came of inserting a state behind another one.
 pub(super) fn appended(result: Result<PgRow, sqlx::Error>) -> Result<Appended, sqlx::Error> {
     match result {
-        Ok(row) => state(&row).map(Appended::Yes),
+        Ok(row) => state(&row).map(Box::new).map(Appended::Yes),
         // Its successor is there, or the state itself was left behind and removed.
         Err(sqlx::Error::Database(error)) if error.is_unique_violation() => Ok(Appended::Fenced),
         Err(sqlx::Error::RowNotFound) => Ok(Appended::Fenced),

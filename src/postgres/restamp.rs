@@ -77,5 +77,5 @@ pub(crate) async fn restamp(
     .execute(&mut *tx)
     .await?;
     tx.commit().await?;
-    Ok(Some(Restamped { state, rows: done.rows_affected(), sequence_was_behind }))
+    Ok(Some(Restamped { state: *state, rows: done.rows_affected(), sequence_was_behind }))
 }

@@ -200,7 +200,7 @@ impl Leader<'_> {
     pub(super) fn append(&mut self, appended: Result<Appended, sqlx::Error>) -> Result<(), Error> {
         match appended.map_err(|error| database_error("writing the relay's log failed", error))? {
             Appended::Yes(state) => {
-                self.state = state;
+                self.state = *state;
                 Ok(())
             }
             Appended::Fenced => Err(fenced()),

@@ -178,7 +178,7 @@ impl Relay {
         let mut failures = 0;
         let mut started = false;
         while !shutdown.is_cancelled() {
-            let run = self.serve(&shutdown, &mut started, &mut failures).await;
+            let run = Box::pin(self.serve(&shutdown, &mut started, &mut failures)).await;
             self.nats.send_replace(None);
             match run {
                 Ok(()) => break,
@@ -297,7 +297,7 @@ impl Relay {
                 reader: Arc::new(Mutex::new(self.connect().await?)),
                 publisher: Publisher::new(nats.clone()).await?,
                 stream,
-                state,
+                state: *state,
                 unfinished: true,
                 under_way: None,
                 stored_up_to: 0,

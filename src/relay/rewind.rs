@@ -35,7 +35,7 @@ impl Leader<'_> {
             relay_log::go_back(&mut self.log, &self.state, earlier.as_ref(), &kept, common).await.map_err(failed)?;
         let Appended::Yes(state) = back else { return Err(fenced()) };
         fault::point("relay-rewound");
-        self.state = state;
+        self.state = *state;
         self.under_way = None;
         let first = window::first(&mut self.log).await.map_err(failed)?;
         if earlier.is_none() {
