@@ -114,7 +114,16 @@ pub const RELAY_INTERRUPTIONS_TOTAL: Metric = Metric {
     name: "aftercommit_relay_interruptions_total",
     kind: Kind::Counter,
     labels: &["stream", "class"],
-    meaning: "How often publishing was interrupted and what is stored had to be read from the stream, by cause.",
+    meaning: "How often publishing was interrupted and what is stored had to be read from the stream, by class.",
+};
+
+/// Parked events.
+pub const RELAY_PARKED: Metric = Metric {
+    name: "aftercommit_relay_parked",
+    kind: Kind::Gauge,
+    labels: STREAM,
+    meaning: "Events that are set aside because the stream will never take them, and those that wait behind them, \
+              until an operator decides (`aftercommit parked list`). `NaN` while the database does not answer.",
 };
 
 /// Whether this relay leads.
@@ -170,6 +179,7 @@ pub const METRICS: &[Metric] = &[
     RELAY_UNDER_WAY_LIMIT,
     RELAY_WINDOW_EVENTS,
     RELAY_INTERRUPTIONS_TOTAL,
+    RELAY_PARKED,
     RELAY_LEADER,
     RELAY_EPOCH,
     RELAY_PAUSED,

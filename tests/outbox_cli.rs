@@ -1,7 +1,5 @@
 //! `aftercommit publish`: one event by hand.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 mod support;
 
 use std::io::Write;

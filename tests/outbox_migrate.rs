@@ -1,7 +1,5 @@
 //! `aftercommit migrate`: once, twice, many at once, printed, and beside the application's own migrations.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 mod support;
 
 use std::process::{Command, Output};

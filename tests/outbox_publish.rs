@@ -1,7 +1,5 @@
 //! Guarantees of publishing: what commits is in the outbox, what rolls back is not, and nothing else happens.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 mod support;
 
 use std::collections::BTreeMap;

@@ -1,7 +1,5 @@
 //! The library refuses exactly what the constraints of the table refuse, and before the transaction is spoilt.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 mod support;
 
 use std::collections::BTreeMap;

@@ -1,7 +1,5 @@
 //! What publishing leaves for tracing: the span's `traceparent` in the headers, and one line per event.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 mod support;
 
 use std::cell::RefCell;

@@ -5,6 +5,7 @@ mod support;
 use std::fs;
 use std::process::Stdio;
 
+use aftercommit::admin;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
 use aftercommit::testing::{eventually, unique_name};
 use async_nats::service::{Info, PingResponse, Stats};
@@ -125,6 +126,39 @@ async fn an_outage_of_postgres_is_named_and_passes() {
     answers(&address, "/healthz", 503, "cannot connect to PostgreSQL").await;
     reaches(&address, &waiting, f64::is_nan).await;
     postgres.restart().await.unwrap();
+    answers(&address, "/healthz", 200, "leading").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_paused_relay_is_healthy_and_says_so() {
+    let outbox = shared().await;
+    let (_relay, address) = start(&outbox);
+    answers(&address, "/readyz", 200, "leading").await;
+    let paused = format!("aftercommit_relay_paused{{stream=\"{}\"}}", outbox.naming.stream);
+    admin::relay::pause(&outbox.postgres, None).await.unwrap();
+    reaches(&address, &paused, |paused| paused == 1.0).await;
+    outbox.publish("order.placed", "{}", None).await;
+    answers(&address, "/healthz", 200, "paused, 1 event waiting").await;
+    answers(&address, "/readyz", 200, "paused").await;
+    admin::relay::resume(&outbox.postgres).await.unwrap();
+    reaches(&address, &paused, |paused| paused == 0.0).await;
+    answers(&address, "/healthz", 200, "leading").await;
+    outbox.assert_complete().await;
+}
+
+/// The server takes smaller messages than the outbox: such an event can never be stored.
+#[tokio::test(flavor = "multi_thread")]
+async fn parked_events_are_counted() {
+    let nats = Nats::start(NatsOptions { config: "max_payload: 4096".into(), ..Default::default() }).await.unwrap();
+    let outbox = Outbox::new(database().await, nats.url()).await;
+    let (_relay, address) = start(&outbox);
+    outbox.publish("order.placed", &format!("\"{}\"", "x".repeat(5_000)), Some("key")).await;
+    outbox.publish("order.placed", "{}", Some("key")).await;
+    let labels = format!("{{stream=\"{}\"}}", outbox.naming.stream);
+    reaches(&address, &format!("aftercommit_relay_parked{labels}"), |events| events == 2.0).await;
+    reaches(&address, &format!("aftercommit_relay_backlog_events{labels}"), |events| events == 0.0).await;
+    let labels = format!("{{stream=\"{}\",class=\"park\"}}", outbox.naming.stream);
+    reaches(&address, &format!("aftercommit_relay_interruptions_total{labels}"), |times| times == 1.0).await;
     answers(&address, "/healthz", 200, "leading").await;
 }
 

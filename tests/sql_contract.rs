@@ -1,7 +1,5 @@
 //! The contract for triggers and services in other languages, as docs/sql-contract.md states it.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 mod support;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

@@ -75,7 +75,7 @@ pub(crate) async fn provision_stream(
             )
         })?;
     }
-    if let Some(problem) = problems(&wanted, naming).first() {
+    if let Some(problem) = problems(&wanted, naming, false).first() {
         return Err(Error::new(ErrorKind::NotReady, format!("stream {name} cannot be corrected: {problem}")));
     }
     Ok(changes.into_iter().map(|change| format!("stream {name}: {change}")).collect())
@@ -164,8 +164,9 @@ fn covers(subjects: &[String], naming: &Naming) -> bool {
     })
 }
 
-/// Everything about a stream that would lose, change or re-order events of the outbox.
-pub(crate) fn problems(config: &Config, naming: &Naming) -> Vec<Problem> {
+/// Everything about a stream that would lose, change or re-order events of the outbox, or double them where it is
+/// `shared` with other writers.
+pub(crate) fn problems(config: &Config, naming: &Naming, shared: bool) -> Vec<Problem> {
     const PROVISION: &str = "run `aftercommit provision`";
     const RECREATE: &str = "it cannot be changed in place: create another stream and name it with --stream";
     let mut found = Vec::new();
@@ -220,6 +221,15 @@ pub(crate) fn problems(config: &Config, naming: &Naming) -> Vec<Problem> {
         RECREATE,
     );
     check(
+        shared && config.duplicate_window < SHORTEST_DUPLICATE_WINDOW,
+        "duplicate_window",
+        format!(
+            "{:?} is shorter than the {SHORTEST_DUPLICATE_WINDOW:?} for which a relay may send an event again",
+            config.duplicate_window
+        ),
+        PROVISION,
+    );
+    check(
         config.max_message_size > 0 && config.max_message_size < LARGEST_MESSAGE,
         "max_msg_size",
         format!("{} is less than the {LARGEST_MESSAGE} bytes that an outbox event can have", config.max_message_size),
@@ -239,12 +249,14 @@ mod tests {
 
     #[test]
     fn a_new_stream_has_no_problems() {
-        assert_eq!(problems(&good(), &Naming::default()), []);
+        assert_eq!(problems(&good(), &Naming::default(), true), []);
     }
 
     #[test]
     fn every_lossy_setting_is_named() {
-        let cases: [(&str, fn(&mut Config)); 10] = [
+        type Spoil = fn(&mut Config);
+        let cases: [(&str, Spoil); 11] = [
+            ("duplicate_window", |c| c.duplicate_window = Duration::from_secs(5)),
             ("storage", |c| c.storage = StorageType::Memory),
             ("retention", |c| c.retention = RetentionPolicy::WorkQueue),
             ("sealed", |c| c.sealed = true),
@@ -259,7 +271,7 @@ mod tests {
         for (setting, spoil) in cases {
             let mut config = good();
             spoil(&mut config);
-            let found = problems(&config, &Naming::default());
+            let found = problems(&config, &Naming::default(), true);
             assert_eq!(found.iter().map(|problem| problem.setting).collect::<Vec<_>>(), [setting]);
         }
     }
@@ -273,7 +285,7 @@ mod tests {
         (config.discard, config.max_bytes) = (DiscardPolicy::Old, 1);
         config.subjects = vec!["other.>".into()];
         let (config, changes) = corrected(&config, &naming, &settings);
-        assert_eq!(problems(&config, &naming), []);
+        assert_eq!(problems(&config, &naming, true), []);
         assert_eq!(changes.len(), 5, "{changes:?}");
         assert_eq!(corrected(&config, &naming, &settings).1, [""; 0], "again it finds nothing");
     }

@@ -44,13 +44,13 @@ pub(super) struct Chain {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Doubt {
     /// The server refused an event.
-    Refused { event: Sent, code: u64, description: String },
+    Refused { event: Box<Sent>, code: u64, description: String },
     /// Nobody answers on the subject: no stream, or one without a leader.
     NoResponders,
     /// The event was dropped as a repeat of an earlier message.
-    Duplicate { event: Sent, sequence: u64 },
+    Duplicate { event: Box<Sent>, sequence: u64 },
     /// An event is not where it must be: another stream answered, or another writer came between.
-    Misplaced { event: Sent, stream: String, sequence: u64 },
+    Misplaced { event: Box<Sent>, stream: String, sequence: u64 },
     /// Something that is no JetStream answer came back.
     Unreadable,
     /// No answer in time, and what the server complained of meanwhile.
@@ -58,7 +58,7 @@ pub(super) enum Doubt {
     /// The connection broke while messages were under way.
     ConnectionLost,
     /// An event is larger than the server takes; it was not sent.
-    TooLarge { event: Sent, limit: usize },
+    TooLarge { event: Box<Sent>, limit: usize },
 }
 
 impl Doubt {
@@ -140,7 +140,7 @@ impl Chain {
         else {
             return Ok(Vec::new());
         };
-        let event = event.clone();
+        let event = Box::new(event.clone());
         match answer {
             Answer::Stored { sequence, duplicate: true, .. } => Err(Doubt::Duplicate { event, sequence }),
             Answer::Stored { stream, sequence, .. } if stream != self.stream || sequence != expected => {
@@ -153,6 +153,20 @@ impl Chain {
             Answer::Refused { code, description } => Err(Doubt::Refused { event, code, description }),
             Answer::NoResponders => Err(Doubt::NoResponders),
             Answer::Unreadable => Err(Doubt::Unreadable),
+        }
+    }
+
+    /// Takes in that all messages under way were stored together, the last of them under `sequence`.
+    pub(super) fn committed(&mut self, stream: String, sequence: u64) -> Result<Vec<Sent>, Doubt> {
+        let expected = self.sequence + self.under_way.len() as u64;
+        match self.under_way.back() {
+            Some((event, _)) if stream != self.stream || sequence != expected => {
+                Err(Doubt::Misplaced { event: Box::new(event.clone()), stream, sequence })
+            }
+            _ => {
+                self.under_way.iter_mut().for_each(|(_, stored)| *stored = true);
+                Ok(self.advance())
+            }
         }
     }
 
@@ -230,6 +244,15 @@ mod tests {
         assert_eq!(chain.answered(0, stored(41)), Ok(vec![]), "an old answer again");
         assert_eq!(chain.answered(2, stored(43)), Ok(vec![event(3)]));
         assert_eq!(chain.load(), (0, 0));
+    }
+
+    #[test]
+    fn a_batch_is_stored_as_a_whole() {
+        let mut chain = chain(3);
+        assert!(chain.committed("E".into(), 42).is_err(), "one is missing");
+        assert!(chain.committed("F".into(), 43).is_err(), "another stream");
+        assert_eq!(chain.committed("E".into(), 43), Ok(vec![event(1), event(2), event(3)]));
+        assert_eq!((chain.sequence(), chain.load()), (43, (0, 0)));
     }
 
     #[test]

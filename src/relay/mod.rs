@@ -3,14 +3,21 @@
 //! Any number of relays may run on one outbox; one leads, the others stand by. The way of an event:
 //! `leader` opens a window in the relay's log, `reader` reads its rows, `pump` publishes them, `chain` keeps their order.
 
+mod batch;
 mod chain;
 mod classify;
+mod keyed;
 mod leader;
+mod method;
 mod monitor;
 mod progress;
 mod pump;
 mod reader;
+mod restore;
+mod resume;
+mod rewind;
 mod sample;
+mod under_way;
 
 use std::fmt;
 use std::sync::Arc;
@@ -35,9 +42,12 @@ use crate::postgres::relay_log::{self, Appended};
 use crate::postgres::relay_status::{self, Report};
 use crate::postgres::{self, database_error, lease, pause, prune};
 use leader::Leader;
+use method::Method;
+pub use method::PublishMethod;
 pub use monitor::{Monitor, RelayReport};
 use progress::{Position, Progress};
 use reader::Exceptions;
+use resume::Found;
 use sample::{Sample, Sampler};
 
 /// The lease of the leading relay.
@@ -60,6 +70,8 @@ pub struct RelayConfig {
     pub lease: Duration,
     /// Messages under way to the stream at most. Defaults to 2,048.
     pub max_under_way: usize,
+    /// Whether others write to the stream, too. Defaults to [`Mode::Exclusive`].
+    pub mode: Mode,
     /// Stream, subjects and source.
     pub naming: Naming,
     /// The NATS servers.
@@ -70,6 +82,8 @@ pub struct RelayConfig {
     pub park_policy: ParkPolicy,
     /// The outbox's database.
     pub postgres: PostgresConfig,
+    /// How messages go to an exclusive stream. Defaults to [`PublishMethod::Auto`].
+    pub publish: PublishMethod,
     /// How often old events are removed. Defaults to one minute.
     pub prune_interval: Duration,
     /// How long events stay in the outbox after they were written, for replay and proof; what is not in the stream yet
@@ -78,6 +92,17 @@ pub struct RelayConfig {
     /// How long the relay may get on with nothing, while events wait, until it counts as unhealthy. Defaults to 30
     /// seconds.
     pub unhealthy_after: Duration,
+}
+
+/// Who writes to the stream, and so how order is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Only the relays of this outbox. Every message names its predecessor, so the server keeps the order and lets no
+    /// second relay in between; each event is in the stream once, whatever fails.
+    Exclusive,
+    /// Others, too. Each key has at most one message under way, which costs a round trip between two events of a key;
+    /// what is sent again after a failure is dropped by the server within the stream's duplicate window.
+    Shared,
 }
 
 /// What becomes of later events of a key when one of it can never be stored.
@@ -97,11 +122,13 @@ impl RelayConfig {
             idle_poll: Duration::from_millis(25),
             lease: Duration::from_secs(3),
             max_under_way: 2048,
+            mode: Mode::Exclusive,
             naming,
             nats,
             once: false,
             park_policy: ParkPolicy::Block,
             postgres,
+            publish: PublishMethod::Auto,
             prune_interval: Duration::from_mins(1),
             retention: Duration::from_hours(7 * 24),
             unhealthy_after: Duration::from_secs(30),
@@ -151,7 +178,7 @@ impl Relay {
         let mut failures = 0;
         let mut started = false;
         while !shutdown.is_cancelled() {
-            let run = self.serve(&shutdown, &mut started, &mut failures).await;
+            let run = Box::pin(self.serve(&shutdown, &mut started, &mut failures)).await;
             self.nats.send_replace(None);
             match run {
                 Ok(()) => break,
@@ -221,13 +248,23 @@ impl Relay {
                 format!("nats-server {version} is too old: 2.11 or newer is needed"),
             ));
         }
-        let problems = topology::problems(&config, &self.naming);
+        let problems = topology::problems(&config, &self.naming, self.config.mode == Mode::Shared);
         if problems.is_empty() {
             return Ok(());
         }
         let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
         let stream = &self.naming.stream;
         Err(Error::new(ErrorKind::NotReady, format!("stream {stream} would lose events: {}", problems.join("; "))))
+    }
+
+    /// Whether the server writes an atomic batch to disk at once, and the stream allows batches.
+    /// When that cannot be found out now, messages are chained, which is always right.
+    async fn can_batch(&self, nats: &Connection, stream: &StreamReader) -> bool {
+        if self.config.mode == Mode::Shared || !nats.client.is_server_compatible(2, 15, 0) {
+            return false;
+        }
+        let info = stream.info().await;
+        info.is_ok_and(|info| info.config.allow_atomic_publish && info.config.num_replicas == 1)
     }
 
     async fn lead(
@@ -245,6 +282,7 @@ impl Relay {
         let (paused, told_paused) = watch::channel(was_paused);
         let heartbeat = self.heartbeat(epoch, self.progress.subscribe(), paused);
         let leading = async {
+            let can_batch = self.can_batch(nats, &stream).await;
             let newest = relay_log::newest(&mut log).await;
             let newest = newest.map_err(|error| database_error("reading the relay's log failed", error))?;
             let taken = relay_log::take_over(&mut log, &newest, epoch).await;
@@ -259,10 +297,14 @@ impl Relay {
                 reader: Arc::new(Mutex::new(self.connect().await?)),
                 publisher: Publisher::new(nats.clone()).await?,
                 stream,
-                unfinished: state.window.is_some(),
-                state,
-                chain: None,
+                state: *state,
+                unfinished: true,
+                under_way: None,
+                stored_up_to: 0,
+                found: Found::default(),
+                stream_created: None,
                 exceptions: Exceptions::default(),
+                method: Method::new(self.config.publish, can_batch),
                 progress: &self.progress,
                 paused: told_paused,
                 shutdown,

@@ -53,6 +53,8 @@ pub struct RelayReport {
     pub backlog: Option<i64>,
     /// The age of the oldest of them in seconds; none without a backlog.
     pub backlog_oldest_seconds: Option<f64>,
+    /// Events that are parked or on their way out; none while the database does not answer.
+    pub parked: Option<i64>,
     /// Whether it is healthy.
     pub healthy: bool,
     /// What it does, or why it does not get on.
@@ -64,7 +66,7 @@ impl Monitor {
     pub fn report(&self) -> RelayReport {
         let health = self.health();
         let position = self.position.borrow().clone();
-        let backlog = self.samples.borrow().as_ref().map(|sample| sample.backlog.clone());
+        let sample = self.samples.borrow().clone();
         RelayReport {
             holder: self.holder.clone(),
             stream: self.naming.stream.clone(),
@@ -76,8 +78,9 @@ impl Monitor {
             last_outbox_id: position.last_id,
             last_sequence: position.last_sequence,
             published: position.published,
-            backlog: backlog.as_ref().map(|backlog| backlog.events),
-            backlog_oldest_seconds: backlog.and_then(|backlog| backlog.oldest_seconds),
+            backlog: sample.as_ref().map(|sample| sample.backlog.events),
+            backlog_oldest_seconds: sample.as_ref().and_then(|sample| sample.backlog.oldest_seconds),
+            parked: sample.as_ref().map(|sample| sample.parked),
             healthy: health.ok,
             health: health.text,
         }

@@ -7,16 +7,17 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::chain::{Chain, Doubt, Sent};
+use super::chain::{Doubt, Sent};
 use super::progress::Progress;
 use super::reader::Prepared;
+use super::under_way::UnderWay;
 use crate::error::{Error, ErrorKind};
 use crate::fault;
 use crate::jetstream::Connection;
 use crate::jetstream::publisher::{Publisher, SendError};
 
 /// Payload bytes under way at most, beside the number of messages.
-const MAX_BYTES: usize = 8 << 20;
+pub(super) const MAX_BYTES: usize = 8 << 20;
 
 /// How a pump run ended.
 #[derive(Debug)]
@@ -36,42 +37,72 @@ pub(super) struct Limits {
     pub(super) ack_timeout: Duration,
 }
 
-/// A run over the rest of a window.
-pub(super) struct Pump<'a> {
-    pub(super) publisher: &'a mut Publisher,
+/// What every run needs.
+pub(super) struct Setting<'a> {
     pub(super) connection: &'a Connection,
-    pub(super) chain: &'a mut Chain,
     pub(super) progress: &'a Progress,
     pub(super) limits: Limits,
     pub(super) paused: watch::Receiver<bool>,
     pub(super) shutdown: &'a CancellationToken,
 }
 
+impl Setting<'_> {
+    /// Whether the relay is to publish no more, for now or for good.
+    pub(super) fn is_told_to_stop(&self) -> bool {
+        self.shutdown.is_cancelled() || *self.paused.borrow()
+    }
+}
+
+/// A run over the rest of a window.
+pub(super) struct Pump<'a> {
+    pub(super) publisher: &'a mut Publisher,
+    pub(super) under_way: &'a mut UnderWay,
+    pub(super) setting: Setting<'a>,
+}
+
 impl Pump<'_> {
+    /// Publishes what comes. Beside how it ended it returns an outbox id up to which everything of the window is stored,
+    /// for a stream where that cannot be read from its end; 0 when nothing is known.
     pub(super) async fn run(
         mut self,
+        chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+    ) -> Result<(Pumped, i64), Error> {
+        let (mut waiting, mut sending) = (VecDeque::new(), None);
+        let pumped = self.drain(chunks, &mut waiting, &mut sending).await?;
+        let next = waiting.front().map(|prepared: &Prepared| prepared.event.outbox_id);
+        let first = [self.under_way.first_outbox_id(), sending, next].into_iter().flatten().min();
+        Ok((pumped, first.map_or(0, |first| first - 1)))
+    }
+
+    async fn drain(
+        &mut self,
         mut chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+        waiting: &mut VecDeque<Prepared>,
+        sending: &mut Option<i64>,
     ) -> Result<Pumped, Error> {
-        let connection = self.connection.clone();
+        let connection = self.setting.connection.clone();
         let mut lost = std::pin::pin!(connection.lost());
-        let mut told_to_stop = std::pin::pin!(stop(self.shutdown.clone(), self.paused.clone()));
-        let mut waiting: VecDeque<Prepared> = VecDeque::new();
+        let mut told_to_stop = std::pin::pin!(stop(self.setting.shutdown.clone(), self.setting.paused.clone()));
         let (mut more, mut stopping) = (true, false);
         let mut heard = Instant::now();
         loop {
-            while !waiting.is_empty() && self.has_room() {
-                if self.chain.load().0 == 0 {
+            while self.has_room()
+                && let Some(next) = self.under_way.take_next(waiting)
+            {
+                if self.under_way.load().0 == 0 {
                     heard = Instant::now();
                 }
-                let sending = self.send_next(&mut waiting);
+                *sending = Some(next.event.outbox_id);
+                let sent = self.send(next);
                 tokio::select! {
                     biased;
                     () = &mut lost => return Ok(Pumped::Doubt(Doubt::ConnectionLost)),
-                    sent = sending => if let Some(doubt) = sent? { return Ok(Pumped::Doubt(doubt)) },
+                    sent = sent => if let Some(doubt) = sent? { return Ok(Pumped::Doubt(doubt)) },
                 }
+                *sending = None;
             }
-            self.progress.under_way(self.chain.load().0);
-            let idle = self.chain.load().0 == 0;
+            self.setting.progress.under_way(self.under_way.load().0);
+            let idle = self.under_way.load().0 == 0;
             if idle && waiting.is_empty() && !more {
                 return Ok(if stopping { Pumped::Stopped } else { Pumped::Done });
             }
@@ -88,7 +119,7 @@ impl Pump<'_> {
                     Some(chunk) => waiting.extend(chunk?),
                     None => more = false,
                 },
-                () = tokio::time::sleep_until(heard + self.limits.ack_timeout), if !idle => {
+                () = tokio::time::sleep_until(heard + self.setting.limits.ack_timeout), if !idle => {
                     return Ok(Pumped::Doubt(Doubt::Timeout { complaint: connection.complaint() }));
                 }
                 () = &mut told_to_stop, if !stopping => {
@@ -102,19 +133,19 @@ impl Pump<'_> {
     }
 
     fn has_room(&self) -> bool {
-        let (messages, bytes) = self.chain.load();
-        messages < self.limits.messages && bytes < MAX_BYTES
+        let (messages, bytes) = self.under_way.load();
+        messages < self.setting.limits.messages && bytes < MAX_BYTES
     }
 
-    async fn send_next(&mut self, waiting: &mut VecDeque<Prepared>) -> Result<Option<Doubt>, Error> {
-        let Some(Prepared { event, message }) = waiting.pop_front() else { return Ok(None) };
-        match self.publisher.send(self.chain.next_number(), message, self.chain.predecessor()).await {
+    async fn send(&mut self, next: Prepared) -> Result<Option<Doubt>, Error> {
+        let Prepared { event, message } = next;
+        match self.publisher.send(self.under_way.next_number(), message, self.under_way.predecessor()).await {
             Ok(()) => {
-                self.chain.sent(Sent { sent_at: Some(std::time::Instant::now()), ..event });
+                self.under_way.sent(Sent { sent_at: Some(std::time::Instant::now()), ..event });
                 fault::point("relay-sent");
                 Ok(None)
             }
-            Err(SendError::TooLarge { limit }) => Ok(Some(Doubt::TooLarge { event, limit })),
+            Err(SendError::TooLarge { limit }) => Ok(Some(Doubt::TooLarge { event: Box::new(event), limit })),
             Err(SendError::Closed) => Err(closed()),
         }
     }
@@ -126,9 +157,9 @@ impl Pump<'_> {
     ) -> Result<Option<Doubt>, Error> {
         let Some(mut answer) = first else { return Err(closed()) };
         loop {
-            match self.chain.answered(answer.0, answer.1) {
+            match self.under_way.answered(answer.0, answer.1) {
                 Ok(stored) => {
-                    self.progress.stored(&stored, self.chain.sequence());
+                    self.setting.progress.stored(&stored, self.under_way.sequence());
                     fault::point("relay-acknowledged");
                 }
                 Err(doubt) => return Ok(Some(doubt)),
@@ -142,13 +173,13 @@ impl Pump<'_> {
 }
 
 /// Returns when the relay is to publish no more, for now or for good.
-async fn stop(shutdown: CancellationToken, mut paused: watch::Receiver<bool>) {
+pub(super) async fn stop(shutdown: CancellationToken, mut paused: watch::Receiver<bool>) {
     tokio::select! {
         () = shutdown.cancelled() => {}
         Ok(_) = paused.wait_for(|paused| *paused) => {}
     }
 }
 
-fn closed() -> Error {
+pub(super) fn closed() -> Error {
     Error::new(ErrorKind::Broker, "the NATS client was closed")
 }

@@ -12,7 +12,7 @@ use super::progress::Position;
 use crate::config::{Naming, PostgresConfig};
 use crate::error::{Error, ErrorKind};
 use crate::health::Phase;
-use crate::postgres::{self, database_error, relay_log, status};
+use crate::postgres::{self, database_error, parked, relay_log, status};
 use crate::telemetry;
 
 /// The pause between two looks, at least.
@@ -26,6 +26,8 @@ const DEADLINE: Duration = Duration::from_secs(30);
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Sample {
     pub(super) backlog: status::Backlog,
+    /// Events that are parked or on their way out.
+    pub(super) parked: i64,
     /// The age of the longest open transaction in seconds; none when the role may not see it.
     oldest_transaction: Option<f64>,
 }
@@ -79,15 +81,17 @@ impl Sampler {
         // The leader knows better than its last report.
         let last_id = reported.max(own).unwrap_or(0);
         let backlog = status::backlog(&mut open, &state, last_id).await.map_err(failed)?;
+        let parked = parked::count(&mut open).await.map_err(failed)?;
         let oldest_transaction = status::oldest_transaction(&mut open).await.map_err(failed)?;
         *connection = Some(open);
-        Ok(Sample { backlog, oldest_transaction })
+        Ok(Sample { backlog, parked, oldest_transaction })
     }
 }
 
 struct Gauges {
     backlog: Gauge,
     oldest: Gauge,
+    parked: Gauge,
     oldest_transaction: Gauge,
 }
 
@@ -97,6 +101,7 @@ impl Gauges {
         Self {
             backlog: gauge(telemetry::RELAY_BACKLOG_EVENTS),
             oldest: gauge(telemetry::RELAY_BACKLOG_OLDEST_SECONDS),
+            parked: gauge(telemetry::RELAY_PARKED),
             oldest_transaction: gauge(telemetry::RELAY_OLDEST_TRANSACTION_SECONDS),
         }
     }
@@ -106,6 +111,7 @@ impl Gauges {
         let backlog = sample.map(|sample| &sample.backlog);
         self.backlog.set(backlog.map_or(f64::NAN, |backlog| backlog.events as f64));
         self.oldest.set(backlog.map_or(f64::NAN, |backlog| backlog.oldest_seconds.unwrap_or(0.0)));
+        self.parked.set(sample.map_or(f64::NAN, |sample| sample.parked as f64));
         self.oldest_transaction.set(sample.and_then(|sample| sample.oldest_transaction).unwrap_or(f64::NAN));
     }
 }

@@ -1,6 +1,5 @@
 //! What the integration tests share.
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
-#![allow(clippy::unwrap_used, reason = "these are tests")]
 
 mod certificates;
 mod database;

@@ -44,7 +44,10 @@ pub enum Act {
 }
 
 /// Writes a row per event, then does as it is told.
-pub struct Record(Arc<dyn Fn(&Delivery<Number>) -> Act + Send + Sync>);
+pub struct Record(Arc<Decide>);
+
+/// What to do with an event.
+type Decide = dyn Fn(&Delivery<Number>) -> Act + Send + Sync;
 
 impl Record {
     pub fn new(act: impl Fn(&Delivery<Number>) -> Act + Send + Sync + 'static) -> Self {

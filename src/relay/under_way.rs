@@ -1,0 +1,80 @@
+//! What is under way to the stream, in either way of keeping order.
+
+use std::collections::VecDeque;
+
+use super::chain::{Chain, Doubt, Sent};
+use super::keyed::Keyed;
+use super::reader::Prepared;
+use crate::jetstream::publisher::{Answer, Predecessor};
+
+/// The messages under way and the rule that keeps their order.
+#[derive(Debug)]
+pub(super) enum UnderWay {
+    /// To a stream that only this relay writes.
+    Chained(Chain),
+    /// To a stream with other writers.
+    Keyed(Keyed),
+}
+
+impl UnderWay {
+    /// The last sequence that is known to be ours.
+    pub(super) fn sequence(&self) -> u64 {
+        match self {
+            Self::Chained(chain) => chain.sequence(),
+            Self::Keyed(keyed) => keyed.sequence(),
+        }
+    }
+
+    /// Messages and payload bytes under way.
+    pub(super) fn load(&self) -> (usize, usize) {
+        match self {
+            Self::Chained(chain) => chain.load(),
+            Self::Keyed(keyed) => keyed.load(),
+        }
+    }
+
+    /// The lowest outbox id under way, where events can overtake each other.
+    pub(super) fn first_outbox_id(&self) -> Option<i64> {
+        match self {
+            Self::Chained(_) => None,
+            Self::Keyed(keyed) => keyed.first_outbox_id(),
+        }
+    }
+
+    pub(super) fn next_number(&self) -> u64 {
+        match self {
+            Self::Chained(chain) => chain.next_number(),
+            Self::Keyed(keyed) => keyed.next_number(),
+        }
+    }
+
+    /// Takes the next event that may be sent now.
+    pub(super) fn take_next(&self, waiting: &mut VecDeque<Prepared>) -> Option<Prepared> {
+        match self {
+            Self::Chained(_) => waiting.pop_front(),
+            Self::Keyed(keyed) => keyed.take_next(waiting, |prepared| &prepared.event),
+        }
+    }
+
+    /// What the next message must be behind; nothing in particular where others write too.
+    pub(super) fn predecessor(&self) -> Option<Predecessor> {
+        match self {
+            Self::Chained(chain) => Some(chain.predecessor()),
+            Self::Keyed(_) => None,
+        }
+    }
+
+    pub(super) fn sent(&mut self, event: Sent) {
+        match self {
+            Self::Chained(chain) => chain.sent(event),
+            Self::Keyed(keyed) => keyed.sent(event),
+        }
+    }
+
+    pub(super) fn answered(&mut self, number: u64, answer: Answer) -> Result<Vec<Sent>, Doubt> {
+        match self {
+            Self::Chained(chain) => chain.answered(number, answer),
+            Self::Keyed(keyed) => keyed.answered(number, answer),
+        }
+    }
+}
