@@ -8,11 +8,13 @@ use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::batch::BatchPump;
 use super::chain::{Chain, Doubt};
 use super::classify::Class;
 use super::keyed::Keyed;
+use super::method::Method;
 use super::progress::Progress;
-use super::pump::{Limits, Pump, Pumped};
+use super::pump::{Limits, Pump, Pumped, Setting};
 use super::reader::{Exceptions, Prepared, Reader, Remainder};
 use super::under_way::UnderWay;
 use super::{Mode, ParkPolicy, RelayConfig};
@@ -55,6 +57,7 @@ pub(super) struct Leader<'a> {
     /// In a shared stream: the outbox id up to which the open window is known to be stored.
     pub(super) stored_up_to: i64,
     pub(super) exceptions: Exceptions,
+    pub(super) method: Method,
     pub(super) progress: &'a Progress,
     pub(super) paused: watch::Receiver<bool>,
     pub(super) shutdown: &'a CancellationToken,
@@ -150,6 +153,7 @@ impl Leader<'_> {
         fault::point("relay-after-barrier");
         self.exceptions.present.clear();
         self.exceptions.renamed.clear();
+        self.method.window_opened();
         self.stored_up_to = 0;
         self.unfinished = true;
         Ok(())
@@ -234,19 +238,27 @@ impl Leader<'_> {
     }
 
     async fn publish(&mut self, chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>) -> Result<Pumped, Error> {
-        let Some(under_way) = &mut self.under_way else { return Ok(Pumped::Stopped) };
-        let pump = Pump {
-            publisher: &mut self.publisher,
+        let setting = Setting {
             connection: self.connection,
-            under_way,
             progress: self.progress,
             limits: Limits { messages: self.config.max_under_way, ack_timeout: self.config.ack_timeout },
             paused: self.paused.clone(),
             shutdown: self.shutdown,
         };
-        let (pumped, stored_up_to) = pump.run(chunks).await?;
-        self.stored_up_to = self.stored_up_to.max(stored_up_to);
-        Ok(pumped)
+        let publisher = &mut self.publisher;
+        match &mut self.under_way {
+            None => Ok(Pumped::Stopped),
+            Some(UnderWay::Chained(chain)) if self.method.batches() => {
+                BatchPump { publisher, chain, setting }.run(chunks).await
+            }
+            Some(under_way) => {
+                let (before, started) = (under_way.sequence(), Instant::now());
+                let (pumped, stored_up_to) = Pump { publisher, under_way, setting }.run(chunks).await?;
+                self.method.measured(under_way.sequence().saturating_sub(before), started.elapsed());
+                self.stored_up_to = self.stored_up_to.max(stored_up_to);
+                Ok(pumped)
+            }
+        }
     }
 
     fn report(&self, doubt: &Doubt) -> Class {
@@ -272,6 +284,8 @@ impl Leader<'_> {
     /// Does what the class of a doubt asks for, so that the next try can get further.
     async fn deal_with(&mut self, doubt: &Doubt, class: Class, failures: u32) -> Result<(), Error> {
         match (class, doubt) {
+            // The answer is for the batch. One by one it shows which event is meant.
+            (_, Doubt::Refused { .. }) if self.method.batches() => self.method.single_out(),
             (Class::Park, _) => {
                 if let Some(event) = doubt.event() {
                     parked::park(

@@ -3,10 +3,12 @@
 //! Any number of relays may run on one outbox; one leads, the others stand by. The way of an event:
 //! `leader` opens a window in the relay's log, `reader` reads its rows, `pump` publishes them, `chain` keeps their order.
 
+mod batch;
 mod chain;
 mod classify;
 mod keyed;
 mod leader;
+mod method;
 mod monitor;
 mod progress;
 mod pump;
@@ -37,6 +39,8 @@ use crate::postgres::relay_log::{self, Appended};
 use crate::postgres::relay_status::{self, Report};
 use crate::postgres::{self, database_error, lease, pause, prune};
 use leader::Leader;
+use method::Method;
+pub use method::PublishMethod;
 pub use monitor::{Monitor, RelayReport};
 use progress::{Position, Progress};
 use reader::Exceptions;
@@ -74,6 +78,8 @@ pub struct RelayConfig {
     pub park_policy: ParkPolicy,
     /// The outbox's database.
     pub postgres: PostgresConfig,
+    /// How messages go to an exclusive stream. Defaults to [`PublishMethod::Auto`].
+    pub publish: PublishMethod,
     /// How often old events are removed. Defaults to one minute.
     pub prune_interval: Duration,
     /// How long events stay in the outbox after they were written, for replay and proof; what is not in the stream yet
@@ -118,6 +124,7 @@ impl RelayConfig {
             once: false,
             park_policy: ParkPolicy::Block,
             postgres,
+            publish: PublishMethod::Auto,
             prune_interval: Duration::from_mins(1),
             retention: Duration::from_hours(7 * 24),
             unhealthy_after: Duration::from_secs(30),
@@ -246,6 +253,16 @@ impl Relay {
         Err(Error::new(ErrorKind::NotReady, format!("stream {stream} would lose events: {}", problems.join("; "))))
     }
 
+    /// Whether the server writes an atomic batch to disk at once, and the stream allows batches.
+    /// When that cannot be found out now, messages are chained, which is always right.
+    async fn can_batch(&self, nats: &Connection, stream: &StreamReader) -> bool {
+        if self.config.mode == Mode::Shared || !nats.client.is_server_compatible(2, 15, 0) {
+            return false;
+        }
+        let info = stream.info().await;
+        info.is_ok_and(|info| info.config.allow_atomic_publish && info.config.num_replicas == 1)
+    }
+
     async fn lead(
         &self,
         epoch: i64,
@@ -261,6 +278,7 @@ impl Relay {
         let (paused, told_paused) = watch::channel(was_paused);
         let heartbeat = self.heartbeat(epoch, self.progress.subscribe(), paused);
         let leading = async {
+            let can_batch = self.can_batch(nats, &stream).await;
             let newest = relay_log::newest(&mut log).await;
             let newest = newest.map_err(|error| database_error("reading the relay's log failed", error))?;
             let taken = relay_log::take_over(&mut log, &newest, epoch).await;
@@ -281,6 +299,7 @@ impl Relay {
                 under_way: None,
                 stored_up_to: 0,
                 exceptions: Exceptions::default(),
+                method: Method::new(self.config.publish, can_batch),
                 progress: &self.progress,
                 paused: told_paused,
                 shutdown,
