@@ -13,6 +13,9 @@ mod monitor;
 mod progress;
 mod pump;
 mod reader;
+mod restore;
+mod resume;
+mod rewind;
 mod sample;
 mod under_way;
 
@@ -44,6 +47,7 @@ pub use method::PublishMethod;
 pub use monitor::{Monitor, RelayReport};
 use progress::{Position, Progress};
 use reader::Exceptions;
+use resume::Found;
 use sample::{Sample, Sampler};
 
 /// The lease of the leading relay.
@@ -174,7 +178,7 @@ impl Relay {
         let mut failures = 0;
         let mut started = false;
         while !shutdown.is_cancelled() {
-            let run = self.serve(&shutdown, &mut started, &mut failures).await;
+            let run = Box::pin(self.serve(&shutdown, &mut started, &mut failures)).await;
             self.nats.send_replace(None);
             match run {
                 Ok(()) => break,
@@ -285,7 +289,6 @@ impl Relay {
             let Appended::Yes(state) = taken.map_err(|error| database_error("taking the lead failed", error))? else {
                 return Err(Error::new(ErrorKind::Fenced, "another relay was faster at taking the lead"));
             };
-            tracing::debug!(epoch = state.epoch, seq = state.seq, cluster = state.system_identifier, "took the lead");
             let leader = Leader {
                 config: &self.config,
                 naming: self.naming.clone(),
@@ -294,10 +297,12 @@ impl Relay {
                 reader: Arc::new(Mutex::new(self.connect().await?)),
                 publisher: Publisher::new(nats.clone()).await?,
                 stream,
-                unfinished: state.window.is_some(),
-                state,
+                state: *state,
+                unfinished: true,
                 under_way: None,
                 stored_up_to: 0,
+                found: Found::default(),
+                stream_created: None,
                 exceptions: Exceptions::default(),
                 method: Method::new(self.config.publish, can_batch),
                 progress: &self.progress,
