@@ -2,7 +2,9 @@
 
 use std::fmt;
 
-use sqlx::{AssertSqlSafe, PgConnection};
+use sqlx::{AssertSqlSafe, PgTransaction};
+
+use super::session::Session;
 
 /// The checked name of a function, with or without schema.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,23 +40,26 @@ impl fmt::Display for FunctionName {
     }
 }
 
-/// Calls the function for each event (CloudEvents JSON) in order, in one statement.
+/// Calls the function for each event (CloudEvents JSON) in order, in one statement. `pooled` when a pooler in transaction
+/// mode may stand in between, so that a prepared statement has no name.
 pub(crate) async fn call(
-    connection: &mut PgConnection,
+    tx: &mut PgTransaction<'_>,
+    pooled: bool,
     function: &FunctionName,
     events: &[String],
 ) -> Result<(), sqlx::Error> {
-    // Ordered in the subquery, so that the calls are made in that order.
+    // Ordered in the subquery, so that the calls are made in that order. `is null`, because about a type of the
+    // application's own, as the function's result may be, the driver would ask with a named statement.
     let statement = format!(
-        "select {}(event) from (
+        "select {}(event) is null from (
             select text::jsonb as event from unnest($1::text[]) with ordinality as e(text, n) order by n) as ordered",
         function.quoted()
     );
-    sqlx::query(AssertSqlSafe(statement)).bind(events).execute(connection).await.map(|_| ())
+    sqlx::query(AssertSqlSafe(statement)).bind(events).persistent(!pooled).execute(&mut **tx).await.map(|_| ())
 }
 
 /// Whether the function is there and takes one jsonb.
-pub(crate) async fn check(connection: &mut PgConnection, function: &FunctionName) -> Result<bool, sqlx::Error> {
+pub(crate) async fn check(connection: &mut Session, function: &FunctionName) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar("select to_regprocedure($1) is not null")
         .bind(format!("{}(jsonb)", function.quoted()))
         .fetch_one(connection)

@@ -1,8 +1,9 @@
 //! The relay's progress: a log of states, the newest one valid, fenced by its own primary key.
 
+use sqlx::Row;
 use sqlx::postgres::PgRow;
-use sqlx::{PgConnection, Row};
 
+use super::session::Session;
 use super::snapshot::Mark;
 
 /// The relay's state as the log holds it.
@@ -35,7 +36,7 @@ pub(crate) enum Appended {
 }
 
 /// The newest state.
-pub(crate) async fn newest(connection: &mut PgConnection) -> Result<State, sqlx::Error> {
+pub(crate) async fn newest(connection: &mut Session) -> Result<State, sqlx::Error> {
     let row = sqlx::query(
         "select seq, epoch, settled::text, settled_id, settled_xid::text, target::text, target_id, target_xid::text,
                 stream, base_sequence, system_identifier
@@ -47,11 +48,7 @@ pub(crate) async fn newest(connection: &mut PgConnection) -> Result<State, sqlx:
 }
 
 /// Appends the same state under a new epoch. From then on no earlier leader can append.
-pub(crate) async fn take_over(
-    connection: &mut PgConnection,
-    after: &State,
-    epoch: i64,
-) -> Result<Appended, sqlx::Error> {
+pub(crate) async fn take_over(connection: &mut Session, after: &State, epoch: i64) -> Result<Appended, sqlx::Error> {
     appended(
         sqlx::query(
             "insert into aftercommit.relay_log
@@ -76,7 +73,7 @@ pub(crate) async fn take_over(
 /// PostgreSQL's log is sequential: once it is on disk, so is every commit that the new target sees. It must run in a
 /// transaction of its own, so that its transaction id is taken after the sequence was read.
 pub(crate) async fn open_window(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     after: &State,
     stream: &str,
     base_sequence: u64,
@@ -110,7 +107,7 @@ pub(crate) async fn open_window(
 }
 
 /// Closes the open window: everything up to its target is handled.
-pub(crate) async fn settle(connection: &mut PgConnection, after: &State) -> Result<Appended, sqlx::Error> {
+pub(crate) async fn settle(connection: &mut Session, after: &State) -> Result<Appended, sqlx::Error> {
     appended(
         sqlx::query(
             "insert into aftercommit.relay_log (seq, epoch, settled, settled_id, settled_xid, system_identifier)

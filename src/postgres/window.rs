@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
+use sqlx::Row;
 use sqlx::postgres::PgRow;
-use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
+use super::session::Session;
 use super::snapshot::{Mark, xids};
 
 /// An event of the outbox.
@@ -41,7 +42,7 @@ pub(crate) struct Look {
 }
 
 /// Looks whether rows that `settled` does not hold can be read, at a cost that does not depend on the outbox's size.
-pub(crate) async fn look(connection: &mut PgConnection, settled: &Mark) -> Result<Look, sqlx::Error> {
+pub(crate) async fn look(connection: &mut Session, settled: &Mark) -> Result<Look, sqlx::Error> {
     let row = sqlx::query(
         "select exists (select from aftercommit.outbox where id > $1)
              or exists (
@@ -66,7 +67,7 @@ pub(crate) async fn look(connection: &mut PgConnection, settled: &Mark) -> Resul
 /// the new rows by primary key. Each branch is written so that just one index can serve it, whatever the statistics
 /// say: the row comparison fits only the index on (xid, id).
 pub(crate) async fn page(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     settled: &Mark,
     target: &Mark,
     after: i64,
@@ -100,7 +101,7 @@ pub(crate) async fn page(
 }
 
 async fn stragglers(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     ended: &[u64],
     after: i64,
     last_id: i64,
@@ -127,7 +128,7 @@ async fn stragglers(
 }
 
 /// One event by its outbox id.
-pub(crate) async fn one(connection: &mut PgConnection, id: i64) -> Result<OutboxEvent, sqlx::Error> {
+pub(crate) async fn one(connection: &mut Session, id: i64) -> Result<OutboxEvent, sqlx::Error> {
     let row = sqlx::query(
         "select id, event_id, type, version, key, content_type, created_at, headers::text, payload
            from aftercommit.outbox where id = $1",
@@ -139,7 +140,7 @@ pub(crate) async fn one(connection: &mut PgConnection, id: i64) -> Result<Outbox
 }
 
 /// Headers and payload of a large event.
-pub(crate) async fn body(connection: &mut PgConnection, id: i64) -> Result<Body, sqlx::Error> {
+pub(crate) async fn body(connection: &mut Session, id: i64) -> Result<Body, sqlx::Error> {
     let row = sqlx::query("select headers::text, payload from aftercommit.outbox where id = $1")
         .bind(id)
         .fetch_one(connection)
@@ -149,7 +150,7 @@ pub(crate) async fn body(connection: &mut PgConnection, id: i64) -> Result<Body,
 
 /// Whether the outbox has this event under this id and `settled` does not hold it.
 pub(crate) async fn is_unsettled(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     settled: &Mark,
     id: i64,
     event_id: Uuid,

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::join_all;
-use sqlx::{PgConnection, PgTransaction};
+use sqlx::PgTransaction;
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -20,6 +20,7 @@ use crate::jetstream::stored::Source;
 use crate::postgres::connections::Connections;
 use crate::postgres::dead_letter::{self, DeadLetter};
 use crate::postgres::lease::Tenure;
+use crate::postgres::session::Session;
 use crate::postgres::{self, function, inbox};
 
 use super::handler::HandlerError;
@@ -277,7 +278,7 @@ impl Lane {
         result
     }
 
-    async fn transact_on(&self, connection: &mut PgConnection, group: &[&Queued]) -> Result<(), Trouble> {
+    async fn transact_on(&self, connection: &mut Session, group: &[&Queued]) -> Result<(), Trouble> {
         let limit = self.subscriber.settings.time_limit;
         let mut tx = self.own(inbox::begin(connection, limit)).await.map_err(Trouble::Outage)?;
         match self.fill(&mut tx, group).await {
@@ -300,7 +301,8 @@ impl Lane {
     async fn fill(&self, tx: &mut PgTransaction<'_>, group: &[&Queued]) -> Result<(), Trouble> {
         let rows: Vec<(Uuid, i64)> =
             group.iter().map(|queued| (queued.event.id.as_uuid(), queued.position())).collect();
-        let fresh = self.own_or_conflict(inbox::insert(tx, &self.subscriber.name, &rows)).await;
+        let fresh =
+            self.own_or_conflict(inbox::insert(tx, self.connections.pooled(), &self.subscriber.name, &rows)).await;
         // Nothing of the events has run yet, so none of them is to blame.
         let fresh = fresh.map_err(|trouble| match trouble {
             Trouble::Failed { at, error } if timed_out(&error) => Trouble::Interrupted { at, error },
@@ -316,7 +318,7 @@ impl Lane {
                 let new = group.iter().filter(|queued| fresh.remove(&queued.event.id.as_uuid()).is_some());
                 let events: Vec<String> = new.map(|queued| queued.event.to_json()).collect();
                 if !events.is_empty() {
-                    let call = function::call(tx, function, &events);
+                    let call = function::call(tx, self.connections.pooled(), function, &events);
                     self.limited(call).await.map_err(|error| trouble(None, error))?;
                 }
             }
@@ -332,7 +334,8 @@ impl Lane {
             }
         }
         if !failed.is_empty() {
-            self.own_or_conflict(inbox::clear_attempts(tx, &self.subscriber.name, &failed)).await?;
+            self.own_or_conflict(inbox::clear_attempts(tx, self.connections.pooled(), &self.subscriber.name, &failed))
+                .await?;
         }
         Ok(())
     }

@@ -27,7 +27,7 @@ pub struct Outbox {
 impl Outbox {
     /// In this database and on this server.
     pub async fn new(database_url: String, nats_url: String) -> Self {
-        let postgres = PostgresConfig { url: database_url.clone() };
+        let postgres = PostgresConfig::new(database_url.clone());
         let nats = NatsConfig { url: nats_url, ..NatsConfig::default() };
         let name = unique_name("t");
         let naming = Naming {

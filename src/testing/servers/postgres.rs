@@ -106,7 +106,7 @@ impl Postgres {
     /// When the server cannot be reached.
     pub async fn create_database(&self) -> Result<String, Error> {
         let name = unique_name("test");
-        let config = PostgresConfig { url: self.url("postgres") };
+        let config = PostgresConfig::new(self.url("postgres"));
         let mut connection = connect(&config, APPLICATION).await?;
         database::create(&mut connection, &name).await?;
         Ok(self.url(&name))
@@ -188,7 +188,7 @@ impl Postgres {
         let mut command = Command::new(self.binaries.join("postgres"));
         command.arg("-D").arg(self.instance.directory().join("data")).args(["-p", &self.port.to_string()]);
         self.instance.start(&command, self.owner)?;
-        let (config, name) = (PostgresConfig { url: self.url("postgres") }, self.instance.name());
+        let (config, name) = (PostgresConfig::new(self.url("postgres")), self.instance.name());
         // The name tells that it is our server that answers.
         let is_ready = async || match connect(&config, APPLICATION).await {
             Ok(mut connection) => database::cluster_name(&mut connection).await.is_ok_and(|answer| answer == name),
