@@ -60,6 +60,7 @@ impl Outbox {
         let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit-relay"));
         command
             .env("DATABASE_URL", &self.postgres.url)
+            .env("AFTERCOMMIT_PGBOUNCER", self.postgres.pooled.to_string())
             .env("NATS_URL", &self.nats.url)
             .env("AFTERCOMMIT_STREAM", &self.naming.stream)
             .env("AFTERCOMMIT_SUBJECT_PREFIX", self.naming.prefix.to_string())

@@ -95,6 +95,14 @@ impl Postgres {
         format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
     }
 
+    pub(super) fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub(super) fn name(&self) -> String {
+        self.instance.name()
+    }
+
     /// The file with the server's output. It disappears with the server.
     pub fn log(&self) -> PathBuf {
         self.instance.log()
