@@ -11,25 +11,32 @@ create table aftercommit.lease (
 -- transactions update slows down while any snapshot is held, a log does not. The primary key is the fence: a writer
 -- appends at the successor of the state that it acted on, so of two leaders one fails.
 --
--- A mark is a moment of the outbox in three parts: a snapshot, then the last value of the id sequence read after it,
+-- A mark is a moment of the outbox in four parts: a snapshot, then the last value of the id sequence read after it,
 -- then the next transaction id read after that. A row that the snapshot does not see has an id above the second, or
 -- its transaction is one that was running then: in the snapshot's list, or from the snapshot's xmax up to the third.
+-- The fourth is the floor: rows with ids up to there came from another cluster in a dump, so their transaction ids
+-- mean nothing; the mark holds them all.
 create table aftercommit.relay_log (
     seq               bigint      primary key,
     epoch             bigint      not null,
     settled           pg_snapshot not null,  -- everything that this mark holds has been handled
     settled_id        bigint      not null,
     settled_xid       xid8        not null,
+    settled_floor     bigint      not null default 0,
     target            pg_snapshot,           -- open window: what this mark holds and `settled` does not
     target_id         bigint,
     target_xid        xid8,
-    stream            text,                  -- where the open window goes
-    base_sequence     bigint,                -- the stream's last sequence when the window was opened
-    system_identifier bigint      not null,  -- the cluster in which the snapshots mean something
+    floor             bigint      not null default 0,  -- the floor of the target and of every later mark
+    stream            text,                  -- where it goes; null before the first window
+    stream_created    timestamptz,           -- tells a stream from another one of the same name
+    base_sequence     bigint,                -- what is settled lies at or before this sequence, the rest behind it
+    scattered         boolean     not null default false,  -- what lies behind it is in no known order: look each up
+    system_identifier bigint      not null,  -- the cluster that this state was written in
     created_at        timestamptz not null default clock_timestamp(),
 
-    constraint relay_log_window_is_whole
-        check (num_nulls(target, target_id, target_xid, stream, base_sequence) in (0, 5))
+    constraint relay_log_window_is_whole check (num_nulls(target, target_id, target_xid) in (0, 3)),
+    constraint relay_log_base_is_whole check (num_nulls(stream, stream_created, base_sequence) in (0, 3)),
+    constraint relay_log_window_has_a_base check (target is null or stream is not null)
 );
 
 -- The first state: nothing is settled.

@@ -48,7 +48,7 @@ pub async fn publish(config: &PostgresConfig, event: RawEvent) -> Result<EventId
     let failed = |error| postgres::database_error("writing the event failed", error);
     let mut session = postgres::connect(config, "aftercommit-publish").await?;
     let mut tx = session.begin().await.map_err(failed)?;
-    let id = outbox::publish_through(config.pooled, &mut tx, event).await.map_err(publish_error)?;
+    let id = outbox::publish_through(config.pooled, tx.for_others(), event).await.map_err(publish_error)?;
     tx.commit().await.map_err(failed)?;
     Ok(id)
 }

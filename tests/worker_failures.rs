@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use aftercommit::backoff::Backoff;
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Delivery, HandlerError, Subscriber};
+use futures_util::StreamExt;
 use support::{Act, Number, Record, SOON, Work};
 
 const QUICK: Backoff = Backoff { first: Duration::from_millis(5), max: Duration::from_millis(50) };
@@ -26,6 +27,10 @@ fn poison(act: impl Fn(&Delivery<Number>) -> Act + Send + Sync + 'static) -> Sub
 async fn after_the_last_attempt_an_event_is_a_dead_letter_and_its_key_goes_on() {
     let work = Work::shared().await;
     work.send_many(&["bad", "a"], 5).await;
+    let client = async_nats::connect(&work.outbox.nats.url).await.unwrap();
+    let subject = format!("$JS.EVENT.ADVISORY.CONSUMER.MSG_TERMINATED.{}.poison", work.outbox.naming.stream);
+    let mut advisories = client.subscribe(subject).await.unwrap();
+    client.flush().await.unwrap();
     let failing = |_: &Delivery<Number>| Act::Fail(HandlerError::retry("the printer is on fire"));
     let worker = work.run(poison(failing).max_attempts(3)).await;
     work.wait_for(9).await;
@@ -34,6 +39,12 @@ async fn after_the_last_attempt_an_event_is_a_dead_letter_and_its_key_goes_on() 
     work.assert_in_order(&["a"], 5).await;
     assert!(work.attempts().await.is_empty());
     work.wait_until_acked("poison").await;
+    let advisory = tokio::time::timeout(SOON, advisories.next()).await.unwrap().unwrap();
+    let advisory: serde_json::Value = serde_json::from_slice(&advisory.payload).unwrap();
+    assert_eq!(
+        (advisory["reason"].as_str(), advisory["stream_seq"].as_u64()),
+        (Some("the printer is on fire"), Some(1))
+    );
     worker.stop().await;
 }
 

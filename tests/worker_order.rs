@@ -157,8 +157,7 @@ async fn a_frozen_instance_that_wakes_up_late_does_no_harm() {
     .execute(&work.outbox.pool)
     .await
     .unwrap();
-    let file =
-        "[[subscriber]]\nname = \"frozen\"\ntypes = [\"*\"]\nsql = { function = \"apply\" }\ntime_limit = \"2s\"\n";
+    let file = "[[subscriber]]\nname = \"frozen\"\ntypes = [\"*\"]\nsql = { function = \"apply\" }\ntime_limit = \"2s\"\nack_wait = \"3s\"\n";
     work.send_many(&KEYS, 100).await;
     let first = work.process(file);
     work.wait_for(50).await;
@@ -233,7 +232,6 @@ async fn killed_at_every_step() {
     for key in KEYS {
         assert_eq!(work.numbers(key).await, (1..=30).filter(|n| *n != 7).collect::<Vec<_>>(), "key {key}");
     }
-    // A crash behind the count of an attempt is a failed attempt all the same.
     assert!(work.dead_letters().await.iter().all(|(n, attempts, _)| *n == 7 && *attempts == 3));
     assert_eq!(last.stop(), Some(0));
 }

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::http::{self, HttpArgs};
 use super::{NamingArgs, NatsArgs, PostgresArgs, fail, run_role};
 use crate::error::Error;
-use crate::relay::{Mode, ParkPolicy, Relay, RelayConfig};
+use crate::relay::{Mode, ParkPolicy, PublishMethod, Relay, RelayConfig};
 
 const NAME: &str = "aftercommit-relay";
 
@@ -26,6 +26,9 @@ struct Cli {
     /// Who writes to the stream
     #[arg(long, env = "AFTERCOMMIT_MODE", value_enum, default_value = "exclusive")]
     mode: Writers,
+    /// How messages go to an exclusive stream
+    #[arg(long, env = "AFTERCOMMIT_PUBLISH", value_enum, default_value = "auto")]
+    publish: Publish,
     /// Publish what is there, then end with status 0
     #[arg(long)]
     once: bool,
@@ -45,6 +48,16 @@ enum Writers {
     Exclusive,
     /// Others, too
     Shared,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Publish {
+    /// Chained; in batches when the server waits for its disk with each message and can take them
+    Auto,
+    /// Many messages under way, each naming its predecessor
+    Chained,
+    /// In atomic batches of up to 1,000
+    Batched,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -73,6 +86,11 @@ impl Cli {
             park_policy: match self.park_policy {
                 Policy::Block => ParkPolicy::Block,
                 Policy::Skip => ParkPolicy::Skip,
+            },
+            publish: match self.publish {
+                Publish::Auto => PublishMethod::Auto,
+                Publish::Chained => PublishMethod::Chained,
+                Publish::Batched => PublishMethod::Batched,
             },
             retention: Duration::from_secs_f64(self.retention_days * 86_400.0),
             unhealthy_after: self.http.unhealthy_after,

@@ -398,3 +398,24 @@ impl Feed {
 fn detached(payload: &Bytes) -> Bytes {
     Bytes::copy_from_slice(payload)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_is_full_by_number_or_by_size_and_room_comes_back() {
+        let budget = Budget::new(3, 1000);
+        assert_eq!(budget.room(100), 3);
+        assert_eq!(budget.room(600), 2, "what is on its way may exceed the size by one message");
+        let small = budget.take(100);
+        let large = budget.take(900);
+        assert!(budget.is_full());
+        drop(large);
+        assert_eq!(budget.room(1), 2);
+        let more = [budget.take(1), budget.take(1)];
+        assert!(budget.is_full());
+        drop((small, more));
+        assert_eq!(budget.room(100), 3);
+    }
+}

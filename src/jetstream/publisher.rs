@@ -47,6 +47,17 @@ pub(crate) struct Predecessor {
     pub(crate) message_id: Option<String>,
 }
 
+/// Where a message stands in an atomic batch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BatchPlace<'a> {
+    pub(crate) id: &'a str,
+    /// From 1.
+    pub(crate) position: usize,
+    pub(crate) last: bool,
+    /// The stream's last sequence before the batch.
+    pub(crate) behind: u64,
+}
+
 /// The server's answer to one message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Answer {
@@ -96,27 +107,54 @@ impl Publisher {
     pub(crate) async fn send(
         &mut self,
         number: u64,
-        message: Outgoing,
+        mut message: Outgoing,
         behind: Option<Predecessor>,
     ) -> Result<(), SendError> {
-        let Outgoing { subject, mut headers, payload } = message;
         if let Some(behind) = behind {
-            headers.insert(NATS_EXPECTED_LAST_SEQUENCE, behind.sequence.to_string());
+            message.headers.insert(NATS_EXPECTED_LAST_SEQUENCE, behind.sequence.to_string());
             if let Some(id) = behind.message_id {
-                headers.insert(NATS_EXPECTED_LAST_MESSAGE_ID, id);
+                message.headers.insert(NATS_EXPECTED_LAST_MESSAGE_ID, id);
             }
         }
-        let reply = format!("{}.{}.{number}", self.inbox, self.generation);
+        self.hand_over(Some(number), message).await
+    }
+
+    /// Hands one message of an atomic batch to the connection, as ADR-50 of the NATS architecture wants them. The first
+    /// is answered when it opens the batch, the last when all of them are stored.
+    pub(crate) async fn send_in_batch(
+        &mut self,
+        number: u64,
+        mut message: Outgoing,
+        place: BatchPlace<'_>,
+    ) -> Result<(), SendError> {
+        let BatchPlace { id, position, last, behind } = place;
+        message.headers.insert("Nats-Batch-Id", id);
+        message.headers.insert("Nats-Batch-Sequence", position.to_string());
+        if position == 1 {
+            message.headers.insert(NATS_EXPECTED_LAST_SEQUENCE, behind.to_string());
+        }
+        if last {
+            message.headers.insert("Nats-Batch-Commit", "1");
+        }
+        self.hand_over((position == 1 || last).then_some(number), message).await
+    }
+
+    async fn hand_over(&mut self, answer_to: Option<u64>, message: Outgoing) -> Result<(), SendError> {
+        let Outgoing { subject, headers, payload } = message;
         let size = payload.len() + header_bytes(&headers);
         let limit = self.connection.client.max_payload();
         if size > limit {
             return Err(SendError::TooLarge { limit });
         }
-        self.connection
-            .client
-            .publish_with_reply_and_headers(subject, reply, headers, payload)
-            .await
-            .map_err(|_| SendError::Closed)
+        let client = &self.connection.client;
+        match answer_to {
+            Some(number) => {
+                let reply = format!("{}.{}.{number}", self.inbox, self.generation);
+                client.publish_with_reply_and_headers(subject, reply, headers, payload).await
+            }
+            None => client.publish_with_headers(subject, headers, payload).await,
+        }
+        .map_err(|_| SendError::Closed)
     }
 
     /// Waits for the next answer: the number of the message and what became of it. None when the client is closed.

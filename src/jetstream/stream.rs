@@ -1,9 +1,12 @@
 //! What is in the stream: its last sequence and single messages, always as its leader says.
 
+use std::ops::RangeInclusive;
+
 use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::stream::{Info, RawMessageErrorKind};
 use async_nats::jetstream::{self, Context, ErrorCode};
-use futures_util::StreamExt;
+use chrono::{DateTime, Utc};
+use futures_util::{StreamExt, TryStreamExt};
 use uuid::Uuid;
 
 use super::Connection;
@@ -15,6 +18,19 @@ use crate::error::{Error, ErrorKind};
 pub(crate) struct StreamReader {
     context: Context,
     name: String,
+}
+
+/// Messages that are read at the same time.
+const READS: usize = 32;
+
+/// What there is of a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Extent {
+    /// In whole microseconds.
+    pub(crate) created: DateTime<Utc>,
+    /// The sequence of the first message, one above `last` when there is none.
+    pub(crate) first: u64,
+    pub(crate) last: u64,
 }
 
 /// Who a stored message says it is.
@@ -55,6 +71,22 @@ impl StreamReader {
             _ => Error::with_source(ErrorKind::Broker, format!("cannot read stream {}", self.name), error),
         })?;
         Ok(stream.cached_info().clone())
+    }
+
+    /// Where the stream begins and ends.
+    pub(crate) async fn extent(&self) -> Result<Extent, Error> {
+        let info = self.info().await?;
+        let micros = i64::try_from(info.created.unix_timestamp_nanos() / 1000).ok();
+        let created = micros.and_then(DateTime::from_timestamp_micros).unwrap_or_default();
+        let last = info.state.last_sequence;
+        let first = if info.state.messages == 0 { last + 1 } else { info.state.first_sequence };
+        Ok(Extent { created, first, last })
+    }
+
+    /// The messages in a range of sequences, in order. What was deleted is left out.
+    pub(crate) async fn messages(&self, range: RangeInclusive<u64>) -> Result<Vec<Stored>, Error> {
+        let reads = futures_util::stream::iter(range).map(|sequence| self.message(sequence)).buffered(READS);
+        reads.try_filter_map(async |message| Ok(message)).try_collect().await
     }
 
     /// Where all consumers of the stream stand.

@@ -30,11 +30,6 @@ impl Connections {
         Ok(Self { options: super::options(config, application)?, pooled: config.pooled, idle: Mutex::default() })
     }
 
-    /// Whether a pooler in transaction mode may stand in between: statements in a transaction must then be unnamed.
-    pub(crate) fn pooled(&self) -> bool {
-        self.pooled
-    }
-
     /// An idle connection, or a new one.
     pub(crate) async fn take(&self) -> Result<Session, sqlx::Error> {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();

@@ -15,12 +15,12 @@ pub(crate) struct DeadLetter<'a> {
     pub(crate) stream_seq: i64,
     pub(crate) event: &'a Envelope,
     pub(crate) reason: &'a str,
-    /// Whether the last failure is counted in `aftercommit.attempt` already.
-    pub(crate) counted: bool,
 }
 
 /// Writes the dead letter, the inbox row that says so, and ends the counting of attempts, all in one statement.
-/// False when the tenure is over: nothing was written. An event that is done already stays as it is.
+/// The attempt that
+/// failed last is counted here. False when the tenure is over: nothing was written. An event that is done already stays
+/// as it is.
 pub(crate) async fn insert(
     connection: &mut Session,
     tenure: &Tenure,
@@ -44,9 +44,11 @@ pub(crate) async fn insert(
                 (subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type,
                  stream, stream_seq, attempts, reason, first_failed_at)
             select $4, $5, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $6,
-                   coalesce((select attempts from failed), 0) + $17, $18,
+                   coalesce((select attempts from failed), 0) + 1, $17,
                    coalesce((select first_failed_at from failed), clock_timestamp())
-              from done)
+              from done
+            on conflict (subscriber, event_id) do update
+               set attempts = excluded.attempts, reason = excluded.reason, dead_at = excluded.dead_at)
          select exists (select from tenure)",
     )
     .bind(&tenure.name)
@@ -65,7 +67,6 @@ pub(crate) async fn insert(
     .bind(event.payload.as_ref())
     .bind(storable(&event.content_type))
     .bind(letter.stream)
-    .bind(i32::from(!letter.counted))
     .bind(storable(letter.reason))
     .fetch_one(connection)
     .await?;

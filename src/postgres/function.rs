@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use sqlx::{AssertSqlSafe, PgTransaction};
+use sqlx::AssertSqlSafe;
 
-use super::session::Session;
+use super::session::{Session, Tx};
 
 /// The checked name of a function, with or without schema.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,14 +40,8 @@ impl fmt::Display for FunctionName {
     }
 }
 
-/// Calls the function for each event (CloudEvents JSON) in order, in one statement. `pooled` when a pooler in transaction
-/// mode may stand in between, so that a prepared statement has no name.
-pub(crate) async fn call(
-    tx: &mut PgTransaction<'_>,
-    pooled: bool,
-    function: &FunctionName,
-    events: &[String],
-) -> Result<(), sqlx::Error> {
+/// Calls the function for each event (CloudEvents JSON) in order, in one statement.
+pub(crate) async fn call(tx: &mut Tx<'_>, function: &FunctionName, events: &[String]) -> Result<(), sqlx::Error> {
     // Ordered in the subquery, so that the calls are made in that order. `is null`, because about a type of the
     // application's own, as the function's result may be, the driver would ask with a named statement.
     let statement = format!(
@@ -55,7 +49,7 @@ pub(crate) async fn call(
             select text::jsonb as event from unnest($1::text[]) with ordinality as e(text, n) order by n) as ordered",
         function.quoted()
     );
-    sqlx::query(AssertSqlSafe(statement)).bind(events).persistent(!pooled).execute(&mut **tx).await.map(|_| ())
+    sqlx::query(AssertSqlSafe(statement)).bind(events).execute(tx).await.map(|_| ())
 }
 
 /// Whether the function is there and takes one jsonb.

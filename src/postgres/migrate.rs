@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use sqlx::migrate::{Migration, Migrator};
-use sqlx::{AssertSqlSafe, Executor, PgTransaction, Row};
+use sqlx::{AssertSqlSafe, Executor, Row};
 
-use super::session::Session;
+use super::session::{Session, Tx};
 use crate::error::{Error, ErrorKind};
 
 /// Where applied migrations are recorded.
@@ -55,7 +55,7 @@ pub(crate) async fn run(session: &mut Session) -> Result<Vec<String>, Error> {
 
 /// The versions that are recorded, each with its checksum. A schema without a record is somebody else's work, not ours
 /// to go on with.
-async fn applied(tx: &mut PgTransaction<'_>) -> Result<BTreeMap<i64, Vec<u8>>, Error> {
+async fn applied(tx: &mut Tx<'_>) -> Result<BTreeMap<i64, Vec<u8>>, Error> {
     let failed = |error| super::database_error("looking for the migrations of aftercommit failed", error);
     let row = tx
         .fetch_one(AssertSqlSafe(format!(

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use sqlx::Row;
 use uuid::Uuid;
 
-use super::session::Session;
+use super::session::{Session, Tx};
 
 /// What is parked when a relay takes the lead.
 #[derive(Debug, Default)]
@@ -57,13 +57,15 @@ pub(crate) async fn among(connection: &mut Session, ids: &[i64]) -> Result<HashS
     Ok(ids.into_iter().collect())
 }
 
-/// The released event that is to be published next: the first of its key.
+/// The released event that is to be published next: the first of its key. One that came to wait when the event before
+/// it had been released already counts as released.
 pub(crate) async fn next_released(connection: &mut Session) -> Result<Option<i64>, sqlx::Error> {
     sqlx::query_scalar(
         "select outbox_id from aftercommit.parked p
-          where state = 'released'
+          where (state = 'released' or (state = 'parked' and code is null))
             and not exists (select from aftercommit.parked earlier
-                             where earlier.key = p.key and earlier.outbox_id < p.outbox_id and earlier.state = 'parked')
+                             where earlier.key = p.key and earlier.outbox_id < p.outbox_id and earlier.state = 'parked'
+                               and earlier.code is not null)
           order by outbox_id limit 1",
     )
     .fetch_optional(connection)
@@ -79,13 +81,42 @@ pub(crate) async fn settle_released(
     sqlx::query(
         "update aftercommit.parked
             set state = case when $2::bigint is null then 'parked' else 'published' end, sequence = $2,
+                -- with a code, so that it waits for the operator and not for an event before it
+                code = case when $2 is null then coalesce(code, 0) else code end,
                 reason = coalesce($3, reason), changed_at = clock_timestamp()
-          where outbox_id = $1 and state = 'released'",
+          where outbox_id = $1 and state in ('parked', 'released')",
     )
     .bind(outbox_id)
     .bind(outcome.ok().map(u64::cast_signed))
     .bind(outcome.err())
     .execute(connection)
+    .await
+    .map(drop)
+}
+
+/// Records that events which are parked, or on their way out, are in the stream: a later time than the one to which the
+/// database was restored had published them.
+pub(crate) async fn found(connection: &mut Session, outbox_ids: &[i64], sequences: &[i64]) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update aftercommit.parked p set state = 'published', sequence = t.sequence, changed_at = clock_timestamp()
+           from unnest($1::bigint[], $2::bigint[]) as t(outbox_id, sequence)
+          where p.outbox_id = t.outbox_id and p.state in ('parked', 'released')",
+    )
+    .bind(outbox_ids)
+    .bind(sequences)
+    .execute(connection)
+    .await
+    .map(drop)
+}
+
+/// Releases the events again that were published behind `sequence`, because the stream has lost what was there.
+pub(super) async fn lost_behind(tx: &mut Tx<'_>, sequence: u64) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update aftercommit.parked set state = 'released', sequence = null, changed_at = clock_timestamp()
+          where state = 'published' and sequence > $1",
+    )
+    .bind(sequence.cast_signed())
+    .execute(tx)
     .await
     .map(drop)
 }

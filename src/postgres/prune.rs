@@ -18,7 +18,7 @@ pub(crate) async fn outbox(
           where id in (
                 select id from aftercommit.outbox o
                  where id <= $1 and created_at < clock_timestamp() - make_interval(secs => $2)
-                   and pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot))
+                   and (id <= $5 or pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot)))
                    and not exists (select from aftercommit.parked p
                                     where p.outbox_id = o.id and p.state in ('parked', 'released'))
                  order by id limit $4)",
@@ -27,6 +27,7 @@ pub(crate) async fn outbox(
     .bind(retention.as_secs_f64())
     .bind(settled.snapshot.to_string())
     .bind(limit)
+    .bind(settled.floor)
     .execute(connection)
     .await?;
     Ok(done.rows_affected())

@@ -1,65 +1,95 @@
 //! The relay's progress: a log of states, the newest one valid, fenced by its own primary key.
 
+use chrono::{DateTime, Utc};
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::session::Session;
+use super::parked;
+use super::session::{Session, Tx};
 use super::snapshot::Mark;
+
+/// The columns of a state, as [`state`] reads them.
+macro_rules! columns {
+    () => {
+        "seq, settled::text, settled_id, settled_xid::text, settled_floor, target::text, target_id,
+         target_xid::text, floor, stream, stream_created, base_sequence, scattered, system_identifier, created_at"
+    };
+}
+pub(super) use columns;
 
 /// The relay's state as the log holds it.
 #[derive(Debug, Clone)]
 pub(crate) struct State {
     pub(crate) seq: i64,
-    pub(crate) epoch: i64,
     pub(crate) settled: Mark,
-    pub(crate) window: Option<Window>,
-    /// The cluster whose snapshots these are.
+    /// An open window: what this mark holds and `settled` does not is on its way into the stream.
+    pub(crate) target: Option<Mark>,
+    /// None before the first window.
+    pub(crate) base: Option<Base>,
+    /// What the stream holds behind the base is in no known order: each message must be looked up.
+    pub(crate) scattered: bool,
+    /// The cluster in which the state was written.
     pub(crate) system_identifier: i64,
+    pub(crate) created_at: DateTime<Utc>,
 }
 
-/// An open window: what `target` holds and the settled mark does not, on its way into `stream`.
-#[derive(Debug, Clone)]
-pub(crate) struct Window {
-    pub(crate) target: Mark,
+/// A place in a stream: what is settled lies at or before it, what is not settled lies behind it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Base {
     pub(crate) stream: String,
-    /// The stream's last sequence when the window was opened: all of the window lies behind it.
-    pub(crate) base_sequence: u64,
+    /// When the stream was created, in whole microseconds.
+    pub(crate) created: DateTime<Utc>,
+    pub(crate) sequence: u64,
 }
 
 /// What came of appending a state.
 #[derive(Debug)]
 pub(crate) enum Appended {
     /// It is the newest state now.
-    Yes(State),
+    Yes(Box<State>),
     /// Somebody else appended first: this process leads no more.
     Fenced,
 }
 
 /// The newest state.
 pub(crate) async fn newest(connection: &mut Session) -> Result<State, sqlx::Error> {
-    let row = sqlx::query(
-        "select seq, epoch, settled::text, settled_id, settled_xid::text, target::text, target_id, target_xid::text,
-                stream, base_sequence, system_identifier
-           from aftercommit.relay_log order by seq desc limit 1",
-    )
-    .fetch_one(connection)
-    .await?;
+    let row = sqlx::query(concat!("select ", columns!(), " from aftercommit.relay_log order by seq desc limit 1"))
+        .fetch_one(connection)
+        .await?;
     state(&row)
+}
+
+/// The newest state whose base lies at or before `sequence` in `stream`.
+pub(crate) async fn newest_at(
+    connection: &mut Session,
+    stream: &str,
+    sequence: u64,
+) -> Result<Option<State>, sqlx::Error> {
+    let row = sqlx::query(concat!(
+        "select ",
+        columns!(),
+        " from aftercommit.relay_log where stream = $1 and base_sequence <= $2 order by seq desc limit 1"
+    ))
+    .bind(stream)
+    .bind(sequence.cast_signed())
+    .fetch_optional(connection)
+    .await?;
+    row.as_ref().map(state).transpose()
 }
 
 /// Appends the same state under a new epoch. From then on no earlier leader can append.
 pub(crate) async fn take_over(connection: &mut Session, after: &State, epoch: i64) -> Result<Appended, sqlx::Error> {
     appended(
-        sqlx::query(
+        sqlx::query(concat!(
             "insert into aftercommit.relay_log
-                    (seq, epoch, settled, settled_id, settled_xid, target, target_id, target_xid, stream, base_sequence,
-                     system_identifier)
-             select seq + 1, $2, settled, settled_id, settled_xid, target, target_id, target_xid, stream, base_sequence,
-                    system_identifier
+                    (seq, epoch, settled, settled_id, settled_xid, settled_floor, target, target_id, target_xid, floor,
+                     stream, stream_created, base_sequence, scattered, system_identifier)
+             select seq + 1, $2, settled, settled_id, settled_xid, settled_floor, target, target_id, target_xid, floor,
+                    stream, stream_created, base_sequence, scattered, system_identifier
                from aftercommit.relay_log where seq = $1
-             returning seq, epoch, settled::text, settled_id, settled_xid::text, target::text, target_id,
-                       target_xid::text, stream, base_sequence, system_identifier",
-        )
+             returning ",
+            columns!()
+        ))
         .bind(after.seq)
         .bind(epoch)
         .fetch_one(connection)
@@ -67,7 +97,19 @@ pub(crate) async fn take_over(connection: &mut Session, after: &State, epoch: i6
     )
 }
 
-/// Opens a window from everything handled so far to this moment; an open window counts as handled.
+/// Which window is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Opening {
+    /// From everything handled so far; an open window counts as handled.
+    Next,
+    /// From the settled mark: an open window is opened anew, up to now.
+    Again {
+        /// See [`State::scattered`].
+        scattered: bool,
+    },
+}
+
+/// Opens a window up to this moment.
 ///
 /// The statement is also the durability barrier. It commits synchronously whatever the database's default is, and
 /// PostgreSQL's log is sequential: once it is on disk, so is every commit that the new target sees. It must run in a
@@ -75,11 +117,11 @@ pub(crate) async fn take_over(connection: &mut Session, after: &State, epoch: i6
 pub(crate) async fn open_window(
     connection: &mut Session,
     after: &State,
-    stream: &str,
-    base_sequence: u64,
+    base: &Base,
+    opening: Opening,
 ) -> Result<Appended, sqlx::Error> {
     appended(
-        sqlx::query(
+        sqlx::query(concat!(
             "with durable as materialized (
                  select set_config('synchronous_commit',
                      case when current_setting('synchronous_commit') in ('off', 'local') then 'on'
@@ -88,69 +130,140 @@ pub(crate) async fn open_window(
                  select case when is_called then last_value else 0 end as last_id from aftercommit.outbox_id_seq
              )
              insert into aftercommit.relay_log
-                    (seq, epoch, settled, settled_id, settled_xid, target, target_id, target_xid, stream, base_sequence,
-                     system_identifier)
-             select l.seq + 1, l.epoch, coalesce(l.target, l.settled), coalesce(l.target_id, l.settled_id),
-                    coalesce(l.target_xid, l.settled_xid), pg_current_snapshot(), position.last_id,
-                    pg_current_xact_id(), $2, $3, l.system_identifier
+                    (seq, epoch, settled, settled_id, settled_xid, settled_floor, target, target_id, target_xid, floor,
+                     stream, stream_created, base_sequence, scattered, system_identifier)
+             select l.seq + 1, l.epoch,
+                    case when l.target is null or $5 then l.settled else l.target end,
+                    case when l.target is null or $5 then l.settled_id else l.target_id end,
+                    case when l.target is null or $5 then l.settled_xid else l.target_xid end,
+                    case when l.target is null or $5 then l.settled_floor else l.floor end,
+                    pg_current_snapshot(), position.last_id, pg_current_xact_id(), l.floor, $2, $3, $4, $6,
+                    l.system_identifier
                from durable, position, aftercommit.relay_log l
               where l.seq = $1
-             returning seq, epoch, settled::text, settled_id, settled_xid::text, target::text, target_id,
-                       target_xid::text, stream, base_sequence, system_identifier",
-        )
+             returning ",
+            columns!()
+        ))
         .bind(after.seq)
-        .bind(stream)
-        .bind(base_sequence.cast_signed())
+        .bind(&base.stream)
+        .bind(base.created)
+        .bind(base.sequence.cast_signed())
+        .bind(opening != Opening::Next)
+        .bind(opening == Opening::Again { scattered: true })
         .fetch_one(connection)
         .await,
     )
 }
 
-/// Closes the open window: everything up to its target is handled.
-pub(crate) async fn settle(connection: &mut Session, after: &State) -> Result<Appended, sqlx::Error> {
+/// Closes the open window: everything up to its target is handled, and lies in the stream at or before `base`.
+pub(crate) async fn settle(connection: &mut Session, after: &State, base: &Base) -> Result<Appended, sqlx::Error> {
     appended(
-        sqlx::query(
-            "insert into aftercommit.relay_log (seq, epoch, settled, settled_id, settled_xid, system_identifier)
-             select seq + 1, epoch, coalesce(target, settled), coalesce(target_id, settled_id),
-                    coalesce(target_xid, settled_xid), system_identifier
+        sqlx::query(concat!(
+            "insert into aftercommit.relay_log
+                    (seq, epoch, settled, settled_id, settled_xid, settled_floor, floor, stream, stream_created,
+                     base_sequence, system_identifier)
+             select seq + 1, epoch, target, target_id, target_xid, floor, floor, $2, $3, $4, system_identifier
                from aftercommit.relay_log where seq = $1
-             returning seq, epoch, settled::text, settled_id, settled_xid::text, target::text, target_id,
-                       target_xid::text, stream, base_sequence, system_identifier",
-        )
+             returning ",
+            columns!()
+        ))
         .bind(after.seq)
+        .bind(&base.stream)
+        .bind(base.created)
+        .bind(base.sequence.cast_signed())
         .fetch_one(connection)
         .await,
     )
 }
 
-fn appended(result: Result<PgRow, sqlx::Error>) -> Result<Appended, sqlx::Error> {
+/// Goes back to what was settled at an earlier state, or to nothing settled when there is none to go back to. The states
+/// in between speak of a part of the stream that is gone and are removed. Events that were parked, and published later
+/// into that part, are to be published again.
+pub(crate) async fn go_back(
+    connection: &mut Session,
+    after: &State,
+    earlier: Option<&State>,
+    base: &Base,
+    stream_end: u64,
+) -> Result<Appended, sqlx::Error> {
+    let mut tx = connection.begin().await?;
+    let back = appended(
+        sqlx::query(concat!(
+            "insert into aftercommit.relay_log
+                    (seq, epoch, settled, settled_id, settled_xid, settled_floor, floor, stream, stream_created,
+                     base_sequence, scattered, system_identifier)
+             select n.seq + 1, n.epoch, coalesce(e.settled, pg_current_snapshot()), coalesce(e.settled_id, 0),
+                    coalesce(e.settled_xid, pg_snapshot_xmax(pg_current_snapshot())), coalesce(e.settled_floor, 0),
+                    n.floor, $3, $4, $5, true, n.system_identifier
+               from aftercommit.relay_log n left join aftercommit.relay_log e on e.seq = $2
+              where n.seq = $1
+             returning ",
+            columns!()
+        ))
+        .bind(after.seq)
+        .bind(earlier.map(|state| state.seq))
+        .bind(&base.stream)
+        .bind(base.created)
+        .bind(base.sequence.cast_signed())
+        .fetch_one(&mut tx)
+        .await,
+    )?;
+    let Appended::Yes(state) = back else { return Ok(Appended::Fenced) };
+    forget(&mut tx, earlier.map_or(-1, |state| state.seq), state.seq).await?;
+    parked::lost_behind(&mut tx, stream_end).await?;
+    tx.commit().await?;
+    Ok(Appended::Yes(state))
+}
+
+/// Removes the states between two.
+pub(super) async fn forget(tx: &mut Tx<'_>, after: i64, before: i64) -> Result<(), sqlx::Error> {
+    sqlx::query("delete from aftercommit.relay_log where seq > $1 and seq < $2")
+        .bind(after)
+        .bind(before)
+        .execute(tx)
+        .await
+        .map(drop)
+}
+
+/// What came of inserting a state behind another one.
+pub(super) fn appended(result: Result<PgRow, sqlx::Error>) -> Result<Appended, sqlx::Error> {
     match result {
-        Ok(row) => state(&row).map(Appended::Yes),
+        Ok(row) => state(&row).map(Box::new).map(Appended::Yes),
+        // Its successor is there, or the state itself was left behind and removed.
         Err(sqlx::Error::Database(error)) if error.is_unique_violation() => Ok(Appended::Fenced),
+        Err(sqlx::Error::RowNotFound) => Ok(Appended::Fenced),
         Err(error) => Err(error),
     }
 }
 
 fn state(row: &PgRow) -> Result<State, sqlx::Error> {
-    let window = match row.try_get::<Option<String>, _>(8)? {
+    let floor: i64 = row.try_get(8)?;
+    let target = match row.try_get::<Option<i64>, _>(6)? {
+        Some(_) => Some(mark(row, 5, floor)?),
+        None => None,
+    };
+    let base = match row.try_get::<Option<String>, _>(9)? {
         Some(stream) => {
-            Some(Window { target: mark(row, 5)?, stream, base_sequence: row.try_get::<i64, _>(9)?.cast_unsigned() })
+            Some(Base { stream, created: row.try_get(10)?, sequence: row.try_get::<i64, _>(11)?.cast_unsigned() })
         }
         None => None,
     };
     Ok(State {
         seq: row.try_get(0)?,
-        epoch: row.try_get(1)?,
-        settled: mark(row, 2)?,
-        window,
-        system_identifier: row.try_get(10)?,
+        settled: mark(row, 1, row.try_get(4)?)?,
+        target,
+        base,
+        scattered: row.try_get(12)?,
+        system_identifier: row.try_get(13)?,
+        created_at: row.try_get(14)?,
     })
 }
 
-fn mark(row: &PgRow, at: usize) -> Result<Mark, sqlx::Error> {
+fn mark(row: &PgRow, at: usize, floor: i64) -> Result<Mark, sqlx::Error> {
     Ok(Mark {
         snapshot: row.try_get::<&str, _>(at)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
         last_id: row.try_get(at + 1)?,
         next_xid: row.try_get::<&str, _>(at + 2)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
+        floor,
     })
 }

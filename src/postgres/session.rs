@@ -15,9 +15,8 @@ use sqlx::{
     SqlStr,
 };
 
-/// Runs single statements, each in a transaction of its own, and transactions. Cancelling a statement leaves it usable
-/// unless it was cancelled while the transaction began; such a transaction has done nothing, and goes with the next
-/// statement.
+/// Runs single statements, each in a transaction of its own, and transactions. One that is cancelled while it begins
+/// has done nothing, and ends with the next statement.
 #[derive(Debug)]
 pub(crate) struct Session {
     connection: PgConnection,
@@ -30,23 +29,23 @@ impl Session {
         Self { connection, pooled }
     }
 
-    /// Begins a transaction. Statements in it must be unnamed when the session is pooled.
-    pub(crate) async fn begin(&mut self) -> Result<PgTransaction<'_>, Error> {
-        self.connection.begin().await
+    /// Begins a transaction.
+    pub(crate) async fn begin(&mut self) -> Result<Tx<'_>, Error> {
+        Ok(Tx { tx: self.connection.begin().await?, pooled: self.pooled })
     }
 
     /// The same with other words than BEGIN.
-    pub(super) async fn begin_with(&mut self, begin: String) -> Result<PgTransaction<'_>, Error> {
-        self.connection.begin_with(AssertSqlSafe(begin)).await
+    pub(super) async fn begin_with(&mut self, begin: String) -> Result<Tx<'_>, Error> {
+        Ok(Tx { tx: self.connection.begin_with(AssertSqlSafe(begin)).await?, pooled: self.pooled })
     }
 
-    /// Runs a statement so that it leaves nothing in the server's session.
+    /// Runs a statement in a transaction of its own.
     async fn run_pooled<'q, E>(&mut self, query: E) -> Result<Vec<Either<PgQueryResult, PgRow>>, Error>
     where
         E: Execute<'q, Postgres> + 'q,
     {
-        let mut tx = self.connection.begin().await?;
-        match tx.fetch_many(Unnamed(query)).try_collect().await {
+        let mut tx = self.begin().await?;
+        match tx.fetch_many(query).try_collect().await {
             Ok(answer) => tx.commit().await.map(|()| answer),
             Err(error) => {
                 // Now, because the pooler cannot give the server's session to others before. What went wrong is the
@@ -100,23 +99,82 @@ impl<'c> Executor<'c> for &'c mut Session {
     }
 }
 
-/// A query whose prepared statement has no name, so that it is gone when the next one comes.
-struct Unnamed<E>(E);
+/// An open transaction. Dropped, it is rolled back with the next statement of its session.
+#[derive(Debug)]
+pub(crate) struct Tx<'s> {
+    tx: PgTransaction<'s>,
+    pooled: bool,
+}
 
-impl<'q, E: Execute<'q, Postgres>> Execute<'q, Postgres> for Unnamed<E> {
+impl<'s> Tx<'s> {
+    /// The transaction for code that is not ours. What it prepares is its own business.
+    pub(crate) fn for_others(&mut self) -> &mut PgTransaction<'s> {
+        &mut self.tx
+    }
+
+    pub(crate) async fn commit(self) -> Result<(), Error> {
+        self.tx.commit().await
+    }
+
+    pub(crate) async fn rollback(self) -> Result<(), Error> {
+        self.tx.rollback().await
+    }
+}
+
+impl<'c, 's> Executor<'c> for &'c mut Tx<'s> {
+    type Database = Postgres;
+
+    fn fetch_many<'e, 'q: 'e, E>(self, query: E) -> BoxStream<'e, Result<Either<PgQueryResult, PgRow>, Error>>
+    where
+        'c: 'e,
+        E: 'q + Execute<'q, Postgres>,
+    {
+        self.tx.fetch_many(Statement { query, pooled: self.pooled })
+    }
+
+    fn fetch_optional<'e, 'q: 'e, E>(self, query: E) -> BoxFuture<'e, Result<Option<PgRow>, Error>>
+    where
+        'c: 'e,
+        E: 'q + Execute<'q, Postgres>,
+    {
+        self.tx.fetch_optional(Statement { query, pooled: self.pooled })
+    }
+
+    fn prepare_with<'e>(self, sql: SqlStr, parameters: &'e [PgTypeInfo]) -> BoxFuture<'e, Result<PgStatement, Error>>
+    where
+        'c: 'e,
+    {
+        self.tx.prepare_with(sql, parameters)
+    }
+
+    fn describe<'e>(self, sql: SqlStr) -> BoxFuture<'e, Result<Describe<Postgres>, Error>>
+    where
+        'c: 'e,
+    {
+        self.tx.describe(sql)
+    }
+}
+
+/// A query whose prepared statement has no name behind a pooler, so that it is gone when the next one comes.
+struct Statement<E> {
+    query: E,
+    pooled: bool,
+}
+
+impl<'q, E: Execute<'q, Postgres>> Execute<'q, Postgres> for Statement<E> {
     fn sql(self) -> SqlStr {
-        self.0.sql()
+        self.query.sql()
     }
 
     fn statement(&self) -> Option<&PgStatement> {
-        self.0.statement()
+        self.query.statement()
     }
 
     fn take_arguments(&mut self) -> Result<Option<PgArguments>, sqlx::error::BoxDynError> {
-        self.0.take_arguments()
+        self.query.take_arguments()
     }
 
     fn persistent(&self) -> bool {
-        false
+        !self.pooled && self.query.persistent()
     }
 }

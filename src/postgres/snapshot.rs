@@ -60,19 +60,29 @@ pub(crate) struct Mark {
     pub(crate) snapshot: Snapshot,
     pub(crate) last_id: i64,
     pub(crate) next_xid: u64,
+    /// Rows with ids up to here came in a dump of another cluster. Their transaction ids mean nothing in this one; the
+    /// mark holds them all. 0 when there are none.
+    pub(crate) floor: i64,
 }
 
 impl Mark {
-    /// The transactions that may have taken an id up to `last_id` and had not ended: those in the snapshot's list, and
-    /// those that began after the newest one that had ended. The latter are not in the list, because a snapshot's
-    /// xmax is one above the newest *ended* transaction.
+    /// Whether a row had been committed.
+    pub(crate) fn holds(&self, id: i64, xid: u64) -> bool {
+        id <= self.floor || (id <= self.last_id && self.snapshot.sees(xid))
+    }
+
+    /// The transactions that may have taken an id above the floor and up to `last_id`, and had not ended: those in the
+    /// snapshot's list, and those that began after the newest one that had ended. The latter are not in the list,
+    /// because a snapshot's xmax is one above the newest *ended* transaction.
     pub(crate) fn running(&self) -> impl Iterator<Item = u64> + '_ {
         self.snapshot.running.iter().copied().chain(self.snapshot.xmax..self.next_xid)
     }
 
-    /// Those of [`Mark::running`] that `later` sees as ended: where rows with low ids may have come to light.
-    pub(crate) fn ended_by(&self, later: &Snapshot) -> Vec<u64> {
-        self.running().filter(|xid| later.sees(*xid)).collect()
+    /// Those of [`Mark::running`] that had ended at `later`: where rows with low ids may have come to light. When a
+    /// restore lies between the two, the transactions are those of the dumped cluster and all of them have ended.
+    pub(crate) fn ended_by(&self, later: &Self) -> Vec<u64> {
+        let restored = later.floor >= self.last_id;
+        self.running().filter(|xid| restored || later.snapshot.sees(*xid)).collect()
     }
 }
 
@@ -103,10 +113,23 @@ mod tests {
         }
     }
 
+    fn mark(snapshot: &str, last_id: i64, next_xid: u64, floor: i64) -> Mark {
+        Mark { snapshot: snapshot.parse().unwrap(), last_id, next_xid, floor }
+    }
+
     #[test]
     fn transactions_at_and_above_xmax_count_as_running() {
-        let mark = Mark { snapshot: "10:20:10,14".parse().unwrap(), last_id: 5, next_xid: 23 };
-        assert_eq!(mark.running().collect::<Vec<_>>(), [10, 14, 20, 21, 22]);
-        assert_eq!(mark.ended_by(&"14:22:14".parse().unwrap()), [10, 20, 21]);
+        let settled = mark("10:20:10,14", 5, 23, 0);
+        assert_eq!(settled.running().collect::<Vec<_>>(), [10, 14, 20, 21, 22]);
+        assert_eq!(settled.ended_by(&mark("14:22:14", 9, 23, 0)), [10, 20, 21]);
+    }
+
+    #[test]
+    fn after_a_restore_the_numbers_of_the_old_cluster_have_all_ended() {
+        let before = mark("9010:9020:9010,9014", 50, 9021, 0);
+        let after = mark("740:742:740", 60, 743, 50);
+        assert_eq!(before.ended_by(&after), [9010, 9014, 9020]);
+        assert!(before.holds(50, 9000) && !before.holds(50, 9014) && !before.holds(51, 100));
+        assert!(after.holds(50, 9014) && after.holds(51, 739) && !after.holds(51, 740));
     }
 }

@@ -4,7 +4,7 @@ use sqlx::Row;
 
 use super::relay_log::State;
 use super::session::Session;
-use super::snapshot::{Mark, xids};
+use super::snapshot::xids;
 
 /// Backlogs are counted up to here.
 pub(crate) const COUNT_LIMIT: i64 = 1_000_000;
@@ -20,13 +20,14 @@ pub(crate) struct Backlog {
 
 /// Counts the backlog behind a relay's state and the last outbox id that it reports as published.
 pub(crate) async fn backlog(connection: &mut Session, state: &State, last_id: i64) -> Result<Backlog, sqlx::Error> {
-    let Mark { snapshot, last_id: settled_id, .. } = &state.settled;
-    let target = state.window.as_ref().map_or(snapshot, |window| &window.target.snapshot);
+    let settled = &state.settled;
+    let target = state.target.as_ref().unwrap_or(settled);
     let row = sqlx::query(
         "with published as materialized (
              -- how far the open window is; a report of an earlier window says nothing about it
              select coalesce(max(id), 0) as id from aftercommit.outbox
-              where id = $5 and not pg_visible_in_snapshot(xid, (select $1::text::pg_snapshot))
+              where id = $5 and id > $7
+                and not (id <= $2 and pg_visible_in_snapshot(xid, (select $1::text::pg_snapshot)))
          ), unsettled as (
              select id, xid, created_at from aftercommit.outbox where id > $2
              union all
@@ -34,20 +35,23 @@ pub(crate) async fn backlog(connection: &mut Session, state: &State, last_id: i6
                from unnest($3::text[]::xid8[]) as t(xid)
               cross join lateral (
                     select * from aftercommit.outbox o
-                     where (o.xid, o.id) > (t.xid, 0) and (o.xid, o.id) <= (t.xid, $2)
+                     where (o.xid, o.id) > (t.xid, $7) and (o.xid, o.id) <= (t.xid, $2)
                      order by o.xid, o.id limit $6) as o
          )
          select count(*), greatest(extract(epoch from clock_timestamp() - min(created_at)), 0)::float8
            from (select created_at from unsettled u, published p
-                  where not (u.id <= p.id and pg_visible_in_snapshot(u.xid, (select $4::text::pg_snapshot)))
+                  where not (u.id <= p.id
+                             and (u.id <= $8 or pg_visible_in_snapshot(u.xid, (select $4::text::pg_snapshot))))
                   limit $6) as waiting",
     )
-    .bind(snapshot.to_string())
-    .bind(settled_id)
-    .bind(xids(state.settled.running()))
-    .bind(target.to_string())
+    .bind(settled.snapshot.to_string())
+    .bind(settled.last_id)
+    .bind(xids(settled.running()))
+    .bind(target.snapshot.to_string())
     .bind(last_id)
     .bind(COUNT_LIMIT)
+    .bind(settled.floor)
+    .bind(target.floor)
     .fetch_one(connection)
     .await?;
     Ok(Backlog { events: row.try_get(0)?, oldest_seconds: row.try_get(1)? })

@@ -1,6 +1,6 @@
 //! Reading the outbox: is there anything new, and the rows of a window, ordered by id, page by page.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
@@ -50,12 +50,13 @@ pub(crate) async fn look(connection: &mut Session, settled: &Mark) -> Result<Loo
                  where pg_visible_in_snapshot(t.xid, pg_current_snapshot())
                    and exists (select from (
                         select from aftercommit.outbox o
-                         where (o.xid, o.id) > (t.xid, 0) and (o.xid, o.id) <= (t.xid, $1)
+                         where (o.xid, o.id) > (t.xid, $3) and (o.xid, o.id) <= (t.xid, $1)
                          order by o.xid, o.id limit 1) as straggler)),
                 (select case when is_called then last_value else 0 end from aftercommit.outbox_id_seq)",
     )
     .bind(settled.last_id)
     .bind(xids(settled.running()))
+    .bind(settled.floor)
     .fetch_one(connection)
     .await?;
     Ok(Look { news: row.try_get(0)?, last_id: row.try_get(1)? })
@@ -74,9 +75,9 @@ pub(crate) async fn page(
     limit: usize,
 ) -> Result<Vec<OutboxEvent>, sqlx::Error> {
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-    let ended = settled.ended_by(&target.snapshot);
+    let ended = settled.ended_by(target);
     if after < settled.last_id && !ended.is_empty() {
-        let rows = stragglers(connection, &ended, after, settled.last_id, limit).await?;
+        let rows = stragglers(connection, &ended, after.max(settled.floor), settled.last_id, limit).await?;
         if !rows.is_empty() {
             return Ok(rows);
         }
@@ -87,7 +88,7 @@ pub(crate) async fn page(
            from (select *, octet_length(payload) + pg_column_size(headers) > 4096 as large
                    from aftercommit.outbox
                   where id > $1 and id <= $2
-                    and pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot))
+                    and (id <= $5 or pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot)))
                   order by id limit $4) as page
           order by id",
     )
@@ -95,6 +96,7 @@ pub(crate) async fn page(
     .bind(target.last_id)
     .bind(target.snapshot.to_string())
     .bind(limit)
+    .bind(target.floor)
     .fetch_all(connection)
     .await?;
     rows.iter().map(event).collect()
@@ -148,22 +150,34 @@ pub(crate) async fn body(connection: &mut Session, id: i64) -> Result<Body, sqlx
     read_body(row.try_get(0)?, row.try_get(1)?)
 }
 
-/// Whether the outbox has this event under this id and `settled` does not hold it.
-pub(crate) async fn is_unsettled(
+/// A row of the outbox that a message of the stream was made of.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Known {
+    pub(crate) id: i64,
+    pub(crate) xid: u64,
+}
+
+/// Which of these events the outbox has, each with the outbox id that is given for it.
+pub(crate) async fn known(
     connection: &mut Session,
-    settled: &Mark,
-    id: i64,
-    event_id: Uuid,
-) -> Result<bool, sqlx::Error> {
-    let xid: Option<String> =
-        sqlx::query_scalar("select xid::text from aftercommit.outbox where id = $1 and event_id = $2")
-            .bind(id)
-            .bind(event_id)
-            .fetch_optional(connection)
-            .await?;
-    let Some(xid) = xid else { return Ok(false) };
-    let xid: u64 = xid.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
-    Ok(id > settled.last_id || !settled.snapshot.sees(xid))
+    event_ids: &[Uuid],
+    ids: &[i64],
+) -> Result<HashMap<Uuid, Known>, sqlx::Error> {
+    let rows: Vec<(Uuid, i64, String)> = sqlx::query_as(
+        "select o.event_id, o.id, o.xid::text from unnest($1::uuid[], $2::bigint[]) as t(event_id, id)
+           join aftercommit.outbox o on o.id = t.id and o.event_id = t.event_id",
+    )
+    .bind(event_ids)
+    .bind(ids)
+    .fetch_all(connection)
+    .await?;
+    let number = |xid: String| xid.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)));
+    rows.into_iter().map(|(event_id, id, xid)| Ok((event_id, Known { id, xid: number(xid)? }))).collect()
+}
+
+/// The outbox's first id and when it was written; what came before has been removed.
+pub(crate) async fn first(connection: &mut Session) -> Result<Option<(i64, DateTime<Utc>)>, sqlx::Error> {
+    sqlx::query_as("select id, created_at from aftercommit.outbox order by id limit 1").fetch_optional(connection).await
 }
 
 fn event(row: &PgRow) -> Result<OutboxEvent, sqlx::Error> {

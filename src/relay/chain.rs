@@ -156,6 +156,20 @@ impl Chain {
         }
     }
 
+    /// Takes in that all messages under way were stored together, the last of them under `sequence`.
+    pub(super) fn committed(&mut self, stream: String, sequence: u64) -> Result<Vec<Sent>, Doubt> {
+        let expected = self.sequence + self.under_way.len() as u64;
+        match self.under_way.back() {
+            Some((event, _)) if stream != self.stream || sequence != expected => {
+                Err(Doubt::Misplaced { event: Box::new(event.clone()), stream, sequence })
+            }
+            _ => {
+                self.under_way.iter_mut().for_each(|(_, stored)| *stored = true);
+                Ok(self.advance())
+            }
+        }
+    }
+
     fn advance(&mut self) -> Vec<Sent> {
         let mut done = Vec::new();
         while let Some((event, _)) = self.under_way.pop_front_if(|(_, stored)| *stored) {
@@ -230,6 +244,15 @@ mod tests {
         assert_eq!(chain.answered(0, stored(41)), Ok(vec![]), "an old answer again");
         assert_eq!(chain.answered(2, stored(43)), Ok(vec![event(3)]));
         assert_eq!(chain.load(), (0, 0));
+    }
+
+    #[test]
+    fn a_batch_is_stored_as_a_whole() {
+        let mut chain = chain(3);
+        assert!(chain.committed("E".into(), 42).is_err(), "one is missing");
+        assert!(chain.committed("F".into(), 43).is_err(), "another stream");
+        assert_eq!(chain.committed("E".into(), 43), Ok(vec![event(1), event(2), event(3)]));
+        assert_eq!((chain.sequence(), chain.load()), (43, (0, 0)));
     }
 
     #[test]

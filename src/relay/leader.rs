@@ -3,18 +3,21 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::chain::{Chain, Doubt};
+use super::batch::BatchPump;
+use super::chain::Doubt;
 use super::classify::Class;
-use super::keyed::Keyed;
+use super::method::Method;
 use super::progress::Progress;
-use super::pump::{Limits, Pump, Pumped};
+use super::pump::{Limits, Pump, Pumped, Setting};
 use super::reader::{Exceptions, Prepared, Reader, Remainder};
+use super::resume::Found;
 use super::under_way::UnderWay;
-use super::{Mode, ParkPolicy, RelayConfig};
+use super::{ParkPolicy, RelayConfig};
 use crate::backoff::Backoff;
 use crate::config::Naming;
 use crate::error::{Error, ErrorKind};
@@ -23,7 +26,7 @@ use crate::health::Phase;
 use crate::jetstream::Connection;
 use crate::jetstream::publisher::Publisher;
 use crate::jetstream::stream::StreamReader;
-use crate::postgres::relay_log::{self, Appended, State, Window};
+use crate::postgres::relay_log::{self, Appended, Base, Opening, State};
 use crate::postgres::session::Session;
 use crate::postgres::snapshot::Mark;
 use crate::postgres::{database_error, parked, window};
@@ -35,6 +38,8 @@ const BUSY_POLL: Duration = Duration::from_millis(2);
 const REST: Duration = Duration::from_secs(1);
 /// So many ids that were handed out and not committed move the mark at once, so that looks stay cheap.
 const MANY_IDS: i64 = 1000;
+/// How often an idle leader looks whether the stream is still as it left it.
+const STREAM_LOOK: Duration = Duration::from_secs(5);
 /// Waits between tries when the stream is full or a setting is wrong.
 const SLOW: Backoff = Backoff { first: Duration::from_millis(250), max: Duration::from_secs(5) };
 
@@ -48,13 +53,18 @@ pub(super) struct Leader<'a> {
     pub(super) publisher: Publisher,
     pub(super) stream: StreamReader,
     pub(super) state: State,
-    /// Whether the open window has events that may not be in the stream yet.
+    /// Whether the open window may have events that are not in the stream yet.
     pub(super) unfinished: bool,
     /// What is under way; none when the stream must be looked at first.
     pub(super) under_way: Option<UnderWay>,
     /// In a shared stream: the outbox id up to which the open window is known to be stored.
     pub(super) stored_up_to: i64,
+    /// What was found in the stream behind the base.
+    pub(super) found: Found,
+    /// When the stream was created; none until it was looked at.
+    pub(super) stream_created: Option<DateTime<Utc>>,
     pub(super) exceptions: Exceptions,
+    pub(super) method: Method,
     pub(super) progress: &'a Progress,
     pub(super) paused: watch::Receiver<bool>,
     pub(super) shutdown: &'a CancellationToken,
@@ -64,11 +74,12 @@ impl Leader<'_> {
     /// Publishes until shutdown, until everything is published when it was asked for no more, or until an error ends
     /// the leadership.
     pub(super) async fn run(mut self) -> Result<(), Error> {
-        let parked = parked::load(&mut self.log).await.map_err(reading_parked)?;
-        (self.exceptions.any_parked, self.exceptions.blocked_keys) = (parked.any, parked.keys);
+        self.restamp_if_restored().await?;
+        self.load_parked().await?;
         let mut pause = BUSY_POLL;
         let mut last_news = Instant::now();
         let mut last_rest = Instant::now();
+        let mut last_stream_look = Instant::now();
         while !self.shutdown.is_cancelled() {
             if *self.paused.borrow() {
                 self.progress.enter(Phase::Paused, "paused");
@@ -76,7 +87,7 @@ impl Leader<'_> {
                 self.progress.enter(Phase::Leading, "resumed");
                 continue;
             }
-            if self.unfinished {
+            if self.unfinished || self.under_way.is_none() {
                 self.progress.state("publishing");
                 self.finish().await?;
                 continue;
@@ -108,6 +119,11 @@ impl Leader<'_> {
                 }
                 self.settle().await?;
             }
+            if last_stream_look.elapsed() > STREAM_LOOK {
+                last_stream_look = Instant::now();
+                self.look_at_stream().await;
+                continue;
+            }
             self.progress.idle();
             self.rest(pause).await;
             pause = (pause * 2).min(self.config.idle_poll);
@@ -133,42 +149,58 @@ impl Leader<'_> {
 
     /// Up to where every event is in the stream.
     fn handled(&self) -> Mark {
-        match &self.state.window {
-            Some(window) => window.target.clone(),
-            None => self.state.settled.clone(),
+        self.state.target.as_ref().unwrap_or(&self.state.settled).clone()
+    }
+
+    /// Opens the next window, unless the stream must be looked at first.
+    async fn open(&mut self) -> Result<(), Error> {
+        match self.base() {
+            Some(base) => self.open_window(&base, Opening::Next).await,
+            None => Ok(()),
         }
     }
 
-    async fn open(&mut self) -> Result<(), Error> {
-        let base = match &self.under_way {
-            Some(under_way) => under_way.sequence(),
-            None => self.stream_end().await?,
-        };
+    pub(super) async fn open_window(&mut self, base: &Base, opening: Opening) -> Result<(), Error> {
         fault::point("relay-before-barrier");
-        let appended = relay_log::open_window(&mut self.log, &self.state, &self.naming.stream, base).await;
+        let appended = relay_log::open_window(&mut self.log, &self.state, base, opening).await;
         self.append(appended)?;
         fault::point("relay-after-barrier");
         self.exceptions.present.clear();
         self.exceptions.renamed.clear();
+        self.method.window_opened();
+        self.exceptions.found = Arc::default();
+        self.found = Found::default();
         self.stored_up_to = 0;
         self.unfinished = true;
         Ok(())
     }
 
-    /// Writes down that everything is handled, unless it is written.
+    /// Where the next window begins; none when the stream must be looked at first.
+    fn base(&self) -> Option<Base> {
+        let sequence = self.under_way.as_ref()?.sequence();
+        Some(Base { stream: self.naming.stream.clone(), created: self.stream_created?, sequence })
+    }
+
+    /// Writes down that everything is handled, unless it is written or the stream must be looked at first.
     async fn settle(&mut self) -> Result<(), Error> {
-        if self.state.window.is_some() {
-            let appended = relay_log::settle(&mut self.log, &self.state).await;
+        if let (Some(_), Some(base)) = (&self.state.target, self.base()) {
+            let appended = relay_log::settle(&mut self.log, &self.state, &base).await;
             self.append(appended)?;
             fault::point("relay-settled");
         }
         Ok(())
     }
 
-    fn append(&mut self, appended: Result<Appended, sqlx::Error>) -> Result<(), Error> {
+    pub(super) async fn load_parked(&mut self) -> Result<(), Error> {
+        let parked = parked::load(&mut self.log).await.map_err(reading_parked)?;
+        (self.exceptions.any_parked, self.exceptions.blocked_keys) = (parked.any, parked.keys);
+        Ok(())
+    }
+
+    pub(super) fn append(&mut self, appended: Result<Appended, sqlx::Error>) -> Result<(), Error> {
         match appended.map_err(|error| database_error("writing the relay's log failed", error))? {
             Appended::Yes(state) => {
-                self.state = state;
+                self.state = *state;
                 Ok(())
             }
             Appended::Fenced => Err(fenced()),
@@ -177,16 +209,13 @@ impl Leader<'_> {
 
     /// Sees every event of the open window into the stream, whatever happens to the connection on the way.
     async fn finish(&mut self) -> Result<(), Error> {
-        let Some(open) = self.state.window.clone() else {
-            self.unfinished = false;
-            return Ok(());
-        };
         let mut failures = 0;
         let mut after = 0;
         while !self.shutdown.is_cancelled() && !*self.paused.borrow() {
             if self.under_way.is_none() {
-                match self.resume(&open).await {
+                match self.resume().await {
                     Ok(last) => after = last,
+                    Err(_) if self.shutdown.is_cancelled() => return Ok(()),
                     Err(error) if matches!(error.kind(), ErrorKind::Database | ErrorKind::Fenced) => return Err(error),
                     Err(error) => {
                         failures += 1;
@@ -197,12 +226,20 @@ impl Leader<'_> {
                     }
                 }
             }
+            let Some(target) = self.state.target.clone() else {
+                self.unfinished = false;
+                return Ok(());
+            };
             let before = self.under_way.as_ref().map_or(0, UnderWay::sequence);
-            match self.pump(&open, after).await? {
+            match self.pump(target, after).await? {
                 Pumped::Done => {
                     fault::point("relay-window-done");
                     self.progress.window_done();
                     self.unfinished = false;
+                    if self.state.scattered {
+                        self.report_caught_up();
+                        self.settle().await?;
+                    }
                     return Ok(());
                 }
                 Pumped::Stopped => self.under_way = None,
@@ -218,9 +255,9 @@ impl Leader<'_> {
         Ok(())
     }
 
-    async fn pump(&mut self, open: &Window, after: i64) -> Result<Pumped, Error> {
+    async fn pump(&mut self, target: Mark, after: i64) -> Result<Pumped, Error> {
         let (chunks, received) = mpsc::channel(1);
-        let remainder = Remainder { settled: self.state.settled.clone(), target: open.target.clone(), after };
+        let remainder = Remainder { settled: self.state.settled.clone(), target, after };
         let reader = Reader {
             connection: self.reader.clone(),
             naming: self.naming.clone(),
@@ -234,19 +271,27 @@ impl Leader<'_> {
     }
 
     async fn publish(&mut self, chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>) -> Result<Pumped, Error> {
-        let Some(under_way) = &mut self.under_way else { return Ok(Pumped::Stopped) };
-        let pump = Pump {
-            publisher: &mut self.publisher,
+        let setting = Setting {
             connection: self.connection,
-            under_way,
             progress: self.progress,
             limits: Limits { messages: self.config.max_under_way, ack_timeout: self.config.ack_timeout },
             paused: self.paused.clone(),
             shutdown: self.shutdown,
         };
-        let (pumped, stored_up_to) = pump.run(chunks).await?;
-        self.stored_up_to = self.stored_up_to.max(stored_up_to);
-        Ok(pumped)
+        let publisher = &mut self.publisher;
+        match &mut self.under_way {
+            None => Ok(Pumped::Stopped),
+            Some(UnderWay::Chained(chain)) if self.method.batches() => {
+                BatchPump { publisher, chain, setting }.run(chunks).await
+            }
+            Some(under_way) => {
+                let (before, started) = (under_way.sequence(), Instant::now());
+                let (pumped, stored_up_to) = Pump { publisher, under_way, setting }.run(chunks).await?;
+                self.method.measured(under_way.sequence().saturating_sub(before), started.elapsed());
+                self.stored_up_to = self.stored_up_to.max(stored_up_to);
+                Ok(pumped)
+            }
+        }
     }
 
     fn report(&self, doubt: &Doubt) -> Class {
@@ -272,6 +317,8 @@ impl Leader<'_> {
     /// Does what the class of a doubt asks for, so that the next try can get further.
     async fn deal_with(&mut self, doubt: &Doubt, class: Class, failures: u32) -> Result<(), Error> {
         match (class, doubt) {
+            // The answer is for the batch. One by one it shows which event is meant.
+            (_, Doubt::Refused { .. }) if self.method.batches() => self.method.single_out(),
             (Class::Park, _) => {
                 if let Some(event) = doubt.event() {
                     parked::park(
@@ -325,7 +372,7 @@ impl Leader<'_> {
             return Ok(());
         }
         while let Some(outbox_id) = parked::next_released(&mut self.log).await.map_err(reading_parked)? {
-            if self.under_way.is_none() || self.state.window.is_none() {
+            if self.under_way.is_none() || self.state.target.is_none() {
                 // A repair must lie behind the base of an open window, so that it is looked past when resuming.
                 self.open().await?;
                 return Ok(());
@@ -356,72 +403,11 @@ impl Leader<'_> {
                 .await
                 .map_err(failed)?;
         }
-        let parked = parked::load(&mut self.log).await.map_err(reading_parked)?;
-        self.exceptions.blocked_keys = parked.keys;
-        Ok(())
-    }
-
-    async fn stream_end(&self) -> Result<u64, Error> {
-        self.connection.connected().await;
-        Ok(self.stream.info().await?.state.last_sequence)
-    }
-
-    /// Checks, after the stream's end was read, that the log is still as this leader left it. Then all that the stream
-    /// holds up to there is of windows that this leader knows, and should another one take over now, the server refuses
-    /// whatever this one sends behind that end.
-    async fn still_leading(&mut self) -> Result<(), Error> {
-        let newest = relay_log::newest(&mut self.log).await;
-        let newest = newest.map_err(|error| database_error("reading the relay's log failed", error))?;
-        if newest.seq == self.state.seq { Ok(()) } else { Err(fenced()) }
-    }
-
-    /// Finds the last event of the window in the stream, puts the chain behind the stream's end and returns that
-    /// event's outbox id, 0 when there is none yet. Only this relay writes to the stream, and everything of the window
-    /// lies behind the window's base; messages of others are passed over and reported.
-    async fn resume(&mut self, open: &Window) -> Result<i64, Error> {
-        let end = self.stream_end().await?;
-        self.still_leading().await?;
-        if self.config.mode == Mode::Shared {
-            // From there the window is gone through again; what is stored is dropped as a repeat.
-            self.under_way = Some(UnderWay::Keyed(Keyed::new(&self.naming.stream, end)));
-            return Ok(self.stored_up_to);
-        }
-        let base = if open.stream == self.naming.stream { open.base_sequence } else { end };
-        if end < base {
-            tracing::error!(
-                stream = %self.naming.stream, base, end,
-                "the stream ends before the window began: messages that were acknowledged are gone from it"
-            );
-        }
-        let mut last = 0;
-        for sequence in (base + 1..=end).rev() {
-            let Some(message) = self.stream.message(sequence).await? else { continue };
-            let identity = message.identity.as_ref().filter(|(_, source, _)| *source == self.naming.source);
-            match identity {
-                Some(_) if message.repair => continue,
-                Some((event_id, _, outbox_id)) => {
-                    let ours = window::is_unsettled(&mut self.log, &self.state.settled, *outbox_id, *event_id)
-                        .await
-                        .map_err(|error| database_error("looking up the stream's last event failed", error))?;
-                    if ours {
-                        last = *outbox_id;
-                        break;
-                    }
-                }
-                None => {}
-            }
-            tracing::error!(
-                stream = %self.naming.stream, sequence, subject = message.subject,
-                "a message in the stream is not from this outbox; nobody else may write to an exclusive stream"
-            );
-        }
-        self.progress.found(last, end);
-        self.under_way = Some(UnderWay::Chained(Chain::behind(&self.naming.stream, end)));
-        Ok(last)
+        self.load_parked().await
     }
 }
 
-fn fenced() -> Error {
+pub(super) fn fenced() -> Error {
     Error::new(ErrorKind::Fenced, "another relay has taken over; this one writes no more")
 }
 

@@ -3,14 +3,19 @@
 //! Any number of relays may run on one outbox; one leads, the others stand by. The way of an event:
 //! `leader` opens a window in the relay's log, `reader` reads its rows, `pump` publishes them, `chain` keeps their order.
 
+mod batch;
 mod chain;
 mod classify;
 mod keyed;
 mod leader;
+mod method;
 mod monitor;
 mod progress;
 mod pump;
 mod reader;
+mod restore;
+mod resume;
+mod rewind;
 mod sample;
 mod under_way;
 
@@ -37,9 +42,12 @@ use crate::postgres::relay_status::{self, Report};
 use crate::postgres::session::Session;
 use crate::postgres::{self, database_error, lease, pause, prune};
 use leader::Leader;
+use method::Method;
+pub use method::PublishMethod;
 pub use monitor::{Monitor, RelayReport};
 use progress::{Position, Progress};
 use reader::Exceptions;
+use resume::Found;
 use sample::{Sample, Sampler};
 
 /// The lease of the leading relay.
@@ -74,6 +82,8 @@ pub struct RelayConfig {
     pub park_policy: ParkPolicy,
     /// The outbox's database.
     pub postgres: PostgresConfig,
+    /// How messages go to an exclusive stream. Defaults to [`PublishMethod::Auto`].
+    pub publish: PublishMethod,
     /// How often old events are removed. Defaults to one minute.
     pub prune_interval: Duration,
     /// How long events stay in the outbox after they were written, for replay and proof; what is not in the stream yet
@@ -118,6 +128,7 @@ impl RelayConfig {
             once: false,
             park_policy: ParkPolicy::Block,
             postgres,
+            publish: PublishMethod::Auto,
             prune_interval: Duration::from_mins(1),
             retention: Duration::from_hours(7 * 24),
             unhealthy_after: Duration::from_secs(30),
@@ -167,7 +178,7 @@ impl Relay {
         let mut failures = 0;
         let mut started = false;
         while !shutdown.is_cancelled() {
-            let run = self.serve(&shutdown, &mut started, &mut failures).await;
+            let run = Box::pin(self.serve(&shutdown, &mut started, &mut failures)).await;
             self.nats.send_replace(None);
             match run {
                 Ok(()) => break,
@@ -246,6 +257,16 @@ impl Relay {
         Err(Error::new(ErrorKind::NotReady, format!("stream {stream} would lose events: {}", problems.join("; "))))
     }
 
+    /// Whether the server writes an atomic batch to disk at once, and the stream allows batches.
+    /// When that cannot be found out now, messages are chained, which is always right.
+    async fn can_batch(&self, nats: &Connection, stream: &StreamReader) -> bool {
+        if self.config.mode == Mode::Shared || !nats.client.is_server_compatible(2, 15, 0) {
+            return false;
+        }
+        let info = stream.info().await;
+        info.is_ok_and(|info| info.config.allow_atomic_publish && info.config.num_replicas == 1)
+    }
+
     async fn lead(
         &self,
         epoch: i64,
@@ -261,13 +282,13 @@ impl Relay {
         let (paused, told_paused) = watch::channel(was_paused);
         let heartbeat = self.heartbeat(epoch, self.progress.subscribe(), paused);
         let leading = async {
+            let can_batch = self.can_batch(nats, &stream).await;
             let newest = relay_log::newest(&mut log).await;
             let newest = newest.map_err(|error| database_error("reading the relay's log failed", error))?;
             let taken = relay_log::take_over(&mut log, &newest, epoch).await;
             let Appended::Yes(state) = taken.map_err(|error| database_error("taking the lead failed", error))? else {
                 return Err(Error::new(ErrorKind::Fenced, "another relay was faster at taking the lead"));
             };
-            tracing::debug!(epoch = state.epoch, seq = state.seq, cluster = state.system_identifier, "took the lead");
             let leader = Leader {
                 config: &self.config,
                 naming: self.naming.clone(),
@@ -276,11 +297,14 @@ impl Relay {
                 reader: Arc::new(Mutex::new(self.connect().await?)),
                 publisher: Publisher::new(nats.clone()).await?,
                 stream,
-                unfinished: state.window.is_some(),
-                state,
+                state: *state,
+                unfinished: true,
                 under_way: None,
                 stored_up_to: 0,
+                found: Found::default(),
+                stream_created: None,
                 exceptions: Exceptions::default(),
+                method: Method::new(self.config.publish, can_batch),
                 progress: &self.progress,
                 paused: told_paused,
                 shutdown,

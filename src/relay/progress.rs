@@ -82,6 +82,11 @@ impl Progress {
         self.enter(Phase::Leading, "taking over");
     }
 
+    /// Events stored since this process took the lead.
+    pub(super) fn published(&self) -> u64 {
+        self.position.borrow().published
+    }
+
     /// These events are in the stream now, the last one under `sequence`.
     pub(super) fn stored(&self, events: &[Sent], sequence: u64) {
         let Some(last) = events.last() else { return };

@@ -17,7 +17,7 @@ use crate::jetstream::Connection;
 use crate::jetstream::publisher::{Publisher, SendError};
 
 /// Payload bytes under way at most, beside the number of messages.
-const MAX_BYTES: usize = 8 << 20;
+pub(super) const MAX_BYTES: usize = 8 << 20;
 
 /// How a pump run ended.
 #[derive(Debug)]
@@ -37,15 +37,27 @@ pub(super) struct Limits {
     pub(super) ack_timeout: Duration,
 }
 
-/// A run over the rest of a window.
-pub(super) struct Pump<'a> {
-    pub(super) publisher: &'a mut Publisher,
+/// What every run needs.
+pub(super) struct Setting<'a> {
     pub(super) connection: &'a Connection,
-    pub(super) under_way: &'a mut UnderWay,
     pub(super) progress: &'a Progress,
     pub(super) limits: Limits,
     pub(super) paused: watch::Receiver<bool>,
     pub(super) shutdown: &'a CancellationToken,
+}
+
+impl Setting<'_> {
+    /// Whether the relay is to publish no more, for now or for good.
+    pub(super) fn is_told_to_stop(&self) -> bool {
+        self.shutdown.is_cancelled() || *self.paused.borrow()
+    }
+}
+
+/// A run over the rest of a window.
+pub(super) struct Pump<'a> {
+    pub(super) publisher: &'a mut Publisher,
+    pub(super) under_way: &'a mut UnderWay,
+    pub(super) setting: Setting<'a>,
 }
 
 impl Pump<'_> {
@@ -68,9 +80,9 @@ impl Pump<'_> {
         waiting: &mut VecDeque<Prepared>,
         sending: &mut Option<i64>,
     ) -> Result<Pumped, Error> {
-        let connection = self.connection.clone();
+        let connection = self.setting.connection.clone();
         let mut lost = std::pin::pin!(connection.lost());
-        let mut told_to_stop = std::pin::pin!(stop(self.shutdown.clone(), self.paused.clone()));
+        let mut told_to_stop = std::pin::pin!(stop(self.setting.shutdown.clone(), self.setting.paused.clone()));
         let (mut more, mut stopping) = (true, false);
         let mut heard = Instant::now();
         loop {
@@ -89,7 +101,7 @@ impl Pump<'_> {
                 }
                 *sending = None;
             }
-            self.progress.under_way(self.under_way.load().0);
+            self.setting.progress.under_way(self.under_way.load().0);
             let idle = self.under_way.load().0 == 0;
             if idle && waiting.is_empty() && !more {
                 return Ok(if stopping { Pumped::Stopped } else { Pumped::Done });
@@ -107,7 +119,7 @@ impl Pump<'_> {
                     Some(chunk) => waiting.extend(chunk?),
                     None => more = false,
                 },
-                () = tokio::time::sleep_until(heard + self.limits.ack_timeout), if !idle => {
+                () = tokio::time::sleep_until(heard + self.setting.limits.ack_timeout), if !idle => {
                     return Ok(Pumped::Doubt(Doubt::Timeout { complaint: connection.complaint() }));
                 }
                 () = &mut told_to_stop, if !stopping => {
@@ -122,7 +134,7 @@ impl Pump<'_> {
 
     fn has_room(&self) -> bool {
         let (messages, bytes) = self.under_way.load();
-        messages < self.limits.messages && bytes < MAX_BYTES
+        messages < self.setting.limits.messages && bytes < MAX_BYTES
     }
 
     async fn send(&mut self, next: Prepared) -> Result<Option<Doubt>, Error> {
@@ -147,7 +159,7 @@ impl Pump<'_> {
         loop {
             match self.under_way.answered(answer.0, answer.1) {
                 Ok(stored) => {
-                    self.progress.stored(&stored, self.under_way.sequence());
+                    self.setting.progress.stored(&stored, self.under_way.sequence());
                     fault::point("relay-acknowledged");
                 }
                 Err(doubt) => return Ok(Some(doubt)),
@@ -161,13 +173,13 @@ impl Pump<'_> {
 }
 
 /// Returns when the relay is to publish no more, for now or for good.
-async fn stop(shutdown: CancellationToken, mut paused: watch::Receiver<bool>) {
+pub(super) async fn stop(shutdown: CancellationToken, mut paused: watch::Receiver<bool>) {
     tokio::select! {
         () = shutdown.cancelled() => {}
         Ok(_) = paused.wait_for(|paused| *paused) => {}
     }
 }
 
-fn closed() -> Error {
+pub(super) fn closed() -> Error {
     Error::new(ErrorKind::Broker, "the NATS client was closed")
 }

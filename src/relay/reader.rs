@@ -44,6 +44,8 @@ pub(super) struct Exceptions {
     pub(super) blocked_keys: HashSet<String>,
     /// Events that are in the stream already.
     pub(super) present: HashSet<i64>,
+    /// Further ones: the outbox ids of what the stream was found to hold behind the base of the window, sorted.
+    pub(super) found: Arc<Vec<i64>>,
     /// Events that need a message id of their own, because the server knows theirs from a message that is gone.
     pub(super) renamed: HashMap<i64, String>,
 }
@@ -91,7 +93,8 @@ impl Reader {
         fault::point("relay-window-read");
         let Some(last) = page.last() else { return Ok(None) };
         *after = last.id;
-        let Exceptions { any_parked, blocked_keys, present, .. } = &self.exceptions;
+        let Exceptions { any_parked, blocked_keys, present, found, .. } = &self.exceptions;
+        page.retain(|event| !present.contains(&event.id) && found.binary_search(&event.id).is_err());
         if *any_parked {
             let ids: Vec<i64> = page.iter().map(|event| event.id).collect();
             let parked = parked::among(connection, &ids).await?;
@@ -104,7 +107,6 @@ impl Reader {
                 page.retain(|event| !blocked(event));
             }
         }
-        page.retain(|event| !present.contains(&event.id));
         Ok(Some(page))
     }
 

@@ -1,15 +1,13 @@
 //! Runs one batch of events: transaction, inbox, handlers, commit, and what becomes of those that fail.
 
-use std::any::Any;
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::error::Error as StdError;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::join_all;
-use sqlx::PgTransaction;
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -20,11 +18,12 @@ use crate::jetstream::stored::Source;
 use crate::postgres::connections::Connections;
 use crate::postgres::dead_letter::{self, DeadLetter};
 use crate::postgres::lease::Tenure;
-use crate::postgres::session::Session;
+use crate::postgres::session::{Session, Tx};
 use crate::postgres::{self, function, inbox};
 
 use super::handler::HandlerError;
 use super::subscriber::{Subscriber, Try, Work};
+use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_out, trouble};
 
 /// How often a conflict with other transactions is answered with another run before it counts as a failure.
 const MAX_CONFLICTS: u32 = 10;
@@ -75,35 +74,6 @@ pub(super) struct Report {
     pub(super) pace: Option<Duration>,
 }
 
-/// Why a transaction was not committed, and by which event of the group, if that is known.
-enum Trouble {
-    /// The database is away, or does not let us do our own work.
-    Outage(String),
-    /// Others were in the way.
-    Conflict {
-        at: Option<usize>,
-        error: HandlerError,
-    },
-    /// The handler says that something it needs is away.
-    Interrupted {
-        at: Option<usize>,
-        error: HandlerError,
-    },
-    Failed {
-        at: Option<usize>,
-        error: HandlerError,
-    },
-}
-
-impl Trouble {
-    fn culprit(&self) -> Option<usize> {
-        match self {
-            Self::Outage(_) => None,
-            Self::Conflict { at, .. } | Self::Interrupted { at, .. } | Self::Failed { at, .. } => *at,
-        }
-    }
-}
-
 /// The lane cannot go on with its batch.
 enum Halt {
     Outage(String),
@@ -138,10 +108,10 @@ impl Lane {
     async fn complete(&self, item: Item) -> Result<Queued, (u64, Verdict)> {
         let Item { sequence, event, deliveries } = item;
         if let Some(event) = event {
-            return Ok(Queued { sequence, event, deliveries });
+            return Ok(Queued::new(sequence, event, deliveries));
         }
         match self.source.read(sequence).await {
-            Ok(Some(event)) => Ok(Queued { sequence, event: Arc::new(event), deliveries }),
+            Ok(Some(event)) => Ok(Queued::new(sequence, Arc::new(event), deliveries)),
             Ok(None) => {
                 tracing::error!(
                     subscriber = self.subscriber.name,
@@ -212,13 +182,13 @@ impl Lane {
     async fn decide(&self, queued: &Queued, error: HandlerError) -> Result<Verdict, Halt> {
         match error {
             HandlerError::Snooze(wait) => Ok(Verdict::Later(wait)),
-            HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason), false).await,
+            HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason)).await,
             HandlerError::Retry { after, .. } => {
                 let text = describe(&error);
-                let attempts = self.count_failure(queued, &text).await?;
-                if attempts >= self.subscriber.settings.max_attempts {
-                    return self.give_up(queued, &text, true).await;
+                if queued.failures.load(Ordering::Relaxed) + 1 >= self.subscriber.settings.max_attempts {
+                    return self.give_up(queued, &text).await;
                 }
+                let attempts = self.count_failure(queued, &text).await?;
                 let wait = after.unwrap_or_else(|| self.subscriber.settings.backoff.after(attempts));
                 tracing::warn!(
                     subscriber = self.subscriber.name,
@@ -243,14 +213,13 @@ impl Lane {
         attempts.map(|attempts| attempts.unsigned_abs()).ok_or(Halt::Fenced)
     }
 
-    async fn give_up(&self, queued: &Queued, reason: &str, counted: bool) -> Result<Verdict, Halt> {
+    async fn give_up(&self, queued: &Queued, reason: &str) -> Result<Verdict, Halt> {
         let letter = DeadLetter {
             subscriber: &self.subscriber.name,
             stream: self.source.stream(),
             stream_seq: queued.position(),
             event: &queued.event,
             reason,
-            counted,
         };
         let written =
             self.connections.run(async |connection| dead_letter::insert(connection, &self.tenure, &letter).await);
@@ -298,11 +267,10 @@ impl Lane {
         }
     }
 
-    async fn fill(&self, tx: &mut PgTransaction<'_>, group: &[&Queued]) -> Result<(), Trouble> {
+    async fn fill(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<(), Trouble> {
         let rows: Vec<(Uuid, i64)> =
             group.iter().map(|queued| (queued.event.id.as_uuid(), queued.position())).collect();
-        let fresh =
-            self.own_or_conflict(inbox::insert(tx, self.connections.pooled(), &self.subscriber.name, &rows)).await;
+        let fresh = self.own_or_conflict(inbox::insert(tx, &self.subscriber.name, &rows)).await;
         // Nothing of the events has run yet, so none of them is to blame.
         let fresh = fresh.map_err(|trouble| match trouble {
             Trouble::Failed { at, error } if timed_out(&error) => Trouble::Interrupted { at, error },
@@ -311,6 +279,10 @@ impl Lane {
         })?;
         fault::point("worker-inserted");
         let mut fresh: HashMap<Uuid, i32> = fresh.into_iter().collect();
+        for queued in group {
+            let failures = fresh.get(&queued.event.id.as_uuid()).map_or(0, |failures| failures.unsigned_abs());
+            queued.failures.store(failures, Ordering::Relaxed);
+        }
         let failed: Vec<Uuid> = fresh.iter().filter(|(_, attempts)| **attempts > 0).map(|(id, _)| *id).collect();
         match &self.subscriber.work {
             Work::Function { function, .. } => {
@@ -318,15 +290,15 @@ impl Lane {
                 let new = group.iter().filter(|queued| fresh.remove(&queued.event.id.as_uuid()).is_some());
                 let events: Vec<String> = new.map(|queued| queued.event.to_json()).collect();
                 if !events.is_empty() {
-                    let call = function::call(tx, self.connections.pooled(), function, &events);
+                    let call = function::call(tx, function, &events);
                     self.limited(call).await.map_err(|error| trouble(None, error))?;
                 }
             }
             Work::Handlers(_) => {
                 for (at, queued) in group.iter().enumerate() {
-                    if let Some(attempts) = fresh.remove(&queued.event.id.as_uuid()) {
-                        let this =
-                            Try { attempt: attempts.unsigned_abs() + 1, delivery_count: queued.deliveries.max(1) };
+                    if fresh.remove(&queued.event.id.as_uuid()).is_some() {
+                        let attempt = queued.failures.load(Ordering::Relaxed) + 1;
+                        let this = Try { attempt, delivery_count: queued.deliveries.max(1) };
                         self.handle(tx, queued, this).await.map_err(|error| trouble(Some(at), error))?;
                     }
                 }
@@ -334,18 +306,17 @@ impl Lane {
             }
         }
         if !failed.is_empty() {
-            self.own_or_conflict(inbox::clear_attempts(tx, self.connections.pooled(), &self.subscriber.name, &failed))
-                .await?;
+            self.own_or_conflict(inbox::clear_attempts(tx, &self.subscriber.name, &failed)).await?;
         }
         Ok(())
     }
 
-    async fn handle(&self, tx: &mut PgTransaction<'_>, queued: &Queued, this: Try) -> Result<(), HandlerError> {
+    async fn handle(&self, tx: &mut Tx<'_>, queued: &Queued, this: Try) -> Result<(), HandlerError> {
         let Work::Handlers(routes) = &self.subscriber.work else { return Ok(()) };
         let Some(route) = routes.get(queued.event.event_type.as_str()) else {
             return Err(HandlerError::reject(format!("the subscriber has no handler for {}", queued.event.event_type)));
         };
-        let run = AssertUnwindSafe((route.run)(tx, &queued.event, this)).catch_unwind();
+        let run = AssertUnwindSafe((route.run)(tx.for_others(), &queued.event, this)).catch_unwind();
         match timeout(self.subscriber.settings.time_limit, run).await {
             Ok(Ok(result)) => result,
             Ok(Err(panic)) => Err(HandlerError::retry(format!("the handler panicked: {}", panic_text(&*panic)))),
@@ -370,7 +341,7 @@ impl Lane {
     /// Runs a statement of our own that no event can be blamed for.
     async fn own<T>(&self, statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, String> {
         match timeout(self.subscriber.settings.time_limit + GRACE, statement).await {
-            Ok(result) => result.map_err(|error| error.to_string()),
+            Ok(result) => result.map_err(|error| database_text(&error)),
             Err(_) => Err("PostgreSQL does not answer".into()),
         }
     }
@@ -379,7 +350,7 @@ impl Lane {
     async fn own_or_conflict<T>(&self, statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, Trouble> {
         match timeout(self.subscriber.settings.time_limit + GRACE, statement).await {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) if postgres::is_outage(&error) => Err(Trouble::Outage(error.to_string())),
+            Ok(Err(error)) if postgres::is_outage(&error) => Err(Trouble::Outage(database_text(&error))),
             Ok(Err(error)) => Err(trouble(None, error.into())),
             Err(_) => Err(Trouble::Outage("PostgreSQL does not answer".into())),
         }
@@ -391,9 +362,15 @@ struct Queued {
     sequence: u64,
     event: Arc<Envelope>,
     deliveries: u64,
+    /// The attempts that had failed when it was looked at last.
+    failures: AtomicU32,
 }
 
 impl Queued {
+    fn new(sequence: u64, event: Arc<Envelope>, deliveries: u64) -> Self {
+        Self { sequence, event, deliveries, failures: AtomicU32::new(0) }
+    }
+
     fn position(&self) -> i64 {
         i64::try_from(self.sequence).unwrap_or(i64::MAX)
     }
@@ -419,61 +396,27 @@ fn split<'a>(mut group: Vec<&'a Queued>, culprit: Option<usize>, groups: &mut Ve
     groups.push_front(group);
 }
 
-/// Sorts an error: is the event at fault, or the world around it?
-fn trouble(at: Option<usize>, error: HandlerError) -> Trouble {
-    let HandlerError::Retry { error: cause, .. } = &error else {
-        return Trouble::Failed { at, error };
-    };
-    let mut cause: Option<&(dyn StdError + 'static)> = Some(cause.as_ref());
-    while let Some(next) = cause {
-        if let Some(database) = next.downcast_ref::<sqlx::Error>() {
-            if postgres::is_outage(database) {
-                return Trouble::Interrupted { at, error };
-            }
-            if postgres::is_conflict(database) {
-                return Trouble::Conflict { at, error };
-            }
-        }
-        // An io::Error names as its source the source of what it wraps, not the wrapped error itself.
-        let wrapped = next.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        cause = wrapped.map(|wrapped| wrapped as &(dyn StdError + 'static)).or_else(|| next.source());
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts(culprit: Option<usize>) -> Vec<Vec<u64>> {
+        let event = Envelope::from_headers(
+            [("ce-id", "01a1fbb7-bafe-75ab-a111-dc3a330bc524"), ("ce-type", "a"), ("ce-source", "/")].into_iter(),
+            bytes::Bytes::new(),
+        );
+        let event = Arc::new(event.unwrap());
+        let events: Vec<_> = (1..=5).map(|sequence| Queued::new(sequence, Arc::clone(&event), 1)).collect();
+        let mut groups = VecDeque::new();
+        split(events.iter().collect(), culprit, &mut groups);
+        groups.iter().map(|group| group.iter().map(|queued| queued.sequence).collect()).collect()
     }
-    Trouble::Failed { at, error }
-}
 
-/// Whether a statement was cancelled because it took too long: another instance holds the inbox row.
-fn timed_out(error: &HandlerError) -> bool {
-    let HandlerError::Retry { error, .. } = error else { return false };
-    let code = error.downcast_ref::<sqlx::Error>().and_then(|error| error.as_database_error()?.code());
-    code.as_deref() == Some("57014")
-}
-
-/// The error with its causes, on one line.
-fn describe(error: &HandlerError) -> String {
-    match error {
-        HandlerError::Snooze(wait) => format!("snoozed for {wait:?}"),
-        HandlerError::Reject { reason } => clip(reason),
-        HandlerError::Retry { error, .. } => {
-            let mut text = error.to_string();
-            let mut cause = error.source();
-            while let Some(next) = cause {
-                let more = next.to_string();
-                if !text.ends_with(&more) {
-                    text.push_str(": ");
-                    text.push_str(&more);
-                }
-                cause = next.source();
-            }
-            clip(&text)
-        }
+    #[test]
+    fn a_failed_group_is_split_around_its_culprit_in_order() {
+        assert_eq!(parts(Some(0)), [vec![], vec![1], vec![2, 3, 4, 5]]);
+        assert_eq!(parts(Some(2)), [vec![1, 2], vec![3], vec![4, 5]]);
+        assert_eq!(parts(Some(4)), [vec![1, 2, 3, 4], vec![5], vec![]]);
+        assert_eq!(parts(None), [vec![1, 2], vec![3, 4, 5]]);
     }
-}
-
-/// What fits into a log line and a text column.
-fn clip(text: &str) -> String {
-    text.chars().filter(|c| *c != '\0').take(2000).collect()
-}
-
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("?")
 }

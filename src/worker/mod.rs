@@ -3,6 +3,49 @@
 //! A [`Subscriber`] has a durable name and handlers. A [`Worker`] runs subscribers against one database, one NATS
 //! server and one stream. Of several workers with the same subscriber one is active and the others stand by; they take
 //! over some seconds after it died, and at once when it stops.
+//!
+//! ```no_run
+//! use aftercommit::Event;
+//! use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
+//! use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber, Worker};
+//! use sqlx::PgTransaction;
+//! use tokio_util::sync::CancellationToken;
+//! # #[derive(serde::Serialize, serde::Deserialize)]
+//! # struct OrderPlaced { order: i64, customer: i64 }
+//! # impl Event for OrderPlaced { const TYPE: &'static str = "order.placed"; }
+//!
+//! struct SendReceipt;
+//!
+//! impl Handler<OrderPlaced> for SendReceipt {
+//!     async fn handle(&self, tx: &mut PgTransaction<'_>, order: &Delivery<OrderPlaced>) -> Result<(), HandlerError> {
+//!         sqlx::query("insert into mail (recipient, about) values ($1, $2)")
+//!             .bind(order.event.customer)
+//!             .bind(order.event.order)
+//!             .execute(&mut **tx)
+//!             .await?;
+//!         Ok(())
+//!     }
+//! }
+//!
+//! # async fn example(postgres: PostgresConfig, shutdown: CancellationToken) -> Result<(), aftercommit::Error> {
+//! let receipts = Subscriber::new("receipts").on::<OrderPlaced>(SendReceipt).concurrency(16);
+//! let worker = Worker::new(postgres, NatsConfig::default(), Naming::default()).subscriber(receipts);
+//! worker.provision().await?;
+//! worker.run(shutdown).await
+//! # }
+//! ```
+//!
+//! A handler is an ordinary value and can be called in a test, with [`Delivery::new`] and a transaction that the test
+//! rolls back.
+//!
+//! # Order
+//! Events with one key are handled one after another, in stream order; events of different keys, and events without a
+//! key, side by side. A failing event holds back its own key until it is handled or given up, and nothing else.
+//!
+//! # Once
+//! The row in `aftercommit.inbox` and the handler's effects commit in one transaction, and only then the message is
+//! acked. A message that comes again finds its row. Several events may share a transaction; when one of them fails, it
+//! is undone as a whole and they run again, the failing one alone.
 
 #[cfg(feature = "cli")]
 mod file;
@@ -12,6 +55,7 @@ mod scheduler;
 mod serve;
 mod session;
 mod subscriber;
+mod trouble;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,0 +1,160 @@
+//! What went wrong with a transaction: is the event at fault, or the world around it?
+
+use std::any::Any;
+use std::error::Error as StdError;
+
+use crate::postgres;
+
+use super::handler::HandlerError;
+
+/// Why a transaction was not committed, and by which event of the group, if that is known.
+pub(super) enum Trouble {
+    /// The database is away, or does not let us do our own work.
+    Outage(String),
+    /// Others were in the way.
+    Conflict {
+        at: Option<usize>,
+        error: HandlerError,
+    },
+    /// The handler says that something it needs is away.
+    Interrupted {
+        at: Option<usize>,
+        error: HandlerError,
+    },
+    Failed {
+        at: Option<usize>,
+        error: HandlerError,
+    },
+}
+
+impl Trouble {
+    /// The culprit's place in the group.
+    pub(super) fn culprit(&self) -> Option<usize> {
+        match self {
+            Self::Outage(_) => None,
+            Self::Conflict { at, .. } | Self::Interrupted { at, .. } | Self::Failed { at, .. } => *at,
+        }
+    }
+}
+
+/// Sorts an error: is the event at fault, or the world around it?
+pub(super) fn trouble(at: Option<usize>, error: HandlerError) -> Trouble {
+    let HandlerError::Retry { error: cause, .. } = &error else {
+        return Trouble::Failed { at, error };
+    };
+    let mut cause: Option<&(dyn StdError + 'static)> = Some(cause.as_ref());
+    while let Some(next) = cause {
+        if let Some(database) = next.downcast_ref::<sqlx::Error>() {
+            if postgres::is_outage(database) {
+                return Trouble::Interrupted { at, error };
+            }
+            if postgres::is_conflict(database) {
+                return Trouble::Conflict { at, error };
+            }
+        }
+        // An io::Error names as its source the source of what it wraps, not the wrapped error itself.
+        let wrapped = next.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        cause = wrapped.map(|wrapped| wrapped as &(dyn StdError + 'static)).or_else(|| next.source());
+    }
+    Trouble::Failed { at, error }
+}
+
+/// Whether a statement was cancelled because it took too long: another instance holds the inbox row.
+pub(super) fn timed_out(error: &HandlerError) -> bool {
+    let HandlerError::Retry { error, .. } = error else { return false };
+    let code = error.downcast_ref::<sqlx::Error>().and_then(|error| error.as_database_error()?.code());
+    code.as_deref() == Some("57014")
+}
+
+/// The error with its causes, on one line.
+pub(super) fn describe(error: &HandlerError) -> String {
+    match error {
+        HandlerError::Snooze(wait) => format!("snoozed for {wait:?}"),
+        HandlerError::Reject { reason } => clip(reason),
+        HandlerError::Retry { error, .. } => {
+            let mut text = String::new();
+            let mut cause: Option<&(dyn StdError + 'static)> = Some(error.as_ref());
+            while let Some(next) = cause {
+                let more = next.downcast_ref::<sqlx::Error>().map_or_else(|| next.to_string(), database_text);
+                if !text.ends_with(&more) {
+                    text.push_str(if text.is_empty() { "" } else { ": " });
+                    text.push_str(&more);
+                }
+                let told = matches!(next.downcast_ref(), Some(sqlx::Error::Database(_)));
+                cause = next.source().filter(|_| !told);
+            }
+            clip(&text)
+        }
+    }
+}
+
+/// The error's text; of an error of the server only the message, without DETAIL and the place in its source.
+pub(super) fn database_text(error: &sqlx::Error) -> String {
+    match error {
+        sqlx::Error::Database(database) => database.message().to_string(),
+        other => other.to_string(),
+    }
+}
+
+/// What fits into a log line and a text column.
+pub(super) fn clip(text: &str) -> String {
+    text.chars().filter(|c| *c != '\0').take(2000).collect()
+}
+
+pub(super) fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("?")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("the repository failed")]
+    struct Wrapped(#[source] sqlx::Error);
+
+    fn lost() -> sqlx::Error {
+        sqlx::Error::Io(io::ErrorKind::ConnectionReset.into())
+    }
+
+    #[test]
+    fn a_lost_connection_is_found_behind_other_errors() {
+        let errors: [HandlerError; 4] = [
+            lost().into(),
+            Wrapped(lost()).into(),
+            io::Error::other(lost()).into(),
+            HandlerError::retry_after(Duration::ZERO, Wrapped(sqlx::Error::PoolTimedOut)),
+        ];
+        for error in errors {
+            let text = format!("{error:?}");
+            assert!(matches!(trouble(Some(1), error), Trouble::Interrupted { at: Some(1), .. }), "{text}");
+        }
+    }
+
+    #[test]
+    fn everything_else_is_the_events_failure() {
+        let errors: [HandlerError; 5] = [
+            sqlx::Error::RowNotFound.into(),
+            io::Error::from(io::ErrorKind::ConnectionRefused).into(),
+            HandlerError::retry("connection reset"),
+            HandlerError::reject("no"),
+            HandlerError::snooze(Duration::ZERO),
+        ];
+        for error in errors {
+            let text = format!("{error:?}");
+            assert!(matches!(trouble(None, error), Trouble::Failed { at: None, .. }), "{text}");
+        }
+    }
+
+    #[test]
+    fn causes_are_told_once_and_on_storable_text() {
+        let error = HandlerError::retry(Wrapped(sqlx::Error::RowNotFound));
+        let cause = sqlx::Error::RowNotFound.to_string();
+        assert_eq!(describe(&error), format!("the repository failed: {cause}"));
+        assert_eq!(describe(&HandlerError::retry("a\0b")), "ab");
+        assert_eq!(describe(&HandlerError::retry("ä".repeat(5000))).chars().count(), 2000);
+    }
+}
