@@ -3,8 +3,6 @@
 pub mod relay;
 pub mod status;
 
-use sqlx::Connection;
-
 use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::{Error, ErrorKind};
 use crate::event::EventId;
@@ -20,8 +18,8 @@ use crate::{jetstream, postgres};
 /// When the database cannot be reached, when the role may not create the schema, or when the schema was made by a newer
 /// version, changed, or made without a record of its migrations.
 pub async fn migrate(config: &PostgresConfig) -> Result<Vec<String>, Error> {
-    let mut connection = postgres::connect(config, "aftercommit-migrate").await?;
-    postgres::migrate::run(&mut connection).await
+    let mut session = postgres::connect(config, "aftercommit-migrate").await?;
+    postgres::migrate::run(&mut session).await
 }
 
 /// The SQL of [`migrate`] as one script, for another migration tool. It writes the same record, so that [`migrate`]
@@ -48,9 +46,9 @@ pub async fn provision(nats: &NatsConfig, naming: &Naming) -> Result<Vec<String>
 /// When the database cannot be reached or refuses the event; [`ErrorKind::Config`] when the event itself is illegal.
 pub async fn publish(config: &PostgresConfig, event: RawEvent) -> Result<EventId, Error> {
     let failed = |error| postgres::database_error("writing the event failed", error);
-    let mut connection = postgres::connect(config, "aftercommit-publish").await?;
-    let mut tx = connection.begin().await.map_err(failed)?;
-    let id = outbox::publish_raw(&mut tx, event).await.map_err(publish_error)?;
+    let mut session = postgres::connect(config, "aftercommit-publish").await?;
+    let mut tx = session.begin().await.map_err(failed)?;
+    let id = outbox::publish_through(config.pooled, tx.for_others(), event).await.map_err(publish_error)?;
     tx.commit().await.map_err(failed)?;
     Ok(id)
 }

@@ -29,11 +29,21 @@ pub struct PostgresConfig {
     /// A `postgres://` URL, TLS parameters included (`sslmode`, `sslrootcert`, `sslcert`, `sslkey`). It may hold a
     /// password, so it is never printed.
     pub url: String,
+    /// Whether PgBouncer, or another pooler, stands in between in transaction mode: each statement then takes a
+    /// transaction of its own and leaves nothing in the server's session, which costs round trips. Defaults to false.
+    pub pooled: bool,
+}
+
+impl PostgresConfig {
+    /// PostgreSQL at this URL, with nothing in between.
+    pub fn new(url: impl Into<String>) -> Self {
+        Self { url: url.into(), pooled: false }
+    }
 }
 
 impl fmt::Debug for PostgresConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PostgresConfig").finish_non_exhaustive()
+        f.debug_struct("PostgresConfig").field("pooled", &self.pooled).finish_non_exhaustive()
     }
 }
 
@@ -155,7 +165,7 @@ mod tests {
             let printed = format!("{:?}", NatsConfig { url: url.clone(), auth, ..Default::default() });
             assert!(!printed.contains("hunter2"), "{printed}");
         }
-        assert!(!format!("{:?}", PostgresConfig { url }).contains("hunter2"));
+        assert!(!format!("{:?}", PostgresConfig::new(url)).contains("hunter2"));
         assert!(format!("{:?}", Secret::File("/run/secrets/token".into())).contains("/run/secrets/token"));
     }
 

@@ -21,7 +21,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use support::{Authority, Directory, RelayProcess, RunningRelay, SOON};
 
 async fn database() -> PostgresConfig {
-    PostgresConfig { url: Postgres::shared().await.unwrap().create_database().await.unwrap() }
+    PostgresConfig::new(Postgres::shared().await.unwrap().create_database().await.unwrap())
 }
 
 async fn nats(config: impl Into<String>) -> Nats {
@@ -147,7 +147,7 @@ async fn files_that_are_missing_are_named_with_their_setting() {
     }
     for parameter in ["sslrootcert", "sslcert", "sslkey"] {
         let url = format!("postgres://postgres@127.0.0.1:1/db?sslmode=verify-full&{parameter}=%2Fnowhere%2Ffile");
-        let error = admin::migrate(&PostgresConfig { url }).await.unwrap_err();
+        let error = admin::migrate(&PostgresConfig::new(url)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Config);
         assert!(error.report().contains("/nowhere/file") && error.report().contains(parameter), "{}", error.report());
     }
@@ -319,12 +319,12 @@ async fn postgres_over_tls_with_a_client_certificate() {
     let url = |ca: &str| format!("{database}?sslmode=verify-full&sslrootcert={ca}&sslcert={certificate}&sslkey={key}");
     let good = url(&path("ca.crt", &authority.certificate));
     let nats = NatsConfig { url: Nats::shared().await.unwrap().url(), ..Default::default() };
-    an_event_arrives(PostgresConfig { url: good.clone() }, nats).await;
+    an_event_arrives(PostgresConfig::new(good.clone()), nats).await;
 
     let wrong_ca = url(&path("other-ca.crt", &Authority::new().certificate));
     let without_certificate = good.split("&sslcert").next().unwrap().to_string();
     for url in [wrong_ca, without_certificate] {
-        let error = admin::migrate(&PostgresConfig { url }).await.unwrap_err();
+        let error = admin::migrate(&PostgresConfig::new(url)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Database, "{}", error.report());
     }
 }
@@ -379,7 +379,7 @@ async fn no_secret_and_no_payload_is_shown() {
     for ((run, auth, server, nats_settings, postgres_settings), plain) in runs.into_iter().zip(&databases) {
         let mut server = nats(server).await;
         let nats = NatsConfig { url: server.url(), auth, ..Default::default() };
-        let postgres = PostgresConfig { url: plain.clone() };
+        let postgres = PostgresConfig::new(plain.clone());
         let (naming, log) = (naming(), files.path().join("log"));
         admin::migrate(&postgres).await.unwrap();
         admin::provision(&nats, &naming).await.unwrap();

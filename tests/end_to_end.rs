@@ -30,7 +30,7 @@ async fn outbox() -> Outbox {
 /// The subscriber's side: a database of its own, with a function that writes down what it gets.
 async fn subscriber_of(outbox: &Outbox) -> Work {
     let url = Postgres::shared().await.unwrap().create_database().await.unwrap();
-    let postgres = PostgresConfig { url };
+    let postgres = PostgresConfig::new(url);
     admin::migrate(&postgres).await.unwrap();
     let pool = PgPool::connect(&postgres.url).await.unwrap();
     sqlx::raw_sql(

@@ -123,8 +123,8 @@ impl Stage {
         let stage = Self {
             publisher: PgPool::connect(&publisher).await?,
             subscriber: PgPool::connect(&subscriber).await?,
-            publisher_config: PostgresConfig { url: publisher },
-            subscriber_config: PostgresConfig { url: subscriber },
+            publisher_config: PostgresConfig::new(publisher),
+            subscriber_config: PostgresConfig::new(subscriber),
             nats: NatsConfig { url: nats.url(), ..NatsConfig::default() },
             naming: Naming { stream: name.to_uppercase(), prefix: SubjectPrefix::new(name)?, source: "/ping".into() },
         };

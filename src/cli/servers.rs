@@ -20,6 +20,9 @@ pub(super) struct PostgresArgs {
     /// A file with the URL instead
     #[arg(long, env = "DATABASE_URL_FILE", value_name = "FILE")]
     database_url_file: Option<PathBuf>,
+    /// PgBouncer, or another pooler, stands in between in transaction mode
+    #[arg(long, env = "AFTERCOMMIT_PGBOUNCER")]
+    pgbouncer: bool,
 }
 
 impl PostgresArgs {
@@ -31,7 +34,7 @@ impl PostgresArgs {
             }
             Some(file) => Secret::File(file).read("DATABASE_URL_FILE or --database-url-file")?,
         };
-        Ok(PostgresConfig { url })
+        Ok(PostgresConfig { url, pooled: self.pgbouncer })
     }
 }
 

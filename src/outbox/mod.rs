@@ -91,11 +91,17 @@
 //! The database role needs `usage` on the schema `aftercommit` and `insert` on seven columns of its `outbox`; see
 //! `docs/sql-contract.md`.
 
+//!
+//! # PgBouncer
+//! Behind PgBouncer in transaction mode call [`set_pooled`] once, unless it tracks prepared statements.
+
 mod check;
 mod error;
 mod json;
 mod raw;
 mod trace;
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use sqlx::PgTransaction;
 
@@ -106,6 +112,17 @@ pub use check::{MAX_CONTENT_TYPE_BYTES, MAX_HEADERS_BYTES, MAX_KEY_BYTES, MAX_PA
 pub use error::{PublishError, PublishErrorKind};
 pub use raw::RawEvent;
 pub use trace::set_traceparent_source;
+
+/// Whether connections go through a pooler.
+static POOLED: AtomicBool = AtomicBool::new(false);
+
+/// Tells, for the whole process, whether a pooler in transaction mode stands between it and PostgreSQL. Events are then
+/// written with a prepared statement that has no name and takes one round trip more, because a name would collide with
+/// that of another client. PgBouncer from 1.21 on keeps names apart itself (`max_prepared_statements`, which must be set
+/// there before 1.24) and does not need this. Defaults to false.
+pub fn set_pooled(pooled: bool) {
+    POOLED.store(pooled, Ordering::Relaxed);
+}
 
 /// Writes one event in the caller's transaction. Its payload is the event's JSON.
 ///
@@ -127,7 +144,7 @@ pub async fn publish_all<'e, E: Event>(
 ) -> Result<Vec<EventId>, PublishError> {
     let events =
         events.into_iter().map(|event| check::admit(RawEvent::of(event)?)).collect::<Result<Vec<_>, PublishError>>()?;
-    write(tx, &events).await?;
+    write(tx, POOLED.load(Ordering::Relaxed), &events).await?;
     Ok(events.iter().map(|event| event.event_id.into()).collect())
 }
 
@@ -136,14 +153,23 @@ pub async fn publish_all<'e, E: Event>(
 /// # Errors
 /// As [`publish`], and [`PublishErrorKind::Duplicate`] when an event with the caller's id is in the outbox.
 pub async fn publish_raw(tx: &mut PgTransaction<'_>, event: RawEvent) -> Result<EventId, PublishError> {
+    publish_through(POOLED.load(Ordering::Relaxed), tx, event).await
+}
+
+/// [`publish_raw`], where it is known how this transaction's connection goes.
+pub(crate) async fn publish_through(
+    pooled: bool,
+    tx: &mut PgTransaction<'_>,
+    event: RawEvent,
+) -> Result<EventId, PublishError> {
     let event = check::admit(event)?;
-    write(tx, std::slice::from_ref(&event)).await?;
+    write(tx, pooled, std::slice::from_ref(&event)).await?;
     Ok(event.event_id.into())
 }
 
-async fn write(tx: &mut PgTransaction<'_>, events: &[NewEvent]) -> Result<(), PublishError> {
+async fn write(tx: &mut PgTransaction<'_>, pooled: bool, events: &[NewEvent]) -> Result<(), PublishError> {
     let Some(first) = events.first() else { return Ok(()) };
-    crate::postgres::outbox::insert(tx, events)
+    crate::postgres::outbox::insert(tx, pooled, events)
         .await
         .map_err(|error| PublishError::database(&first.event_type, error))?;
     for event in events {

@@ -7,9 +7,10 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use sqlx::ConnectOptions;
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{ConnectOptions, PgConnection};
 
+use super::session::Session;
 use crate::config::PostgresConfig;
 use crate::error::Error;
 
@@ -20,27 +21,29 @@ const CONNECT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(crate) struct Connections {
     options: PgConnectOptions,
-    idle: Mutex<Vec<PgConnection>>,
+    pooled: bool,
+    idle: Mutex<Vec<Session>>,
 }
 
 impl Connections {
     pub(crate) fn new(config: &PostgresConfig, application: &str) -> Result<Self, Error> {
-        Ok(Self { options: super::options(config, application)?, idle: Mutex::default() })
+        Ok(Self { options: super::options(config, application)?, pooled: config.pooled, idle: Mutex::default() })
     }
 
     /// An idle connection, or a new one.
-    pub(crate) async fn take(&self) -> Result<PgConnection, sqlx::Error> {
+    pub(crate) async fn take(&self) -> Result<Session, sqlx::Error> {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         match idle {
             Some(connection) => Ok(connection),
             None => tokio::time::timeout(CONNECT, self.options.connect())
                 .await
-                .unwrap_or_else(|_| Err(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()))),
+                .unwrap_or_else(|_| Err(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())))
+                .map(|connection| Session::new(connection, self.pooled)),
         }
     }
 
     /// Keeps a connection for the next one who needs it. Nothing may be open on it.
-    pub(crate) fn give_back(&self, connection: PgConnection) {
+    pub(crate) fn give_back(&self, connection: Session) {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
     }
 
@@ -52,7 +55,7 @@ impl Connections {
     /// Runs one statement, or some without a transaction around them.
     pub(crate) async fn run<T>(
         &self,
-        work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+        work: impl AsyncFnOnce(&mut Session) -> Result<T, sqlx::Error>,
     ) -> Result<T, sqlx::Error> {
         let mut connection = self.take().await?;
         let result = work(&mut connection).await;

@@ -1,11 +1,12 @@
 //! The server and its databases as a whole, for tests.
 
-use sqlx::{AssertSqlSafe, PgConnection};
+use sqlx::AssertSqlSafe;
 
+use super::session::Session;
 use crate::error::Error;
 
 /// Makes an empty database.
-pub(crate) async fn create(connection: &mut PgConnection, name: &str) -> Result<(), Error> {
+pub(crate) async fn create(connection: &mut Session, name: &str) -> Result<(), Error> {
     // A name in double quotes may hold anything but a double quote, which is doubled.
     let sql = format!("create database \"{}\"", name.replace('"', "\"\""));
     sqlx::query(AssertSqlSafe(sql))
@@ -16,7 +17,7 @@ pub(crate) async fn create(connection: &mut PgConnection, name: &str) -> Result<
 }
 
 /// The name that the server was started under.
-pub(crate) async fn cluster_name(connection: &mut PgConnection) -> Result<String, Error> {
+pub(crate) async fn cluster_name(connection: &mut Session) -> Result<String, Error> {
     sqlx::query_scalar("select current_setting('cluster_name')")
         .fetch_one(connection)
         .await

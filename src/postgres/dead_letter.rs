@@ -1,12 +1,12 @@
 //! Events that a subscriber gave up on.
 
-use sqlx::PgConnection;
 use sqlx::Row;
 use sqlx::types::Json;
 
 use crate::envelope::Envelope;
 
 use super::lease::Tenure;
+use super::session::Session;
 
 /// A dead letter to be written.
 pub(crate) struct DeadLetter<'a> {
@@ -22,7 +22,7 @@ pub(crate) struct DeadLetter<'a> {
 /// failed last is counted here. False when the tenure is over: nothing was written. An event that is done already stays
 /// as it is.
 pub(crate) async fn insert(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     tenure: &Tenure,
     letter: &DeadLetter<'_>,
 ) -> Result<bool, sqlx::Error> {

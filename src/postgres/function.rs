@@ -2,7 +2,9 @@
 
 use std::fmt;
 
-use sqlx::{AssertSqlSafe, PgConnection};
+use sqlx::AssertSqlSafe;
+
+use super::session::{Session, Tx};
 
 /// The checked name of a function, with or without schema.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,22 +41,19 @@ impl fmt::Display for FunctionName {
 }
 
 /// Calls the function for each event (CloudEvents JSON) in order, in one statement.
-pub(crate) async fn call(
-    connection: &mut PgConnection,
-    function: &FunctionName,
-    events: &[String],
-) -> Result<(), sqlx::Error> {
-    // Ordered in the subquery, so that the calls are made in that order.
+pub(crate) async fn call(tx: &mut Tx<'_>, function: &FunctionName, events: &[String]) -> Result<(), sqlx::Error> {
+    // Ordered in the subquery, so that the calls are made in that order. `is null`, because about a type of the
+    // application's own, as the function's result may be, the driver would ask with a named statement.
     let statement = format!(
-        "select {}(event) from (
+        "select {}(event) is null from (
             select text::jsonb as event from unnest($1::text[]) with ordinality as e(text, n) order by n) as ordered",
         function.quoted()
     );
-    sqlx::query(AssertSqlSafe(statement)).bind(events).execute(connection).await.map(|_| ())
+    sqlx::query(AssertSqlSafe(statement)).bind(events).execute(tx).await.map(|_| ())
 }
 
 /// Whether the function is there and takes one jsonb.
-pub(crate) async fn check(connection: &mut PgConnection, function: &FunctionName) -> Result<bool, sqlx::Error> {
+pub(crate) async fn check(connection: &mut Session, function: &FunctionName) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar("select to_regprocedure($1) is not null")
         .bind(format!("{}(jsonb)", function.quoted()))
         .fetch_one(connection)

@@ -2,29 +2,30 @@
 
 use std::time::Duration;
 
-use sqlx::{AssertSqlSafe, Connection, PgConnection, PgTransaction, Row};
+use sqlx::{Executor, Row};
 use uuid::Uuid;
 
 use super::lease::Tenure;
+use super::session::{Session, Tx};
 
 /// Opens a transaction for a batch in which no statement may take longer than `limit`. When this process stops talking
 /// in the middle of it (frozen, or cut off), the server ends it, so that its locks do not keep a successor waiting for
 /// ever; that takes a little longer than `limit`, which a living process enforces itself.
-pub(crate) async fn begin(connection: &mut PgConnection, limit: Duration) -> Result<PgTransaction<'_>, sqlx::Error> {
+pub(crate) async fn begin(connection: &mut Session, limit: Duration) -> Result<Tx<'_>, sqlx::Error> {
     let limit = limit.as_millis().min(1_000_000_000);
     let idle = limit + 5_000;
     // One simple query, so one round trip. SET LOCAL ends with the transaction, as transaction pooling wants it.
     connection
-        .begin_with(AssertSqlSafe(format!(
+        .begin_with(format!(
             "begin; set local statement_timeout = {limit}; set local idle_in_transaction_session_timeout = {idle}"
-        )))
+        ))
         .await
 }
 
 /// Writes the inbox rows of `events` (id, stream sequence) and returns those that were new, each with the number of
 /// its failed attempts so far. Waits for another transaction that is handling one of them right now.
 pub(crate) async fn insert(
-    connection: &mut PgConnection,
+    tx: &mut Tx<'_>,
     subscriber: &str,
     events: &[(Uuid, i64)],
 ) -> Result<Vec<(Uuid, i32)>, sqlx::Error> {
@@ -41,34 +42,30 @@ pub(crate) async fn insert(
     .bind(subscriber)
     .bind(events.iter().map(|(id, _)| *id).collect::<Vec<_>>())
     .bind(events.iter().map(|(_, sequence)| *sequence).collect::<Vec<_>>())
-    .fetch_all(connection)
+    .fetch_all(tx)
     .await?;
     rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
 }
 
 /// Forgets the failed attempts of events that are now handled.
-pub(crate) async fn clear_attempts(
-    connection: &mut PgConnection,
-    subscriber: &str,
-    events: &[Uuid],
-) -> Result<(), sqlx::Error> {
+pub(crate) async fn clear_attempts(tx: &mut Tx<'_>, subscriber: &str, events: &[Uuid]) -> Result<(), sqlx::Error> {
     sqlx::query("delete from aftercommit.attempt where subscriber = $1 and event_id = any($2)")
         .bind(subscriber)
         .bind(events)
-        .execute(connection)
+        .execute(tx)
         .await
         .map(|_| ())
 }
 
 /// Fails when the transaction is aborted: a handler that drops the error of a statement would otherwise make COMMIT
 /// report success for a rollback.
-pub(crate) async fn check_alive(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    sqlx::query("select 1").execute(connection).await.map(|_| ())
+pub(crate) async fn check_alive(tx: &mut Tx<'_>) -> Result<(), sqlx::Error> {
+    tx.execute("select 1").await.map(|_| ())
 }
 
 /// Counts a failed attempt and returns how many there are now; none when the tenure is over, and nothing is counted.
 pub(crate) async fn count_failure(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     tenure: &Tenure,
     subscriber: &str,
     event: Uuid,

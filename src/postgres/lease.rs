@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use sqlx::PgConnection;
+use super::session::Session;
 
 /// Takes a lease that is free, has expired, or is already the holder's own. Returns the new epoch, or none while
 /// somebody else holds it.
 pub(crate) async fn acquire(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     name: &str,
     holder: &str,
     ttl: Duration,
@@ -29,7 +29,7 @@ pub(crate) async fn acquire(
 
 /// Extends a lease that is still held. False when it has passed to another holder or epoch.
 pub(crate) async fn renew(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     name: &str,
     holder: &str,
     epoch: i64,
@@ -49,12 +49,7 @@ pub(crate) async fn renew(
 }
 
 /// Gives a lease up, so that a standby can take it at once. The epoch stays.
-pub(crate) async fn release(
-    connection: &mut PgConnection,
-    name: &str,
-    holder: &str,
-    epoch: i64,
-) -> Result<(), sqlx::Error> {
+pub(crate) async fn release(connection: &mut Session, name: &str, holder: &str, epoch: i64) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update aftercommit.lease set expires_at = to_timestamp(0) where name = $1 and holder = $2 and epoch = $3",
     )

@@ -1,11 +1,12 @@
 //! The schema `aftercommit` and its migrations, kept in a table of their own beside the application's.
 
-use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use sqlx::migrate::{MigrateError, Migrator};
-use sqlx::{Connection, PgConnection};
+use sqlx::migrate::{Migration, Migrator};
+use sqlx::{AssertSqlSafe, Executor, Row};
 
+use super::session::{Session, Tx};
 use crate::error::{Error, ErrorKind};
 
 /// Where applied migrations are recorded.
@@ -14,7 +15,9 @@ const TABLE: &str = "aftercommit.migrations";
 /// The key of the transaction-level lock that makes migrators wait for each other: "aftercom" in ASCII.
 const LOCK: i64 = i64::from_be_bytes(*b"aftercom");
 
-/// The table as sqlx makes it, for the printed script.
+const CREATE_SCHEMA: &str = "create schema if not exists aftercommit;\n";
+
+/// The record, as sqlx's own tools know it.
 const CREATE_TABLE: &str = "create table if not exists aftercommit.migrations (
     version        bigint      primary key,
     description    text        not null,
@@ -25,45 +28,48 @@ const CREATE_TABLE: &str = "create table if not exists aftercommit.migrations (
 );
 ";
 
-fn migrator() -> Migrator {
-    let mut migrator = sqlx::migrate!();
-    migrator.create_schema(Cow::Borrowed("aftercommit"));
-    migrator.dangerous_set_table_name(TABLE);
-    // sqlx would take a lock of the session, which a connection pooler in transaction mode gives to others.
-    migrator.set_locking(false);
-    migrator
+/// All migrations, in order.
+fn migrations() -> Migrator {
+    sqlx::migrate!()
 }
 
 /// Applies what is missing, all or nothing, and returns the names of the migrations that were new.
-pub(crate) async fn run(connection: &mut PgConnection) -> Result<Vec<String>, Error> {
+///
+/// Everything goes as simple queries in one transaction, so it leaves no prepared statement and no lock behind in a
+/// session that a pooler gives to others. That is why it is not sqlx's migrator that runs them.
+pub(crate) async fn run(session: &mut Session) -> Result<Vec<String>, Error> {
     let failed = |error| super::database_error("migrating the schema aftercommit failed, nothing was changed", error);
-    let migrator = migrator();
-    let mut tx = connection.begin().await.map_err(failed)?;
-    sqlx::query("select pg_advisory_xact_lock($1)").bind(LOCK).execute(&mut *tx).await.map_err(failed)?;
-    let before = applied(&mut tx).await?;
-    migrator.run(&mut *tx).await.map_err(migrate_error)?;
+    let mut tx = session.begin().await.map_err(failed)?;
+    tx.execute(AssertSqlSafe(format!("select pg_advisory_xact_lock({LOCK})"))).await.map_err(failed)?;
+    let applied = applied(&mut tx).await?;
+    let missing = missing(&migrations(), &applied)?;
+    if applied.is_empty() {
+        tx.execute(AssertSqlSafe(format!("{CREATE_SCHEMA}{CREATE_TABLE}"))).await.map_err(failed)?;
+    }
+    for migration in &missing {
+        tx.execute(AssertSqlSafe(with_record(migration))).await.map_err(failed)?;
+    }
     tx.commit().await.map_err(failed)?;
-    Ok(migrator
-        .iter()
-        .filter(|migration| !before.contains(&migration.version))
-        .map(|migration| format!("{:04} {}", migration.version, migration.description))
-        .collect())
+    Ok(missing.iter().map(|migration| format!("{:04} {}", migration.version, migration.description)).collect())
 }
 
-/// The versions that are recorded. A schema without a record is somebody else's work, not ours to go on with.
-async fn applied(connection: &mut PgConnection) -> Result<Vec<i64>, Error> {
+/// The versions that are recorded, each with its checksum. A schema without a record is somebody else's work, not ours
+/// to go on with.
+async fn applied(tx: &mut Tx<'_>) -> Result<BTreeMap<i64, Vec<u8>>, Error> {
     let failed = |error| super::database_error("looking for the migrations of aftercommit failed", error);
-    let (table, outbox): (bool, bool) =
-        sqlx::query_as("select to_regclass($1) is not null, to_regclass('aftercommit.outbox') is not null")
-            .bind(TABLE)
-            .fetch_one(&mut *connection)
+    let row = tx
+        .fetch_one(AssertSqlSafe(format!(
+            "select to_regclass('{TABLE}') is not null, to_regclass('aftercommit.outbox') is not null"
+        )))
+        .await
+        .map_err(failed)?;
+    match (row.try_get(0).map_err(failed)?, row.try_get(1).map_err(failed)?) {
+        (true, _) => tx
+            .fetch_all(AssertSqlSafe(format!("select version, checksum from {TABLE}")))
             .await
-            .map_err(failed)?;
-    match (table, outbox) {
-        (true, _) => {
-            sqlx::query_scalar("select version from aftercommit.migrations").fetch_all(connection).await.map_err(failed)
-        }
-        (false, false) => Ok(Vec::new()),
+            .and_then(|rows| rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect())
+            .map_err(failed),
+        (false, false) => Ok(BTreeMap::new()),
         (false, true) => Err(Error::new(
             ErrorKind::NotReady,
             "the table aftercommit.outbox is there, but no record in aftercommit.migrations of how it came: go on with \
@@ -72,23 +78,26 @@ async fn applied(connection: &mut PgConnection) -> Result<Vec<i64>, Error> {
     }
 }
 
-fn migrate_error(error: MigrateError) -> Error {
-    match error {
-        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => {
-            super::database_error("migrating the schema aftercommit failed, nothing was changed", error)
-        }
-        MigrateError::VersionMissing(version) => Error::new(
+/// The migrations that are still to come. Those that are recorded must be known, and the same.
+fn missing(known: &Migrator, applied: &BTreeMap<i64, Vec<u8>>) -> Result<Vec<Migration>, Error> {
+    if let Some(version) = applied.keys().find(|version| !known.version_exists(**version)) {
+        return Err(Error::new(
             ErrorKind::NotReady,
             format!(
                 "the database has migration {version}, which this version of aftercommit does not know: use a newer one"
             ),
-        ),
-        MigrateError::VersionMismatch(version) => Error::new(
+        ));
+    }
+    let changed = |migration: &&Migration| {
+        applied.get(&migration.version).is_some_and(|checksum| checksum.as_slice() != &*migration.checksum)
+    };
+    if let Some(Migration { version, .. }) = known.iter().find(changed) {
+        return Err(Error::new(
             ErrorKind::Integrity,
             format!("the database has another migration {version} than this version of aftercommit: it was changed"),
-        ),
-        other => Error::with_source(ErrorKind::Database, "migrating the schema aftercommit failed", other),
+        ));
     }
+    Ok(known.iter().filter(|migration| !applied.contains_key(&migration.version)).cloned().collect())
 }
 
 /// All migrations with their record as one script, for other migration tools.
@@ -97,22 +106,25 @@ pub(crate) fn sql() -> String {
         "-- The schema of aftercommit {}. Run it in one transaction: psql --single-transaction -v ON_ERROR_STOP=1\n\
          -- Each part ends with its record, by which `aftercommit migrate` knows that it is there. A newer version\n\
          -- prints the same parts and further ones behind them.\n\n\
-         create schema if not exists aftercommit;\n{CREATE_TABLE}",
+         {CREATE_SCHEMA}{CREATE_TABLE}",
         env!("CARGO_PKG_VERSION"),
     );
-    for migration in migrator().iter() {
-        let (version, description) = (migration.version, &migration.description);
-        let sql = migration.sql.as_str();
-        let checksum = hex(&migration.checksum);
+    for migration in migrations().iter() {
         // A String takes everything that is written to it.
-        let _ = write!(
-            script,
-            "\n-- {version:04} {description}\n{sql}\n\
-             insert into {TABLE} (version, description, success, checksum, execution_time)\n\
-             values ({version}, '{description}', true, '\\x{checksum}', 0);\n",
-        );
+        let _ = write!(script, "\n-- {:04} {}\n{}", migration.version, migration.description, with_record(migration));
     }
     script
+}
+
+/// A migration's SQL, and behind it what records it.
+fn with_record(migration: &Migration) -> String {
+    let Migration { version, description, .. } = migration;
+    format!(
+        "{}\ninsert into {TABLE} (version, description, success, checksum, execution_time)\n\
+         values ({version}, '{description}', true, '\\x{}', 0);\n",
+        migration.sql.as_str(),
+        hex(&migration.checksum),
+    )
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -1,4 +1,4 @@
-//! Everything that speaks SQL. One module per concern; functions take a connection or an open transaction.
+//! Everything that speaks SQL. One module per concern; functions take a session or an open transaction.
 
 pub(crate) mod connections;
 #[cfg(all(unix, feature = "testing"))]
@@ -15,6 +15,7 @@ pub(crate) mod prune;
 pub(crate) mod relay_log;
 pub(crate) mod relay_status;
 pub(crate) mod restamp;
+pub(crate) mod session;
 pub(crate) mod snapshot;
 pub(crate) mod status;
 pub(crate) mod window;
@@ -23,11 +24,12 @@ use std::path::Path;
 use std::str::FromStr;
 
 use percent_encoding::percent_decode_str;
+use sqlx::ConnectOptions;
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{ConnectOptions, PgConnection};
 
 use crate::config::{PostgresConfig, read_file};
 use crate::error::{Error, ErrorKind};
+use session::Session;
 
 /// Reads the URL. The password stays out of the error.
 fn options(config: &PostgresConfig, application: &str) -> Result<PgConnectOptions, Error> {
@@ -40,6 +42,8 @@ fn options(config: &PostgresConfig, application: &str) -> Result<PgConnectOption
     check_files(&config.url)?;
     PgConnectOptions::from_str(&config.url)
         .map(|options| options.application_name(application).disable_statement_logging())
+        // PgBouncer refuses to set what it does not watch, and nothing here needs it.
+        .map(|options| if config.pooled { options.extra_float_digits(None) } else { options })
         .map_err(|_| {
             Error::new(
                 ErrorKind::Config,
@@ -71,9 +75,16 @@ fn check_files(url: &str) -> Result<(), Error> {
 }
 
 /// Opens one connection.
-pub(crate) async fn connect(config: &PostgresConfig, application: &str) -> Result<PgConnection, Error> {
-    options(config, application)?.connect().await.map_err(|error| database_error("cannot connect to PostgreSQL", error))
+pub(crate) async fn connect(config: &PostgresConfig, application: &str) -> Result<Session, Error> {
+    let connected = options(config, application)?.connect().await;
+    connected
+        .map(|connection| Session::new(connection, config.pooled))
+        .map_err(|error| database_error("cannot connect to PostgreSQL", error))
 }
+
+/// The way out for a connection that turns out to be no session of its own.
+const POOLED: &str = " (is it PgBouncer that answers? set AFTERCOMMIT_PGBOUNCER=true or --pgbouncer, in code \
+                      PostgresConfig::pooled, and outbox::set_pooled where events are published)";
 
 /// An error of `doing`, without the server's DETAIL, which may hold a row's payload.
 pub(crate) fn database_error(doing: impl Into<String>, error: sqlx::Error) -> Error {
@@ -83,6 +94,9 @@ pub(crate) fn database_error(doing: impl Into<String>, error: sqlx::Error) -> Er
             let hint = match db.code().as_deref() {
                 Some("3F000" | "42P01") => " (is the schema there? run `aftercommit migrate`)",
                 Some("42501") => " (the role lacks a grant)",
+                // A prepared statement of somebody else in our way, or ours gone.
+                Some("42P05" | "26000") => POOLED,
+                _ if db.message().contains("startup parameter") => POOLED,
                 _ => "",
             };
             let code = db.code().unwrap_or_default().into_owned();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use sqlx::PgConnection;
+use sqlx::PgTransaction;
 use sqlx::types::Json;
 use uuid::Uuid;
 
@@ -22,21 +22,26 @@ pub(crate) struct NewEvent {
 const STATEMENT_BYTES: usize = 64 << 20;
 
 /// Writes the events in their order, in one statement unless they are tens of megabytes. It asks for nothing back, so
-/// that the right to insert is enough.
-pub(crate) async fn insert(connection: &mut PgConnection, mut events: &[NewEvent]) -> Result<(), sqlx::Error> {
+/// that the right to insert is enough. `pooled` when a pooler in transaction mode may stand in between, so that prepared
+/// statements have no name.
+pub(crate) async fn insert(
+    tx: &mut PgTransaction<'_>,
+    pooled: bool,
+    mut events: &[NewEvent],
+) -> Result<(), sqlx::Error> {
     if let [event] = events {
-        return insert_one(connection, event).await;
+        return insert_one(tx, pooled, event).await;
     }
     while !events.is_empty() {
         let (now, later) = events.split_at(statement_length(events));
-        insert_many(&mut *connection, now).await?;
+        insert_many(tx, pooled, now).await?;
         events = later;
     }
     Ok(())
 }
 
 /// The usual case. For one row, arrays take PostgreSQL a tenth longer than plain parameters.
-async fn insert_one(connection: &mut PgConnection, event: &NewEvent) -> Result<(), sqlx::Error> {
+async fn insert_one(tx: &mut PgTransaction<'_>, pooled: bool, event: &NewEvent) -> Result<(), sqlx::Error> {
     sqlx::query(
         "insert into aftercommit.outbox (event_id, type, version, key, headers, payload, content_type)
          values ($1, $2, $3, $4, $5, $6, $7)",
@@ -48,7 +53,8 @@ async fn insert_one(connection: &mut PgConnection, event: &NewEvent) -> Result<(
     .bind(Json(&event.headers))
     .bind(&event.payload)
     .bind(&event.content_type)
-    .execute(connection)
+    .persistent(!pooled)
+    .execute(&mut **tx)
     .await?;
     Ok(())
 }
@@ -65,7 +71,7 @@ fn statement_length(events: &[NewEvent]) -> usize {
 
 /// Arrays, so that the number of events never meets the limit on bind parameters. `unnest` keeps their order, and the
 /// outbox ids follow it.
-async fn insert_many(connection: &mut PgConnection, events: &[NewEvent]) -> Result<(), sqlx::Error> {
+async fn insert_many(tx: &mut PgTransaction<'_>, pooled: bool, events: &[NewEvent]) -> Result<(), sqlx::Error> {
     fn column<'a, T>(events: &'a [NewEvent], field: impl Fn(&'a NewEvent) -> T) -> Vec<T> {
         events.iter().map(field).collect()
     }
@@ -80,7 +86,8 @@ async fn insert_many(connection: &mut PgConnection, events: &[NewEvent]) -> Resu
     .bind(column(events, |event| Json(&event.headers)))
     .bind(column(events, |event| event.payload.as_slice()))
     .bind(column(events, |event| event.content_type.as_str()))
-    .execute(connection)
+    .persistent(!pooled)
+    .execute(&mut **tx)
     .await?;
     Ok(())
 }

@@ -2,8 +2,10 @@
 
 use std::collections::HashSet;
 
-use sqlx::{PgConnection, Row};
+use sqlx::Row;
 use uuid::Uuid;
+
+use super::session::{Session, Tx};
 
 /// What is parked when a relay takes the lead.
 #[derive(Debug, Default)]
@@ -15,7 +17,7 @@ pub(crate) struct Parked {
 }
 
 /// Reads what is parked.
-pub(crate) async fn load(connection: &mut PgConnection) -> Result<Parked, sqlx::Error> {
+pub(crate) async fn load(connection: &mut Session) -> Result<Parked, sqlx::Error> {
     let any = sqlx::query_scalar("select exists (select from aftercommit.parked)").fetch_one(&mut *connection).await?;
     let keys: Vec<String> = sqlx::query_scalar(
         "select distinct key from aftercommit.parked where state in ('parked', 'released') and key is not null",
@@ -28,7 +30,7 @@ pub(crate) async fn load(connection: &mut PgConnection) -> Result<Parked, sqlx::
 /// Parks events of the outbox: one that cannot be stored with JetStream's error number, others that wait behind it
 /// without. One that is parked already stays as it is.
 pub(crate) async fn park(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     outbox_ids: &[i64],
     code: Option<u64>,
     reason: &str,
@@ -47,7 +49,7 @@ pub(crate) async fn park(
 }
 
 /// Which of these outbox ids have been parked, whatever became of them since.
-pub(crate) async fn among(connection: &mut PgConnection, ids: &[i64]) -> Result<HashSet<i64>, sqlx::Error> {
+pub(crate) async fn among(connection: &mut Session, ids: &[i64]) -> Result<HashSet<i64>, sqlx::Error> {
     let ids: Vec<i64> = sqlx::query_scalar("select outbox_id from aftercommit.parked where outbox_id = any($1)")
         .bind(ids)
         .fetch_all(connection)
@@ -57,7 +59,7 @@ pub(crate) async fn among(connection: &mut PgConnection, ids: &[i64]) -> Result<
 
 /// The released event that is to be published next: the first of its key. One that came to wait when the event before
 /// it had been released already counts as released.
-pub(crate) async fn next_released(connection: &mut PgConnection) -> Result<Option<i64>, sqlx::Error> {
+pub(crate) async fn next_released(connection: &mut Session) -> Result<Option<i64>, sqlx::Error> {
     sqlx::query_scalar(
         "select outbox_id from aftercommit.parked p
           where (state = 'released' or (state = 'parked' and code is null))
@@ -72,7 +74,7 @@ pub(crate) async fn next_released(connection: &mut PgConnection) -> Result<Optio
 
 /// Records what became of a released event: where it is stored now, or that it is parked again.
 pub(crate) async fn settle_released(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     outbox_id: i64,
     outcome: Result<u64, &str>,
 ) -> Result<(), sqlx::Error> {
@@ -94,11 +96,7 @@ pub(crate) async fn settle_released(
 
 /// Records that events which are parked, or on their way out, are in the stream: a later time than the one to which the
 /// database was restored had published them.
-pub(crate) async fn found(
-    connection: &mut PgConnection,
-    outbox_ids: &[i64],
-    sequences: &[i64],
-) -> Result<(), sqlx::Error> {
+pub(crate) async fn found(connection: &mut Session, outbox_ids: &[i64], sequences: &[i64]) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update aftercommit.parked p set state = 'published', sequence = t.sequence, changed_at = clock_timestamp()
            from unnest($1::bigint[], $2::bigint[]) as t(outbox_id, sequence)
@@ -112,19 +110,19 @@ pub(crate) async fn found(
 }
 
 /// Releases the events again that were published behind `sequence`, because the stream has lost what was there.
-pub(super) async fn lost_behind(connection: &mut PgConnection, sequence: u64) -> Result<(), sqlx::Error> {
+pub(super) async fn lost_behind(tx: &mut Tx<'_>, sequence: u64) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update aftercommit.parked set state = 'released', sequence = null, changed_at = clock_timestamp()
           where state = 'published' and sequence > $1",
     )
     .bind(sequence.cast_signed())
-    .execute(connection)
+    .execute(tx)
     .await
     .map(drop)
 }
 
 /// How many events are parked or on their way out.
-pub(crate) async fn count(connection: &mut PgConnection) -> Result<i64, sqlx::Error> {
+pub(crate) async fn count(connection: &mut Session) -> Result<i64, sqlx::Error> {
     sqlx::query_scalar("select count(*) from aftercommit.parked where state in ('parked', 'released')")
         .fetch_one(connection)
         .await
@@ -144,7 +142,7 @@ pub(crate) struct ParkedEvent {
 }
 
 /// The events that are parked or on their way out, in outbox order.
-pub(crate) async fn list(connection: &mut PgConnection, limit: i64) -> Result<Vec<ParkedEvent>, sqlx::Error> {
+pub(crate) async fn list(connection: &mut Session, limit: i64) -> Result<Vec<ParkedEvent>, sqlx::Error> {
     let rows = sqlx::query(
         "select outbox_id, event_id, type, key, code, reason, state, parked_at from aftercommit.parked
           where state in ('parked', 'released') order by outbox_id limit $1",
@@ -171,7 +169,7 @@ pub(crate) async fn list(connection: &mut PgConnection, limit: i64) -> Result<Ve
 /// Lets a parked event go, or gives it up, and with it what waits behind it. Returns how many were let go and whether
 /// the event was parked at all.
 pub(crate) async fn release(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     event_id: Uuid,
     discard: bool,
 ) -> Result<Option<i64>, sqlx::Error> {

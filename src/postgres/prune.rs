@@ -2,14 +2,13 @@
 
 use std::time::Duration;
 
-use sqlx::PgConnection;
-
+use super::session::Session;
 use super::snapshot::Mark;
 
 /// Deletes up to `limit` events that were written before `retention` ago and that `settled` holds. Parked events stay
 /// until they are dealt with.
 pub(crate) async fn outbox(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     settled: &Mark,
     retention: Duration,
     limit: i64,
@@ -37,7 +36,7 @@ pub(crate) async fn outbox(
 /// Thins the relay's log out: the newest `keep` states stay, of older ones the first of each minute until they are
 /// older than `retention`. A state is a point to which the relay can go back when the stream has lost its end.
 pub(crate) async fn relay_log(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     newest: i64,
     keep: i64,
     retention: Duration,

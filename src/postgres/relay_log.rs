@@ -1,10 +1,11 @@
 //! The relay's progress: a log of states, the newest one valid, fenced by its own primary key.
 
 use chrono::{DateTime, Utc};
+use sqlx::Row;
 use sqlx::postgres::PgRow;
-use sqlx::{Connection, PgConnection, Row};
 
 use super::parked;
+use super::session::{Session, Tx};
 use super::snapshot::Mark;
 
 /// The columns of a state, as [`state`] reads them.
@@ -51,7 +52,7 @@ pub(crate) enum Appended {
 }
 
 /// The newest state.
-pub(crate) async fn newest(connection: &mut PgConnection) -> Result<State, sqlx::Error> {
+pub(crate) async fn newest(connection: &mut Session) -> Result<State, sqlx::Error> {
     let row = sqlx::query(concat!("select ", columns!(), " from aftercommit.relay_log order by seq desc limit 1"))
         .fetch_one(connection)
         .await?;
@@ -60,7 +61,7 @@ pub(crate) async fn newest(connection: &mut PgConnection) -> Result<State, sqlx:
 
 /// The newest state whose base lies at or before `sequence` in `stream`.
 pub(crate) async fn newest_at(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     stream: &str,
     sequence: u64,
 ) -> Result<Option<State>, sqlx::Error> {
@@ -77,11 +78,7 @@ pub(crate) async fn newest_at(
 }
 
 /// Appends the same state under a new epoch. From then on no earlier leader can append.
-pub(crate) async fn take_over(
-    connection: &mut PgConnection,
-    after: &State,
-    epoch: i64,
-) -> Result<Appended, sqlx::Error> {
+pub(crate) async fn take_over(connection: &mut Session, after: &State, epoch: i64) -> Result<Appended, sqlx::Error> {
     appended(
         sqlx::query(concat!(
             "insert into aftercommit.relay_log
@@ -118,7 +115,7 @@ pub(crate) enum Opening {
 /// PostgreSQL's log is sequential: once it is on disk, so is every commit that the new target sees. It must run in a
 /// transaction of its own, so that its transaction id is taken after the sequence was read.
 pub(crate) async fn open_window(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     after: &State,
     base: &Base,
     opening: Opening,
@@ -159,7 +156,7 @@ pub(crate) async fn open_window(
 }
 
 /// Closes the open window: everything up to its target is handled, and lies in the stream at or before `base`.
-pub(crate) async fn settle(connection: &mut PgConnection, after: &State, base: &Base) -> Result<Appended, sqlx::Error> {
+pub(crate) async fn settle(connection: &mut Session, after: &State, base: &Base) -> Result<Appended, sqlx::Error> {
     appended(
         sqlx::query(concat!(
             "insert into aftercommit.relay_log
@@ -183,7 +180,7 @@ pub(crate) async fn settle(connection: &mut PgConnection, after: &State, base: &
 /// in between speak of a part of the stream that is gone and are removed. Events that were parked, and published later
 /// into that part, are to be published again.
 pub(crate) async fn go_back(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     after: &State,
     earlier: Option<&State>,
     base: &Base,
@@ -208,7 +205,7 @@ pub(crate) async fn go_back(
         .bind(&base.stream)
         .bind(base.created)
         .bind(base.sequence.cast_signed())
-        .fetch_one(&mut *tx)
+        .fetch_one(&mut tx)
         .await,
     )?;
     let Appended::Yes(state) = back else { return Ok(Appended::Fenced) };
@@ -219,11 +216,11 @@ pub(crate) async fn go_back(
 }
 
 /// Removes the states between two.
-pub(super) async fn forget(connection: &mut PgConnection, after: i64, before: i64) -> Result<(), sqlx::Error> {
+pub(super) async fn forget(tx: &mut Tx<'_>, after: i64, before: i64) -> Result<(), sqlx::Error> {
     sqlx::query("delete from aftercommit.relay_log where seq > $1 and seq < $2")
         .bind(after)
         .bind(before)
-        .execute(connection)
+        .execute(tx)
         .await
         .map(drop)
 }

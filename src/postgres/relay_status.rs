@@ -1,6 +1,6 @@
 //! What the leading relay says of itself.
 
-use sqlx::PgConnection;
+use super::session::Session;
 
 /// A leader's report, written with each heartbeat.
 #[derive(Debug, Clone)]
@@ -15,7 +15,7 @@ pub(crate) struct Report {
 }
 
 /// Replaces the report, unless one of a later epoch is there.
-pub(crate) async fn write(connection: &mut PgConnection, report: &Report) -> Result<(), sqlx::Error> {
+pub(crate) async fn write(connection: &mut Session, report: &Report) -> Result<(), sqlx::Error> {
     sqlx::query(
         "insert into aftercommit.relay_status as s
                 (holder, epoch, stream, last_id, last_sequence, published, state, updated_at)

@@ -2,12 +2,11 @@
 //!
 //! `docs/decisions/0006-restore.md` tells why it is done this way.
 
-use sqlx::{Connection, PgConnection};
-
 use super::relay_log::{self, Appended, State, appended, columns};
+use super::session::Session;
 
 /// The identifier of the cluster behind this connection.
-pub(crate) async fn system_identifier(connection: &mut PgConnection) -> Result<i64, sqlx::Error> {
+pub(crate) async fn system_identifier(connection: &mut Session) -> Result<i64, sqlx::Error> {
     sqlx::query_scalar("select system_identifier from pg_control_system()").fetch_one(connection).await
 }
 
@@ -31,7 +30,7 @@ pub(crate) struct Restamped {
 /// When the id sequence was not restored, the ids of new rows may lie below the settled one, and the mark cannot tell
 /// them apart. Then nothing counts as settled.
 pub(crate) async fn restamp(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     after: &State,
     system_identifier: i64,
 ) -> Result<Option<Restamped>, sqlx::Error> {
@@ -40,7 +39,7 @@ pub(crate) async fn restamp(
         "select last_value < greatest((select max(id) from aftercommit.outbox), $1) from aftercommit.outbox_id_seq",
     )
     .bind(after.settled.last_id)
-    .fetch_one(&mut *tx)
+    .fetch_one(&mut tx)
     .await?;
     let result = sqlx::query(concat!(
         "insert into aftercommit.relay_log
@@ -56,7 +55,7 @@ pub(crate) async fn restamp(
     .bind(after.seq)
     .bind(system_identifier)
     .bind(sequence_was_behind)
-    .fetch_one(&mut *tx)
+    .fetch_one(&mut tx)
     .await;
     let Appended::Yes(state) = appended(result)? else { return Ok(None) };
     if sequence_was_behind {
@@ -66,7 +65,7 @@ pub(crate) async fn restamp(
                            greatest((select max(id) from aftercommit.outbox), $1, (select last_value from aftercommit.outbox_id_seq)))",
         )
         .bind(after.settled.last_id)
-        .execute(&mut *tx)
+        .execute(&mut tx)
         .await?;
     }
     let done = sqlx::query(
@@ -74,7 +73,7 @@ pub(crate) async fn restamp(
           where id > $1 and not pg_visible_in_snapshot(xid, pg_current_snapshot())",
     )
     .bind(if sequence_was_behind { 0 } else { after.settled.last_id })
-    .execute(&mut *tx)
+    .execute(&mut tx)
     .await?;
     tx.commit().await?;
     Ok(Some(Restamped { state: *state, rows: done.rows_affected(), sequence_was_behind }))

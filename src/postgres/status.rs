@@ -1,8 +1,9 @@
 //! Read-only questions for `aftercommit status` and for health.
 
-use sqlx::{PgConnection, Row};
+use sqlx::Row;
 
 use super::relay_log::State;
+use super::session::Session;
 use super::snapshot::xids;
 
 /// Backlogs are counted up to here.
@@ -18,11 +19,7 @@ pub(crate) struct Backlog {
 }
 
 /// Counts the backlog behind a relay's state and the last outbox id that it reports as published.
-pub(crate) async fn backlog(
-    connection: &mut PgConnection,
-    state: &State,
-    last_id: i64,
-) -> Result<Backlog, sqlx::Error> {
+pub(crate) async fn backlog(connection: &mut Session, state: &State, last_id: i64) -> Result<Backlog, sqlx::Error> {
     let settled = &state.settled;
     let target = state.target.as_ref().unwrap_or(settled);
     let row = sqlx::query(
@@ -75,7 +72,7 @@ pub(crate) struct Leader {
 }
 
 /// Who leads; none when no relay ever did.
-pub(crate) async fn leader(connection: &mut PgConnection, lease: &str) -> Result<Option<Leader>, sqlx::Error> {
+pub(crate) async fn leader(connection: &mut Session, lease: &str) -> Result<Option<Leader>, sqlx::Error> {
     let row = sqlx::query(
         "select l.holder, l.epoch,
                 greatest(extract(epoch from l.expires_at - clock_timestamp()), -1e9)::float8,
@@ -101,7 +98,7 @@ pub(crate) async fn leader(connection: &mut PgConnection, lease: &str) -> Result
 
 /// The age in seconds of the longest open transaction of the database, prepared ones included; 0 without one, none when
 /// the role may not see those of other roles.
-pub(crate) async fn oldest_transaction(connection: &mut PgConnection) -> Result<Option<f64>, sqlx::Error> {
+pub(crate) async fn oldest_transaction(connection: &mut Session) -> Result<Option<f64>, sqlx::Error> {
     sqlx::query_scalar(
         "select case when pg_has_role('pg_read_all_stats', 'usage')
                 then coalesce(extract(epoch from clock_timestamp() - least(
@@ -116,7 +113,7 @@ pub(crate) async fn oldest_transaction(connection: &mut PgConnection) -> Result<
 }
 
 /// Dead letters per subscriber in this database.
-pub(crate) async fn dead_letters(connection: &mut PgConnection) -> Result<Vec<(String, i64)>, sqlx::Error> {
+pub(crate) async fn dead_letters(connection: &mut Session) -> Result<Vec<(String, i64)>, sqlx::Error> {
     sqlx::query_as("select subscriber, count(*) from aftercommit.dead_letter group by subscriber order by subscriber")
         .fetch_all(connection)
         .await

@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, HashMap};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
+use sqlx::Row;
 use sqlx::postgres::PgRow;
-use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
+use super::session::Session;
 use super::snapshot::{Mark, xids};
 
 /// An event of the outbox.
@@ -41,7 +42,7 @@ pub(crate) struct Look {
 }
 
 /// Looks whether rows that `settled` does not hold can be read, at a cost that does not depend on the outbox's size.
-pub(crate) async fn look(connection: &mut PgConnection, settled: &Mark) -> Result<Look, sqlx::Error> {
+pub(crate) async fn look(connection: &mut Session, settled: &Mark) -> Result<Look, sqlx::Error> {
     let row = sqlx::query(
         "select exists (select from aftercommit.outbox where id > $1)
              or exists (
@@ -67,7 +68,7 @@ pub(crate) async fn look(connection: &mut PgConnection, settled: &Mark) -> Resul
 /// the new rows by primary key. Each branch is written so that just one index can serve it, whatever the statistics
 /// say: the row comparison fits only the index on (xid, id).
 pub(crate) async fn page(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     settled: &Mark,
     target: &Mark,
     after: i64,
@@ -102,7 +103,7 @@ pub(crate) async fn page(
 }
 
 async fn stragglers(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     ended: &[u64],
     after: i64,
     last_id: i64,
@@ -129,7 +130,7 @@ async fn stragglers(
 }
 
 /// One event by its outbox id.
-pub(crate) async fn one(connection: &mut PgConnection, id: i64) -> Result<OutboxEvent, sqlx::Error> {
+pub(crate) async fn one(connection: &mut Session, id: i64) -> Result<OutboxEvent, sqlx::Error> {
     let row = sqlx::query(
         "select id, event_id, type, version, key, content_type, created_at, headers::text, payload
            from aftercommit.outbox where id = $1",
@@ -141,7 +142,7 @@ pub(crate) async fn one(connection: &mut PgConnection, id: i64) -> Result<Outbox
 }
 
 /// Headers and payload of a large event.
-pub(crate) async fn body(connection: &mut PgConnection, id: i64) -> Result<Body, sqlx::Error> {
+pub(crate) async fn body(connection: &mut Session, id: i64) -> Result<Body, sqlx::Error> {
     let row = sqlx::query("select headers::text, payload from aftercommit.outbox where id = $1")
         .bind(id)
         .fetch_one(connection)
@@ -158,7 +159,7 @@ pub(crate) struct Known {
 
 /// Which of these events the outbox has, each with the outbox id that is given for it.
 pub(crate) async fn known(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     event_ids: &[Uuid],
     ids: &[i64],
 ) -> Result<HashMap<Uuid, Known>, sqlx::Error> {
@@ -175,7 +176,7 @@ pub(crate) async fn known(
 }
 
 /// The outbox's first id and when it was written; what came before has been removed.
-pub(crate) async fn first(connection: &mut PgConnection) -> Result<Option<(i64, DateTime<Utc>)>, sqlx::Error> {
+pub(crate) async fn first(connection: &mut Session) -> Result<Option<(i64, DateTime<Utc>)>, sqlx::Error> {
     sqlx::query_as("select id, created_at from aftercommit.outbox order by id limit 1").fetch_optional(connection).await
 }
 

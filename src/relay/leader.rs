@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use sqlx::PgConnection;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -28,6 +27,7 @@ use crate::jetstream::Connection;
 use crate::jetstream::publisher::Publisher;
 use crate::jetstream::stream::StreamReader;
 use crate::postgres::relay_log::{self, Appended, Base, Opening, State};
+use crate::postgres::session::Session;
 use crate::postgres::snapshot::Mark;
 use crate::postgres::{database_error, parked, window};
 
@@ -48,8 +48,8 @@ pub(super) struct Leader<'a> {
     pub(super) config: &'a RelayConfig,
     pub(super) naming: Arc<Naming>,
     pub(super) connection: &'a Connection,
-    pub(super) log: PgConnection,
-    pub(super) reader: Arc<Mutex<PgConnection>>,
+    pub(super) log: Session,
+    pub(super) reader: Arc<Mutex<Session>>,
     pub(super) publisher: Publisher,
     pub(super) stream: StreamReader,
     pub(super) state: State,

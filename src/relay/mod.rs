@@ -23,7 +23,6 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::PgConnection;
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -40,6 +39,7 @@ use crate::jetstream::stream::StreamReader;
 use crate::jetstream::{self, Connection, topology};
 use crate::postgres::relay_log::{self, Appended};
 use crate::postgres::relay_status::{self, Report};
+use crate::postgres::session::Session;
 use crate::postgres::{self, database_error, lease, pause, prune};
 use leader::Leader;
 use method::Method;
@@ -270,7 +270,7 @@ impl Relay {
     async fn lead(
         &self,
         epoch: i64,
-        mut log: PgConnection,
+        mut log: Session,
         nats: &Connection,
         stream: StreamReader,
         shutdown: &CancellationToken,
@@ -357,7 +357,7 @@ impl Relay {
 
     async fn beat(
         &self,
-        connection: &mut Option<PgConnection>,
+        connection: &mut Option<Session>,
         epoch: i64,
         position: Position,
     ) -> Result<Option<bool>, Error> {
@@ -457,7 +457,7 @@ impl Relay {
         service::run(nats, service, move || serde_json::to_value(monitor.report()).unwrap_or_default())
     }
 
-    async fn connect(&self) -> Result<PgConnection, Error> {
+    async fn connect(&self) -> Result<Session, Error> {
         postgres::connect(&self.config.postgres, "aftercommit-relay").await
     }
 }

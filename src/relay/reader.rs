@@ -3,7 +3,6 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use sqlx::PgConnection;
 use tokio::sync::{Mutex, mpsc};
 
 use super::chain::Sent;
@@ -12,6 +11,7 @@ use crate::envelope::Envelope;
 use crate::error::Error;
 use crate::fault;
 use crate::jetstream::publisher::Outgoing;
+use crate::postgres::session::Session;
 use crate::postgres::snapshot::Mark;
 use crate::postgres::window::{self, OutboxEvent};
 use crate::postgres::{database_error, parked};
@@ -52,7 +52,7 @@ pub(super) struct Exceptions {
 
 /// Reads for the publisher.
 pub(super) struct Reader {
-    pub(super) connection: Arc<Mutex<PgConnection>>,
+    pub(super) connection: Arc<Mutex<Session>>,
     pub(super) naming: Arc<Naming>,
     pub(super) exceptions: Exceptions,
 }
@@ -84,7 +84,7 @@ impl Reader {
     /// The next rows that are to go out; none at the window's end.
     async fn page(
         &self,
-        connection: &mut PgConnection,
+        connection: &mut Session,
         settled: &Mark,
         target: &Mark,
         after: &mut i64,
@@ -113,7 +113,7 @@ impl Reader {
     /// Hands a page to the publisher; false when nobody listens any more.
     async fn send(
         &self,
-        connection: &mut PgConnection,
+        connection: &mut Session,
         page: Vec<OutboxEvent>,
         chunks: &mpsc::Sender<Result<Vec<Prepared>, Error>>,
     ) -> Result<bool, sqlx::Error> {
@@ -139,7 +139,7 @@ impl Reader {
 
 /// Makes a message of a row; headers and payload of a large one are read here.
 pub(super) async fn prepare(
-    connection: &mut PgConnection,
+    connection: &mut Session,
     naming: &Naming,
     row: OutboxEvent,
 ) -> Result<Prepared, sqlx::Error> {

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use metrics::{Gauge, gauge};
-use sqlx::PgConnection;
 use tokio::sync::watch;
 
 use super::LEASE;
@@ -12,6 +11,7 @@ use super::progress::Position;
 use crate::config::{Naming, PostgresConfig};
 use crate::error::{Error, ErrorKind};
 use crate::health::Phase;
+use crate::postgres::session::Session;
 use crate::postgres::{self, database_error, parked, relay_log, status};
 use crate::telemetry;
 
@@ -66,7 +66,7 @@ impl Sampler {
         }
     }
 
-    async fn look(&self, connection: &mut Option<PgConnection>) -> Result<Sample, Error> {
+    async fn look(&self, connection: &mut Option<Session>) -> Result<Sample, Error> {
         let failed = |error| database_error("reading the backlog failed", error);
         let mut open = match connection.take() {
             Some(open) => open,

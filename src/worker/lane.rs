@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::join_all;
-use sqlx::{PgConnection, PgTransaction};
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -19,6 +18,7 @@ use crate::jetstream::stored::Source;
 use crate::postgres::connections::Connections;
 use crate::postgres::dead_letter::{self, DeadLetter};
 use crate::postgres::lease::Tenure;
+use crate::postgres::session::{Session, Tx};
 use crate::postgres::{self, function, inbox};
 
 use super::handler::HandlerError;
@@ -247,7 +247,7 @@ impl Lane {
         result
     }
 
-    async fn transact_on(&self, connection: &mut PgConnection, group: &[&Queued]) -> Result<(), Trouble> {
+    async fn transact_on(&self, connection: &mut Session, group: &[&Queued]) -> Result<(), Trouble> {
         let limit = self.subscriber.settings.time_limit;
         let mut tx = self.own(inbox::begin(connection, limit)).await.map_err(Trouble::Outage)?;
         match self.fill(&mut tx, group).await {
@@ -267,7 +267,7 @@ impl Lane {
         }
     }
 
-    async fn fill(&self, tx: &mut PgTransaction<'_>, group: &[&Queued]) -> Result<(), Trouble> {
+    async fn fill(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<(), Trouble> {
         let rows: Vec<(Uuid, i64)> =
             group.iter().map(|queued| (queued.event.id.as_uuid(), queued.position())).collect();
         let fresh = self.own_or_conflict(inbox::insert(tx, &self.subscriber.name, &rows)).await;
@@ -311,12 +311,12 @@ impl Lane {
         Ok(())
     }
 
-    async fn handle(&self, tx: &mut PgTransaction<'_>, queued: &Queued, this: Try) -> Result<(), HandlerError> {
+    async fn handle(&self, tx: &mut Tx<'_>, queued: &Queued, this: Try) -> Result<(), HandlerError> {
         let Work::Handlers(routes) = &self.subscriber.work else { return Ok(()) };
         let Some(route) = routes.get(queued.event.event_type.as_str()) else {
             return Err(HandlerError::reject(format!("the subscriber has no handler for {}", queued.event.event_type)));
         };
-        let run = AssertUnwindSafe((route.run)(tx, &queued.event, this)).catch_unwind();
+        let run = AssertUnwindSafe((route.run)(tx.for_others(), &queued.event, this)).catch_unwind();
         match timeout(self.subscriber.settings.time_limit, run).await {
             Ok(Ok(result)) => result,
             Ok(Err(panic)) => Err(HandlerError::retry(format!("the handler panicked: {}", panic_text(&*panic)))),

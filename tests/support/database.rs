@@ -22,7 +22,7 @@ impl Database {
     /// An empty one.
     pub async fn empty() -> Self {
         let url = Postgres::shared().await.unwrap().create_database().await.unwrap();
-        Self { config: PostgresConfig { url } }
+        Self { config: PostgresConfig::new(url) }
     }
 
     /// One with the schema aftercommit.

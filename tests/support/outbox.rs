@@ -27,7 +27,7 @@ pub struct Outbox {
 impl Outbox {
     /// In this database and on this server.
     pub async fn new(database_url: String, nats_url: String) -> Self {
-        let postgres = PostgresConfig { url: database_url.clone() };
+        let postgres = PostgresConfig::new(database_url.clone());
         let nats = NatsConfig { url: nats_url, ..NatsConfig::default() };
         let name = unique_name("t");
         let naming = Naming {
@@ -71,6 +71,7 @@ impl Outbox {
         let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit-relay"));
         command
             .env("DATABASE_URL", &self.postgres.url)
+            .env("AFTERCOMMIT_PGBOUNCER", self.postgres.pooled.to_string())
             .env("NATS_URL", &self.nats.url)
             .env("AFTERCOMMIT_STREAM", &self.naming.stream)
             .env("AFTERCOMMIT_SUBJECT_PREFIX", self.naming.prefix.to_string())

@@ -240,6 +240,7 @@ impl Work {
                 .arg("--config")
                 .arg(&file)
                 .env("DATABASE_URL", &self.outbox.postgres.url)
+                .env("AFTERCOMMIT_PGBOUNCER", self.outbox.postgres.pooled.to_string())
                 .env("NATS_URL", &self.outbox.nats.url)
                 .env("AFTERCOMMIT_STREAM", &self.outbox.naming.stream)
                 .env("AFTERCOMMIT_SUBJECT_PREFIX", self.outbox.naming.prefix.to_string())

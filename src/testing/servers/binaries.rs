@@ -67,6 +67,15 @@ pub(super) fn nats_server(wanted: Option<&str>) -> Result<PathBuf, Error> {
         })
 }
 
+/// The pgbouncer program. Packages put it where only administrators' paths lead.
+pub(super) fn pgbouncer() -> Result<PathBuf, Error> {
+    path()
+        .chain(["/usr/sbin".into(), "/usr/local/sbin".into()])
+        .map(|directory| directory.join("pgbouncer"))
+        .find(|program| program.is_file())
+        .ok_or_else(|| missing("PgBouncer is not installed here: install the package pgbouncer"))
+}
+
 /// What `nats-server --version` says, without the `v`.
 pub(super) fn nats_version(program: &Path) -> Result<String, Error> {
     let output = Command::new(program)

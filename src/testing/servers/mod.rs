@@ -1,6 +1,6 @@
-//! PostgreSQL and nats-server for the length of a test.
+//! PostgreSQL, nats-server and PgBouncer for the length of a test.
 //!
-//! Each server is a process of its own on a free port of 127.0.0.1, with its data in a temporary directory. Both
+//! Each server is a process of its own on a free port of 127.0.0.1, with its data in a temporary directory. They
 //! disappear when the value is dropped and when the test process ends, however it ends.
 //!
 //! Most tests use the servers that the whole test process shares, with a database and a stream of their own; a test
@@ -30,8 +30,10 @@
 mod binaries;
 mod instance;
 mod nats;
+mod pgbouncer;
 mod postgres;
 mod processes;
 
 pub use nats::{Nats, NatsOptions};
+pub use pgbouncer::PgBouncer;
 pub use postgres::{Postgres, PostgresOptions};

@@ -98,6 +98,14 @@ impl Postgres {
         format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
     }
 
+    pub(super) fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub(super) fn name(&self) -> String {
+        self.instance.name()
+    }
+
     /// The file with the server's output. It disappears with the server.
     pub fn log(&self) -> PathBuf {
         self.instance.log()
@@ -115,7 +123,7 @@ impl Postgres {
     /// When the server cannot be reached.
     pub async fn create_database(&self) -> Result<String, Error> {
         let name = unique_name("test");
-        let config = PostgresConfig { url: self.url("postgres") };
+        let config = PostgresConfig::new(self.url("postgres"));
         let mut connection = connect(&config, APPLICATION).await?;
         database::create(&mut connection, &name).await?;
         Ok(self.url(&name))
@@ -197,7 +205,7 @@ impl Postgres {
         let mut command = Command::new(self.binaries.join("postgres"));
         command.arg("-D").arg(self.data_directory()).args(["-p", &self.port.to_string()]);
         self.instance.start(&command, self.owner)?;
-        let (config, name) = (PostgresConfig { url: self.url("postgres") }, self.instance.name());
+        let (config, name) = (PostgresConfig::new(self.url("postgres")), self.instance.name());
         // The name tells that it is our server that answers.
         let is_ready = async || match connect(&config, APPLICATION).await {
             Ok(mut connection) => database::cluster_name(&mut connection).await.is_ok_and(|answer| answer == name),
