@@ -45,7 +45,7 @@ impl Outbox {
     pub async fn moved_to(&self, database_url: String) -> Self {
         let pool = PgPoolOptions::new().max_connections(40).acquire_timeout(SOON).connect(&database_url).await.unwrap();
         Self {
-            postgres: PostgresConfig { url: database_url },
+            postgres: PostgresConfig { url: database_url, pooled: false },
             nats: self.nats.clone(),
             naming: self.naming.clone(),
             pool,
