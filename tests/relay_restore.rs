@@ -37,7 +37,8 @@ async fn events(pool: &PgPool, events: i32) {
 
 /// Runs a relay until it dies at a step.
 async fn dies_at(outbox: &Outbox, fault: &str) {
-    let mut relay = RelayProcess(outbox.relay_command().env("AFTERCOMMIT_FAULT", fault).spawn().unwrap());
+    let mut command = outbox.relay_command();
+    let mut relay = RelayProcess(command.env("AFTERCOMMIT_FAULT", fault).env("RUST_LOG", "off").spawn().unwrap());
     assert!(!relay.ends(SOON).await.success(), "it was to die at {fault}");
 }
 
@@ -198,7 +199,7 @@ async fn holds_with_ghosts(outbox: &Outbox, ghosts: usize) -> Vec<Message> {
     messages
 }
 
-/// A copy of the cluster's files is put back after the relay has published more. `before` makes the state of the copy.
+/// A copy of the cluster's files is put back after the relay has published more.
 async fn survives_going_back(mid_window: bool) {
     let mut postgres = cluster().await;
     let outbox = outbox(&postgres).await;
