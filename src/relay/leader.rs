@@ -93,8 +93,10 @@ impl Leader<'_> {
                 continue;
             }
             if last_rest.elapsed() > REST {
+                if !self.publish_released().await? {
+                    continue;
+                }
                 last_rest = Instant::now();
-                self.publish_released().await?;
             }
             let handled = self.handled();
             let look = window::look(&mut self.log, &handled)
@@ -367,15 +369,16 @@ impl Leader<'_> {
     }
 
     /// Publishes events that were parked and that an operator has released, one at a time, in the order of their keys.
-    async fn publish_released(&mut self) -> Result<(), Error> {
+    /// False when it must be called again as soon as the open window is in the stream.
+    async fn publish_released(&mut self) -> Result<bool, Error> {
         if !self.exceptions.any_parked {
-            return Ok(());
+            return Ok(true);
         }
         while let Some(outbox_id) = parked::next_released(&mut self.log).await.map_err(reading_parked)? {
             if self.under_way.is_none() || self.state.target.is_none() {
                 // A repair must lie behind the base of an open window, so that it is looked past when resuming.
                 self.open().await?;
-                return Ok(());
+                return Ok(false);
             }
             let failed = |error| database_error("publishing a released event failed", error);
             let row = window::one(&mut self.log, outbox_id).await.map_err(failed)?;
@@ -387,14 +390,14 @@ impl Leader<'_> {
             drop(chunks);
             let outcome = match self.publish(received).await? {
                 Pumped::Done => Ok(self.under_way.as_ref().map_or(0, UnderWay::sequence)),
-                Pumped::Stopped => return Ok(()),
+                Pumped::Stopped => return Ok(true),
                 Pumped::Doubt(doubt) => {
                     self.under_way = None;
                     self.publisher.restart();
                     match (self.report(&doubt), doubt) {
                         (_, Doubt::Duplicate { sequence, .. }) => Ok(sequence),
                         (Class::Park, doubt) => Err(doubt.to_string()),
-                        _ => return Ok(()),
+                        _ => return Ok(true),
                     }
                 }
             };
@@ -403,7 +406,8 @@ impl Leader<'_> {
                 .await
                 .map_err(failed)?;
         }
-        self.load_parked().await
+        self.load_parked().await?;
+        Ok(true)
     }
 }
 

@@ -23,7 +23,7 @@ use crate::postgres::{database_error, parked};
 /// Messages that are looked up at a time.
 const SPAN: u64 = 1000;
 /// Messages that are reported one by one; the others are counted.
-const REPORTED: u64 = 100;
+const REPORTED: u64 = 20;
 
 /// What the stream was found to hold behind the base of a window whose order there is unknown.
 #[derive(Debug, Default)]
