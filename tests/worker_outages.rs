@@ -117,6 +117,9 @@ async fn an_orderly_stop_costs_no_attempt_and_hands_over_at_once() {
     work.wait_for(before + 1).await;
     assert!(stopped.elapsed() < Duration::from_secs(2), "took over after {:?}", stopped.elapsed());
     work.wait_for(200).await;
+    // What the first one gave back did not have to wait for 30 seconds.
+    work.wait_until_acked("stop").await;
+    assert!(stopped.elapsed() < Duration::from_secs(20), "acked after {:?}", stopped.elapsed());
     assert_unharmed(&work, 50).await;
     second.stop().await;
 }

@@ -38,7 +38,9 @@ pub(crate) async fn backlog(connection: &mut Session, state: &State, last_id: i6
                      where (o.xid, o.id) > (t.xid, $7) and (o.xid, o.id) <= (t.xid, $2)
                      order by o.xid, o.id limit $6) as o
          )
-         select count(*), greatest(extract(epoch from clock_timestamp() - min(created_at)), 0)::float8
+         select count(*),
+                -- greatest() would make 0 of null
+                case when count(*) > 0 then greatest(extract(epoch from clock_timestamp() - min(created_at)), 0)::float8 end
            from (select created_at from unsettled u, published p
                   where not (u.id <= p.id
                              and (u.id <= $8 or pg_visible_in_snapshot(u.xid, (select $4::text::pg_snapshot))))

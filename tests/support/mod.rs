@@ -6,6 +6,7 @@ mod database;
 mod http;
 mod outbox;
 mod proxy;
+mod restore;
 mod work;
 mod writers;
 
@@ -16,6 +17,7 @@ pub use database::{Database, succeeded};
 pub use http::{free_address, get, metric};
 pub use outbox::{Message, Outbox, RelayProcess, RunningRelay};
 pub use proxy::{Proxy, Way};
+pub use restore::{Copy, Dump, raise_transaction_ids};
 pub use work::{Act, Number, Record, RunningWorker, Work, WorkerProcess};
 pub use writers::{Random, Writers};
 

@@ -41,6 +41,17 @@ impl Outbox {
         Self { postgres, nats, naming, pool }
     }
 
+    /// The same outbox after a restore into another database.
+    pub async fn moved_to(&self, database_url: String) -> Self {
+        let pool = PgPoolOptions::new().max_connections(40).acquire_timeout(SOON).connect(&database_url).await.unwrap();
+        Self {
+            postgres: PostgresConfig { url: database_url, pooled: false },
+            nats: self.nats.clone(),
+            naming: self.naming.clone(),
+            pool,
+        }
+    }
+
     pub fn relay_config(&self) -> RelayConfig {
         RelayConfig::new(self.postgres.clone(), self.nats.clone(), self.naming.clone())
     }

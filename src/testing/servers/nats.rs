@@ -90,6 +90,11 @@ impl Nats {
         self.instance.log()
     }
 
+    /// JetStream's files, for what is done to them while the server is stopped.
+    pub fn store_directory(&self) -> PathBuf {
+        self.instance.directory().join("store")
+    }
+
     /// Kills the server with SIGKILL.
     ///
     /// # Errors
@@ -153,7 +158,7 @@ impl Nats {
              jetstream {{\n  store_dir: \"{}\"\n  {}\n}}\n{}\n",
             self.port,
             self.monitor_port,
-            directory.join("store").display(),
+            self.store_directory().display(),
             self.options.jetstream,
             self.options.config,
         );

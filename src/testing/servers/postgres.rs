@@ -1,6 +1,6 @@
 //! A PostgreSQL cluster for the length of a test.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::Command;
@@ -85,9 +85,12 @@ impl Postgres {
     /// # Errors
     /// When no server is installed.
     pub fn program(name: &str) -> Result<PathBuf, Error> {
-        // Some installations put a link to the server alone into the PATH, and clients elsewhere.
-        let beside = binaries::postgres()?.join(name);
-        Ok(if beside.is_file() { beside } else { name.into() })
+        let found = binaries::postgres()?;
+        // Some installations put a link to the server alone into the PATH, and the other programs elsewhere.
+        let linked = fs::canonicalize(found.join("postgres")).ok();
+        let beside = [Some(found), linked.and_then(|server| Some(server.parent()?.to_path_buf()))];
+        let mut programs = beside.into_iter().flatten().map(|directory| directory.join(name));
+        Ok(programs.find(|program| program.is_file()).unwrap_or_else(|| name.into()))
     }
 
     /// The URL of a database on this server. `postgres` is there from the start.
@@ -106,6 +109,12 @@ impl Postgres {
     /// The file with the server's output. It disappears with the server.
     pub fn log(&self) -> PathBuf {
         self.instance.log()
+    }
+
+    /// The cluster's files, for what is done to them while the server is stopped. They belong to the user as whom the
+    /// server runs.
+    pub fn data_directory(&self) -> PathBuf {
+        self.instance.directory().join("data")
     }
 
     /// Makes an empty database under a name of its own and returns its URL.
@@ -194,7 +203,7 @@ impl Postgres {
 
     async fn launch(&mut self) -> Result<(), Error> {
         let mut command = Command::new(self.binaries.join("postgres"));
-        command.arg("-D").arg(self.instance.directory().join("data")).args(["-p", &self.port.to_string()]);
+        command.arg("-D").arg(self.data_directory()).args(["-p", &self.port.to_string()]);
         self.instance.start(&command, self.owner)?;
         let (config, name) = (PostgresConfig::new(self.url("postgres")), self.instance.name());
         // The name tells that it is our server that answers.
