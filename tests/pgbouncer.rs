@@ -3,15 +3,18 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use aftercommit::admin;
 use aftercommit::config::{NatsConfig, PostgresConfig};
 use aftercommit::outbox::{self, PublishErrorKind, RawEvent};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, PgBouncer, Postgres, PostgresOptions};
+use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{ConnectOptions, Connection, PgConnection, Row};
-use support::{Database, Outbox, RelayProcess, SOON, Work, Writers};
+use sqlx::{ConnectOptions, Connection, PgConnection, PgTransaction, Row};
+use support::{Database, Number, Outbox, RelayProcess, SOON, Work, Writers};
 
 async fn bouncer(pool_size: u32, settings: &[(&str, &str)]) -> PgBouncer {
     PgBouncer::start(Postgres::shared().await.unwrap(), pool_size, settings).await.unwrap()
@@ -211,8 +214,8 @@ async fn services_publish_once_they_have_said_so() {
     assert_eq!(written, 1 + 6 * 3);
 }
 
-fn two_numbers() -> [support::Number; 2] {
-    [1, 2].map(|n| support::Number { key: None, n })
+fn two_numbers() -> [Number; 2] {
+    [1, 2].map(|n| Number { key: None, n })
 }
 
 /// Whoever forgets the setting is told its name, whatever it is that fails first.
@@ -230,4 +233,40 @@ async fn errors_name_the_setting() {
     assert!(error.contains("42P05") && error.contains("AFTERCOMMIT_PGBOUNCER"), "{error}");
     // With it, what others left there is in nobody's way.
     admin::relay::resume(&behind(&lax, &database.config)).await.unwrap();
+}
+
+/// A handler whose queries keep their names waits, with the reason, until that is put right: no event is to blame.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_handler_with_named_statements_costs_no_attempt() {
+    let bouncer = bouncer(1, &[]).await;
+    let mut work = Work::shared().await;
+    work.outbox.postgres = behind(&bouncer, &work.outbox.postgres);
+    // Somebody else has used the first name.
+    let mut other = connect(&work.outbox.postgres).await;
+    let mut tx = other.begin().await.unwrap();
+    sqlx::query("select 1").execute(&mut *tx).await.unwrap();
+    tx.commit().await.unwrap();
+    let runs = Arc::new(AtomicU32::new(0));
+    let handler = Named(runs.clone());
+    let worker = work.run(Subscriber::new("named").max_attempts(1).on::<Number>(handler)).await;
+    work.send("a", 1).await;
+    eventually(SOON, "it is refused and tried again", async || runs.load(Ordering::Relaxed) > 1).await.unwrap();
+    // What was in the way goes, as it would when the server's session ends.
+    sqlx::raw_sql("deallocate all").execute(&mut other).await.unwrap();
+    work.wait_for(1).await;
+    work.wait_until_acked("named").await;
+    assert_eq!(work.dead_letters().await, []);
+    assert_eq!(work.attempts().await, Vec::<i32>::new());
+    worker.stop().await;
+}
+
+/// Counts its runs, and writes with a named statement.
+struct Named(Arc<AtomicU32>);
+
+impl Handler<Number> for Named {
+    async fn handle(&self, tx: &mut PgTransaction<'_>, delivery: &Delivery<Number>) -> Result<(), HandlerError> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        sqlx::query("insert into effect (n) values ($1)").bind(delivery.event.n).execute(&mut **tx).await?;
+        Ok(())
+    }
 }

@@ -25,6 +25,7 @@ use std::str::FromStr;
 
 use percent_encoding::percent_decode_str;
 use sqlx::ConnectOptions;
+use sqlx::error::DatabaseError;
 use sqlx::postgres::PgConnectOptions;
 
 use crate::config::{PostgresConfig, read_file};
@@ -42,8 +43,12 @@ fn options(config: &PostgresConfig, application: &str) -> Result<PgConnectOption
     check_files(&config.url)?;
     PgConnectOptions::from_str(&config.url)
         .map(|options| options.application_name(application).disable_statement_logging())
-        // PgBouncer refuses to set what it does not watch, and nothing here needs it.
-        .map(|options| if config.pooled { options.extra_float_digits(None) } else { options })
+        .map(|options| match config.pooled {
+            // PgBouncer refuses to set what it does not watch, and nothing here needs it. Without the cache a handler's
+            // statement that kept its name is prepared anew, and refused, rather than mistaken for somebody else's.
+            true => options.extra_float_digits(None).statement_cache_capacity(0),
+            false => options,
+        })
         .map_err(|_| {
             Error::new(
                 ErrorKind::Config,
@@ -83,8 +88,8 @@ pub(crate) async fn connect(config: &PostgresConfig, application: &str) -> Resul
 }
 
 /// The way out for a connection that turns out to be no session of its own.
-const POOLED: &str = " (is it PgBouncer that answers? set AFTERCOMMIT_PGBOUNCER=true or --pgbouncer, in code \
-                      PostgresConfig::pooled, and outbox::set_pooled where events are published)";
+pub(crate) const POOLED: &str = " (is it PgBouncer that answers? set AFTERCOMMIT_PGBOUNCER=true or --pgbouncer, in code \
+    PostgresConfig::pooled; outbox::set_pooled where events are published; .persistent(false) in handlers' queries)";
 
 /// An error of `doing`, without the server's DETAIL, which may hold a row's payload.
 pub(crate) fn database_error(doing: impl Into<String>, error: sqlx::Error) -> Error {
@@ -94,9 +99,7 @@ pub(crate) fn database_error(doing: impl Into<String>, error: sqlx::Error) -> Er
             let hint = match db.code().as_deref() {
                 Some("3F000" | "42P01") => " (is the schema there? run `aftercommit migrate`)",
                 Some("42501") => " (the role lacks a grant)",
-                // A prepared statement of somebody else in our way, or ours gone.
-                Some("42P05" | "26000") => POOLED,
-                _ if db.message().contains("startup parameter") => POOLED,
+                _ if is_mixed_up(&*db) || db.message().contains("startup parameter") => POOLED,
                 _ => "",
             };
             let code = db.code().unwrap_or_default().into_owned();
@@ -129,6 +132,12 @@ pub(crate) fn is_outage(error: &sqlx::Error) -> bool {
         }
         _ => false,
     }
+}
+
+/// Whether somebody else's prepared statement was in our way, or ours was gone: it is not we alone who use this session
+/// of the server.
+pub(crate) fn is_mixed_up(error: &dyn DatabaseError) -> bool {
+    matches!(error.code().as_deref(), Some("42P05" | "26000"))
 }
 
 /// Whether PostgreSQL undid the transaction because of others that ran beside it (serialization failure, deadlock):

@@ -45,7 +45,8 @@ pub(super) fn trouble(at: Option<usize>, error: HandlerError) -> Trouble {
     let mut cause: Option<&(dyn StdError + 'static)> = Some(cause.as_ref());
     while let Some(next) = cause {
         if let Some(database) = next.downcast_ref::<sqlx::Error>() {
-            if postgres::is_outage(database) {
+            let mixed_up = database.as_database_error().is_some_and(postgres::is_mixed_up);
+            if mixed_up || postgres::is_outage(database) {
                 return Trouble::Interrupted { at, error };
             }
             if postgres::is_conflict(database) {
@@ -91,6 +92,9 @@ pub(super) fn describe(error: &HandlerError) -> String {
 /// The error's text; of an error of the server only the message, without DETAIL and the place in its source.
 pub(super) fn database_text(error: &sqlx::Error) -> String {
     match error {
+        sqlx::Error::Database(database) if postgres::is_mixed_up(&**database) => {
+            format!("{}{}", database.message(), postgres::POOLED)
+        }
         sqlx::Error::Database(database) => database.message().to_string(),
         other => other.to_string(),
     }
