@@ -1,9 +1,10 @@
 //! The schema `aftercommit` and its migrations, kept in a table of their own beside the application's.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use sqlx::migrate::{MigrateError, Migrator};
+use sqlx::migrate::{MigrateError, Migration, Migrator};
 use sqlx::{Connection, PgConnection};
 
 use crate::error::{Error, ErrorKind};
@@ -46,7 +47,7 @@ pub(crate) async fn run(connection: &mut PgConnection) -> Result<Vec<String>, Er
     Ok(migrator
         .iter()
         .filter(|migration| !before.contains(&migration.version))
-        .map(|migration| format!("{:04} {}", migration.version, migration.description))
+        .map(name)
         .collect())
 }
 
@@ -70,6 +71,41 @@ async fn applied(connection: &mut PgConnection) -> Result<Vec<i64>, Error> {
              the tool that made it, or run the parts of `aftercommit migrate --print` that write the record",
         )),
     }
+}
+
+/// How the recorded migrations differ from those that this version knows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Difference {
+    /// Names of those that are not applied yet.
+    pub(crate) missing: Vec<String>,
+    /// Versions that only a newer aftercommit knows.
+    pub(crate) unknown: Vec<i64>,
+    /// Versions that were applied with another text.
+    pub(crate) changed: Vec<i64>,
+}
+
+/// Compares the record with what this version knows.
+pub(crate) async fn difference(connection: &mut PgConnection) -> Result<Difference, sqlx::Error> {
+    let mut recorded: BTreeMap<i64, Vec<u8>> =
+        sqlx::query_as::<_, (i64, Vec<u8>)>("select version, checksum from aftercommit.migrations where success")
+            .fetch_all(connection)
+            .await?
+            .into_iter()
+            .collect();
+    let mut difference = Difference::default();
+    for migration in migrator().iter() {
+        match recorded.remove(&migration.version) {
+            None => difference.missing.push(name(migration)),
+            Some(checksum) if checksum != *migration.checksum => difference.changed.push(migration.version),
+            Some(_) => {}
+        }
+    }
+    difference.unknown = recorded.into_keys().collect();
+    Ok(difference)
+}
+
+fn name(migration: &Migration) -> String {
+    format!("{:04} {}", migration.version, migration.description)
 }
 
 fn migrate_error(error: MigrateError) -> Error {
