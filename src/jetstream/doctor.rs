@@ -41,10 +41,7 @@ pub(crate) struct Consumer {
 
 /// The server at the other end.
 pub(crate) fn server(connection: &Connection) -> Server {
-    Server {
-        version: connection.client.server_info().version,
-        problem: topology::server_problem(connection),
-    }
+    Server { version: connection.client.server_info().version, problem: topology::server_problem(connection) }
 }
 
 /// The stream, judged as the relay judges it at its start.

@@ -44,11 +44,7 @@ pub(crate) async fn run(connection: &mut PgConnection) -> Result<Vec<String>, Er
     let before = applied(&mut tx).await?;
     migrator.run(&mut *tx).await.map_err(migrate_error)?;
     tx.commit().await.map_err(failed)?;
-    Ok(migrator
-        .iter()
-        .filter(|migration| !before.contains(&migration.version))
-        .map(name)
-        .collect())
+    Ok(migrator.iter().filter(|migration| !before.contains(&migration.version)).map(name).collect())
 }
 
 /// The versions that are recorded. A schema without a record is somebody else's work, not ours to go on with.

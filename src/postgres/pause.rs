@@ -47,12 +47,7 @@ pub(crate) async fn list(connection: &mut PgConnection) -> Result<Vec<Pause>, sq
         .await?;
     rows.iter()
         .map(|row| {
-            Ok(Pause {
-                name: row.try_get(0)?,
-                since: row.try_get(1)?,
-                by: row.try_get(2)?,
-                reason: row.try_get(3)?,
-            })
+            Ok(Pause { name: row.try_get(0)?, since: row.try_get(1)?, by: row.try_get(2)?, reason: row.try_get(3)? })
         })
         .collect()
 }
