@@ -15,7 +15,7 @@ use async_nats::jetstream::consumer::{AckPolicy, pull};
 use async_nats::jetstream::stream::StorageType;
 use serde_json::Value;
 use sqlx::AssertSqlSafe;
-use support::{Outbox, RunningRelay, SOON, free_address};
+use support::{Outbox, Proxy, RunningRelay, SOON, free_address};
 
 async fn shared() -> Outbox {
     let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
@@ -81,6 +81,14 @@ async fn a_fresh_set_up_passes_and_each_part_can_be_missing() {
     let report = look(DoctorConfig { nats_monitor: Some(plain), ..config(&outbox) }).await;
     assert!(found(&report, Severity::Warn, "disk")[0].finding.contains("every 2 minutes"), "{report}");
 
+    // Through something with another port.
+    let (_, server) = outbox.postgres.url.split_once('@').unwrap();
+    let (server, database) = server.split_once('/').unwrap();
+    let proxy = Proxy::to(server).await;
+    let through = PostgresConfig { url: format!("postgres://postgres@{}/{database}", proxy.address) };
+    let report = look(DoctorConfig { postgres: through, ..config(&outbox) }).await;
+    assert!(found(&report, Severity::Warn, "pooler")[0].finding.contains("in between"), "{report}");
+
     // Without a schema; the rest is looked at.
     let bare = PostgresConfig { url: postgres.create_database().await.unwrap() };
     let report = look(DoctorConfig { postgres: bare, ..config(&outbox) }).await;
@@ -122,13 +130,13 @@ async fn the_grants_it_names_are_those_that_a_relay_needs() {
     let outbox = shared().await;
     let role = unique_name("relay");
     let execute = async |sql: String| sqlx::raw_sql(AssertSqlSafe(sql)).execute(&outbox.pool).await.map(drop).unwrap();
-    execute(format!("create role {role} login")).await;
+    execute(format!("create role {role} login; revoke execute on function pg_control_system() from public")).await;
     let limited = PostgresConfig { url: outbox.postgres.url.replace("//postgres@", &format!("//{role}@")) };
     assert_ne!(limited.url, outbox.postgres.url);
     let config = DoctorConfig { postgres: limited.clone(), ..config(&outbox) };
     let report = look(config.clone()).await;
     let missing = found(&report, Severity::Fail, "grants");
-    assert_eq!(missing.len(), 8, "schema, six tables, sequence: {report}");
+    assert_eq!(missing.len(), 9, "schema, six tables, sequence, function: {report}");
     for check in missing {
         let statement = check.remedy.clone().unwrap();
         assert!(statement.starts_with("grant "), "{statement}");

@@ -117,8 +117,9 @@ impl fmt::Display for Report {
 /// # Errors
 /// [`ErrorKind::Config`] when a setting is missing or malformed.
 pub async fn doctor(config: &DoctorConfig) -> Result<Report, Error> {
-    let (database, broker, sync) =
-        tokio::join!(within(look_at_database(config)), within(look_at_broker(config)), look_at_sync(config));
+    let database = within(Box::pin(look_at_database(config)));
+    let broker = within(Box::pin(look_at_broker(config)));
+    let (database, broker, sync) = tokio::join!(database, broker, look_at_sync(config));
     let mut checks = match unless_config(database)? {
         Ok(seen) => database::judge(&seen, config),
         Err(error) => vec![database::unreachable(&error)],

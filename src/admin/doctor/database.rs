@@ -148,7 +148,7 @@ fn transactions(longest: Option<&Transaction>, server: &Server) -> Check {
         return Check::warn(
             NAME,
             format!("the role {} does not see the transactions of others", server.role),
-            format!("grant pg_read_all_stats to \"{}\"", server.role),
+            format!("grant pg_read_all_stats to {}", quoted(&server.role)),
         );
     }
     let Some(Transaction { pid, role, application, state, age }) = longest else {
@@ -170,6 +170,11 @@ fn transactions(longest: Option<&Transaction>, server: &Server) -> Check {
     )
 }
 
+/// A name as SQL takes it.
+fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
 fn schema(tables: Tables, migrations: Option<&Difference>, role: &str) -> Check {
     const NAME: &str = "schema";
     const MIGRATE: &str = "run `aftercommit migrate`";
@@ -183,7 +188,7 @@ fn schema(tables: Tables, migrations: Option<&Difference>, role: &str) -> Check 
         (_, None) => Check::warn(
             NAME,
             format!("it is there; its version is unknown, because the role {role} may not read aftercommit.migrations"),
-            format!("grant select on aftercommit.migrations to \"{role}\""),
+            format!("grant select on aftercommit.migrations to {}", quoted(role)),
         ),
         (_, Some(Difference { missing, unknown, changed })) => {
             if !changed.is_empty() {
