@@ -1,5 +1,7 @@
 //! `aftercommit`, the operator's tool.
 
+mod doctor;
+
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -27,6 +29,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Look for what is wrong, or will be, and say what to do about it; it changes nothing
+    Doctor(Box<doctor::Doctor>),
     /// Create or update the schema aftercommit; harmless when it is up to date
     Migrate(Migrate),
     /// See and decide about events that the stream would not take
@@ -150,21 +154,29 @@ fn header(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// Runs the command line of this process. The exit status is 0 when all went well, 1 when it did not, and 2 when the
-/// command line or a setting is at fault.
+/// Runs the command line of this process. The exit status is 0 when all went well, 1 when it did not or the doctor found
+/// something that fails, and 2 when the command line or a setting is at fault.
 pub fn main() -> ExitCode {
     match run(Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => status,
         Err(error) => fail("aftercommit", &error),
     }
 }
 
-fn run(cli: Cli) -> Result<(), Error> {
+fn run(cli: Cli) -> Result<ExitCode, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Error::with_source(ErrorKind::Config, "the runtime cannot start", error))?;
+    let mut exit = ExitCode::SUCCESS;
     let text = match cli.command {
+        Command::Doctor(command) => {
+            let (text, well) = runtime.block_on(doctor::run(*command))?;
+            if !well {
+                exit = ExitCode::FAILURE;
+            }
+            text
+        }
         Command::Migrate(Migrate { print: true, .. }) => admin::migrations_sql(),
         Command::Migrate(command) => runtime.block_on(migrate(command))?,
         Command::Parked(command) => runtime.block_on(parked(command))?,
@@ -175,7 +187,7 @@ fn run(cli: Cli) -> Result<(), Error> {
     };
     // A reader that went away early, such as `head`, has what it wanted.
     let _ = std::io::stdout().write_all(text.as_bytes());
-    Ok(())
+    Ok(exit)
 }
 
 async fn migrate(command: Migrate) -> Result<String, Error> {

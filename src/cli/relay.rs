@@ -43,11 +43,20 @@ struct Cli {
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum Writers {
+pub(super) enum Writers {
     /// Only the relays of this outbox
     Exclusive,
     /// Others, too
     Shared,
+}
+
+impl From<Writers> for Mode {
+    fn from(writers: Writers) -> Self {
+        match writers {
+            Writers::Exclusive => Self::Exclusive,
+            Writers::Shared => Self::Shared,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -68,7 +77,7 @@ enum Policy {
     Skip,
 }
 
-fn days(text: &str) -> Result<f64, String> {
+pub(super) fn days(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(days) if (0.0..=36_500.0).contains(&days) => Ok(days),
         _ => Err("a number of days from 0 to 36500 is needed".into()),
@@ -78,10 +87,7 @@ fn days(text: &str) -> Result<f64, String> {
 impl Cli {
     fn config(&self) -> Result<RelayConfig, Error> {
         Ok(RelayConfig {
-            mode: match self.mode {
-                Writers::Exclusive => Mode::Exclusive,
-                Writers::Shared => Mode::Shared,
-            },
+            mode: self.mode.into(),
             once: self.once,
             park_policy: match self.park_policy {
                 Policy::Block => ParkPolicy::Block,

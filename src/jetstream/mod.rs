@@ -3,7 +3,9 @@
 mod access;
 pub(crate) mod ack;
 pub(crate) mod consumer;
+pub(crate) mod doctor;
 pub(crate) mod feed;
+pub(crate) mod monitoring;
 pub(crate) mod publisher;
 pub(crate) mod service;
 pub(crate) mod stored;

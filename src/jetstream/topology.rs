@@ -164,6 +164,13 @@ fn covers(subjects: &[String], naming: &Naming) -> bool {
     })
 }
 
+/// Why the server cannot be used at all; none when it can.
+pub(crate) fn server_problem(connection: &Connection) -> Option<String> {
+    let version = connection.client.server_info().version;
+    let old = !connection.client.is_server_compatible(2, 11, 0);
+    old.then(|| format!("nats-server {version} is too old: 2.11 or newer is needed"))
+}
+
 /// Everything about a stream that would lose, change or re-order events of the outbox, or double them where it is
 /// `shared` with other writers.
 pub(crate) fn problems(config: &Config, naming: &Naming, shared: bool) -> Vec<Problem> {

@@ -50,7 +50,11 @@ pub(crate) async fn run(session: &mut Session) -> Result<Vec<String>, Error> {
         tx.execute(AssertSqlSafe(with_record(migration))).await.map_err(failed)?;
     }
     tx.commit().await.map_err(failed)?;
-    Ok(missing.iter().map(|migration| format!("{:04} {}", migration.version, migration.description)).collect())
+    Ok(missing.iter().map(name).collect())
+}
+
+fn name(migration: &Migration) -> String {
+    format!("{:04} {}", migration.version, migration.description)
 }
 
 /// The versions that are recorded, each with its checksum. A schema without a record is somebody else's work, not ours
@@ -98,6 +102,37 @@ fn missing(known: &Migrator, applied: &BTreeMap<i64, Vec<u8>>) -> Result<Vec<Mig
         ));
     }
     Ok(known.iter().filter(|migration| !applied.contains_key(&migration.version)).cloned().collect())
+}
+
+/// How the recorded migrations differ from those that this version knows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Difference {
+    /// Names of those that are not applied yet.
+    pub(crate) missing: Vec<String>,
+    /// Versions that only a newer aftercommit knows.
+    pub(crate) unknown: Vec<i64>,
+    /// Versions that were applied with another text.
+    pub(crate) changed: Vec<i64>,
+}
+
+/// Compares the record with what this version knows.
+pub(crate) async fn difference(session: &mut Session) -> Result<Difference, sqlx::Error> {
+    let rows =
+        sqlx::query("select version, checksum from aftercommit.migrations where success").fetch_all(session).await?;
+    let mut recorded = BTreeMap::new();
+    for row in &rows {
+        recorded.insert(row.try_get::<i64, _>(0)?, row.try_get::<Vec<u8>, _>(1)?);
+    }
+    let mut difference = Difference::default();
+    for migration in migrations().iter() {
+        match recorded.remove(&migration.version) {
+            None => difference.missing.push(name(migration)),
+            Some(checksum) if checksum != *migration.checksum => difference.changed.push(migration.version),
+            Some(_) => {}
+        }
+    }
+    difference.unknown = recorded.into_keys().collect();
+    Ok(difference)
 }
 
 /// All migrations with their record as one script, for other migration tools.

@@ -4,6 +4,7 @@ pub(crate) mod connections;
 #[cfg(all(unix, feature = "testing"))]
 pub(crate) mod database;
 pub(crate) mod dead_letter;
+pub(crate) mod doctor;
 pub(crate) mod function;
 pub(crate) mod inbox;
 pub(crate) mod lease;

@@ -1,5 +1,8 @@
 //! What operators have switched off.
 
+use chrono::{DateTime, Utc};
+use sqlx::Row;
+
 use super::session::Session;
 
 /// Whether any of these names is paused.
@@ -24,4 +27,25 @@ pub(crate) async fn pause(connection: &mut Session, name: &str, reason: Option<&
 pub(crate) async fn resume(connection: &mut Session, name: &str) -> Result<bool, sqlx::Error> {
     let done = sqlx::query("delete from aftercommit.pause where name = $1").bind(name).execute(connection).await?;
     Ok(done.rows_affected() == 1)
+}
+
+/// Something that is switched off.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Pause {
+    pub(crate) name: String,
+    pub(crate) since: DateTime<Utc>,
+    pub(crate) by: String,
+    pub(crate) reason: Option<String>,
+}
+
+/// All that is switched off, by name.
+pub(crate) async fn list(connection: &mut Session) -> Result<Vec<Pause>, sqlx::Error> {
+    let rows = sqlx::query("select name, paused_at, paused_by, reason from aftercommit.pause order by name")
+        .fetch_all(connection)
+        .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Pause { name: row.try_get(0)?, since: row.try_get(1)?, by: row.try_get(2)?, reason: row.try_get(3)? })
+        })
+        .collect()
 }

@@ -241,12 +241,8 @@ impl Relay {
     /// Refuses servers and settings with which events would be lost.
     async fn check(&self, nats: &Connection, stream: &StreamReader) -> Result<(), Error> {
         let config = stream.info().await?.config;
-        if !nats.client.is_server_compatible(2, 11, 0) {
-            let version = nats.client.server_info().version;
-            return Err(Error::new(
-                ErrorKind::NotReady,
-                format!("nats-server {version} is too old: 2.11 or newer is needed"),
-            ));
+        if let Some(problem) = topology::server_problem(nats) {
+            return Err(Error::new(ErrorKind::NotReady, problem));
         }
         let problems = topology::problems(&config, &self.naming, self.config.mode == Mode::Shared);
         if problems.is_empty() {

@@ -1,0 +1,290 @@
+//! One look for what is wrong, or will be: each check ends as OK, WARN or FAIL, with what to do.
+
+mod broker;
+mod database;
+
+use std::fmt;
+use std::time::Duration;
+
+use chrono::{TimeDelta, Utc};
+use serde::Serialize;
+
+use crate::config::{Naming, NatsConfig, PostgresConfig};
+use crate::error::{Error, ErrorKind};
+use crate::jetstream::{self, doctor as nats, monitoring};
+use crate::postgres::session::Session;
+use crate::postgres::{self, database_error, doctor as facts, migrate, parked, pause, relay_log, status as positions};
+use crate::relay::{LEASE, Mode};
+
+/// How long a server may take to answer everything.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// What to look at. The fields that the relay has too must be as the relay's are.
+#[derive(Debug, Clone)]
+pub struct DoctorConfig {
+    /// Whether others write to the stream, too. Defaults to [`Mode::Exclusive`].
+    pub mode: Mode,
+    /// Stream, subjects and source.
+    pub naming: Naming,
+    /// The NATS servers.
+    pub nats: NatsConfig,
+    /// The HTTP monitoring port of a NATS server, such as `http://127.0.0.1:8222`. Only there a server tells when it
+    /// writes to the disk. Defaults to none.
+    pub nats_monitor: Option<String>,
+    /// The outbox's database, with the relay's role: its rights are checked.
+    pub postgres: PostgresConfig,
+    /// How long events stay in the outbox. Defaults to 7 days.
+    pub retention: Duration,
+}
+
+impl DoctorConfig {
+    /// The defaults for an outbox and its stream.
+    pub fn new(postgres: PostgresConfig, nats: NatsConfig, naming: Naming) -> Self {
+        let retention = Duration::from_hours(7 * 24);
+        Self { mode: Mode::Exclusive, naming, nats, nats_monitor: None, postgres, retention }
+    }
+}
+
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Severity {
+    /// As it should be.
+    Ok,
+    /// It works, and something can be lost, stops one day or waits for a decision.
+    Warn,
+    /// Events are lost or do not get on.
+    Fail,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Check {
+    /// How bad it is.
+    pub status: Severity,
+    /// What was looked at, such as `grants`. Several checks can have the same name.
+    pub name: &'static str,
+    /// What was found.
+    pub finding: String,
+    /// What to do; none when all is well.
+    pub remedy: Option<String>,
+}
+
+impl Check {
+    fn ok(name: &'static str, finding: impl Into<String>) -> Self {
+        Self { status: Severity::Ok, name, finding: finding.into(), remedy: None }
+    }
+
+    fn warn(name: &'static str, finding: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { status: Severity::Warn, name, finding: finding.into(), remedy: Some(remedy.into()) }
+    }
+
+    fn fail(name: &'static str, finding: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { status: Severity::Fail, name, finding: finding.into(), remedy: Some(remedy.into()) }
+    }
+}
+
+/// What `aftercommit doctor` prints. With `--json` it is printed as it is here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// The worst of the checks.
+    pub status: Severity,
+    /// All of them, those of the database first.
+    pub checks: Vec<Check>,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Check { status, name, finding, remedy } in &self.checks {
+            let status = match status {
+                Severity::Ok => "OK",
+                Severity::Warn => "WARN",
+                Severity::Fail => "FAIL",
+            };
+            writeln!(f, "{status:<4}  {name:<18}  {finding}")?;
+            if let Some(remedy) = remedy {
+                writeln!(f, "{:26}-> {remedy}", "")?;
+            }
+        }
+        let count = |severity| self.checks.iter().filter(|check| check.status == severity).count();
+        writeln!(f, "\n{} OK, {} WARN, {} FAIL", count(Severity::Ok), count(Severity::Warn), count(Severity::Fail))
+    }
+}
+
+/// Looks at database and broker. It changes nothing. When one of the two does not answer, that is a check that fails,
+/// and the other is looked at all the same.
+///
+/// # Errors
+/// [`ErrorKind::Config`] when a setting is missing or malformed.
+pub async fn doctor(config: &DoctorConfig) -> Result<Report, Error> {
+    let database = within(Box::pin(look_at_database(config)));
+    let broker = within(Box::pin(look_at_broker(config)));
+    let (database, broker, sync) = tokio::join!(database, broker, look_at_sync(config));
+    let mut checks = match unless_config(database)? {
+        Ok(seen) => database::judge(&seen, config),
+        Err(error) => vec![database::unreachable(&error)],
+    };
+    match unless_config(broker)? {
+        Ok(seen) => {
+            let sync = unless_config(sync.transpose())?.transpose();
+            checks.extend(broker::judge(&seen, sync.as_ref(), config));
+        }
+        Err(error) => checks.push(broker::unreachable(&error)),
+    }
+    let status = checks.iter().map(|check| check.status).max().unwrap_or(Severity::Ok);
+    Ok(Report { status, checks })
+}
+
+async fn within<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    let late = || Error::new(ErrorKind::NotReady, format!("no answer within {DEADLINE:?}"));
+    tokio::time::timeout(DEADLINE, work).await.unwrap_or_else(|_| Err(late()))
+}
+
+/// A wrong setting ends everything; any other error is something to report.
+fn unless_config<T>(result: Result<T, Error>) -> Result<Result<T, Error>, Error> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::Config => Err(error),
+        result => Ok(result),
+    }
+}
+
+/// What the database says.
+#[derive(Debug)]
+struct DatabaseFacts {
+    server: facts::Server,
+    configured_port: u16,
+    /// How far the server's clock is ahead of ours.
+    clock_ahead: TimeDelta,
+    /// How long the question took: the difference is no better known than that.
+    round_trip: TimeDelta,
+    prepared: Option<facts::Prepared>,
+    longest: Option<facts::Transaction>,
+    tables: facts::Tables,
+    /// None when there is no record, or the role may not read it.
+    migrations: Option<migrate::Difference>,
+    missing_grants: Vec<String>,
+    /// None without schema.
+    work: Option<Result<Work, Error>>,
+    dead_letters: Option<Result<Vec<(String, i64)>, Error>>,
+}
+
+/// Where the work is.
+#[derive(Debug)]
+struct Work {
+    leader: Option<positions::Leader>,
+    backlog: positions::Backlog,
+    paused: Vec<pause::Pause>,
+    parked: i64,
+    oldest_event: Option<Duration>,
+}
+
+async fn look_at_database(config: &DoctorConfig) -> Result<DatabaseFacts, Error> {
+    let failed = |error| database_error("asking PostgreSQL failed", error);
+    let mut connection = postgres::connect(&config.postgres, "aftercommit-doctor").await?;
+    let before = Utc::now();
+    let server = facts::server(&mut connection).await.map_err(failed)?;
+    let round_trip = Utc::now() - before;
+    let tables = facts::tables(&mut connection).await.map_err(failed)?;
+    let migrations = match tables.readable {
+        true => Some(migrate::difference(&mut connection).await.map_err(failed)?),
+        false => None,
+    };
+    let (work, dead_letters) = match tables.outbox {
+        true => {
+            let letters = positions::dead_letters(&mut connection).await;
+            let letters = letters.map_err(|error| database_error("the dead letters cannot be read", error));
+            (Some(look_at_work(&mut connection).await), Some(letters))
+        }
+        false => (None, None),
+    };
+    Ok(DatabaseFacts {
+        configured_port: facts::configured_port(&config.postgres)?,
+        clock_ahead: server.clock - (before + round_trip / 2),
+        round_trip,
+        prepared: facts::prepared(&mut connection).await.map_err(failed)?,
+        longest: facts::longest_transaction(&mut connection).await.map_err(failed)?,
+        missing_grants: facts::missing_grants(&mut connection).await.map_err(failed)?,
+        server,
+        tables,
+        migrations,
+        work,
+        dead_letters,
+    })
+}
+
+async fn look_at_work(connection: &mut Session) -> Result<Work, Error> {
+    let failed = |error| database_error("the state of the relay cannot be read", error);
+    let state = relay_log::newest(connection).await.map_err(failed)?;
+    let leader = positions::leader(connection, LEASE).await.map_err(failed)?;
+    let last_id = leader.as_ref().and_then(|leader| leader.last_id).unwrap_or(0);
+    Ok(Work {
+        backlog: positions::backlog(connection, &state, last_id).await.map_err(failed)?,
+        leader,
+        paused: pause::list(connection).await.map_err(failed)?,
+        parked: parked::count(connection).await.map_err(failed)?,
+        oldest_event: facts::oldest_event(connection).await.map_err(failed)?,
+    })
+}
+
+/// What NATS says.
+#[derive(Debug)]
+struct BrokerFacts {
+    server: nats::Server,
+    stream: Result<nats::Stream, Error>,
+}
+
+async fn look_at_broker(config: &DoctorConfig) -> Result<BrokerFacts, Error> {
+    let connection = jetstream::connect(&config.nats, "aftercommit-doctor", "_INBOX_operator").await?;
+    let stream = nats::stream(&connection, &config.naming, config.mode == Mode::Shared).await;
+    let stream = stream.map_err(|error| match connection.complaint() {
+        Some(complaint) => Error::with_source(error.kind(), error.report(), complaint),
+        None => error,
+    });
+    Ok(BrokerFacts { server: nats::server(&connection), stream })
+}
+
+async fn look_at_sync(config: &DoctorConfig) -> Option<Result<monitoring::Sync, Error>> {
+    match &config.nats_monitor {
+        Some(url) => Some(monitoring::sync(url).await),
+        None => None,
+    }
+}
+
+/// A duration in words, in its largest unit.
+fn span(duration: Duration) -> String {
+    let seconds = duration.as_secs_f64();
+    for (unit, length) in [("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0)] {
+        if seconds >= 2.0 * length {
+            return format!("{:.0} {unit}", seconds / length);
+        }
+    }
+    if seconds >= 10.0 { format!("{seconds:.0} seconds") } else { format!("{seconds:.1} seconds") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_readable() {
+        let checks = vec![Check::ok("fsync", "on"), Check::warn("clock", "late", "run NTP")];
+        let report = Report { status: Severity::Warn, checks };
+        let expected = "OK    fsync               on\n\
+                        WARN  clock               late\n                          -> run NTP\n\n1 OK, 1 WARN, 0 FAIL\n";
+        assert_eq!(report.to_string(), expected);
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["status"], "WARN");
+        assert_eq!(
+            json["checks"][0],
+            serde_json::json!({"status": "OK", "name": "fsync", "finding": "on", "remedy": null})
+        );
+    }
+
+    #[test]
+    fn spans_are_told_in_their_largest_unit() {
+        for (seconds, text) in [(1, "1.0 seconds"), (90, "90 seconds"), (120, "2 minutes"), (86_400, "24 hours")] {
+            assert_eq!(span(Duration::from_secs(seconds)), text);
+        }
+        assert_eq!(span(Duration::from_hours(7 * 24)), "7 days");
+    }
+}

@@ -1,0 +1,249 @@
+//! What the facts about NATS mean.
+
+use std::time::Duration;
+
+use super::{BrokerFacts, Check, DoctorConfig, span};
+use crate::error::Error;
+use crate::jetstream::doctor::{Consumer, Server, Stream};
+use crate::jetstream::monitoring::Sync;
+
+/// The first release of each line without the security holes that are known to us.
+const SECURE: [(u64, u64, u64); 3] = [(2, 11, 16), (2, 12, 7), (2, 14, 0)];
+
+pub(super) fn unreachable(error: &Error) -> Check {
+    Check::fail("nats", error.report(), "start nats-server, or set NATS_URL and the login as docs/connections.md says")
+}
+
+pub(super) fn judge(facts: &BrokerFacts, sync: Option<&Result<Sync, Error>>, config: &DoctorConfig) -> Vec<Check> {
+    let mut checks = vec![server(&facts.server)];
+    match &facts.stream {
+        Err(error) => checks.push(Check::fail(
+            "stream",
+            error.report(),
+            "run `aftercommit provision`, or give the NATS user the right to look at the stream",
+        )),
+        Ok(found) => checks.extend(stream(found, config)),
+    }
+    checks.push(disk(sync));
+    checks
+}
+
+fn server(server: &Server) -> Check {
+    let version = &server.version;
+    if let Some(problem) = &server.problem {
+        return Check::fail("nats", problem, "update nats-server");
+    }
+    match secure_from(version) {
+        Some((major, minor, patch)) => Check::warn(
+            "nats",
+            format!("nats-server {version} has known security holes"),
+            format!("update nats-server to {major}.{minor}.{patch} or newer"),
+        ),
+        None => Check::ok("nats", format!("nats-server {version} answers")),
+    }
+}
+
+/// The release to update to; none when this one is new enough, or its version cannot be read.
+fn secure_from(version: &str) -> Option<(u64, u64, u64)> {
+    let mut numbers = version.split(['.', '-']).map_while(|part| part.parse().ok());
+    let version = (numbers.next()?, numbers.next()?, numbers.next()?);
+    // A line without an entry of its own is secure from the next line on.
+    let floor = *SECURE.iter().find(|floor| (floor.0, floor.1) >= (version.0, version.1))?;
+    (version < floor).then_some(floor)
+}
+
+fn stream(stream: &Stream, config: &DoctorConfig) -> Vec<Check> {
+    let name = &config.naming.stream;
+    let mut checks: Vec<Check> = stream
+        .problems
+        .iter()
+        .map(|problem| Check::fail("stream", format!("{name}: {}: {}", problem.setting, problem.why), problem.remedy))
+        .collect();
+    if checks.is_empty() {
+        checks.push(Check::ok("stream", format!("{name} has no setting that would lose or re-order events")));
+    }
+    checks.push(replicas(stream.replicas, name, config.retention));
+    checks.push(max_age(stream.max_age, name, config.retention));
+    checks.extend(stream.consumers.iter().flat_map(|found| consumer(found, name)));
+    checks
+}
+
+fn replicas(replicas: usize, name: &str, retention: Duration) -> Check {
+    if replicas > 1 {
+        return Check::ok("replicas", format!("{name} is kept on {replicas} servers"));
+    }
+    Check::warn(
+        "replicas",
+        format!(
+            "{name} is kept on one server: while it is down nothing is published, and with its disk all messages are \
+             lost; the outbox still has the events of the last {}",
+            span(retention)
+        ),
+        format!("run a cluster of three servers and `nats stream edit {name} --replicas 3`"),
+    )
+}
+
+fn max_age(max_age: Option<Duration>, name: &str, retention: Duration) -> Check {
+    match max_age {
+        Some(age) if age < retention => Check::warn(
+            "retention",
+            format!(
+                "{name} keeps events for {}, the outbox for {}: a subscriber that is away for longer than the stream keeps \
+                 them misses events, although the outbox still has them",
+                span(age),
+                span(retention)
+            ),
+            format!("`nats stream edit {name} --max-age {}h`, or longer", retention.as_secs().div_ceil(3_600)),
+        ),
+        age => {
+            let age = age.map_or_else(|| "for ever".into(), |age| format!("for {}", span(age)));
+            Check::ok("retention", format!("{name} keeps events {age}, the outbox for {}", span(retention)))
+        }
+    }
+}
+
+fn consumer(consumer: &Consumer, stream: &str) -> Vec<Check> {
+    let name = &consumer.name;
+    let mut checks = Vec::new();
+    let mut warn = |finding: String, remedy: String| checks.push(Check::warn("consumer", finding, remedy));
+    let provision = || "`aftercommit provision --config worker.toml`, if it is a subscriber's".to_string();
+    if consumer.max_deliver != -1 {
+        let times = consumer.max_deliver;
+        warn(format!("{name} gets an event {times} times at most and then never again: it is lost to it"), provision());
+    }
+    if let Some(policy) = &consumer.odd_ack_policy {
+        warn(
+            format!("{name} has the ack policy {policy}: events count as handled before they are"),
+            format!("`nats consumer rm {stream} {name}`, then {}", provision()),
+        );
+    }
+    if consumer.paused {
+        warn(format!("{name} is paused and gets no events"), format!("`nats consumer resume {stream} {name}`"));
+    }
+    if checks.is_empty() {
+        checks.push(Check::ok("consumer", format!("{name} is set up as subscribers need it")));
+    }
+    checks
+}
+
+/// What a power cut takes.
+fn disk(sync: Option<&Result<Sync, Error>>) -> Check {
+    const ALWAYS: &str = "set `sync_interval: always` in the block `jetstream` of nats-server's configuration";
+    match sync {
+        None => Check::warn(
+            "disk",
+            "when nats-server writes to the disk cannot be seen by a client: by default every two minutes, and a power cut \
+             takes the acknowledged messages of up to two minutes",
+            format!("{ALWAYS}; with --nats-monitor http://host:8222 this check reads the setting"),
+        ),
+        Some(Err(error)) => Check::warn(
+            "disk",
+            format!("when nats-server writes to the disk is unknown: {}", error.report()),
+            "name the server's HTTP monitoring port with --nats-monitor http://host:8222",
+        ),
+        Some(Ok(sync)) if sync.always => {
+            Check::ok("disk", format!("{} writes messages to the disk before it acknowledges them", sync.server))
+        }
+        Some(Ok(sync)) => Check::warn(
+            "disk",
+            format!(
+                "{} writes to the disk every {}: a power cut takes the acknowledged messages of that time",
+                sync.server,
+                span(sync.interval)
+            ),
+            ALWAYS,
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admin::doctor::Severity;
+    use crate::error::ErrorKind;
+    use crate::jetstream::topology::Problem;
+
+    fn config() -> DoctorConfig {
+        let postgres = crate::config::PostgresConfig { url: "postgres://".into(), pooled: false };
+        DoctorConfig::new(postgres, Default::default(), Default::default())
+    }
+
+    fn good() -> Stream {
+        let consumer = Consumer { name: "c".into(), max_deliver: -1, odd_ack_policy: None, paused: false };
+        let max_age = Some(Duration::from_hours(14 * 24));
+        Stream { problems: vec![], replicas: 3, max_age, consumers: vec![consumer] }
+    }
+
+    fn worst(checks: &[Check]) -> Severity {
+        checks.iter().map(|check| check.status).max().unwrap()
+    }
+
+    #[test]
+    fn old_servers_are_told_apart() {
+        for (version, floor) in [
+            ("2.11.15", Some((2, 11, 16))),
+            ("2.11.16", None),
+            ("2.12.6", Some((2, 12, 7))),
+            ("2.12.8", None),
+            ("2.13.9", Some((2, 14, 0))),
+            ("2.14.0", None),
+            ("2.15.1", None),
+            ("2.15.0-RC.1", None),
+            ("3.0.0", None),
+            ("dev", None),
+        ] {
+            assert_eq!(secure_from(version), floor, "{version}");
+        }
+        let problem = Some("too old".to_string());
+        assert_eq!(server(&Server { version: "2.10.0".into(), problem }).status, Severity::Fail);
+        assert_eq!(server(&Server { version: "2.12.1".into(), problem: None }).status, Severity::Warn);
+    }
+
+    #[test]
+    fn a_good_stream_has_nothing_to_tell() {
+        assert_eq!(worst(&stream(&good(), &config())), Severity::Ok);
+    }
+
+    #[test]
+    fn each_problem_of_a_stream_fails() {
+        let problem = |setting| Problem { setting, why: "why".into(), remedy: "remedy" };
+        let checks = stream(&Stream { problems: vec![problem("storage"), problem("no_ack")], ..good() }, &config());
+        let failed: Vec<&Check> = checks.iter().filter(|check| check.status == Severity::Fail).collect();
+        assert_eq!(failed.len(), 2);
+        assert!(failed[0].finding.contains("storage: why") && failed[0].remedy.as_deref() == Some("remedy"));
+    }
+
+    #[test]
+    fn what_a_stream_can_lose_is_a_warning() {
+        type Spoil = fn(&mut Stream);
+        let cases: [(&str, Spoil); 5] = [
+            ("replicas", |stream| stream.replicas = 1),
+            ("retention", |stream| stream.max_age = Some(Duration::from_hours(24))),
+            ("consumer", |stream| stream.consumers[0].max_deliver = 5),
+            ("consumer", |stream| stream.consumers[0].odd_ack_policy = Some("none".into())),
+            ("consumer", |stream| stream.consumers[0].paused = true),
+        ];
+        for (name, spoil) in cases {
+            let mut spoilt = good();
+            spoil(&mut spoilt);
+            let checks = stream(&spoilt, &config());
+            let wrong: Vec<_> = checks.iter().filter(|check| check.status != Severity::Ok).collect();
+            assert_eq!(
+                wrong.iter().map(|check| (check.name, check.status)).collect::<Vec<_>>(),
+                [(name, Severity::Warn)]
+            );
+        }
+        let checks = stream(&Stream { max_age: None, ..good() }, &config());
+        assert_eq!(worst(&checks), Severity::Ok, "for ever is long enough");
+    }
+
+    #[test]
+    fn only_a_server_that_syncs_always_is_safe_from_a_power_cut() {
+        let sync = |always| Ok(Sync { server: "n1".into(), always, interval: Duration::from_mins(2) });
+        assert_eq!(disk(Some(&sync(true))).status, Severity::Ok);
+        let check = disk(Some(&sync(false)));
+        assert!(check.status == Severity::Warn && check.finding.contains("every 2 minutes"), "{check:?}");
+        assert_eq!(disk(None).status, Severity::Warn);
+        assert_eq!(disk(Some(&Err(Error::new(ErrorKind::Broker, "no answer")))).status, Severity::Warn);
+    }
+}

@@ -1,0 +1,47 @@
+//! `aftercommit doctor`.
+
+use std::time::Duration;
+
+use clap::Args;
+
+use super::as_json;
+use crate::admin::doctor::{DoctorConfig, Severity, doctor};
+use crate::cli::relay::{Writers, days};
+use crate::cli::{NamingArgs, NatsArgs, PostgresArgs};
+use crate::error::Error;
+
+/// What the relay was given too has the same names here, so that one environment serves both.
+#[derive(Args)]
+pub(super) struct Doctor {
+    /// Print it as JSON
+    #[arg(long)]
+    json: bool,
+    /// Who writes to the stream
+    #[arg(long, env = "AFTERCOMMIT_MODE", value_enum, default_value = "exclusive")]
+    mode: Writers,
+    /// The HTTP monitoring port of a NATS server, such as http://127.0.0.1:8222: when it writes to the disk is told there
+    #[arg(long, env = "NATS_MONITOR", value_name = "URL")]
+    nats_monitor: Option<String>,
+    /// How many days events stay in the outbox
+    #[arg(long, env = "AFTERCOMMIT_RETENTION_DAYS", value_name = "DAYS", default_value_t = 7.0, value_parser = days)]
+    retention_days: f64,
+    #[command(flatten)]
+    postgres: PostgresArgs,
+    #[command(flatten)]
+    nats: NatsArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
+}
+
+/// The report, and whether nothing in it fails.
+pub(super) async fn run(command: Doctor) -> Result<(String, bool), Error> {
+    let config = DoctorConfig {
+        mode: command.mode.into(),
+        nats_monitor: command.nats_monitor.filter(|url| !url.is_empty()),
+        retention: Duration::from_secs_f64(command.retention_days * 86_400.0),
+        ..DoctorConfig::new(command.postgres.config()?, command.nats.config()?, command.naming.config()?)
+    };
+    let report = doctor(&config).await?;
+    let text = if command.json { as_json(&report)? } else { report.to_string() };
+    Ok((text, report.status != Severity::Fail))
+}

@@ -1,0 +1,192 @@
+//! What `aftercommit doctor` wants to know of the server, the schema and the role.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use sqlx::Row;
+
+use super::session::Session;
+use crate::config::PostgresConfig;
+use crate::error::Error;
+
+/// The server and its settings, as they are for this role and database.
+#[derive(Debug, Clone)]
+pub(crate) struct Server {
+    pub(crate) version: String,
+    pub(crate) version_number: i32,
+    pub(crate) role: String,
+    /// Whether it only follows another server.
+    pub(crate) standby: bool,
+    pub(crate) fsync: bool,
+    pub(crate) full_page_writes: bool,
+    pub(crate) synchronous_commit: String,
+    /// The port that the server's own process listens on; none over a socket.
+    pub(crate) port: Option<i32>,
+    pub(crate) clock: DateTime<Utc>,
+    /// Whether the role sees what other roles do.
+    pub(crate) sees_others: bool,
+}
+
+/// Reads the server's settings. It reads no table.
+pub(crate) async fn server(connection: &mut Session) -> Result<Server, sqlx::Error> {
+    let row = sqlx::query(
+        "select current_setting('server_version'), current_setting('server_version_num')::int4, current_user::text,
+                pg_is_in_recovery(), current_setting('fsync')::bool, current_setting('full_page_writes')::bool,
+                current_setting('synchronous_commit'), inet_server_port(), clock_timestamp(),
+                pg_has_role('pg_read_all_stats', 'usage')",
+    )
+    .fetch_one(connection)
+    .await?;
+    Ok(Server {
+        version: row.try_get(0)?,
+        version_number: row.try_get(1)?,
+        role: row.try_get(2)?,
+        standby: row.try_get(3)?,
+        fsync: row.try_get(4)?,
+        full_page_writes: row.try_get(5)?,
+        synchronous_commit: row.try_get(6)?,
+        port: row.try_get(7)?,
+        clock: row.try_get(8)?,
+        sees_others: row.try_get(9)?,
+    })
+}
+
+/// The port that the configuration names.
+pub(crate) fn configured_port(config: &PostgresConfig) -> Result<u16, Error> {
+    super::options(config, "").map(|options| options.get_port())
+}
+
+/// What of the schema is there, without reading any of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Tables {
+    pub(crate) outbox: bool,
+    pub(crate) migrations: bool,
+    /// Whether the role may read the record of migrations.
+    pub(crate) readable: bool,
+}
+
+/// Looks into the catalogue, which needs no right on the schema.
+pub(crate) async fn tables(connection: &mut Session) -> Result<Tables, sqlx::Error> {
+    let row = sqlx::query(
+        "select coalesce(bool_or(relname = 'outbox'), false), coalesce(bool_or(relname = 'migrations'), false),
+                coalesce(bool_or(relname = 'migrations' and has_schema_privilege(n.oid, 'usage')
+                                 and has_table_privilege(c.oid, 'select')), false)
+           from pg_class c join pg_namespace n on n.oid = c.relnamespace
+          where n.nspname = 'aftercommit' and c.relkind = 'r'",
+    )
+    .fetch_one(connection)
+    .await?;
+    Ok(Tables { outbox: row.try_get(0)?, migrations: row.try_get(1)?, readable: row.try_get(2)? })
+}
+
+/// What the current role lacks of the rights that a relay needs, as the statements that grant it.
+pub(crate) async fn missing_grants(connection: &mut Session) -> Result<Vec<String>, sqlx::Error> {
+    // After a restore into another cluster the relay stamps the rows of the outbox anew: update (xid).
+    sqlx::query_scalar(
+        "with needed (relation, privilege, columns) as (values
+             ('outbox', 'select', null), ('outbox', 'delete', null), ('outbox', 'update', 'xid'),
+             ('lease', 'select', null), ('lease', 'insert', null), ('lease', 'update', null),
+             ('relay_log', 'select', null), ('relay_log', 'insert', null), ('relay_log', 'delete', null),
+             ('relay_status', 'select', null), ('relay_status', 'insert', null), ('relay_status', 'update', null),
+             ('parked', 'select', null), ('parked', 'insert', null), ('parked', 'update', null),
+             ('pause', 'select', null)
+         ), missing as (
+             select relation, string_agg(privilege || coalesce(' (' || columns || ')', ''), ', ' order by privilege) as rights
+               from needed
+               join pg_namespace n on n.nspname = 'aftercommit'
+               join pg_class c on c.relnamespace = n.oid and c.relname = needed.relation
+              where not case when columns is null then has_table_privilege(c.oid, privilege)
+                             else has_column_privilege(c.oid, columns, privilege) end
+              group by relation
+         )
+         select format('grant usage on schema aftercommit to %I', current_user) as statement
+           from pg_namespace where nspname = 'aftercommit' and not has_schema_privilege(oid, 'usage')
+         union all
+         select format('grant %s on aftercommit.%I to %I', rights, relation, current_user) from missing
+         union all
+         select format('grant select on sequence aftercommit.outbox_id_seq to %I', current_user)
+           from pg_class c join pg_namespace n on n.oid = c.relnamespace
+          where n.nspname = 'aftercommit' and c.relname = 'outbox_id_seq' and not has_sequence_privilege(c.oid, 'select')
+         union all
+         select format('grant execute on function pg_control_system() to %I', current_user)
+          where not has_function_privilege('pg_catalog.pg_control_system()', 'execute')",
+    )
+    .fetch_all(connection)
+    .await
+}
+
+/// Transactions that were prepared for a two-phase commit in this database.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Prepared {
+    pub(crate) count: i64,
+    /// The oldest.
+    pub(crate) gid: String,
+    pub(crate) owner: String,
+    pub(crate) age: Duration,
+}
+
+/// None when there are none.
+pub(crate) async fn prepared(connection: &mut Session) -> Result<Option<Prepared>, sqlx::Error> {
+    let row = sqlx::query(
+        "select count(*) over (), gid, owner::text, greatest(extract(epoch from clock_timestamp() - prepared), 0)::float8
+           from pg_prepared_xacts where database = current_database() order by prepared limit 1",
+    )
+    .fetch_optional(connection)
+    .await?;
+    row.map(|row| {
+        Ok(Prepared {
+            count: row.try_get(0)?,
+            gid: row.try_get(1)?,
+            owner: row.try_get(2)?,
+            age: Duration::from_secs_f64(row.try_get(3)?),
+        })
+    })
+    .transpose()
+}
+
+/// An open transaction.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Transaction {
+    pub(crate) pid: i32,
+    pub(crate) role: String,
+    pub(crate) application: String,
+    pub(crate) state: String,
+    pub(crate) age: Duration,
+}
+
+/// The longest open transaction of this database that the role can see, our own left out.
+pub(crate) async fn longest_transaction(connection: &mut Session) -> Result<Option<Transaction>, sqlx::Error> {
+    let row = sqlx::query(
+        "select pid, coalesce(usename::text, ''), coalesce(application_name, ''), coalesce(state, ''),
+                greatest(extract(epoch from clock_timestamp() - xact_start), 0)::float8
+           from pg_stat_activity
+          where datname = current_database() and backend_type = 'client backend' and pid <> pg_backend_pid()
+            and xact_start is not null
+          order by xact_start limit 1",
+    )
+    .fetch_optional(connection)
+    .await?;
+    row.map(|row| {
+        Ok(Transaction {
+            pid: row.try_get(0)?,
+            role: row.try_get(1)?,
+            application: row.try_get(2)?,
+            state: row.try_get(3)?,
+            age: Duration::from_secs_f64(row.try_get(4)?),
+        })
+    })
+    .transpose()
+}
+
+/// The age of the oldest event that the relay may remove once it is published; none without one.
+pub(crate) async fn oldest_event(connection: &mut Session) -> Result<Option<Duration>, sqlx::Error> {
+    let seconds: Option<f64> = sqlx::query_scalar(
+        "select greatest(extract(epoch from clock_timestamp() - created_at), 0)::float8 from aftercommit.outbox o
+          where not exists (select from aftercommit.parked p
+                             where p.outbox_id = o.id and p.state in ('parked', 'released'))
+          order by id limit 1",
+    )
+    .fetch_optional(connection)
+    .await?;
+    Ok(seconds.map(Duration::from_secs_f64))
+}
