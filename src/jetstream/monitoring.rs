@@ -16,7 +16,7 @@ const LONGEST_ANSWER: u64 = 1 << 20;
 /// When the server writes messages to the disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Sync {
-    /// The name of the server that said so; others of its cluster may be set otherwise.
+    /// Where the server that said so was asked; others of its cluster may be set otherwise.
     pub(crate) server: String,
     /// Before it acknowledges.
     pub(crate) always: bool,
@@ -24,16 +24,17 @@ pub(crate) struct Sync {
     pub(crate) interval: Duration,
 }
 
-/// Asks the server's monitoring port, such as `http://127.0.0.1:8222`.
+/// Asks the server's monitoring port, such as `http://127.0.0.1:8222`. `/varz` would have it too, but not when somebody
+/// asked for it while JetStream was still starting.
 pub(crate) async fn sync(url: &str) -> Result<Sync, Error> {
     let address = address(url)?;
-    let answer = tokio::time::timeout(DEADLINE, get(&address, "/varz"))
+    let answer = tokio::time::timeout(DEADLINE, get(&address, "/jsz"))
         .await
         .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
         .map_err(|error| {
             Error::with_source(ErrorKind::Broker, format!("the monitoring port {address} does not answer"), error)
         })?;
-    parse(&answer).ok_or_else(|| {
+    parse(&answer, &address).ok_or_else(|| {
         Error::new(ErrorKind::Broker, format!("what answers on {address} is no nats-server with JetStream"))
     })
 }
@@ -59,13 +60,9 @@ async fn get(address: &str, path: &str) -> std::io::Result<String> {
 }
 
 #[derive(Deserialize)]
-struct Varz {
-    server_name: String,
-    jetstream: JetStream,
-}
-
-#[derive(Deserialize)]
-struct JetStream {
+struct Jsz {
+    #[serde(default)]
+    disabled: bool,
     config: JetStreamConfig,
 }
 
@@ -77,14 +74,14 @@ struct JetStreamConfig {
     sync_interval: u64,
 }
 
-fn parse(answer: &str) -> Option<Sync> {
+fn parse(answer: &str, server: &str) -> Option<Sync> {
     let (head, body) = answer.split_once("\r\n\r\n")?;
     if head.split(' ').nth(1) != Some("200") {
         return None;
     }
-    let varz: Varz = serde_json::from_str(body).ok()?;
-    let JetStreamConfig { sync_always, sync_interval } = varz.jetstream.config;
-    Some(Sync { server: varz.server_name, always: sync_always, interval: Duration::from_nanos(sync_interval) })
+    let Jsz { config, .. } = serde_json::from_str(body).ok().filter(|jsz: &Jsz| !jsz.disabled)?;
+    let interval = Duration::from_nanos(config.sync_interval);
+    Some(Sync { server: server.into(), always: config.sync_always, interval })
 }
 
 #[cfg(test)]
@@ -93,15 +90,14 @@ mod tests {
 
     #[test]
     fn an_answer_is_understood() {
-        let answer = |status, config| {
-            format!("HTTP/1.0 {status}\r\nA: b\r\n\r\n{{\"server_name\": \"n1\", \"jetstream\": {{{config}}}}}")
-        };
+        let answer = |status, fields| format!("HTTP/1.0 {status}\r\nA: b\r\n\r\n{{\"server_id\": \"N\", {fields}}}");
         let always = r#""config": {"sync_interval": 120000000000, "sync_always": true}"#;
         let sync = |always| Sync { server: "n1".into(), always, interval: Duration::from_mins(2) };
+        let parse = |answer: &str| parse(answer, "n1");
         assert_eq!(parse(&answer("200 OK", always)), Some(sync(true)));
         assert_eq!(parse(&answer("200 OK", r#""config": {"sync_interval": 120000000000}"#)), Some(sync(false)));
         assert_eq!(parse(&answer("404 Not Found", always)), None);
-        assert_eq!(parse(&answer("200 OK", "")), None, "without JetStream");
+        assert_eq!(parse(&answer("200 OK", r#""disabled": true, "config": {}"#)), None, "without JetStream");
         assert_eq!(parse("SSH-2.0"), None);
     }
 

@@ -141,13 +141,14 @@ fn disk(sync: Option<&Result<Sync, Error>>) -> Check {
             format!("when nats-server writes to the disk is unknown: {}", error.report()),
             "name the server's HTTP monitoring port with --nats-monitor http://host:8222",
         ),
-        Some(Ok(sync)) if sync.always => {
-            Check::ok("disk", format!("{} writes messages to the disk before it acknowledges them", sync.server))
-        }
+        Some(Ok(sync)) if sync.always => Check::ok(
+            "disk",
+            format!("the server at {} writes messages to the disk before it acknowledges them", sync.server),
+        ),
         Some(Ok(sync)) => Check::warn(
             "disk",
             format!(
-                "{} writes to the disk every {}: a power cut takes the acknowledged messages of that time",
+                "the server at {} writes to the disk every {}: a power cut takes the acknowledged messages of that time",
                 sync.server,
                 span(sync.interval)
             ),
