@@ -33,6 +33,9 @@ impl BatchPump<'_> {
         let mut lost = std::pin::pin!(connection.lost());
         let mut told_to_stop = std::pin::pin!(stop(self.setting.shutdown.clone(), self.setting.paused.clone()));
         let mut waiting: VecDeque<Prepared> = VecDeque::new();
+        if !connection.is_up() {
+            return Ok(Pumped::Doubt(Doubt::ConnectionLost));
+        }
         loop {
             while waiting.len() < BATCH {
                 // What has been read goes out without waiting for more.
@@ -77,7 +80,11 @@ impl BatchPump<'_> {
         for position in 1..=size {
             let Some(Prepared { mut event, message }) = waiting.pop_front() else { break };
             let place = BatchPlace { id: &id, position, last: position == size, behind };
-            match self.publisher.send_in_batch(self.chain.next_number(), message, place).await {
+            let sending = self.publisher.send_in_batch(self.chain.next_number(), message, place);
+            let Ok(sent) = tokio::time::timeout(self.setting.limits.ack_timeout, sending).await else {
+                return Ok(Some(Doubt::Timeout { complaint: self.setting.connection.complaint() }));
+            };
+            match sent {
                 Ok(()) => {
                     event.sent_at = Some(std::time::Instant::now());
                     self.chain.sent(event);

@@ -85,6 +85,9 @@ impl Pump<'_> {
         let mut told_to_stop = std::pin::pin!(stop(self.setting.shutdown.clone(), self.setting.paused.clone()));
         let (mut more, mut stopping) = (true, false);
         let mut heard = Instant::now();
+        if !connection.is_up() {
+            return Ok(Pumped::Doubt(Doubt::ConnectionLost));
+        }
         loop {
             while self.has_room()
                 && let Some(next) = self.under_way.take_next(waiting)
@@ -93,10 +96,15 @@ impl Pump<'_> {
                     heard = Instant::now();
                 }
                 *sending = Some(next.event.outbox_id);
+                let patience = self.setting.limits.ack_timeout;
                 let sent = self.send(next);
                 tokio::select! {
                     biased;
                     () = &mut lost => return Ok(Pumped::Doubt(Doubt::ConnectionLost)),
+                    // The client takes no more when it cannot pass on what it has.
+                    () = tokio::time::sleep(patience) => {
+                        return Ok(Pumped::Doubt(Doubt::Timeout { complaint: connection.complaint() }));
+                    }
                     sent = sent => if let Some(doubt) = sent? { return Ok(Pumped::Doubt(doubt)) },
                 }
                 *sending = None;

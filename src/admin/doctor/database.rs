@@ -124,8 +124,8 @@ fn pooler(server: Option<i32>, configured: u16) -> Option<Check> {
     Some(Check::warn(
         "pooler",
         format!("the URL names port {configured} and the server itself has {server}: something stands in between"),
-        "a forwarded port (such as Docker's) and pooling by session need nothing; PgBouncer in transaction mode works as \
-         docs/connections.md says; pooling by statement does not work",
+        "a forwarded port (such as Docker's) and pooling by session need nothing; PgBouncer in transaction mode needs --pgbouncer, see \
+         docs/connections.md; pooling by statement does not work",
     ))
 }
 
