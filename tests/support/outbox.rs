@@ -8,7 +8,7 @@ use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit::relay::{Relay, RelayConfig};
 use aftercommit::testing::{eventually, unique_name};
 use async_nats::jetstream;
-use futures_util::TryStreamExt;
+use futures_util::{StreamExt, TryStreamExt};
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
 use tokio::task::JoinHandle;
@@ -146,6 +146,21 @@ impl Outbox {
             }
         }
         found
+    }
+
+    /// When each message was written and when the server stored it, in the stream's order.
+    pub async fn timed_messages(&self) -> Vec<(chrono::DateTime<chrono::Utc>, chrono::DateTime<chrono::Utc>)> {
+        use async_nats::jetstream::consumer::{AckPolicy, pull};
+        let stream = self.js().await.get_stream(&self.naming.stream).await.unwrap();
+        let left = stream.cached_info().state.messages as usize;
+        let config = pull::Config { ack_policy: AckPolicy::None, ..Default::default() };
+        let messages = stream.create_consumer(config).await.unwrap().messages().await.unwrap();
+        let time = |message: async_nats::jetstream::Message| {
+            let written = message.headers.as_ref().unwrap().get("ce-time").unwrap().as_str().parse().unwrap();
+            let nanos = message.info().unwrap().published.unix_timestamp_nanos();
+            (written, chrono::DateTime::from_timestamp_nanos(i64::try_from(nanos).unwrap()))
+        };
+        messages.take(left).map_ok(time).try_collect().await.unwrap()
     }
 
     /// Waits until as many messages as committed events are in the stream, then checks that it is them, each once, and
