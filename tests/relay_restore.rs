@@ -17,7 +17,9 @@ async fn cluster() -> Postgres {
 }
 
 async fn outbox(postgres: &Postgres) -> Outbox {
-    Outbox::new(postgres.create_database().await.unwrap(), Nats::shared().await.unwrap().url()).await
+    let outbox = Outbox::new(postgres.create_database().await.unwrap(), Nats::shared().await.unwrap().url()).await;
+    outbox.forget_message_ids().await;
+    outbox
 }
 
 /// A transaction that has written an event and stays open.

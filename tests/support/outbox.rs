@@ -52,6 +52,14 @@ impl Outbox {
         }
     }
 
+    /// Lets the server forget after a tenth of a second which ids it has seen, so that it hides no repeat of ours.
+    pub async fn forget_message_ids(&self) {
+        let js = self.js().await;
+        let mut config = js.get_stream(&self.naming.stream).await.unwrap().cached_info().config.clone();
+        config.duplicate_window = std::time::Duration::from_millis(100);
+        js.update_stream(config).await.unwrap();
+    }
+
     pub fn relay_config(&self) -> RelayConfig {
         RelayConfig::new(self.postgres.clone(), self.nats.clone(), self.naming.clone())
     }
