@@ -260,10 +260,13 @@ impl Feed {
                     }
                 }
                 () = freed, if owed <= MAX_PULL / 2 && owed >= room => {}
+                () = self.output.closed() => {
+                    // The server gives what is handed back to whoever pulls, and that must not be this one.
+                    let _ = messages.unsubscribe().await;
+                    let _ = self.client.flush().await;
+                    return Err(Unwanted);
+                }
                 _ = watch.tick() => {
-                    if self.output.is_closed() {
-                        return Err(Unwanted);
-                    }
                     if self.connects() != connects {
                         return Ok("the connection was made anew".into());
                     }

@@ -175,8 +175,8 @@ impl Service {
         };
         let budget = session::budget(&lane);
         let ack_wait = position.ack_wait;
-        let (messages, _feed) = feed::start(&self.client, &context, &self.spec, position, &budget);
-        Session::new(lane, Answers::start(&self.client), budget).run(messages, ack_wait, stop, lost).await
+        let feed = feed::start(&self.client, &context, &self.spec, position, &budget);
+        Session::new(lane, Answers::start(&self.client), budget).run(feed, ack_wait, stop, lost).await
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::backoff::Backoff;
 use crate::envelope::Envelope;
@@ -90,7 +91,7 @@ impl Session {
     /// Works until `stop`, until `lost`, or until the feed ends. Signs of life go out three times per `ack_wait`.
     pub(super) async fn run(
         mut self,
-        mut feed: mpsc::UnboundedReceiver<Fed>,
+        (mut feed, feeding): (mpsc::UnboundedReceiver<Fed>, AbortOnDropHandle<()>),
         ack_wait: Duration,
         stop: &CancellationToken,
         lost: &CancellationToken,
@@ -120,6 +121,8 @@ impl Session {
             }
         };
         drop(feed);
+        // It pulls no more before anything is given back. When the server does not answer, nothing can be given back.
+        let _ = tokio::time::timeout(Duration::from_secs(1), feeding).await;
         self.finish(end).await
     }
 
