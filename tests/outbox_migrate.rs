@@ -9,7 +9,7 @@ use futures_util::future::join_all;
 use sqlx::{Connection, PgConnection};
 use support::{Database, succeeded};
 
-const ALL: [&str; 3] = ["0001 outbox", "0002 relay", "0003 inbox"];
+const ALL: [&str; 4] = ["0001 outbox", "0002 relay", "0003 inbox", "0004 worker"];
 
 fn aftercommit(database: &Database, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_aftercommit"))
@@ -48,7 +48,7 @@ async fn eight_at_once_are_safe() {
     applied.sort();
     assert_eq!(applied.pop().unwrap(), ALL);
     assert_eq!(applied.concat(), Vec::<String>::new());
-    assert_eq!(records(&database).await, 3);
+    assert_eq!(records(&database).await, i64::try_from(ALL.len()).unwrap());
 }
 
 #[tokio::test]
@@ -142,7 +142,7 @@ async fn the_command_reports_and_its_exit_status_tells_faults_apart() {
     let database = Database::empty().await;
     assert_eq!(
         succeeded(aftercommit(&database, &["migrate"])),
-        "applied 0001 outbox\napplied 0002 relay\napplied 0003 inbox\n"
+        "applied 0001 outbox\napplied 0002 relay\napplied 0003 inbox\napplied 0004 worker\n"
     );
     assert_eq!(succeeded(aftercommit(&database, &["migrate"])), "the schema aftercommit is up to date\n");
 
