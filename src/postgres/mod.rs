@@ -13,6 +13,7 @@ pub(crate) mod outbox;
 pub(crate) mod parked;
 pub(crate) mod pause;
 pub(crate) mod prune;
+pub(crate) mod redrive;
 pub(crate) mod relay_log;
 pub(crate) mod relay_status;
 pub(crate) mod restamp;

@@ -18,10 +18,12 @@ use crate::jetstream::stored::Source;
 use crate::postgres::connections::Connections;
 use crate::postgres::dead_letter::{self, DeadLetter};
 use crate::postgres::lease::Tenure;
+use crate::postgres::redrive::{self, Redriven};
 use crate::postgres::session::{Session, Tx};
 use crate::postgres::{self, function, inbox};
 
 use super::handler::HandlerError;
+use super::scheduler::Place;
 use super::subscriber::{Subscriber, Try, Work};
 use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_out, trouble};
 
@@ -29,6 +31,8 @@ use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_o
 const MAX_CONFLICTS: u32 = 10;
 /// How much longer than the time limit this process waits for PostgreSQL to enforce it.
 const GRACE: Duration = Duration::from_secs(5);
+/// The most payload bytes that all lanes of a subscriber read from the table of redriven events at a time.
+const MAX_BYTES: usize = 64 * 1024 * 1024;
 
 /// What a lane needs.
 #[derive(Clone)]
@@ -41,8 +45,8 @@ pub(super) struct Lane {
 
 /// One event to run.
 pub(super) struct Item {
-    pub(super) sequence: u64,
-    /// None when it has to be read from the stream again.
+    pub(super) place: Place,
+    /// None when it has to be read from its place.
     pub(super) event: Option<Arc<Envelope>>,
     pub(super) deliveries: u64,
 }
@@ -65,7 +69,7 @@ pub(super) enum Verdict {
 /// What became of a batch.
 #[derive(Default)]
 pub(super) struct Report {
-    pub(super) verdicts: Vec<(u64, Verdict)>,
+    pub(super) verdicts: Vec<(Place, Verdict)>,
     /// The subscriber's database is away, for this reason.
     pub(super) outage: Option<String>,
     /// Another instance has taken over.
@@ -81,46 +85,99 @@ enum Halt {
 }
 
 impl Lane {
-    /// Runs the events, which are in stream order.
+    /// Runs the events, which are in order.
     pub(super) async fn run(self, items: Vec<Item>) -> Report {
         let mut report = Report::default();
-        let mut events = Vec::with_capacity(items.len());
-        for completed in join_all(items.into_iter().map(|item| self.complete(item))).await {
-            match completed {
-                Ok(event) => events.push(event),
-                Err(verdict) => report.verdicts.push(verdict),
+        let result = match self.load(items, &mut report).await {
+            Ok(events) => {
+                let result = self.run_events(&events, &mut report).await;
+                let settled: HashSet<Place> = report.verdicts.iter().map(|(place, _)| *place).collect();
+                let rest = events.iter().map(|event| event.place).filter(|place| !settled.contains(place));
+                report.verdicts.extend(rest.map(|place| (place, Verdict::NotRun)));
+                result
             }
-        }
-        if let Err(halt) = self.run_events(&events, &mut report).await {
-            match halt {
-                Halt::Outage(reason) => report.outage = Some(reason),
-                Halt::Fenced => report.fenced = true,
-            }
-            let settled: HashSet<u64> = report.verdicts.iter().map(|(sequence, _)| *sequence).collect();
-            let rest = events.iter().map(|event| event.sequence).filter(|sequence| !settled.contains(sequence));
-            let rest: Vec<_> = rest.map(|sequence| (sequence, Verdict::NotRun)).collect();
-            report.verdicts.extend(rest);
+            Err(halt) => Err(halt),
+        };
+        match result {
+            Ok(()) => {}
+            Err(Halt::Outage(reason)) => report.outage = Some(reason),
+            Err(Halt::Fenced) => report.fenced = true,
         }
         report
     }
 
-    /// Reads an event again whose payload was let go to save memory.
-    async fn complete(&self, item: Item) -> Result<Queued, (u64, Verdict)> {
-        let Item { sequence, event, deliveries } = item;
-        if let Some(event) = event {
-            return Ok(Queued::new(sequence, event, deliveries));
+    /// Reads the payloads that are not in memory. What follows one that cannot be read now is not run either, because
+    /// it may have the same key.
+    async fn load(&self, items: Vec<Item>, report: &mut Report) -> Result<Vec<Queued>, Halt> {
+        let mut redriven = match self.read_redriven(&items).await {
+            Ok(redriven) => redriven,
+            Err(reason) => {
+                report.verdicts.extend(items.iter().map(|item| (item.place, Verdict::NotRun)));
+                return Err(Halt::Outage(reason));
+            }
+        };
+        let loaded = join_all(items.into_iter().map(|item| {
+            let row = redriven.remove(&item.place);
+            self.complete(item, row)
+        }));
+        let mut events = Vec::new();
+        let mut stuck = false;
+        for loaded in loaded.await {
+            match loaded {
+                Ok(event) if !stuck => events.push(event),
+                Ok(event) => report.verdicts.push((event.place, Verdict::NotRun)),
+                Err((place, verdict)) => {
+                    stuck |= matches!(verdict, Verdict::Interrupted(_) | Verdict::NotRun);
+                    report.verdicts.push((place, verdict));
+                }
+            }
         }
+        Ok(events)
+    }
+
+    async fn read_redriven(&self, items: &[Item]) -> Result<HashMap<Place, Redriven>, String> {
+        let ids = redrive_ids(items.iter().map(|item| item.place));
+        if ids.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let share = MAX_BYTES / self.subscriber.settings.concurrency.max(1);
+        let read = self.connections.run(async |connection| redrive::read(connection, &ids, share).await);
+        Ok(self.own(read).await?.into_iter().map(|row| (Place::Redrive(row.id), row)).collect())
+    }
+
+    /// The event with its payload, or what becomes of it without.
+    async fn complete(&self, item: Item, row: Option<Redriven>) -> Result<Queued, (Place, Verdict)> {
+        let Item { place, event, deliveries } = item;
+        let sequence = match (place, row) {
+            (Place::Stream(sequence), _) => sequence,
+            // Somebody else was faster.
+            (Place::Redrive(_), None) => return Err((place, Verdict::Done)),
+            (Place::Redrive(_), Some(Redriven { event: None, .. })) => return Err((place, Verdict::NotRun)),
+            (Place::Redrive(_), Some(Redriven { event: Some(event), stream, stream_seq, .. })) => {
+                return Ok(Queued::new(place, stream, stream_seq, Arc::new(event), deliveries));
+            }
+        };
+        let event = match event {
+            Some(event) => event,
+            None => Arc::new(self.read_again(sequence).await.map_err(|verdict| (place, verdict))?),
+        };
+        let position = i64::try_from(sequence).unwrap_or(i64::MAX);
+        Ok(Queued::new(place, self.source.stream().to_string(), position, event, deliveries))
+    }
+
+    /// Reads an event of the stream again whose payload was let go to save memory.
+    async fn read_again(&self, sequence: u64) -> Result<Envelope, Verdict> {
         match self.source.read(sequence).await {
-            Ok(Some(event)) => Ok(Queued::new(sequence, Arc::new(event), deliveries)),
+            Ok(Some(event)) => Ok(event),
             Ok(None) => {
                 tracing::error!(
                     subscriber = self.subscriber.name,
                     sequence,
                     "the stream dropped an event before it could be handled: its retention is too short"
                 );
-                Err((sequence, Verdict::Dead("the stream dropped it before it could be handled".into())))
+                Err(Verdict::Dead("the stream dropped it before it could be handled".into()))
             }
-            Err(error) => Err((sequence, Verdict::Interrupted(error.report()))),
+            Err(error) => Err(Verdict::Interrupted(error.report())),
         }
     }
 
@@ -131,7 +188,7 @@ impl Lane {
             group.retain(|queued| {
                 let free = queued.event.key.as_deref().is_none_or(|key| !blocked.contains(key));
                 if !free {
-                    report.verdicts.push((queued.sequence, Verdict::NotRun));
+                    report.verdicts.push((queued.place, Verdict::NotRun));
                 }
                 free
             });
@@ -143,12 +200,12 @@ impl Lane {
                     if verdict != Verdict::Done {
                         blocked.extend(single.event.key.as_deref().filter(|_| !matches!(verdict, Verdict::Dead(_))));
                     }
-                    report.verdicts.push((single.sequence, verdict));
+                    report.verdicts.push((single.place, verdict));
                     report.pace = Some(started.elapsed());
                 }
                 many => match self.transact(many).await {
                     Ok(()) => {
-                        report.verdicts.extend(many.iter().map(|queued| (queued.sequence, Verdict::Done)));
+                        report.verdicts.extend(many.iter().map(|queued| (queued.place, Verdict::Done)));
                         report.pace = Some(started.elapsed() / u32::try_from(many.len()).unwrap_or(u32::MAX));
                     }
                     Err(Trouble::Outage(reason)) => return Err(Halt::Outage(reason)),
@@ -216,8 +273,8 @@ impl Lane {
     async fn give_up(&self, queued: &Queued, reason: &str) -> Result<Verdict, Halt> {
         let letter = DeadLetter {
             subscriber: &self.subscriber.name,
-            stream: self.source.stream(),
-            stream_seq: queued.position(),
+            stream: &queued.stream,
+            stream_seq: queued.stream_seq,
             event: &queued.event,
             reason,
         };
@@ -268,9 +325,7 @@ impl Lane {
     }
 
     async fn fill(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<(), Trouble> {
-        let rows: Vec<(Uuid, i64)> =
-            group.iter().map(|queued| (queued.event.id.as_uuid(), queued.position())).collect();
-        let fresh = self.own_or_conflict(inbox::insert(tx, &self.subscriber.name, &rows)).await;
+        let fresh = self.own_or_conflict(self.enter(tx, group)).await;
         // Nothing of the events has run yet, so none of them is to blame.
         let fresh = fresh.map_err(|trouble| match trouble {
             Trouble::Failed { at, error } if timed_out(&error) => Trouble::Interrupted { at, error },
@@ -309,6 +364,20 @@ impl Lane {
             self.own_or_conflict(inbox::clear_attempts(tx, &self.subscriber.name, &failed)).await?;
         }
         Ok(())
+    }
+
+    /// Writes the inbox rows and returns the events that were new. Of those that were sent back only the ones whose rows
+    /// are still there may run; the rows go with this transaction.
+    async fn enter(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<Vec<(Uuid, i32)>, sqlx::Error> {
+        let ids = redrive_ids(group.iter().map(|queued| queued.place));
+        let taken: HashSet<i64> = match ids.is_empty() {
+            true => HashSet::new(),
+            false => redrive::take(tx, &ids).await?.into_iter().collect(),
+        };
+        let gone = |place| matches!(place, Place::Redrive(id) if !taken.contains(&id));
+        let present = group.iter().filter(|queued| !gone(queued.place));
+        let rows: Vec<_> = present.map(|queued| (queued.event.id.as_uuid(), queued.stream_seq)).collect();
+        inbox::insert(tx, &self.subscriber.name, &rows).await
     }
 
     async fn handle(&self, tx: &mut Tx<'_>, queued: &Queued, this: Try) -> Result<(), HandlerError> {
@@ -359,7 +428,10 @@ impl Lane {
 
 /// An event with its payload.
 struct Queued {
-    sequence: u64,
+    place: Place,
+    /// The stream that it was read from, perhaps long ago, and its sequence there.
+    stream: String,
+    stream_seq: i64,
     event: Arc<Envelope>,
     deliveries: u64,
     /// The attempts that had failed when it was looked at last.
@@ -367,13 +439,17 @@ struct Queued {
 }
 
 impl Queued {
-    fn new(sequence: u64, event: Arc<Envelope>, deliveries: u64) -> Self {
-        Self { sequence, event, deliveries, failures: AtomicU32::new(0) }
+    fn new(place: Place, stream: String, stream_seq: i64, event: Arc<Envelope>, deliveries: u64) -> Self {
+        Self { place, stream, stream_seq, event, deliveries, failures: AtomicU32::new(0) }
     }
+}
 
-    fn position(&self) -> i64 {
-        i64::try_from(self.sequence).unwrap_or(i64::MAX)
-    }
+fn redrive_ids(places: impl Iterator<Item = Place>) -> Vec<i64> {
+    let id = |place| match place {
+        Place::Redrive(id) => Some(id),
+        Place::Stream(_) => None,
+    };
+    places.filter_map(id).collect()
 }
 
 const CONFLICT: Backoff = Backoff { first: Duration::from_millis(5), max: Duration::from_millis(100) };
@@ -400,16 +476,17 @@ fn split<'a>(mut group: Vec<&'a Queued>, culprit: Option<usize>, groups: &mut Ve
 mod tests {
     use super::*;
 
-    fn parts(culprit: Option<usize>) -> Vec<Vec<u64>> {
+    fn parts(culprit: Option<usize>) -> Vec<Vec<i64>> {
         let event = Envelope::from_headers(
             [("ce-id", "01a1fbb7-bafe-75ab-a111-dc3a330bc524"), ("ce-type", "a"), ("ce-source", "/")].into_iter(),
             bytes::Bytes::new(),
         );
         let event = Arc::new(event.unwrap());
-        let events: Vec<_> = (1..=5).map(|sequence| Queued::new(sequence, Arc::clone(&event), 1)).collect();
+        let events: Vec<_> =
+            (1..=5).map(|n| Queued::new(Place::Redrive(n), "s".into(), n, Arc::clone(&event), 1)).collect();
         let mut groups = VecDeque::new();
         split(events.iter().collect(), culprit, &mut groups);
-        groups.iter().map(|group| group.iter().map(|queued| queued.sequence).collect()).collect()
+        groups.iter().map(|group| group.iter().map(|queued| queued.stream_seq).collect()).collect()
     }
 
     #[test]

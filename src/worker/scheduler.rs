@@ -1,21 +1,31 @@
 //! Which events may run now. A pure state machine: no IO, no clock of its own.
 //!
-//! Per key only the event with the lowest stream sequence that is not done may run; events without a key run freely.
-//! Events are known here by their stream sequence alone, from the moment they arrive until they are done.
+//! Per key only the event with the lowest place that is not done may run; events without a key run freely. Events are
+//! known here by their place alone, from the moment they arrive until they are done.
 
 use std::collections::{BTreeSet, HashMap};
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Instant;
+
+/// Where an event comes from, and its place in the order there. What an operator sends back goes before live events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Place {
+    /// The id of a row of `aftercommit.redrive`.
+    Redrive(i64),
+    /// A sequence of the stream.
+    Stream(u64),
+}
 
 /// All events of one subscriber that are not done.
 #[derive(Debug, Default)]
 pub(super) struct Scheduler {
-    events: HashMap<u64, Slot>,
+    events: HashMap<Place, Slot>,
     keys: HashMap<Arc<str>, Queue>,
     /// Events that may start: those without a key, and the oldest of each key that nothing runs of.
-    ready: BTreeSet<u64>,
+    ready: BTreeSet<Place>,
     /// Events that wait for a point in time.
-    held: BTreeSet<(Instant, u64)>,
+    held: BTreeSet<(Instant, Place)>,
 }
 
 #[derive(Debug)]
@@ -34,13 +44,13 @@ enum State {
 /// The events of one key.
 #[derive(Debug, Default)]
 struct Queue {
-    events: BTreeSet<u64>,
+    events: BTreeSet<Place>,
     running: usize,
 }
 
 impl Scheduler {
     /// Takes note of an event. False when it is known already.
-    pub(super) fn add(&mut self, event: u64, key: Option<&str>) -> bool {
+    pub(super) fn add(&mut self, event: Place, key: Option<&str>) -> bool {
         if self.events.contains_key(&event) {
             return false;
         }
@@ -72,11 +82,11 @@ impl Scheduler {
 
     /// Gives out up to `max` events for one lane, oldest first: the first `heads` ready ones and what follows them
     /// with the same key. Until all events of a key are settled no other lane gets one of it.
-    pub(super) fn take(&mut self, heads: usize, max: usize) -> Vec<u64> {
+    pub(super) fn take(&mut self, heads: usize, max: usize) -> Vec<Place> {
         let mut batch = Vec::new();
         let mut heads = heads.min(self.ready.len());
         // The successors of events in this batch: only this lane may have them.
-        let mut next: BTreeSet<u64> = BTreeSet::new();
+        let mut next: BTreeSet<Place> = BTreeSet::new();
         while batch.len() < max {
             let head = self.ready.first().copied().filter(|_| heads > 0);
             let event = match (head, next.first().copied()) {
@@ -96,15 +106,16 @@ impl Scheduler {
             batch.push(event);
             if let Some(queue) = slot.key.as_ref().and_then(|key| self.keys.get_mut(key)) {
                 queue.running += 1;
-                let waits = |event: &&u64| self.events.get(*event).is_some_and(|slot| slot.state == State::Waiting);
-                next.extend(queue.events.range(event + 1..).next().filter(waits));
+                let waits = |event: &&Place| self.events.get(*event).is_some_and(|slot| slot.state == State::Waiting);
+                let behind = (Bound::Excluded(event), Bound::Unbounded);
+                next.extend(queue.events.range(behind).next().filter(waits));
             }
         }
         batch
     }
 
     /// A given-out event is done for good.
-    pub(super) fn done(&mut self, event: u64) {
+    pub(super) fn done(&mut self, event: Place) {
         let Some(slot) = self.events.remove(&event) else { return };
         if let Some(key) = slot.key {
             if let Some(queue) = self.keys.get_mut(&key) {
@@ -119,16 +130,16 @@ impl Scheduler {
     }
 
     /// A given-out event was not run, or must run again at once.
-    pub(super) fn put_back(&mut self, event: u64) {
+    pub(super) fn put_back(&mut self, event: Place) {
         self.settle(event, State::Waiting);
     }
 
     /// A given-out event must not run again before `until`; its key waits with it.
-    pub(super) fn hold(&mut self, event: u64, until: Instant) {
+    pub(super) fn hold(&mut self, event: Place, until: Instant) {
         self.settle(event, State::Held(until));
     }
 
-    fn settle(&mut self, event: u64, state: State) {
+    fn settle(&mut self, event: Place, state: State) {
         let Some(slot) = self.events.get_mut(&event) else { return };
         if slot.state != State::Running {
             return;
@@ -157,7 +168,7 @@ impl Scheduler {
         if queue.running > 0 {
             return;
         }
-        let waits = |event: &&u64| self.events.get(*event).is_some_and(|slot| slot.state == State::Waiting);
+        let waits = |event: &&Place| self.events.get(*event).is_some_and(|slot| slot.state == State::Waiting);
         self.ready.extend(queue.events.first().filter(waits));
     }
 
@@ -188,8 +199,8 @@ impl Scheduler {
     }
 
     /// The events that neither run nor could be given out now: held ones, and those behind another of their key.
-    pub(super) fn idle(&self) -> Vec<u64> {
-        let resting = |(event, slot): &(&u64, &Slot)| slot.state != State::Running && !self.ready.contains(*event);
+    pub(super) fn idle(&self) -> Vec<Place> {
+        let resting = |(event, slot): &(&Place, &Slot)| slot.state != State::Running && !self.ready.contains(*event);
         self.events.iter().filter(resting).map(|(event, _)| *event).collect()
     }
 }
@@ -200,12 +211,17 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::Place::{Redrive, Stream};
     use super::*;
+
+    fn stream<const N: usize>(sequences: [u64; N]) -> [Place; N] {
+        sequences.map(Stream)
+    }
 
     fn scheduler(events: &[(u64, &str)]) -> Scheduler {
         let mut scheduler = Scheduler::default();
         for (event, key) in events {
-            assert!(scheduler.add(*event, Some(key).filter(|key| !key.is_empty()).copied()));
+            assert!(scheduler.add(Stream(*event), Some(key).filter(|key| !key.is_empty()).copied()));
         }
         scheduler
     }
@@ -213,12 +229,12 @@ mod tests {
     #[test]
     fn a_key_is_never_in_two_lanes() {
         let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "b"), (4, "a")]);
-        assert_eq!(scheduler.take(9, 2), [1, 2]);
-        assert_eq!(scheduler.take(9, 9), [3]);
-        scheduler.done(1);
+        assert_eq!(scheduler.take(9, 2), stream([1, 2]));
+        assert_eq!(scheduler.take(9, 9), stream([3]));
+        scheduler.done(Stream(1));
         assert!(scheduler.take(9, 9).is_empty(), "2 still runs");
-        scheduler.done(2);
-        assert_eq!(scheduler.take(9, 9), [4]);
+        scheduler.done(Stream(2));
+        assert_eq!(scheduler.take(9, 9), stream([4]));
     }
 
     #[test]
@@ -226,38 +242,53 @@ mod tests {
         let now = Instant::now();
         let later = now + Duration::from_secs(1);
         let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "b"), (4, "")]);
-        assert_eq!(scheduler.take(9, 1), [1]);
-        scheduler.hold(1, later);
+        assert_eq!(scheduler.take(9, 1), stream([1]));
+        scheduler.hold(Stream(1), later);
         let mut idle = scheduler.idle();
         idle.sort_unstable();
-        assert_eq!(idle, [1, 2]);
-        assert_eq!(scheduler.take(9, 9), [3, 4]);
+        assert_eq!(idle, stream([1, 2]));
+        assert_eq!(scheduler.take(9, 9), stream([3, 4]));
         assert_eq!(scheduler.next_wake(), Some(later));
         scheduler.wake(now);
         assert!(scheduler.take(9, 9).is_empty());
         scheduler.wake(later);
-        assert_eq!(scheduler.take(9, 9), [1, 2]);
+        assert_eq!(scheduler.take(9, 9), stream([1, 2]));
     }
 
     #[test]
     fn an_older_event_that_comes_late_goes_first() {
         let now = Instant::now();
         let mut scheduler = scheduler(&[(5, "a"), (6, "a")]);
-        assert!(scheduler.add(4, Some("a")));
-        assert_eq!(scheduler.take(9, 1), [4]);
-        assert!(scheduler.add(3, Some("a")));
+        assert!(scheduler.add(Stream(4), Some("a")));
+        assert_eq!(scheduler.take(9, 1), stream([4]));
+        assert!(scheduler.add(Stream(3), Some("a")));
         assert!(scheduler.take(9, 9).is_empty(), "4 runs already");
-        scheduler.hold(4, now);
-        assert_eq!(scheduler.take(9, 9), [3], "it does not wait with 4");
+        scheduler.hold(Stream(4), now);
+        assert_eq!(scheduler.take(9, 9), stream([3]), "it does not wait with 4");
         scheduler.wake(now);
         assert!(scheduler.take(9, 9).is_empty());
-        scheduler.done(3);
-        assert_eq!(scheduler.take(9, 9), [4, 5, 6]);
+        scheduler.done(Stream(3));
+        assert_eq!(scheduler.take(9, 9), stream([4, 5, 6]));
+    }
+
+    #[test]
+    fn what_is_sent_back_goes_before_live_events_and_never_beside_one() {
+        let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "b")]);
+        assert!(scheduler.add(Redrive(8), Some("a")));
+        assert!(scheduler.add(Redrive(7), Some("a")));
+        assert_eq!(scheduler.take(1, 2), [Redrive(7), Redrive(8)]);
+        assert_eq!(scheduler.take(9, 9), [Stream(3)], "the live ones of the key wait");
+        assert!(scheduler.add(Redrive(9), Some("b")));
+        assert!(scheduler.take(9, 9).is_empty(), "one of b runs already");
+        scheduler.put_back(Stream(3));
+        scheduler.done(Redrive(7));
+        scheduler.done(Redrive(8));
+        assert_eq!(scheduler.take(9, 9), [Redrive(9), Stream(1), Stream(2), Stream(3)]);
     }
 
     #[derive(Debug, Clone)]
     enum Step {
-        Add(u64, Option<u8>),
+        Add(Place, Option<u8>),
         Take(usize, usize),
         Settle(usize, Verdict),
         Wake,
@@ -272,8 +303,9 @@ mod tests {
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
         let verdict = prop_oneof![3 => Just(Verdict::Done), 1 => Just(Verdict::PutBack), 1 => Just(Verdict::Hold)];
+        let place = prop_oneof![3 => (0..200u64).prop_map(Stream), 1 => (0..60i64).prop_map(Redrive)];
         let step = prop_oneof![
-            4 => (0..200u64, proptest::option::of(0..4u8)).prop_map(|(event, key)| Step::Add(event, key)),
+            4 => (place, proptest::option::of(0..4u8)).prop_map(|(event, key)| Step::Add(event, key)),
             3 => (1..4usize, 1..6usize).prop_map(|(heads, max)| Step::Take(heads, max)),
             3 => (0..8usize, verdict).prop_map(|(lane, verdict)| Step::Settle(lane, verdict)),
             1 => Just(Step::Wake),
@@ -283,7 +315,7 @@ mod tests {
 
     /// What lanes do: they settle their events in order, and after one of a key that is not done they put back the rest
     /// of that key.
-    fn settle(scheduler: &mut Scheduler, model: &mut Model, batch: Vec<u64>, verdict: Verdict, now: Instant) {
+    fn settle(scheduler: &mut Scheduler, model: &mut Model, batch: Vec<Place>, verdict: Verdict, now: Instant) {
         let mut blocked: Vec<u8> = Vec::new();
         for (n, event) in batch.iter().enumerate() {
             let key = model.keys[event];
@@ -311,21 +343,21 @@ mod tests {
 
     #[derive(Default)]
     struct Model {
-        keys: HashMap<u64, Option<u8>>,
-        open: BTreeSet<u64>,
-        running: BTreeSet<u64>,
+        keys: HashMap<Place, Option<u8>>,
+        open: BTreeSet<Place>,
+        running: BTreeSet<Place>,
     }
 
     impl Model {
-        fn check_taken(&self, batch: &[u64]) {
+        fn check_taken(&self, batch: &[Place]) {
             for (n, event) in batch.iter().enumerate() {
-                assert!(self.open.contains(event) && !self.running.contains(event), "{event} given out twice");
+                assert!(self.open.contains(event) && !self.running.contains(event), "{event:?} given out twice");
                 if let Some(key) = self.keys[event] {
-                    let same = |other: &&u64| self.keys[*other] == Some(key);
-                    assert_eq!(self.running.iter().find(same), None, "the key of {event} runs elsewhere");
+                    let same = |other: &&Place| self.keys[*other] == Some(key);
+                    assert_eq!(self.running.iter().find(same), None, "the key of {event:?} runs elsewhere");
                     let older = self.open.iter().filter(|other| *other < event).filter(same);
                     for older in older {
-                        assert!(batch[..n].contains(older), "{event} overtakes {older}");
+                        assert!(batch[..n].contains(older), "{event:?} overtakes {older:?}");
                     }
                 }
             }
@@ -337,12 +369,12 @@ mod tests {
         fn keys_are_serial_and_everything_ends(steps in steps()) {
             let mut scheduler = Scheduler::default();
             let mut model = Model::default();
-            let mut lanes: Vec<Vec<u64>> = Vec::new();
+            let mut lanes: Vec<Vec<Place>> = Vec::new();
             let mut now = Instant::now();
             for step in steps {
                 match step {
                     Step::Add(event, key) => {
-                        // A sequence belongs to one message for ever.
+                        // A place belongs to one event for ever.
                         if model.keys.contains_key(&event) && !model.open.contains(&event) {
                             continue;
                         }

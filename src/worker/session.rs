@@ -16,7 +16,7 @@ use crate::jetstream::ack::{Answer, Answers, Reply};
 use crate::jetstream::feed::{Budget, Fed, Incoming, Permit};
 
 use super::lane::{Item, Lane, Report, Verdict};
-use super::scheduler::Scheduler;
+use super::scheduler::{Place, Scheduler};
 
 /// The most payload bytes in memory, beside what is on its way.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
@@ -40,7 +40,7 @@ pub(super) enum End {
 pub(super) struct Session {
     lane: Lane,
     scheduler: Scheduler,
-    pending: HashMap<u64, Pending>,
+    pending: HashMap<Place, Pending>,
     lanes: JoinSet<Report>,
     answers: Answers,
     budget: Arc<Budget>,
@@ -144,10 +144,11 @@ impl Session {
                 return;
             }
         };
-        if self.scheduler.add(sequence, event.key.as_deref()) {
+        let place = Place::Stream(sequence);
+        if self.scheduler.add(place, event.key.as_deref()) {
             let event = Some((Arc::new(event), permit));
-            self.pending.insert(sequence, Pending { event, reply, deliveries, alive: true, interruptions: 0 });
-        } else if let Some(known) = self.pending.get_mut(&sequence) {
+            self.pending.insert(place, Pending { event, reply, deliveries, alive: true, interruptions: 0 });
+        } else if let Some(known) = self.pending.get_mut(&place) {
             // It came again while it waits or runs: never a second run, but a fresh place for the answer.
             if reply.is_some() {
                 known.reply = reply;
@@ -167,8 +168,8 @@ impl Session {
         if busy || !self.budget.is_full() || self.scheduler.ready() > 0 {
             return;
         }
-        for sequence in self.scheduler.idle() {
-            let Some(pending) = self.pending.get_mut(&sequence) else { continue };
+        for place in self.scheduler.idle() {
+            let Some(pending) = self.pending.get_mut(&place) else { continue };
             if pending.event.take().is_some() && pending.alive {
                 pending.alive = false;
                 if let Some(reply) = &pending.reply {
@@ -187,10 +188,10 @@ impl Session {
         let lanes = if self.gate.failures > 0 { 1 } else { self.lane.subscriber.settings.concurrency };
         while self.lanes.len() < lanes && self.scheduler.ready() > 0 {
             let heads = self.scheduler.ready().div_ceil(lanes - self.lanes.len());
-            let items = self.scheduler.take(heads, self.batch_limit()).into_iter().map(|sequence| {
-                let pending = self.pending.get(&sequence);
+            let items = self.scheduler.take(heads, self.batch_limit()).into_iter().map(|place| {
+                let pending = self.pending.get(&place);
                 Item {
-                    sequence,
+                    place,
                     event: pending.and_then(|pending| pending.event.as_ref()).map(|(event, _)| Arc::clone(event)),
                     deliveries: pending.map_or(0, |pending| pending.deliveries),
                 }
@@ -222,8 +223,8 @@ impl Session {
             // Handlers' panics are caught in the lane: this is a defect of ours, and its events are still given out.
             Err(error) => return Some(End::Broken(format!("a lane broke down: {error}"))),
         };
-        for (sequence, verdict) in report.verdicts {
-            self.settle_event(sequence, verdict);
+        for (place, verdict) in report.verdicts {
+            self.settle_event(place, verdict);
         }
         if let Some(pace) = report.pace {
             self.pace = (self.pace * 7 + pace) / 8;
@@ -235,10 +236,10 @@ impl Session {
         report.fenced.then_some(End::Fenced)
     }
 
-    fn settle_event(&mut self, sequence: u64, verdict: Verdict) {
-        let Some(pending) = self.pending.get_mut(&sequence) else { return };
+    fn settle_event(&mut self, place: Place, verdict: Verdict) {
+        let Some(pending) = self.pending.get_mut(&place) else { return };
         let answer = match verdict {
-            Verdict::NotRun => return self.scheduler.put_back(sequence),
+            Verdict::NotRun => return self.scheduler.put_back(place),
             Verdict::Interrupted(reason) => {
                 pending.interruptions += 1;
                 // The first one and then ever more rarely.
@@ -246,19 +247,19 @@ impl Session {
                     tracing::warn!(
                         subscriber = self.lane.subscriber.name,
                         event_id = pending.event.as_ref().map(|(event, _)| tracing::field::display(event.id)),
-                        sequence,
+                        ?place,
                         times = pending.interruptions,
                         error = reason,
                         "what an event needs is away, waiting"
                     );
                 }
                 let wait = Backoff::RECONNECT.after(pending.interruptions);
-                return self.scheduler.hold(sequence, Instant::now() + wait);
+                return self.scheduler.hold(place, Instant::now() + wait);
             }
             Verdict::Later(wait) => {
                 pending.alive = false;
                 pending.interruptions = 0;
-                self.scheduler.hold(sequence, Instant::now() + wait);
+                self.scheduler.hold(place, Instant::now() + wait);
                 Answer::Later(wait)
             }
             Verdict::Done => Answer::Done,
@@ -269,8 +270,8 @@ impl Session {
         }
         fault::point("worker-answered");
         if !matches!(answer, Answer::Later(_)) {
-            self.scheduler.done(sequence);
-            self.pending.remove(&sequence);
+            self.scheduler.done(place);
+            self.pending.remove(&place);
         }
     }
 
