@@ -23,7 +23,8 @@ pub(crate) async fn begin(connection: &mut Session, limit: Duration) -> Result<T
 }
 
 /// Writes the inbox rows of `events` (id, stream sequence) and returns those that were new, each with the number of
-/// its failed attempts so far. Waits for another transaction that is handling one of them right now.
+/// its failed attempts so far. Waits for another transaction that is handling one of them right now. An event that an
+/// operator sent back is not new as long as its row waits: it runs from there.
 pub(crate) async fn insert(
     tx: &mut Tx<'_>,
     subscriber: &str,
@@ -33,6 +34,8 @@ pub(crate) async fn insert(
         "with fresh as (
             insert into aftercommit.inbox (subscriber, event_id, stream_seq)
             select $1, event_id, stream_seq from unnest($2::uuid[], $3::bigint[]) as e(event_id, stream_seq)
+             where not exists (select from aftercommit.redrive
+                                where redrive.subscriber = $1 and redrive.event_id = e.event_id)
              order by stream_seq
             on conflict do nothing
             returning event_id)

@@ -17,6 +17,16 @@ pub(super) enum Place {
     Stream(u64),
 }
 
+const FIRST_LIVE: Place = Place::Stream(0);
+
+/// The oldest live event, or the oldest of the others.
+fn first(events: &BTreeSet<Place>, live: bool) -> Option<Place> {
+    match live {
+        true => events.range(FIRST_LIVE..).next().copied(),
+        false => events.first().copied().filter(|event| *event < FIRST_LIVE),
+    }
+}
+
 /// All events of one subscriber that are not done.
 #[derive(Debug, Default)]
 pub(super) struct Scheduler {
@@ -26,6 +36,8 @@ pub(super) struct Scheduler {
     ready: BTreeSet<Place>,
     /// Events that wait for a point in time.
     held: BTreeSet<(Instant, Place)>,
+    /// Whether a live event is next, if there is one.
+    live_next: bool,
 }
 
 #[derive(Debug)]
@@ -81,26 +93,22 @@ impl Scheduler {
     }
 
     /// Gives out up to `max` events for one lane, oldest first: the first `heads` ready ones and what follows them
-    /// with the same key. Until all events of a key are settled no other lane gets one of it.
+    /// with the same key. Until all events of a key are settled no other lane gets one of it. Live events and those that
+    /// were sent back take turns, so that many of the latter do not keep other keys waiting.
     pub(super) fn take(&mut self, heads: usize, max: usize) -> Vec<Place> {
         let mut batch = Vec::new();
         let mut heads = heads.min(self.ready.len());
         // The successors of events in this batch: only this lane may have them.
         let mut next: BTreeSet<Place> = BTreeSet::new();
         while batch.len() < max {
-            let head = self.ready.first().copied().filter(|_| heads > 0);
-            let event = match (head, next.first().copied()) {
-                (Some(head), follower) if follower.is_none_or(|follower| head < follower) => {
-                    heads -= 1;
-                    self.ready.remove(&head);
-                    head
-                }
-                (_, Some(follower)) => {
-                    next.remove(&follower);
-                    follower
-                }
-                _ => break,
-            };
+            let ready = if heads > 0 { &self.ready } else { &BTreeSet::new() };
+            let oldest = |live| first(ready, live).into_iter().chain(first(&next, live)).min();
+            let Some(event) = oldest(self.live_next).or_else(|| oldest(!self.live_next)) else { break };
+            self.live_next = event < FIRST_LIVE;
+            if !next.remove(&event) {
+                self.ready.remove(&event);
+                heads -= 1;
+            }
             let Some(slot) = self.events.get_mut(&event) else { continue };
             slot.state = State::Running;
             batch.push(event);

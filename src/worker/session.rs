@@ -11,11 +11,14 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::backoff::Backoff;
 use crate::envelope::Envelope;
+use crate::event::EventId;
 use crate::fault;
 use crate::jetstream::ack::{Answer, Answers, Reply};
 use crate::jetstream::feed::{Budget, Fed, Incoming, Permit};
+use crate::postgres::redrive::Waiting;
 
 use super::lane::{Item, Lane, Report, Verdict};
+use super::redrive::Redrives;
 use super::scheduler::{Place, Scheduler};
 
 /// The most payload bytes in memory, beside what is on its way.
@@ -41,6 +44,7 @@ pub(super) struct Session {
     lane: Lane,
     scheduler: Scheduler,
     pending: HashMap<Place, Pending>,
+    redrives: Redrives,
     lanes: JoinSet<Report>,
     answers: Answers,
     budget: Arc<Budget>,
@@ -51,7 +55,8 @@ pub(super) struct Session {
 
 /// What is known of an event that is not done.
 struct Pending {
-    /// The event and its share of the memory; none when it was let go.
+    id: EventId,
+    /// The event and its share of the memory; none when it was let go, or waits in the table of redriven events.
     event: Option<(Arc<Envelope>, Permit)>,
     reply: Option<Reply>,
     deliveries: u64,
@@ -77,6 +82,7 @@ pub(super) fn budget(lane: &Lane) -> Arc<Budget> {
 impl Session {
     pub(super) fn new(lane: Lane, answers: Answers, budget: Arc<Budget>) -> Self {
         Self {
+            redrives: Redrives::new(Arc::clone(&lane.connections), &lane.subscriber.name),
             lane,
             scheduler: Scheduler::default(),
             pending: HashMap::new(),
@@ -113,6 +119,7 @@ impl Session {
                 }
                 _ = signs.tick() => self.send_signs(),
                 () = sleep_until(wake), if wake.is_some() => self.scheduler.wake(Instant::now()),
+                rows = self.redrives.next() => self.take_redriven(rows),
                 fed = feed.recv() => match fed {
                     Some(Fed::Message(incoming)) => self.take_in(*incoming),
                     Some(Fed::Ended(reason)) => break End::Broken(reason),
@@ -146,8 +153,9 @@ impl Session {
         };
         let place = Place::Stream(sequence);
         if self.scheduler.add(place, event.key.as_deref()) {
+            let id = event.id;
             let event = Some((Arc::new(event), permit));
-            self.pending.insert(place, Pending { event, reply, deliveries, alive: true, interruptions: 0 });
+            self.pending.insert(place, Pending { id, event, reply, deliveries, alive: true, interruptions: 0 });
         } else if let Some(known) = self.pending.get_mut(&place) {
             // It came again while it waits or runs: never a second run, but a fresh place for the answer.
             if reply.is_some() {
@@ -157,6 +165,19 @@ impl Session {
             }
             if known.event.is_none() {
                 known.event = Some((Arc::new(event), permit));
+            }
+        }
+    }
+
+    /// Takes note of events that were sent back. They stay in their table until a lane reads them.
+    fn take_redriven(&mut self, rows: Vec<Waiting>) {
+        for Waiting { id, event_id, key } in rows {
+            let place = Place::Redrive(id);
+            if self.scheduler.add(place, key.as_deref()) {
+                self.redrives.added();
+                let id = event_id.into();
+                let pending = Pending { id, event: None, reply: None, deliveries: 0, alive: false, interruptions: 0 };
+                self.pending.insert(place, pending);
             }
         }
     }
@@ -181,7 +202,7 @@ impl Session {
 
     /// Gives free lanes something to do.
     fn give_out(&mut self) {
-        if self.gate.closed_until.is_some_and(|until| until > Instant::now()) {
+        if !self.redrives.begun() || self.gate.closed_until.is_some_and(|until| until > Instant::now()) {
             return;
         }
         // After an outage one lane looks whether it is over.
@@ -246,7 +267,7 @@ impl Session {
                 if pending.interruptions.is_power_of_two() {
                     tracing::warn!(
                         subscriber = self.lane.subscriber.name,
-                        event_id = pending.event.as_ref().map(|(event, _)| tracing::field::display(event.id)),
+                        event_id = %pending.id,
                         ?place,
                         times = pending.interruptions,
                         error = reason,
@@ -272,6 +293,9 @@ impl Session {
         if !matches!(answer, Answer::Later(_)) {
             self.scheduler.done(place);
             self.pending.remove(&place);
+            if let Place::Redrive(_) = place {
+                self.redrives.done();
+            }
         }
     }
 
