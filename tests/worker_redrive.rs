@@ -160,7 +160,17 @@ async fn redriven_events_run_in_their_order_and_before_waiting_live_ones_of_thei
     }
     refuse.store(false, Ordering::SeqCst);
     assert_eq!(send_back(&work, "back").await, 6);
+    // The live events arrive while the rows cannot be read yet.
+    let mut slow = work.outbox.pool.begin().await.unwrap();
+    sqlx::query("lock table aftercommit.redrive in access exclusive mode").execute(&mut *slow).await.unwrap();
     let worker = work.run(subscriber().max_batch(3)).await;
+    eventually(SOON, "the live events are delivered", async || {
+        work.consumer("back").await.cached_info().num_ack_pending == 74
+    })
+    .await
+    .unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    slow.rollback().await.unwrap();
     work.wait_for(80).await;
     worker.stop().await;
     work.assert_in_order(&["a", "b"], 40).await;
@@ -391,4 +401,25 @@ async fn a_consumer_made_anew_while_a_row_waits_runs_nothing_twice() {
     worker.stop().await;
     work.assert_in_order(&["a"], 3).await;
     assert!(work.dead_letters().await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_is_taken_away_at_the_last_moment_does_not_run() {
+    let work = Work::shared().await;
+    put_rows(&work, "back", &["a"], 2).await;
+    let mut other = work.outbox.pool.begin().await.unwrap();
+    sqlx::query("delete from aftercommit.redrive where id = 1").execute(&mut *other).await.unwrap();
+    let worker = work.run(Subscriber::new("back").on::<Number>(Record::good())).await;
+    let waits = "select count(*) from pg_stat_activity
+                  where datname = current_database() and wait_event_type = 'Lock'";
+    eventually(SOON, "the worker waits for the row", async || {
+        sqlx::query_scalar::<_, i64>(waits).fetch_one(&work.outbox.pool).await.unwrap() > 0
+    })
+    .await
+    .unwrap();
+    other.commit().await.unwrap();
+    work.wait_for(1).await;
+    wait_until_empty(&work).await;
+    worker.stop().await;
+    assert_eq!(work.numbers("a").await, [2]);
 }
