@@ -11,6 +11,7 @@
 //! ack_wait = "30s"                   # set on the consumer by `aftercommit provision`
 //! time_limit = "1m"                  # of one handler
 //! backoff = { first = "1s", max = "5m" }
+//! failure_policy = "block"           # "skip": a failed event lets the later ones of its key pass
 //! ```
 
 use std::ops::Range;
@@ -24,7 +25,7 @@ use crate::backoff::Backoff;
 use crate::error::{Error, ErrorKind};
 use crate::postgres::function::FunctionName;
 
-use super::subscriber::{Subscriber, check_name, check_types};
+use super::subscriber::{FailurePolicy, Subscriber, check_name, check_types};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -45,6 +46,15 @@ struct Entry {
     ack_wait: Option<Wait>,
     time_limit: Option<Wait>,
     backoff: Option<Waits>,
+    failure_policy: Option<Policy>,
+}
+
+/// See [`FailurePolicy`].
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Policy {
+    Block,
+    Skip,
 }
 
 #[derive(Deserialize)]
@@ -128,6 +138,11 @@ impl Entry {
             first: backoff.first.map_or(settings.backoff.first, |wait| wait.0),
             max: backoff.max.map_or(settings.backoff.max, |wait| wait.0),
         };
+        settings.failure_policy = match self.failure_policy {
+            None => settings.failure_policy,
+            Some(Policy::Block) => FailurePolicy::Block,
+            Some(Policy::Skip) => FailurePolicy::Skip,
+        };
         settings.concurrency = self.concurrency.unwrap_or(settings.concurrency);
         settings.max_attempts = self.max_attempts.unwrap_or(settings.max_attempts);
         settings.max_batch = self.max_batch.unwrap_or(settings.max_batch);
@@ -153,6 +168,7 @@ concurrency = 16
 sql = { function = "demo.apply_history" }
 ack_wait = "10s"
 backoff = { first = "250ms" }
+failure_policy = "skip"
 "#;
 
     #[test]
@@ -162,6 +178,7 @@ backoff = { first = "250ms" }
         assert_eq!(subscribers[0].name, "branch-balance");
         assert_eq!((settings.concurrency, settings.max_attempts), (16, 10));
         assert_eq!(settings.ack_wait, Duration::from_secs(10));
+        assert_eq!(settings.failure_policy, FailurePolicy::Skip);
         assert_eq!(settings.backoff, Backoff { first: Duration::from_millis(250), ..Backoff::default() });
     }
 
@@ -176,6 +193,7 @@ backoff = { first = "250ms" }
             ("concurrency = 16", "concurrency = -1", ":5: "),
             ("demo.apply_history", "demo.apply history", ":6: function:"),
             ("\"10s\"", "\"10 parsecs\"", ":7: \"10 parsecs\" is not a duration"),
+            ("\"skip\"", "\"jump\"", ":9: unknown variant `jump`"),
             ("concurrency = 16", "concurrency = 0", "concurrency must be at least 1"),
             ("types = [\"pgbench.history\"]\n", "", "missing field `types`"),
         ] {

@@ -24,7 +24,7 @@ use crate::postgres::{self, function, inbox};
 
 use super::handler::HandlerError;
 use super::scheduler::Place;
-use super::subscriber::{Subscriber, Try, Work};
+use super::subscriber::{FailurePolicy, Subscriber, Try, Work};
 use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_out, trouble};
 
 /// How often a conflict with other transactions is answered with another run before it counts as a failure.
@@ -58,7 +58,9 @@ pub(super) enum Verdict {
     Done,
     /// Given up.
     Dead(String),
-    /// It failed, or asked for it: not before this time has passed.
+    /// It failed: not before this time has passed.
+    Failed(Duration),
+    /// It asked for it: not before this time has passed.
     Later(Duration),
     /// Something that its handler needs is away, for this reason.
     Interrupted(String),
@@ -197,8 +199,8 @@ impl Lane {
                 [] => {}
                 [single] => {
                     let verdict = self.run_alone(single).await?;
-                    if verdict != Verdict::Done {
-                        blocked.extend(single.event.key.as_deref().filter(|_| !matches!(verdict, Verdict::Dead(_))));
+                    if self.holds_key(&verdict) {
+                        blocked.extend(single.event.key.as_deref());
                     }
                     report.verdicts.push((single.place, verdict));
                     report.pace = Some(started.elapsed());
@@ -214,6 +216,15 @@ impl Lane {
             }
         }
         Ok(())
+    }
+
+    /// Whether the later events of the key wait.
+    fn holds_key(&self, verdict: &Verdict) -> bool {
+        match verdict {
+            Verdict::Done | Verdict::Dead(_) => false,
+            Verdict::Failed(_) => self.subscriber.settings.failure_policy == FailurePolicy::Block,
+            Verdict::Later(_) | Verdict::Interrupted(_) | Verdict::NotRun => true,
+        }
     }
 
     /// Runs one event in a transaction of its own; this run decides about it.
@@ -255,7 +266,7 @@ impl Lane {
                     error = text,
                     "event failed"
                 );
-                Ok(Verdict::Later(wait))
+                Ok(Verdict::Failed(wait))
             }
         }
     }

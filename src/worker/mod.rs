@@ -75,7 +75,7 @@ use crate::postgres::connections::Connections;
 #[cfg(feature = "cli")]
 pub use file::read_file;
 pub use handler::{Delivery, Handler, HandlerError};
-pub use subscriber::Subscriber;
+pub use subscriber::{FailurePolicy, Subscriber};
 
 /// The `main` of a service whose handlers are written in Rust: reads the command line and the environment as
 /// `aftercommit-worker` does, without `--config`, and runs until a signal ends it. With `--provision` it creates or

@@ -76,15 +76,19 @@ impl Scheduler {
                 self.ready.insert(event);
             }
             Some(key) => {
-                let queue = self.keys.entry(Arc::clone(&key)).or_default();
-                if let Some(overtaken) = queue.events.first().filter(|oldest| event < **oldest) {
-                    self.ready.remove(overtaken);
-                }
-                queue.events.insert(event);
-                self.promote(&key);
+                self.enqueue(event, &key);
             }
         }
         true
+    }
+
+    fn enqueue(&mut self, event: Place, key: &Arc<str>) {
+        let queue = self.keys.entry(Arc::clone(key)).or_default();
+        if let Some(overtaken) = queue.events.first().filter(|oldest| event < **oldest) {
+            self.ready.remove(overtaken);
+        }
+        queue.events.insert(event);
+        self.promote(key);
     }
 
     /// How many lanes could be given something at the same time.
@@ -124,17 +128,24 @@ impl Scheduler {
 
     /// A given-out event is done for good.
     pub(super) fn done(&mut self, event: Place) {
+        if self.events.get(&event).is_none_or(|slot| slot.state != State::Running) {
+            return;
+        }
         let Some(slot) = self.events.remove(&event) else { return };
         if let Some(key) = slot.key {
-            if let Some(queue) = self.keys.get_mut(&key) {
-                queue.events.remove(&event);
-                queue.running -= usize::from(slot.state == State::Running);
-                if queue.events.is_empty() {
-                    self.keys.remove(&key);
-                }
-            }
-            self.promote(&key);
+            self.dequeue(event, &key);
         }
+    }
+
+    fn dequeue(&mut self, event: Place, key: &Arc<str>) {
+        if let Some(queue) = self.keys.get_mut(key) {
+            queue.events.remove(&event);
+            queue.running -= 1;
+            if queue.events.is_empty() {
+                self.keys.remove(key);
+            }
+        }
+        self.promote(key);
     }
 
     /// A given-out event was not run, or must run again at once.
@@ -145,6 +156,16 @@ impl Scheduler {
     /// A given-out event must not run again before `until`; its key waits with it.
     pub(super) fn hold(&mut self, event: Place, until: Instant) {
         self.settle(event, State::Held(until));
+    }
+
+    /// A given-out event must not run again before `until`; its key goes on without it.
+    pub(super) fn set_aside(&mut self, event: Place, until: Instant) {
+        let Some(slot) = self.events.get_mut(&event).filter(|slot| slot.state == State::Running) else { return };
+        slot.state = State::Held(until);
+        self.held.insert((until, event));
+        if let Some(key) = slot.key.clone() {
+            self.dequeue(event, &key);
+        }
     }
 
     fn settle(&mut self, event: Place, state: State) {
@@ -198,7 +219,7 @@ impl Scheduler {
             }
             slot.state = State::Waiting;
             match slot.key.clone() {
-                Some(key) => self.promote(&key),
+                Some(key) => self.enqueue(event, &key),
                 None => {
                     self.ready.insert(event);
                 }
@@ -294,6 +315,24 @@ mod tests {
         assert_eq!(scheduler.take(9, 9), [Redrive(9), Stream(1), Stream(2), Stream(3)]);
     }
 
+    #[test]
+    fn an_event_that_is_set_aside_lets_its_key_pass_and_comes_back_first() {
+        let now = Instant::now();
+        let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "a"), (4, "a")]);
+        assert_eq!(scheduler.take(9, 1), stream([1]));
+        scheduler.set_aside(Stream(1), now);
+        assert_eq!(scheduler.take(9, 1), stream([2]));
+        scheduler.wake(now);
+        assert!(scheduler.take(9, 9).is_empty(), "2 still runs");
+        scheduler.done(Stream(2));
+        assert_eq!(scheduler.take(9, 2), stream([1, 3]));
+        scheduler.set_aside(Stream(3), now);
+        scheduler.done(Stream(1));
+        assert_eq!(scheduler.ready(), 1, "4");
+        scheduler.wake(now);
+        assert_eq!(scheduler.take(9, 9), stream([3, 4]));
+    }
+
     #[derive(Debug, Clone)]
     enum Step {
         Add(Place, Option<u8>),
@@ -307,10 +346,11 @@ mod tests {
         Done,
         PutBack,
         Hold,
+        SetAside,
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
-        let verdict = prop_oneof![3 => Just(Verdict::Done), 1 => Just(Verdict::PutBack), 1 => Just(Verdict::Hold)];
+        let verdict = prop_oneof![3 => Just(Verdict::Done), 1 => Just(Verdict::PutBack), 1 => Just(Verdict::Hold), 1 => Just(Verdict::SetAside)];
         let place = prop_oneof![3 => (0..200u64).prop_map(Stream), 1 => (0..60i64).prop_map(Redrive)];
         let step = prop_oneof![
             4 => (place, proptest::option::of(0..4u8)).prop_map(|(event, key)| Step::Add(event, key)),
@@ -342,8 +382,12 @@ mod tests {
                 }
                 Verdict::PutBack => scheduler.put_back(*event),
                 Verdict::Hold => scheduler.hold(*event, now + Duration::from_secs(1)),
+                Verdict::SetAside => {
+                    scheduler.set_aside(*event, now + Duration::from_secs(1));
+                    model.aside.insert(*event);
+                }
             }
-            if let (Some(key), false) = (key, matches!(verdict, Verdict::Done)) {
+            if let (Some(key), false) = (key, matches!(verdict, Verdict::Done | Verdict::SetAside)) {
                 blocked.push(key);
             }
         }
@@ -354,6 +398,8 @@ mod tests {
         keys: HashMap<Place, Option<u8>>,
         open: BTreeSet<Place>,
         running: BTreeSet<Place>,
+        /// Those that others of their key may overtake at present.
+        aside: BTreeSet<Place>,
     }
 
     impl Model {
@@ -363,7 +409,7 @@ mod tests {
                 if let Some(key) = self.keys[event] {
                     let same = |other: &&Place| self.keys[*other] == Some(key);
                     assert_eq!(self.running.iter().find(same), None, "the key of {event:?} runs elsewhere");
-                    let older = self.open.iter().filter(|other| *other < event).filter(same);
+                    let older = self.open.difference(&self.aside).filter(|other| *other < event).filter(same);
                     for older in older {
                         assert!(batch[..n].contains(older), "{event:?} overtakes {older:?}");
                     }
@@ -411,6 +457,7 @@ mod tests {
                     Step::Wake => {
                         now += Duration::from_secs(2);
                         scheduler.wake(now);
+                        model.aside.clear();
                     }
                 }
                 prop_assert_eq!(scheduler.events.len(), model.open.len());
@@ -419,6 +466,7 @@ mod tests {
                 settle(&mut scheduler, &mut model, batch, Verdict::Hold, now);
             }
             scheduler.wake(now + Duration::from_secs(2));
+            model.aside.clear();
             loop {
                 let batch = scheduler.take(2, 3);
                 if batch.is_empty() {

@@ -20,6 +20,7 @@ use crate::postgres::redrive::Waiting;
 use super::lane::{Item, Lane, Report, Verdict};
 use super::redrive::Redrives;
 use super::scheduler::{Place, Scheduler};
+use super::subscriber::FailurePolicy;
 
 /// The most payload bytes in memory, beside what is on its way.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
@@ -277,10 +278,14 @@ impl Session {
                 let wait = Backoff::RECONNECT.after(pending.interruptions);
                 return self.scheduler.hold(place, Instant::now() + wait);
             }
-            Verdict::Later(wait) => {
+            Verdict::Failed(wait) | Verdict::Later(wait) => {
                 pending.alive = false;
                 pending.interruptions = 0;
-                self.scheduler.hold(place, Instant::now() + wait);
+                let until = Instant::now() + wait;
+                match (&verdict, self.lane.subscriber.settings.failure_policy) {
+                    (Verdict::Failed(_), FailurePolicy::Skip) => self.scheduler.set_aside(place, until),
+                    _ => self.scheduler.hold(place, until),
+                }
                 Answer::Later(wait)
             }
             Verdict::Done => Answer::Done,

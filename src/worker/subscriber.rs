@@ -37,6 +37,7 @@ pub(super) struct Settings {
     pub(super) max_attempts: u32,
     pub(super) max_batch: usize,
     pub(super) backoff: Backoff,
+    pub(super) failure_policy: FailurePolicy,
     pub(super) ack_wait: Duration,
     pub(super) time_limit: Duration,
 }
@@ -48,10 +49,22 @@ impl Default for Settings {
             max_attempts: 10,
             max_batch: 100,
             backoff: Backoff::default(),
+            failure_policy: FailurePolicy::default(),
             ack_wait: Duration::from_secs(30),
             time_limit: Duration::from_secs(60),
         }
     }
+}
+
+/// What becomes of the later events of a key while one of it waits for its next attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FailurePolicy {
+    /// They wait, so the order of the key holds.
+    #[default]
+    Block,
+    /// They go on, and the failed one comes behind those that ran meanwhile. Never do two of a key run at once. An event
+    /// that was snoozed, or waits for the end of an outage, still holds back its key.
+    Skip,
 }
 
 /// What is done with the events.
@@ -150,6 +163,14 @@ impl Subscriber {
     #[must_use]
     pub fn backoff(mut self, backoff: Backoff) -> Self {
         self.settings.backoff = backoff;
+        self
+    }
+
+    /// Whether a failed event holds back the later ones of its key until it is handled or given up. Defaults to
+    /// [`FailurePolicy::Block`].
+    #[must_use]
+    pub fn failure_policy(mut self, policy: FailurePolicy) -> Self {
+        self.settings.failure_policy = policy;
         self
     }
 
