@@ -22,6 +22,7 @@ use crate::postgres::redrive::{self, Redriven};
 use crate::postgres::session::{Session, Tx};
 use crate::postgres::{self, function, inbox};
 
+use super::batch::{self, BatchError};
 use super::handler::HandlerError;
 use super::scheduler::Place;
 use super::subscriber::{FailurePolicy, Subscriber, Try, Work};
@@ -360,13 +361,20 @@ impl Lane {
                     self.limited(call).await.map_err(|error| trouble(None, error))?;
                 }
             }
-            Work::Handlers(_) => {
-                for (at, queued) in group.iter().enumerate() {
-                    if fresh.remove(&queued.event.id.as_uuid()).is_some() {
-                        let attempt = queued.failures.load(Ordering::Relaxed) + 1;
-                        let this = Try { attempt, delivery_count: queued.deliveries.max(1) };
-                        self.handle(tx, queued, this).await.map_err(|error| trouble(Some(at), error))?;
-                    }
+            Work::Handlers(routes) => {
+                let new = group.iter().enumerate();
+                let new = new.filter(|(_, queued)| fresh.remove(&queued.event.id.as_uuid()).is_some());
+                let (places, new): (Vec<usize>, Vec<&Queued>) = new.map(|(at, queued)| (at, *queued)).unzip();
+                let in_batches = |name: &str| routes.get(name).is_some_and(|route| route.in_batches);
+                let runs = batch::runs(new.iter().map(|queued| {
+                    let event_type = queued.event.event_type.as_str();
+                    (Some(event_type).filter(|name| in_batches(name)), queued.event.key.as_deref())
+                }));
+                for run in runs {
+                    let queued: Vec<&Queued> = run.iter().map(|at| new[*at]).collect();
+                    let at = |culprit: usize| run.get(culprit).map(|at| places[*at]);
+                    let handled = self.handle(tx, &queued).await;
+                    handled.map_err(|BatchError { culprit, error }| trouble(culprit.and_then(at), error))?;
                 }
                 self.own_or_conflict(inbox::check_alive(tx)).await?;
             }
@@ -391,17 +399,27 @@ impl Lane {
         inbox::insert(tx, &self.subscriber.name, &rows).await
     }
 
-    async fn handle(&self, tx: &mut Tx<'_>, queued: &Queued, this: Try) -> Result<(), HandlerError> {
+    /// Runs the handler of events that have the same type.
+    async fn handle(&self, tx: &mut Tx<'_>, events: &[&Queued]) -> Result<(), BatchError> {
         let Work::Handlers(routes) = &self.subscriber.work else { return Ok(()) };
-        let Some(route) = routes.get(queued.event.event_type.as_str()) else {
-            return Err(HandlerError::reject(format!("the subscriber has no handler for {}", queued.event.event_type)));
+        let event_type = events.first().map_or("", |queued| queued.event.event_type.as_str());
+        let Some(route) = routes.get(event_type) else {
+            let reason = format!("the subscriber has no handler for {event_type}");
+            return Err(BatchError::at(0, HandlerError::reject(reason)));
         };
-        let run = AssertUnwindSafe((route.run)(tx.for_others(), &queued.event, this)).catch_unwind();
-        match timeout(self.subscriber.settings.time_limit, run).await {
+        let tries = events.iter().map(|queued| {
+            let attempt = queued.failures.load(Ordering::Relaxed) + 1;
+            (&*queued.event, Try { attempt, delivery_count: queued.deliveries.max(1) })
+        });
+        let tries: Vec<_> = tries.collect();
+        let run = AssertUnwindSafe((route.run)(tx.for_others(), &tries)).catch_unwind();
+        let result = match timeout(self.subscriber.settings.time_limit, run).await {
             Ok(Ok(result)) => result,
-            Ok(Err(panic)) => Err(HandlerError::retry(format!("the handler panicked: {}", panic_text(&*panic)))),
-            Err(_) => Err(self.too_slow()),
-        }
+            Ok(Err(panic)) => Err(HandlerError::retry(format!("the handler panicked: {}", panic_text(&*panic))).into()),
+            Err(_) => Err(self.too_slow().into()),
+        };
+        // Of a single event there is no doubt.
+        result.map_err(|error| BatchError { culprit: error.culprit.or((events.len() == 1).then_some(0)), ..error })
     }
 
     async fn limited(&self, statement: impl Future<Output = Result<(), sqlx::Error>>) -> Result<(), HandlerError> {

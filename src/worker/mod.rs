@@ -47,6 +47,7 @@
 //! acked. A message that comes again finds its row. Several events may share a transaction; when one of them fails, it
 //! is undone as a whole and they run again, the failing one alone.
 
+mod batch;
 #[cfg(feature = "cli")]
 mod file;
 mod handler;
@@ -72,6 +73,7 @@ use crate::jetstream::Client;
 use crate::jetstream::consumer::{self, ConsumerSpec};
 use crate::postgres::connections::Connections;
 
+pub use batch::{BatchError, BatchHandler};
 #[cfg(feature = "cli")]
 pub use file::read_file;
 pub use handler::{Delivery, Handler, HandlerError};

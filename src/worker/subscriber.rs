@@ -16,6 +16,7 @@ use crate::event::Event;
 use crate::postgres::function::FunctionName;
 use crate::subject::{SubjectPrefix, check_tokens};
 
+use super::batch::{BatchError, BatchHandler};
 use super::handler::{Delivery, Handler, HandlerError};
 
 /// A named, durable reader of events with its own progress, retries and dead letters.
@@ -78,11 +79,13 @@ pub(super) enum Work {
 /// A handler behind its event type.
 pub(super) struct Route {
     handler: &'static str,
+    /// Whether it takes more than one event at a time.
+    pub(super) in_batches: bool,
     pub(super) run: Run,
 }
 
 type Run = Arc<
-    dyn for<'a, 't> Fn(&'a mut PgTransaction<'t>, &'a Envelope, Try) -> BoxFuture<'a, Result<(), HandlerError>>
+    dyn for<'a, 't> Fn(&'a mut PgTransaction<'t>, &'a [(&'a Envelope, Try)]) -> BoxFuture<'a, Result<(), BatchError>>
         + Send
         + Sync,
 >;
@@ -123,21 +126,29 @@ impl Subscriber {
 
     /// Handles events of type `E` with `handler`. One handler per type.
     #[must_use]
-    pub fn on<E: Event>(mut self, handler: impl Handler<E>) -> Self {
-        let route = Route::new(handler);
+    pub fn on<E: Event>(self, handler: impl Handler<E>) -> Self {
+        self.route(E::TYPE, Route::new(handler))
+    }
+
+    /// Handles events of type `E` with `handler`, which gets all of a transaction at once. One handler per type; others
+    /// of the subscriber may get theirs one by one.
+    #[must_use]
+    pub fn on_batch<E: Event>(self, handler: impl BatchHandler<E>) -> Self {
+        self.route(E::TYPE, Route::batch(handler))
+    }
+
+    fn route(mut self, event_type: &'static str, route: Route) -> Self {
         match &mut self.work {
             Work::Function { function, .. } => {
                 self.problems.push(format!("it calls {function} and cannot have the handler {} too", route.handler))
             }
-            Work::Handlers(routes) => match routes.get(E::TYPE) {
+            Work::Handlers(routes) => match routes.get(event_type) {
                 Some(other) => self.problems.push(format!(
-                    "it has two handlers for {}: {} and {}; make one of them a subscriber of its own",
-                    E::TYPE,
-                    other.handler,
-                    route.handler
+                    "it has two handlers for {event_type}: {} and {}; make one of them a subscriber of its own",
+                    other.handler, route.handler
                 )),
                 None => {
-                    routes.insert(E::TYPE, route);
+                    routes.insert(event_type, route);
                 }
             },
         }
@@ -260,12 +271,37 @@ impl Route {
         let handler = Arc::new(handler);
         Self {
             handler: type_name::<H>(),
-            run: Arc::new(move |tx, envelope, this| {
+            in_batches: false,
+            run: Arc::new(move |tx, events| {
                 let handler = Arc::clone(&handler);
-                Box::pin(async move { handler.handle(tx, &read::<E>(envelope, this)?).await })
+                Box::pin(async move {
+                    for (n, delivery) in read_all::<E>(events)?.iter().enumerate() {
+                        handler.handle(tx, delivery).await.map_err(|error| BatchError::at(n, error))?;
+                    }
+                    Ok(())
+                })
             }),
         }
     }
+
+    fn batch<E: Event, H: BatchHandler<E>>(handler: H) -> Self {
+        let handler = Arc::new(handler);
+        Self {
+            handler: type_name::<H>(),
+            in_batches: true,
+            run: Arc::new(move |tx, events| {
+                let handler = Arc::clone(&handler);
+                Box::pin(async move { handler.handle(tx, &read_all::<E>(events)?).await })
+            }),
+        }
+    }
+}
+
+fn read_all<E: Event>(events: &[(&Envelope, Try)]) -> Result<Vec<Delivery<E>>, BatchError> {
+    let read = |(n, (envelope, this)): (usize, &(&Envelope, Try))| {
+        read::<E>(envelope, *this).map_err(|error| BatchError::at(n, error))
+    };
+    events.iter().enumerate().map(read).collect()
 }
 
 /// The typed event. What cannot be read now can never be read, so it is rejected.
