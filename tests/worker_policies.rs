@@ -6,12 +6,15 @@ mod support;
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use aftercommit::Event;
 use aftercommit::backoff::Backoff;
-use aftercommit::worker::{Delivery, FailurePolicy, Handler, HandlerError, Subscriber};
+use aftercommit::envelope::Envelope;
+use aftercommit::testing::eventually;
+use aftercommit::worker::{BatchError, BatchHandler, Delivery, FailurePolicy, Handler, HandlerError, Subscriber};
 use sqlx::PgTransaction;
-use support::{Act, Number, Random, Record, Work};
+use support::{Act, Number, Random, Record, SOON, Work};
 
 const KEYS: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
 const QUICK: Backoff = Backoff { first: Duration::from_millis(5), max: Duration::from_millis(50) };
@@ -111,4 +114,195 @@ async fn with_skip_no_two_events_of_a_key_run_at_once() {
     }
     assert!(times.len() == 8 * 30 && times.values().all(|times| *times == 1), "{times:?}");
     assert!(!beside.load(Ordering::SeqCst), "two events of a key ran at once");
+}
+
+/// Records what it gets, call by call, and then does as it is told.
+struct Batches {
+    calls: Arc<Mutex<Vec<Vec<(String, i64)>>>>,
+    act: fn(&[Delivery<Number>]) -> Result<(), BatchError>,
+}
+
+impl Batches {
+    fn new(act: fn(&[Delivery<Number>]) -> Result<(), BatchError>) -> Self {
+        Self { calls: Arc::default(), act }
+    }
+}
+
+impl BatchHandler<Number> for Batches {
+    async fn handle(&self, tx: &mut PgTransaction<'_>, deliveries: &[Delivery<Number>]) -> Result<(), BatchError> {
+        let call = deliveries.iter().map(|delivery| (delivery.key.clone().unwrap_or_default(), delivery.event.n));
+        self.calls.lock().unwrap().push(call.collect());
+        for delivery in deliveries {
+            sqlx::query("insert into effect (event_id, key, n, attempt) values ($1, $2, $3, $4)")
+                .bind(delivery.id.as_uuid())
+                .bind(&delivery.key)
+                .bind(delivery.event.n)
+                .bind(i32::try_from(delivery.attempt).unwrap())
+                .execute(&mut **tx)
+                .await?;
+        }
+        (self.act)(deliveries)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_handler_gets_the_events_of_a_transaction_at_once() {
+    let work = Work::shared().await;
+    work.send_many(&KEYS, 50).await;
+    let handler = Batches::new(|_| Ok(()));
+    let calls = Arc::clone(&handler.calls);
+    let worker = work.run(Subscriber::new("batch").on_batch::<Number>(handler)).await;
+    work.wait_for(8 * 50).await;
+    work.wait_until_acked("batch").await;
+    worker.stop().await;
+    work.assert_in_order(&KEYS, 50).await;
+    let calls = calls.lock().unwrap();
+    assert_eq!(calls.iter().map(Vec::len).sum::<usize>(), 8 * 50);
+    assert!(calls.len() < 200, "{} calls", calls.len());
+}
+
+/// One event that fails among good ones: whatever the handler says about it, only it is given up.
+async fn only_the_poison_dies(act: fn(&[Delivery<Number>]) -> Result<(), BatchError>) -> Vec<Vec<(String, i64)>> {
+    let work = Work::shared().await;
+    work.send_many(&["a", "b"], 10).await;
+    let handler = Batches::new(act);
+    let calls = Arc::clone(&handler.calls);
+    let subscriber = Subscriber::new("batch").on_batch::<Number>(handler).max_attempts(3).backoff(QUICK);
+    let worker = work.run(subscriber.concurrency(1)).await;
+    work.wait_for(19).await;
+    work.wait_until_acked("batch").await;
+    worker.stop().await;
+    work.assert_in_order(&["b"], 10).await;
+    assert_eq!(work.numbers("a").await, [1, 2, 3, 4, 5, 6, 8, 9, 10]);
+    assert_eq!(work.dead_letters().await, [(7, 3, "seven is refused".into())]);
+    calls.lock().unwrap().clone()
+}
+
+fn seven(deliveries: &[Delivery<Number>]) -> Option<usize> {
+    deliveries.iter().position(|delivery| (delivery.key.as_deref(), delivery.event.n) == (Some("a"), 7))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failing_batch_is_halved_until_the_culprit_is_alone() {
+    let calls = only_the_poison_dies(|deliveries| match seven(deliveries) {
+        Some(_) => Err(HandlerError::retry("seven is refused").into()),
+        None => Ok(()),
+    });
+    let alone = calls.await.iter().filter(|call| **call == [("a".to_string(), 7)]).count();
+    assert_eq!(alone, 3, "only a run on its own counts");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_handler_may_name_the_culprit() {
+    let calls = only_the_poison_dies(|deliveries| match seven(deliveries) {
+        Some(at) => Err(BatchError::at(at, HandlerError::retry("seven is refused"))),
+        None => Ok(()),
+    })
+    .await;
+    let failed = calls.iter().filter(|call| call.contains(&("a".into(), 7))).count();
+    assert!(failed <= 2 * 3, "each time with the others at most, then alone: {calls:?}");
+}
+
+/// The other type of these tests.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+struct Mark {
+    n: i64,
+}
+
+impl Event for Mark {
+    const TYPE: &'static str = "test.mark";
+}
+
+struct RecordMark;
+
+impl Handler<Mark> for RecordMark {
+    async fn handle(&self, tx: &mut PgTransaction<'_>, delivery: &Delivery<Mark>) -> Result<(), HandlerError> {
+        sqlx::query("insert into effect (event_id, key, n, attempt) values ($1, $2, $3, 1)")
+            .bind(delivery.id.as_uuid())
+            .bind(&delivery.key)
+            .bind(delivery.event.n)
+            .execute(&mut **tx)
+            .await?;
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn batches_of_one_type_and_single_events_of_another_keep_the_order_of_a_key() {
+    let work = Work::shared().await;
+    for n in 1..=40 {
+        for key in KEYS {
+            let event = work.envelope(Some(key), n);
+            // Every third one of a key, and each key at other places.
+            let mark = (n + key.len() as i64 + i64::from(key.as_bytes()[0])) % 3 == 0;
+            let event_type = if mark { Mark::TYPE.into() } else { event.event_type.clone() };
+            work.put(&Envelope { event_type, ..event }).await;
+        }
+    }
+    let handler = Batches::new(|_| Ok(()));
+    let calls = Arc::clone(&handler.calls);
+    let subscriber = Subscriber::new("mixed").on_batch::<Number>(handler).on::<Mark>(RecordMark);
+    let worker = work.run(subscriber.concurrency(1)).await;
+    work.wait_for(8 * 40).await;
+    worker.stop().await;
+    work.assert_in_order(&KEYS, 40).await;
+    assert!(calls.lock().unwrap().iter().any(|call| call.len() > 3), "there were batches");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn debounced_events_of_a_key_run_in_one_batch_and_other_keys_at_their_own_time() {
+    let work = Work::shared().await;
+    for n in 1..=100 {
+        work.send("a", n).await;
+    }
+    work.send("b", 1).await;
+    work.put(&work.envelope(None, 1)).await;
+    let handler = Batches::new(|_| Ok(()));
+    let calls = Arc::clone(&handler.calls);
+    let subscriber = Subscriber::new("debounce").on_batch::<Number>(handler).debounce(Duration::from_secs(2));
+    let started = Instant::now();
+    let worker = work.run(subscriber).await;
+    work.wait_for(102).await;
+    assert!(started.elapsed() >= Duration::from_secs(2));
+    work.wait_until_acked("debounce").await;
+    work.send("a", 101).await;
+    work.wait_for(103).await;
+    worker.stop().await;
+    work.assert_in_order(&["a"], 101).await;
+    let calls = calls.lock().unwrap();
+    assert_eq!(calls[0], [(String::new(), 1)], "without a key it does not wait");
+    let mut sizes: Vec<(&str, usize)> = calls[1..].iter().map(|call| (call[0].0.as_str(), call.len())).collect();
+    sizes[..2].sort_unstable();
+    assert_eq!(sizes, [("a", 100), ("b", 1), ("a", 1)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_for_its_window_survives_a_stop_and_a_crash() {
+    let work = Work::shared().await;
+    let handler = || Batches::new(|_| Ok(()));
+    let subscriber = |window| {
+        Subscriber::new("debounce").on_batch::<Number>(handler()).debounce(window).ack_wait(Duration::from_secs(2))
+    };
+    let hour = Duration::from_secs(3600);
+    work.send_many(&["a", "b"], 10).await;
+    let delivered = async || {
+        eventually(SOON, "everything is delivered", async || {
+            work.consumer("debounce").await.cached_info().num_ack_pending == 20
+        })
+        .await
+        .unwrap();
+    };
+    let worker = work.run(subscriber(hour)).await;
+    delivered().await;
+    drop(worker);
+    sqlx::raw_sql("update aftercommit.lease set expires_at = '-infinity'").execute(&work.outbox.pool).await.unwrap();
+    let worker = work.run(subscriber(hour)).await;
+    delivered().await;
+    worker.stop().await;
+    assert_eq!(work.count().await, 0, "an hour has not passed");
+    let worker = work.run(subscriber(Duration::from_millis(200))).await;
+    work.wait_for(20).await;
+    work.wait_until_acked("debounce").await;
+    worker.stop().await;
+    work.assert_in_order(&["a", "b"], 10).await;
 }

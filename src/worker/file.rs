@@ -11,6 +11,7 @@
 //! ack_wait = "30s"                   # set on the consumer by `aftercommit provision`
 //! time_limit = "1m"                  # of one handler
 //! backoff = { first = "1s", max = "5m" }
+//! debounce = "30s"                   # wait for more events of a key; not when left out
 //! failure_policy = "block"           # "skip": a failed event lets the later ones of its key pass
 //! ```
 
@@ -47,6 +48,7 @@ struct Entry {
     time_limit: Option<Wait>,
     backoff: Option<Waits>,
     failure_policy: Option<Policy>,
+    debounce: Option<Wait>,
 }
 
 /// See [`FailurePolicy`].
@@ -143,6 +145,7 @@ impl Entry {
             Some(Policy::Block) => FailurePolicy::Block,
             Some(Policy::Skip) => FailurePolicy::Skip,
         };
+        settings.debounce = self.debounce.map(|window| window.0);
         settings.concurrency = self.concurrency.unwrap_or(settings.concurrency);
         settings.max_attempts = self.max_attempts.unwrap_or(settings.max_attempts);
         settings.max_batch = self.max_batch.unwrap_or(settings.max_batch);
@@ -169,6 +172,7 @@ sql = { function = "demo.apply_history" }
 ack_wait = "10s"
 backoff = { first = "250ms" }
 failure_policy = "skip"
+debounce = "2s"
 "#;
 
     #[test]
@@ -178,7 +182,7 @@ failure_policy = "skip"
         assert_eq!(subscribers[0].name, "branch-balance");
         assert_eq!((settings.concurrency, settings.max_attempts), (16, 10));
         assert_eq!(settings.ack_wait, Duration::from_secs(10));
-        assert_eq!(settings.failure_policy, FailurePolicy::Skip);
+        assert_eq!((settings.failure_policy, settings.debounce), (FailurePolicy::Skip, Some(Duration::from_secs(2))));
         assert_eq!(settings.backoff, Backoff { first: Duration::from_millis(250), ..Backoff::default() });
     }
 

@@ -44,6 +44,8 @@ pub(super) struct Scheduler {
 struct Slot {
     key: Option<Arc<str>>,
     state: State,
+    /// Not before this time may it start; behind another one of its key it may.
+    due: Option<Instant>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +72,7 @@ impl Scheduler {
             Some((known, _)) => Arc::clone(known),
             None => Arc::from(key),
         });
-        self.events.insert(event, Slot { key: key.clone(), state: State::Waiting });
+        self.events.insert(event, Slot { key: key.clone(), state: State::Waiting, due: None });
         match key {
             None => {
                 self.ready.insert(event);
@@ -89,6 +91,16 @@ impl Scheduler {
         }
         queue.events.insert(event);
         self.promote(key);
+    }
+
+    /// A waiting event must not start before `until`, so that others of its key gather behind it. When an older one of
+    /// the key starts before, it goes with that one.
+    pub(super) fn delay(&mut self, event: Place, until: Instant) {
+        let Some(slot) = self.events.get_mut(&event).filter(|slot| slot.state == State::Waiting) else { return };
+        slot.due = Some(until);
+        if self.ready.remove(&event) {
+            self.held.insert((until, event));
+        }
     }
 
     /// How many lanes could be given something at the same time.
@@ -115,6 +127,7 @@ impl Scheduler {
             }
             let Some(slot) = self.events.get_mut(&event) else { continue };
             slot.state = State::Running;
+            slot.due = None;
             batch.push(event);
             if let Some(queue) = slot.key.as_ref().and_then(|key| self.keys.get_mut(key)) {
                 queue.running += 1;
@@ -197,8 +210,16 @@ impl Scheduler {
         if queue.running > 0 {
             return;
         }
-        let waits = |event: &&Place| self.events.get(*event).is_some_and(|slot| slot.state == State::Waiting);
-        self.ready.extend(queue.events.first().filter(waits));
+        let Some(oldest) = queue.events.first() else { return };
+        match self.events.get(oldest) {
+            Some(Slot { state: State::Waiting, due: None, .. }) => {
+                self.ready.insert(*oldest);
+            }
+            Some(Slot { state: State::Waiting, due: Some(due), .. }) => {
+                self.held.insert((*due, *oldest));
+            }
+            _ => {}
+        }
     }
 
     /// When the next held event may run.
@@ -214,10 +235,12 @@ impl Scheduler {
             }
             self.held.pop_first();
             let Some(slot) = self.events.get_mut(&event) else { continue };
-            if slot.state != State::Held(until) {
+            let delayed = slot.state == State::Waiting && slot.due == Some(until);
+            if slot.state != State::Held(until) && !delayed {
                 continue;
             }
             slot.state = State::Waiting;
+            slot.due = None;
             match slot.key.clone() {
                 Some(key) => self.enqueue(event, &key),
                 None => {
@@ -333,9 +356,31 @@ mod tests {
         assert_eq!(scheduler.take(9, 9), stream([3, 4]));
     }
 
+    #[test]
+    fn a_delayed_event_waits_until_others_of_its_key_have_gathered() {
+        let now = Instant::now();
+        let later = |seconds| now + Duration::from_secs(seconds);
+        let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "b"), (4, "c")]);
+        for (event, seconds) in [(1, 1), (2, 2), (3, 3)] {
+            scheduler.delay(Stream(event), later(seconds));
+        }
+        assert_eq!(scheduler.take(9, 9), stream([4]), "others do not wait");
+        assert_eq!(scheduler.next_wake(), Some(later(1)));
+        scheduler.wake(later(1));
+        assert_eq!(scheduler.take(9, 9), stream([1, 2]), "2 goes with 1");
+        assert!(scheduler.add(Stream(5), Some("a")));
+        scheduler.delay(Stream(5), later(5));
+        scheduler.done(Stream(1));
+        scheduler.done(Stream(2));
+        scheduler.wake(later(3));
+        assert_eq!(scheduler.take(9, 9), stream([3]), "5 waits anew");
+        scheduler.wake(later(5));
+        assert_eq!(scheduler.take(9, 9), stream([5]));
+    }
+
     #[derive(Debug, Clone)]
     enum Step {
-        Add(Place, Option<u8>),
+        Add(Place, Option<u8>, bool),
         Take(usize, usize),
         Settle(usize, Verdict),
         Wake,
@@ -353,7 +398,8 @@ mod tests {
         let verdict = prop_oneof![3 => Just(Verdict::Done), 1 => Just(Verdict::PutBack), 1 => Just(Verdict::Hold), 1 => Just(Verdict::SetAside)];
         let place = prop_oneof![3 => (0..200u64).prop_map(Stream), 1 => (0..60i64).prop_map(Redrive)];
         let step = prop_oneof![
-            4 => (place, proptest::option::of(0..4u8)).prop_map(|(event, key)| Step::Add(event, key)),
+            4 => (place, proptest::option::of(0..4u8), proptest::bool::ANY)
+                .prop_map(|(event, key, delayed)| Step::Add(event, key, delayed)),
             3 => (1..4usize, 1..6usize).prop_map(|(heads, max)| Step::Take(heads, max)),
             3 => (0..8usize, verdict).prop_map(|(lane, verdict)| Step::Settle(lane, verdict)),
             1 => Just(Step::Wake),
@@ -427,7 +473,7 @@ mod tests {
             let mut now = Instant::now();
             for step in steps {
                 match step {
-                    Step::Add(event, key) => {
+                    Step::Add(event, key, delayed) => {
                         // A place belongs to one event for ever.
                         if model.keys.contains_key(&event) && !model.open.contains(&event) {
                             continue;
@@ -436,6 +482,9 @@ mod tests {
                         prop_assert_eq!(new, model.open.insert(event));
                         if new {
                             model.keys.insert(event, key);
+                            if delayed {
+                                scheduler.delay(event, now + Duration::from_secs(1));
+                            }
                         }
                     }
                     Step::Take(heads, max) => {
@@ -465,9 +514,9 @@ mod tests {
             for batch in lanes {
                 settle(&mut scheduler, &mut model, batch, Verdict::Hold, now);
             }
-            scheduler.wake(now + Duration::from_secs(2));
             model.aside.clear();
             loop {
+                scheduler.wake(now + Duration::from_secs(2));
                 let batch = scheduler.take(2, 3);
                 if batch.is_empty() {
                     break;

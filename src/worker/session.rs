@@ -153,7 +153,7 @@ impl Session {
             }
         };
         let place = Place::Stream(sequence);
-        if self.scheduler.add(place, event.key.as_deref()) {
+        if self.schedule(place, event.key.as_deref()) {
             let id = event.id;
             let event = Some((Arc::new(event), permit));
             self.pending.insert(place, Pending { id, event, reply, deliveries, alive: true, interruptions: 0 });
@@ -174,13 +174,22 @@ impl Session {
     fn take_redriven(&mut self, rows: Vec<Waiting>) {
         for Waiting { id, event_id, key } in rows {
             let place = Place::Redrive(id);
-            if self.scheduler.add(place, key.as_deref()) {
+            if self.schedule(place, key.as_deref()) {
                 self.redrives.added();
                 let id = event_id.into();
                 let pending = Pending { id, event: None, reply: None, deliveries: 0, alive: false, interruptions: 0 };
                 self.pending.insert(place, pending);
             }
         }
+    }
+
+    /// False when the event is known already.
+    fn schedule(&mut self, place: Place, key: Option<&str>) -> bool {
+        let new = self.scheduler.add(place, key);
+        if let (true, Some(_), Some(window)) = (new, key, self.lane.subscriber.settings.debounce) {
+            self.scheduler.delay(place, Instant::now() + window);
+        }
+        new
     }
 
     /// When the memory is full of events that cannot run now and lanes have nothing to do: keeps the places of those
@@ -209,7 +218,11 @@ impl Session {
         // After an outage one lane looks whether it is over.
         let lanes = if self.gate.failures > 0 { 1 } else { self.lane.subscriber.settings.concurrency };
         while self.lanes.len() < lanes && self.scheduler.ready() > 0 {
-            let heads = self.scheduler.ready().div_ceil(lanes - self.lanes.len());
+            let heads = match self.lane.subscriber.settings.debounce {
+                // All that has gathered of one key, and nothing else, fits best into one transaction.
+                Some(_) => 1,
+                None => self.scheduler.ready().div_ceil(lanes - self.lanes.len()),
+            };
             let items = self.scheduler.take(heads, self.batch_limit()).into_iter().map(|place| {
                 let pending = self.pending.get(&place);
                 Item {
@@ -223,10 +236,14 @@ impl Session {
         }
     }
 
-    /// As many events as should fit into one transaction of the targeted length.
+    /// As many events as should fit into one transaction of the targeted length; what was gathered is not torn apart.
     fn batch_limit(&self) -> usize {
+        let settings = &self.lane.subscriber.settings;
+        if settings.debounce.is_some() {
+            return settings.max_batch;
+        }
         let fit = TARGET.as_nanos() / self.pace.as_nanos().max(1);
-        usize::try_from(fit).unwrap_or(usize::MAX).clamp(1, self.lane.subscriber.settings.max_batch)
+        usize::try_from(fit).unwrap_or(usize::MAX).clamp(1, settings.max_batch)
     }
 
     fn next_wake(&self) -> Option<Instant> {

@@ -39,6 +39,7 @@ pub(super) struct Settings {
     pub(super) max_batch: usize,
     pub(super) backoff: Backoff,
     pub(super) failure_policy: FailurePolicy,
+    pub(super) debounce: Option<Duration>,
     pub(super) ack_wait: Duration,
     pub(super) time_limit: Duration,
 }
@@ -51,6 +52,7 @@ impl Default for Settings {
             max_batch: 100,
             backoff: Backoff::default(),
             failure_policy: FailurePolicy::default(),
+            debounce: None,
             ack_wait: Duration::from_secs(30),
             time_limit: Duration::from_secs(60),
         }
@@ -182,6 +184,16 @@ impl Subscriber {
     #[must_use]
     pub fn failure_policy(mut self, policy: FailurePolicy) -> Self {
         self.settings.failure_policy = policy;
+        self
+    }
+
+    /// Lets the first event of a key wait for `window`, and then runs all events of the key that have arrived meanwhile
+    /// in one transaction, up to `max_batch` of them: so that a [`BatchHandler`] recomputes once per key and window
+    /// instead of once per event. Each transaction has events of one key only. Events without a key do not wait.
+    /// Defaults to no waiting.
+    #[must_use]
+    pub fn debounce(mut self, window: Duration) -> Self {
+        self.settings.debounce = Some(window);
         self
     }
 
