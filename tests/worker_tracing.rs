@@ -77,9 +77,12 @@ fn trace(traceparent: &str) -> String {
     traceparent.split('-').nth(1).unwrap().to_string()
 }
 
+/// An event and the trace context that its handler was in.
+type Run = (EventId, Option<String>);
+
 /// Logs, remembers its own trace context, fails as it is told.
 #[derive(Clone, Default)]
-struct Traced(Arc<Mutex<Vec<(EventId, Option<String>)>>>);
+struct Traced(Arc<Mutex<Vec<Run>>>);
 
 impl Handler<Number> for Traced {
     async fn handle(&self, _: &mut PgTransaction<'_>, delivery: &Delivery<Number>) -> Result<(), HandlerError> {
@@ -96,7 +99,7 @@ impl Handler<Number> for Traced {
 }
 
 impl Traced {
-    fn runs(&self) -> Vec<(EventId, Option<String>)> {
+    fn runs(&self) -> Vec<Run> {
         self.0.lock().unwrap().clone()
     }
 
