@@ -146,6 +146,39 @@ async fn the_handler_continues_the_publishers_trace() {
     assert_eq!(traces.len(), 5);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn events_that_go_to_a_function_together_are_named_in_one_span() {
+    let log = tracing();
+    let work = Work::shared().await;
+    // Slow enough that the events behind the first one wait and then go together.
+    sqlx::raw_sql(
+        "create function apply(event jsonb) returns void language sql as $$ select pg_sleep(0.05); insert into effect default values $$",
+    )
+    .execute(&work.outbox.pool)
+    .await
+    .unwrap();
+    let events: Vec<_> = (0..6).map(|n| work.envelope(Some("key-secret"), n)).collect();
+    for event in &events {
+        work.put(event).await;
+    }
+    let subscriber = Subscriber::sql("batch", "public.apply", [Number::TYPE]).unwrap().concurrency(1);
+    let running = work.run(subscriber).await;
+    work.wait_for(6).await;
+    running.stop().await;
+    for event in &events {
+        let lines = log.lines(&event.id.to_string());
+        let alone = |line: &String| line.contains("handle{subscriber=\"batch\"");
+        let batch =
+            |line: &String| line.contains("event of the batch") && line.contains("handle_batch{subscriber=\"batch\"");
+        assert!(!lines.is_empty() && lines.iter().all(|line| alone(line) || batch(line)), "{lines:?}");
+    }
+    let batches = log.lines("handle_batch{subscriber=\"batch\" events=");
+    assert!(
+        batches.iter().any(|line| line.contains("handler ended") && line.contains("outcome=\"ok\"")),
+        "{batches:?}"
+    );
+}
+
 /// Also when several events share a transaction, and the one before has failed.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_handler_logs_carries_its_events_id_and_no_other() {

@@ -25,17 +25,17 @@ use super::subscriber::Subscriber;
 /// # }
 /// use aftercommit::worker::{Registry, Subscriber};
 ///
-/// mod billing {
-/// #   use super::*;
-///     pub fn subscribers() -> Result<Vec<Subscriber>, std::env::VarError> {
-///         let _account = std::env::var("BILLING_ACCOUNT")?;
-///         Ok(vec![Subscriber::new("invoices").on::<OrderPlaced>(SendReceipt)])
-///     }
+/// // In the crate `billing`:
+/// pub fn subscribers() -> Result<Vec<Subscriber>, std::env::VarError> {
+///     let _account = std::env::var("BILLING_ACCOUNT")?;
+///     Ok(vec![Subscriber::new("invoices").on::<OrderPlaced>(SendReceipt)])
 /// }
+///
+/// // In the application:
 ///
 /// let registry = Registry::new()
 ///     .subscriber(Subscriber::new("receipts").on::<OrderPlaced>(SendReceipt))
-///     .module("billing", billing::subscribers());
+///     .module("billing", subscribers());
 /// assert_eq!(registry.failed_modules()[0].name, "billing");
 /// # assert!(registry.check().is_ok() && registry.strict().check().is_err());
 /// ```
