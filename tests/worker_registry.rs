@@ -5,8 +5,11 @@ mod support;
 use std::process::Command;
 
 use aftercommit::backoff::Backoff;
+use aftercommit::outbox::Publisher;
+use aftercommit::testing::coverage::Coverage;
 use aftercommit::testing::servers::{Nats, Postgres};
-use aftercommit::worker::{FailedModule, HandlerError, Queues, Registry, Subscriber, Worker};
+use aftercommit::testing::unique_name;
+use aftercommit::worker::{FailedModule, HandlerError, Queues, Registry, Subscriber, Worker, read_file};
 use aftercommit::{ErrorKind, Event};
 use async_nats::jetstream;
 use support::{Act, Number, Outbox, Record, RunningWorker, Work};
@@ -166,6 +169,19 @@ async fn one_worker_serves_events_of_several_services() {
     drop(relays);
 }
 
+#[test]
+fn the_coverage_check_reads_a_worker_toml() {
+    let path = std::env::temp_dir().join(format!("{}.toml", unique_name("coverage")));
+    std::fs::write(&path, FILE.replacen("[\"*\"]", "[\"order.placed\"]", 1).replace("[\"*\"]", "[\"order.paid\"]"))
+        .unwrap();
+    let coverage = || Coverage::new().subscribers(read_file(&path).unwrap());
+    let placed = || Publisher::new("orders").publishes_type("order.placed").unwrap();
+    coverage().publishers([placed().publishes_type("order.paid").unwrap()]).check().unwrap();
+    let error = coverage().publishers([placed()]).check().unwrap_err().to_string();
+    assert!(error.contains("order.paid (heavy)") && !error.contains("order.placed"), "{error}");
+    assert!(placed().publishes_type("order.>").is_err());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_is_missing_is_named_and_the_other_consumers_are_provisioned() {
     let work = Work::shared().await;
@@ -173,7 +189,7 @@ async fn a_stream_that_is_missing_is_named_and_the_other_consumers_are_provision
     let path = std::env::temp_dir().join(format!("{}-missing.toml", work.outbox.naming.stream));
     std::fs::write(&path, file.replace("name = \"heavy\"", "name = \"first\"")).unwrap();
     // The one whose stream is missing comes first.
-    let subscribers = aftercommit::worker::read_file(&path).unwrap().into_iter().rev().collect::<Vec<_>>();
+    let subscribers = read_file(&path).unwrap().into_iter().rev().collect::<Vec<_>>();
     let Outbox { postgres, nats, naming, .. } = &work.outbox;
     let worker = Worker::new(postgres.clone(), nats.clone(), naming.clone()).registry(subscribers);
     let error = worker.provision().await.unwrap_err().to_string();

@@ -1,8 +1,9 @@
 //! Runs handlers for the events of a stream: each event once per subscriber, each key in order.
 //!
-//! A [`Subscriber`] has a durable name and handlers. A [`Worker`] runs subscribers against one database, one NATS
-//! server and one stream. Of several workers with the same subscriber one is active and the others stand by; they take
-//! over some seconds after it died, and at once when it stops.
+//! A [`Subscriber`] has a durable name and handlers. A [`Worker`] runs subscribers against one database and one NATS
+//! server; they read one stream, or each its own. A [`Registry`] collects the subscribers of several crates. Of several
+//! workers with the same subscriber one is active and the others stand by; they take over some seconds after it died, and
+//! at once when it stops.
 //!
 //! ```no_run
 //! use aftercommit::Event;

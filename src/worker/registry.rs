@@ -10,8 +10,9 @@ use super::subscriber::Subscriber;
 /// The subscribers of an application, contributed by its crates.
 ///
 /// Each crate has a function that returns its subscribers, and the application collects them. A name is taken once: the
-/// very same definition may come twice (two crates contribute a third one's module), any other of that name is an error
-/// that names both, when the worker starts.
+/// very same definition may be contributed twice, when two crates bring along a third one's module. It is the same when it
+/// was made at the same place in the code, with handlers of the same types and the same settings. Any other definition of
+/// a name is an error that names both, when the worker starts; so is a name that comes twice in one list.
 ///
 /// ```
 /// # use aftercommit::Event;
@@ -32,7 +33,6 @@ use super::subscriber::Subscriber;
 /// }
 ///
 /// // In the application:
-///
 /// let registry = Registry::new()
 ///     .subscriber(Subscriber::new("receipts").on::<OrderPlaced>(SendReceipt))
 ///     .module("billing", subscribers());
@@ -91,12 +91,18 @@ impl Registry {
         match self.subscribers.iter().find(|other| other.name == subscriber.name) {
             None => self.subscribers.push(subscriber),
             Some(other) if other.is(&subscriber) => {}
-            Some(other) => self.conflicts.push(format!(
-                "two subscribers are called {}: {:?} ({}) and {:?} ({}); each needs a name of its own",
-                subscriber.name, other.work, other.place, subscriber.work, subscriber.place
-            )),
+            Some(other) => self.conflicts.push(conflict(other, &subscriber)),
         }
         self
+    }
+
+    fn list(mut self, subscribers: Vec<Subscriber>) -> Self {
+        // A loop makes them all at one place; what tells them apart may be within their handlers.
+        for (n, subscriber) in subscribers.iter().enumerate() {
+            let other = subscribers[..n].iter().find(|other| other.name == subscriber.name);
+            self.conflicts.extend(other.map(|other| conflict(other, subscriber)));
+        }
+        subscribers.into_iter().fold(self, Self::subscriber)
     }
 
     /// Adds the subscribers of a module. A module that failed is left out: the worker says so in its log, and serves the
@@ -104,7 +110,7 @@ impl Registry {
     #[must_use]
     pub fn module(mut self, name: impl Into<String>, module: impl Module) -> Self {
         match module.into_subscribers() {
-            Ok(subscribers) => subscribers.into_iter().fold(self, Self::subscriber),
+            Ok(subscribers) => self.list(subscribers),
             Err(error) => {
                 let failed = FailedModule { name: name.into(), error: crate::error::with_causes(&*error) };
                 if !self.failed.contains(&failed) {
@@ -194,8 +200,15 @@ impl From<Subscriber> for Registry {
 
 impl From<Vec<Subscriber>> for Registry {
     fn from(subscribers: Vec<Subscriber>) -> Self {
-        subscribers.into_iter().fold(Self::new(), Self::subscriber)
+        Self::new().list(subscribers)
     }
+}
+
+fn conflict(one: &Subscriber, other: &Subscriber) -> String {
+    format!(
+        "two subscribers are called {}: {:?} ({}) and {:?} ({}); each needs a name of its own",
+        one.name, one.work, one.place, other.work, other.place
+    )
 }
 
 /// Which queues' subscribers a worker serves. A name that no subscriber has is an error when the worker starts.
@@ -275,6 +288,8 @@ mod tests {
         let registry = Registry::new().module("a", receipts()).module("b", audit()).module("c", receipts());
         registry.check().unwrap();
         assert_eq!(names(registry.subscribers()), ["receipts", "audit"]);
+        let looped = (0..2).map(|_| Subscriber::new("same").on::<Placed>(Audit)).collect::<Vec<_>>();
+        assert!(Registry::from(looped).check().unwrap_err().to_string().contains("called same"));
     }
 
     #[test]
