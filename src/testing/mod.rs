@@ -2,6 +2,7 @@
 //!
 //! Behind the feature `testing`, which belongs under `[dev-dependencies]`.
 
+pub mod coverage;
 #[cfg(unix)]
 pub mod servers;
 
