@@ -2,6 +2,7 @@
 //! and whether it is well.
 
 pub mod audit;
+pub mod dead;
 pub mod doctor;
 pub mod relay;
 pub mod status;

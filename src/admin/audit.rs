@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::config::PostgresConfig;
 use crate::error::Error;
 use crate::event::EventId;
+use crate::postgres::session::Session;
 use crate::postgres::{self, audit, database_error};
 
 /// Which entries are wanted. An empty one wants them all.
@@ -46,13 +47,16 @@ pub struct AuditEntry {
 /// # Errors
 /// When the database cannot be reached or has no schema.
 pub async fn list(config: &PostgresConfig, filter: &AuditFilter, limit: i64) -> Result<Vec<AuditEntry>, Error> {
-    let mut connection = postgres::connect(config, "aftercommit").await?;
+    read(&mut postgres::connect(config, "aftercommit").await?, filter, limit).await
+}
+
+pub(super) async fn read(connection: &mut Session, filter: &AuditFilter, limit: i64) -> Result<Vec<AuditEntry>, Error> {
     let wanted = audit::Wanted {
         event_id: filter.event.map(EventId::as_uuid),
         subscriber: filter.subscriber.as_deref(),
         since: filter.since.map(|since| since.as_secs_f64()),
     };
-    let entries = audit::list(&mut connection, &wanted, limit)
+    let entries = audit::list(connection, &wanted, limit)
         .await
         .map_err(|error| database_error("reading the audit trail failed", error))?;
     Ok(entries.into_iter().map(AuditEntry::from).collect())

@@ -1,9 +1,12 @@
 //! `aftercommit`, the operator's tool.
 
 mod audit;
+mod dead;
 mod doctor;
 mod parked;
 mod relay;
+mod selection;
+mod terminal;
 mod who;
 
 use std::io::{Read, Write};
@@ -32,6 +35,9 @@ struct Cli {
 enum Command {
     /// Show what operators did, and who and when
     Audit(audit::Audit),
+    /// See, run again, edit or give up events that a subscriber gave up on
+    #[command(subcommand)]
+    Dead(dead::Dead),
     /// Look for what is wrong, or will be, and say what to do about it; it changes nothing
     Doctor(Box<doctor::Doctor>),
     /// Create or update the schema aftercommit; harmless when it is up to date
@@ -128,6 +134,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
     let mut exit = ExitCode::SUCCESS;
     let text = match cli.command {
         Command::Audit(command) => runtime.block_on(audit::run(command))?,
+        Command::Dead(command) => runtime.block_on(dead::run(command))?,
         Command::Doctor(command) => {
             let (text, well) = runtime.block_on(doctor::run(*command))?;
             if !well {

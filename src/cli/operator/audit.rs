@@ -5,6 +5,7 @@ use humantime::Duration;
 use uuid::Uuid;
 
 use super::as_json;
+use super::terminal::{plain, time};
 use crate::admin::audit::{self, AuditEntry, AuditFilter};
 use crate::cli::PostgresArgs;
 use crate::error::Error;
@@ -48,7 +49,13 @@ pub(super) async fn run(command: Audit) -> Result<String, Error> {
 
 fn line(entry: &AuditEntry) -> String {
     let AuditEntry { at, who, role, action, subscriber, event_id, detail } = entry;
-    let subscriber = subscriber.as_deref().map(|name| format!("  subscriber {name}")).unwrap_or_default();
+    let subscriber = subscriber.as_deref().map(|name| format!("  subscriber {}", plain(name))).unwrap_or_default();
     let event = event_id.map(|id| format!("  event {id}")).unwrap_or_default();
-    format!("{}  {who} ({role})  {action}{subscriber}{event}  {detail}\n", at.format("%Y-%m-%d %H:%M:%S%.3fZ"))
+    format!(
+        "{}  {} ({role})  {}{subscriber}{event}  {}\n",
+        time(*at),
+        plain(who),
+        plain(action),
+        plain(&detail.to_string())
+    )
 }
