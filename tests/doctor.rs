@@ -232,7 +232,7 @@ async fn events_without_a_subscriber_are_told() {
 async fn what_waits_is_told() {
     let outbox = shared().await;
     let execute = async |sql: &'static str| sqlx::raw_sql(sql).execute(&outbox.pool).await.map(drop).unwrap();
-    admin::relay::pause(&outbox.postgres, Some("maintenance")).await.unwrap();
+    admin::relay::pause(&outbox.postgres, "test", Some("maintenance")).await.unwrap();
     let mut held = outbox.pool.begin().await.unwrap();
     let (pid,): (i32,) = sqlx::query_as("select pg_backend_pid()").fetch_one(&mut *held).await.unwrap();
     outbox.publish("fresh", "{}", None).await;
@@ -258,7 +258,7 @@ async fn what_waits_is_told() {
     found(&report, Severity::Ok, "pruning");
 
     // Published, an old event should be removed.
-    admin::relay::resume(&outbox.postgres).await.unwrap();
+    admin::relay::resume(&outbox.postgres, "test").await.unwrap();
     let keep = RelayConfig {
         prune_interval: Duration::from_hours(1),
         retention: Duration::from_hours(24 * 365),

@@ -322,7 +322,7 @@ pub async fn kill_switch(stage: Stage) -> Outcome {
     stage.send("a", &["1"]).await?;
     stage.wait_until_handled(1).await?;
 
-    admin::relay::pause(&stage.publisher_config, Some("an incident")).await?;
+    admin::relay::pause(&stage.publisher_config, "ping", Some("an incident")).await?;
     stage.wait_until_paused().await?;
     stage.send("a", &["2", "3"]).await?;
     stage.send("a", &["4"]).await?;
@@ -335,7 +335,7 @@ pub async fn kill_switch(stage: Stage) -> Outcome {
     expect("stored while paused, after a restart", stage.stored().await?, 1)?;
     expect("handled while paused", stage.handled().await?, texts(&["1"]))?;
 
-    admin::relay::resume(&stage.publisher_config).await?;
+    admin::relay::resume(&stage.publisher_config, "ping").await?;
     stage.wait_until_handled(4).await?;
     expect("handled", stage.handled().await?, texts(&["1", "2", "3", "4"]))
 }

@@ -109,6 +109,7 @@ use sqlx::PgTransaction;
 use crate::event::{Event, EventId};
 use crate::postgres::outbox::NewEvent;
 
+pub(crate) use check::headers_are_legal;
 pub use check::{MAX_CONTENT_TYPE_BYTES, MAX_HEADERS_BYTES, MAX_KEY_BYTES, MAX_PAYLOAD_BYTES};
 pub use error::{PublishError, PublishErrorKind};
 pub use publisher::Publisher;

@@ -1,5 +1,6 @@
 //! Everything that speaks SQL. One module per concern; functions take a session or an open transaction.
 
+pub(crate) mod audit;
 pub(crate) mod connections;
 #[cfg(all(unix, feature = "testing"))]
 pub(crate) mod database;
