@@ -1,9 +1,19 @@
-//! For tests that run against real servers: throw-away PostgreSQL and nats-server processes, and waiting on conditions.
+//! For the tests of services that publish and handle events.
+//!
+//! | To test | Use | Needs |
+//! |---|---|---|
+//! | that a transaction publishes what it should | [`assert_published`], [`pending`], [`clear`] | PostgreSQL |
+//!
+//! The assertions panic, as assertions do; everything else returns errors. The guide `docs/guides/test-your-events.md`
+//! shows them all at work.
 //!
 //! Behind the feature `testing`, which belongs under `[dev-dependencies]`.
 
+mod pending;
 #[cfg(unix)]
 pub mod servers;
+
+pub use pending::{AssertPublished, PendingEvent, Published, assert_published, clear, pending, pending_of};
 
 use std::time::Duration;
 
