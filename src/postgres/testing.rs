@@ -2,7 +2,9 @@
 //!
 //! Its statements have no name, so that a user's tests may run through a pooler.
 
-use sqlx::{PgConnection, Row};
+use std::collections::BTreeMap;
+
+use sqlx::{AssertSqlSafe, PgConnection, Row};
 use uuid::Uuid;
 
 /// A row that the open transaction has written into the outbox.
@@ -48,4 +50,37 @@ pub(crate) async fn clear(connection: &mut PgConnection) -> Result<u64, sqlx::Er
         .execute(connection)
         .await
         .map(|done| done.rows_affected())
+}
+
+/// What a table holds, in short.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Fingerprint {
+    pub(crate) rows: i64,
+    hash: String,
+}
+
+/// The state of every table that the open transaction can see: the user's own, by name, and the outbox. Left out are
+/// temporary tables and what the worker keeps for itself. Reads all rows.
+pub(crate) async fn fingerprints(connection: &mut PgConnection) -> Result<BTreeMap<String, Fingerprint>, sqlx::Error> {
+    let tables: Vec<(String, String)> = sqlx::query_as(
+        "select case when nspname = 'public' then relname::text else nspname || '.' || relname end,
+                format('%I.%I', nspname, relname)
+           from pg_class join pg_namespace on pg_namespace.oid = relnamespace
+          where relkind = 'r' and relpersistence <> 't' and nspname !~ '^pg_' and nspname <> 'information_schema'
+            and (nspname <> 'aftercommit' or relname = 'outbox')",
+    )
+    .persistent(false)
+    .fetch_all(&mut *connection)
+    .await?;
+    let mut found = BTreeMap::new();
+    for (name, quoted) in tables {
+        // Whole rows as text, hashed and added up: no type needs more than its text form, and order does not count.
+        let sql = format!(
+            "select count(*), coalesce(sum(hashtextextended((this_row.*)::text, 0)::numeric), 0)::text
+               from only {quoted} as this_row"
+        );
+        let (rows, hash) = sqlx::query_as(AssertSqlSafe(sql)).persistent(false).fetch_one(&mut *connection).await?;
+        found.insert(name, Fingerprint { rows, hash });
+    }
+    Ok(found)
 }

@@ -3,6 +3,7 @@
 //! | To test | Use | Needs |
 //! |---|---|---|
 //! | that a transaction publishes what it should | [`assert_published`], [`pending`], [`clear`] | PostgreSQL |
+//! | that a handler does no harm when it runs again | [`run_twice`] | PostgreSQL |
 //!
 //! The assertions panic, as assertions do; everything else returns errors. The guide `docs/guides/test-your-events.md`
 //! shows them all at work.
@@ -10,10 +11,12 @@
 //! Behind the feature `testing`, which belongs under `[dev-dependencies]`.
 
 mod pending;
+mod run_twice;
 #[cfg(unix)]
 pub mod servers;
 
 pub use pending::{AssertPublished, PendingEvent, Published, assert_published, clear, pending, pending_of};
+pub use run_twice::{RunTwice, run_twice};
 
 use std::time::Duration;
 

@@ -75,6 +75,8 @@ use crate::postgres::connections::Connections;
 pub use file::read_file;
 pub use handler::{Delivery, Handler, HandlerError};
 pub use subscriber::Subscriber;
+#[cfg(feature = "testing")]
+pub(crate) use trouble::describe;
 
 /// The `main` of a service whose handlers are written in Rust: reads the command line and the environment as
 /// `aftercommit-worker` does, without `--config`, and runs until a signal ends it. With `--provision` it creates or
