@@ -1,11 +1,16 @@
-//! What only the testing kit asks: the events of an open transaction, and the state of the user's tables.
+//! What only the testing kit asks: the events of an open transaction, the state of the user's tables, and what is left to
+//! deliver.
 //!
-//! Its statements have no name, so that a user's tests may run through a pooler.
+//! On the user's own connections its statements have no name, so that tests may run through a pooler.
 
 use std::collections::BTreeMap;
 
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 use uuid::Uuid;
+
+use super::relay_log;
+use super::session::Session;
+use super::snapshot::Mark;
 
 /// A row that the open transaction has written into the outbox.
 pub(crate) struct PendingRow {
@@ -83,4 +88,45 @@ pub(crate) async fn fingerprints(connection: &mut PgConnection) -> Result<BTreeM
         found.insert(name, Fingerprint { rows, hash });
     }
     Ok(found)
+}
+
+/// The present moment of the outbox. The statement's snapshot is taken before it reads the sequence, as a mark wants it.
+/// As the end of a window: nothing is kept of what was running.
+pub(crate) async fn now(connection: &mut Session) -> Result<Mark, sqlx::Error> {
+    let row = sqlx::query(
+        "select pg_current_snapshot()::text, case when is_called then last_value else 0 end,
+                pg_snapshot_xmax(pg_current_snapshot())::text
+           from aftercommit.outbox_id_seq",
+    )
+    .fetch_one(connection)
+    .await?;
+    relay_log::mark(&row, 0, 0)
+}
+
+/// Which of these events a subscriber is done with.
+pub(crate) async fn done(
+    connection: &mut Session,
+    subscriber: &str,
+    events: &[Uuid],
+) -> Result<Vec<Uuid>, sqlx::Error> {
+    sqlx::query_scalar("select event_id from aftercommit.inbox where subscriber = $1 and event_id = any($2)")
+        .bind(subscriber)
+        .bind(events)
+        .fetch_all(connection)
+        .await
+}
+
+/// The failed attempts of those of these events that have some, each with the last error.
+pub(crate) async fn attempts(
+    connection: &mut Session,
+    subscriber: &str,
+    events: &[Uuid],
+) -> Result<Vec<(Uuid, i32, String)>, sqlx::Error> {
+    sqlx::query_as(
+        "select event_id, attempts, last_error from aftercommit.attempt where subscriber = $1 and event_id = any($2)",
+    )
+    .bind(subscriber)
+    .bind(events)
+    .fetch_all(connection)
+    .await
 }

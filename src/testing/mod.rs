@@ -3,6 +3,7 @@
 //! | To test | Use | Needs |
 //! |---|---|---|
 //! | that a transaction publishes what it should | [`assert_published`], [`pending`], [`clear`] | PostgreSQL |
+//! | what subscribers make of committed events | [`drain`] | PostgreSQL |
 //! | that a handler does no harm when it runs again | [`run_twice`] | PostgreSQL |
 //!
 //! The assertions panic, as assertions do; everything else returns errors. The guide `docs/guides/test-your-events.md`
@@ -10,11 +11,13 @@
 //!
 //! Behind the feature `testing`, which belongs under `[dev-dependencies]`.
 
+mod drain;
 mod pending;
 mod run_twice;
 #[cfg(unix)]
 pub mod servers;
 
+pub use drain::{Dead, Drained, Failed, Outcome, drain, drain_into};
 pub use pending::{AssertPublished, PendingEvent, Published, assert_published, clear, pending, pending_of};
 pub use run_twice::{RunTwice, run_twice};
 

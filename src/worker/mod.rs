@@ -47,6 +47,8 @@
 //! acked. A message that comes again finds its row. Several events may share a transaction; when one of them fails, it
 //! is undone as a whole and they run again, the failing one alone.
 
+#[cfg(feature = "testing")]
+pub(crate) mod drain;
 #[cfg(feature = "cli")]
 mod file;
 mod handler;
