@@ -130,3 +130,27 @@ pub(crate) async fn attempts(
     .fetch_all(connection)
     .await
 }
+
+/// What is known of an event at a subscriber.
+#[derive(Debug, Default)]
+pub(crate) struct Story {
+    /// How the inbox says that it ended.
+    pub(crate) outcome: Option<String>,
+    /// Why it is dead, or the last error of a failed attempt.
+    pub(crate) error: Option<String>,
+}
+
+/// Looks what became of an event.
+pub(crate) async fn story(connection: &mut PgConnection, subscriber: &str, event: Uuid) -> Result<Story, sqlx::Error> {
+    let row = sqlx::query(
+        "select (select outcome from aftercommit.inbox where subscriber = $1 and event_id = $2),
+                coalesce((select reason from aftercommit.dead_letter where subscriber = $1 and event_id = $2),
+                         (select last_error from aftercommit.attempt where subscriber = $1 and event_id = $2))",
+    )
+    .persistent(false)
+    .bind(subscriber)
+    .bind(event)
+    .fetch_one(connection)
+    .await?;
+    Ok(Story { outcome: row.try_get(0)?, error: row.try_get(1)? })
+}

@@ -5,6 +5,8 @@
 //! | that a transaction publishes what it should | [`assert_published`], [`pending`], [`clear`] | PostgreSQL |
 //! | what subscribers make of committed events | [`drain`] | PostgreSQL |
 //! | that a handler does no harm when it runs again | [`run_twice`] | PostgreSQL |
+//! | the whole way, relay and worker included | [`Environment`] | PostgreSQL and nats-server |
+//! | crashes and outages | [`servers`] | PostgreSQL and nats-server |
 //!
 //! The assertions panic, as assertions do; everything else returns errors. The guide `docs/guides/test-your-events.md`
 //! shows them all at work.
@@ -12,12 +14,14 @@
 //! Behind the feature `testing`, which belongs under `[dev-dependencies]`.
 
 mod drain;
+mod environment;
 mod pending;
 mod run_twice;
 #[cfg(unix)]
 pub mod servers;
 
 pub use drain::{Dead, Drained, Failed, Outcome, drain, drain_into};
+pub use environment::{Environment, Running};
 pub use pending::{AssertPublished, PendingEvent, Published, assert_published, clear, pending, pending_of};
 pub use run_twice::{RunTwice, run_twice};
 

@@ -96,7 +96,7 @@ pub(crate) async fn drain(
 async fn acquire(subscriber: &str, connections: &Connections) -> Result<Tenure, Error> {
     let (name, holder) = (lease_name(subscriber), super::holder());
     let mut epoch = None;
-    let acquired = tokio::time::timeout(LEASE * 2, async {
+    let acquired = tokio::time::timeout(LEASE + LEASE / 4, async {
         while epoch.is_none() {
             epoch = connections.run(async |connection| lease::acquire(connection, &name, &holder, LEASE).await).await?;
             if epoch.is_none() {
