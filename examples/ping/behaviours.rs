@@ -7,20 +7,20 @@
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
+use aftercommit::admin;
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit::outbox::RawEvent;
 use aftercommit::relay::{Relay, RelayConfig};
 use aftercommit::subject::SubjectPrefix;
 use aftercommit::testing::coverage::Coverage;
 use aftercommit::testing::servers::{Nats, Postgres};
-use aftercommit::testing::{eventually, unique_name};
+use aftercommit::testing::{eventually, pending_of, unique_name};
 use aftercommit::worker::Worker;
-use aftercommit::{Event, EventId, admin};
 use async_nats::jetstream;
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 use sqlx::types::Uuid;
-use sqlx::{Connection, PgPool, PgTransaction};
+use sqlx::{Connection, PgPool};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -299,22 +299,13 @@ pub async fn pre_commit_assertion(stage: Stage) -> Outcome {
     let mut tx = stage.publisher.begin().await?;
     let id = PingRepository::send(&mut tx, "b", "pending").await?;
     let event = PingEvent { host: "b".into(), n: 1, message: "pending".into() };
-    expect("pending", pending::<PingEvent>(&mut tx).await?, vec![(id, event)])?;
+    let pending = pending_of::<PingEvent>(&mut tx).await?;
+    let pending = pending.into_iter().map(|published| (published.id, published.event)).collect();
+    expect("pending", pending, vec![(id, event)])?;
     tx.rollback().await?;
     stage.send("b", &["afterwards"]).await?;
     stage.wait_until_handled(2).await?;
     expect("stored", stage.stored().await?, 2)
-}
-
-/// The events of one type that the open transaction has published so far: what a service's own tests look at.
-async fn pending<E: Event>(tx: &mut PgTransaction<'_>) -> Result<Vec<(EventId, E)>, Error> {
-    let rows: Vec<(Uuid, Vec<u8>)> = sqlx::query_as(
-        "select event_id, payload from aftercommit.outbox where xid = pg_current_xact_id() and type = $1 order by id",
-    )
-    .bind(E::TYPE)
-    .fetch_all(&mut **tx)
-    .await?;
-    rows.into_iter().map(|(id, payload)| Ok((id.into(), serde_json::from_slice(&payload)?))).collect()
 }
 
 pub async fn kill_switch(stage: Stage) -> Outcome {

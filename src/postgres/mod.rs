@@ -22,6 +22,8 @@ pub(crate) mod restamp;
 pub(crate) mod session;
 pub(crate) mod snapshot;
 pub(crate) mod status;
+#[cfg(feature = "testing")]
+pub(crate) mod testing;
 pub(crate) mod window;
 
 use std::error::Error as StdError;

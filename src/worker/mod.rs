@@ -48,6 +48,8 @@
 //! acked. A message that comes again finds its row. Several events may share a transaction; when one of them fails, it
 //! is undone as a whole and they run again, the failing one alone.
 
+#[cfg(feature = "testing")]
+pub(crate) mod drain;
 #[cfg(feature = "cli")]
 mod file;
 mod handler;
@@ -79,6 +81,8 @@ pub use handler::{Delivery, Handler, HandlerError};
 pub use registry::{FailedModule, Module, Queues, Registry};
 pub use span::set_span_parent;
 pub use subscriber::Subscriber;
+#[cfg(feature = "testing")]
+pub(crate) use trouble::describe;
 
 /// The `main` of a service whose handlers are written in Rust: reads the command line and the environment as
 /// `aftercommit-worker` does, without `--config`, and runs until a signal ends it. With `--provision` it creates or
