@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 use tokio::time::timeout;
+use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use crate::backoff::Backoff;
@@ -25,6 +26,7 @@ use crate::postgres::{self, function, inbox};
 use super::batch::{self, BatchError};
 use super::handler::HandlerError;
 use super::scheduler::Place;
+use super::span;
 use super::subscriber::{FailurePolicy, Subscriber, Try, Work};
 use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_out, trouble};
 
@@ -230,6 +232,7 @@ impl Lane {
 
     /// Runs one event in a transaction of its own; this run decides about it.
     async fn run_alone(&self, queued: &Queued) -> Result<Verdict, Halt> {
+        let started = Instant::now();
         let mut conflicts = 0;
         loop {
             let error = match self.transact(&[queued]).await {
@@ -243,12 +246,12 @@ impl Lane {
                 }
                 Err(Trouble::Conflict { error, .. } | Trouble::Failed { error, .. }) => error,
             };
-            return self.decide(queued, error).await;
+            return self.decide(queued, error, started.elapsed()).await;
         }
     }
 
     /// What becomes of an event whose handler failed.
-    async fn decide(&self, queued: &Queued, error: HandlerError) -> Result<Verdict, Halt> {
+    async fn decide(&self, queued: &Queued, error: HandlerError, took: Duration) -> Result<Verdict, Halt> {
         match error {
             HandlerError::Snooze(wait) => Ok(Verdict::Later(wait)),
             HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason)).await,
@@ -262,7 +265,10 @@ impl Lane {
                 tracing::warn!(
                     subscriber = self.subscriber.name,
                     event_id = %queued.event.id,
+                    event_type = queued.event.event_type,
                     attempt = attempts,
+                    delivery_count = queued.deliveries.max(1),
+                    latency_ms = took.as_millis(),
                     retry_in = ?wait,
                     error = text,
                     "event failed"
@@ -299,6 +305,9 @@ impl Lane {
         tracing::error!(
             subscriber = self.subscriber.name,
             event_id = %queued.event.id,
+            event_type = queued.event.event_type,
+            attempt = queued.failures.load(Ordering::Relaxed) + 1,
+            delivery_count = queued.deliveries.max(1),
             error = reason,
             "event became a dead letter"
         );
@@ -355,10 +364,11 @@ impl Lane {
             Work::Function { function, .. } => {
                 // `remove`, because one event may be in the stream twice.
                 let new = group.iter().filter(|queued| fresh.remove(&queued.event.id.as_uuid()).is_some());
-                let events: Vec<String> = new.map(|queued| queued.event.to_json()).collect();
-                if !events.is_empty() {
-                    let call = function::call(tx, function, &events);
-                    self.limited(call).await.map_err(|error| trouble(None, error))?;
+                let new: Vec<&Queued> = new.copied().collect();
+                if !new.is_empty() {
+                    let events: Vec<String> = new.iter().map(|queued| queued.event.to_json()).collect();
+                    let call = span::told(self.limited(function::call(tx, function, &events)));
+                    call.instrument(self.span(&new)).await.map_err(|error| trouble(None, error))?;
                 }
             }
             Work::Handlers(routes) => {
@@ -373,8 +383,15 @@ impl Lane {
                 for run in runs {
                     let queued: Vec<&Queued> = run.iter().map(|at| new[*at]).collect();
                     let at = |culprit: usize| run.get(culprit).map(|at| places[*at]);
-                    let handled = self.handle(tx, &queued).await;
-                    handled.map_err(|BatchError { culprit, error }| trouble(culprit.and_then(at), error))?;
+                    let mut culprit = None;
+                    let handled = async {
+                        self.handle(tx, &queued).await.map_err(|failed| {
+                            culprit = failed.culprit;
+                            failed.error
+                        })
+                    };
+                    let handled = span::told(handled).instrument(self.span(&queued)).await;
+                    handled.map_err(|error| trouble(culprit.and_then(at), error))?;
                 }
                 self.own_or_conflict(inbox::check_alive(tx)).await?;
             }
@@ -407,11 +424,7 @@ impl Lane {
             let reason = format!("the subscriber has no handler for {event_type}");
             return Err(BatchError::at(0, HandlerError::reject(reason)));
         };
-        let tries = events.iter().map(|queued| {
-            let attempt = queued.failures.load(Ordering::Relaxed) + 1;
-            (&*queued.event, Try { attempt, delivery_count: queued.deliveries.max(1) })
-        });
-        let tries: Vec<_> = tries.collect();
+        let tries: Vec<_> = events.iter().map(|queued| (&*queued.event, queued.this_try())).collect();
         let run = AssertUnwindSafe((route.run)(tx.for_others(), &tries)).catch_unwind();
         let result = match timeout(self.subscriber.settings.time_limit, run).await {
             Ok(Ok(result)) => result,
@@ -420,6 +433,14 @@ impl Lane {
         };
         // Of a single event there is no doubt.
         result.map_err(|error| BatchError { culprit: error.culprit.or((events.len() == 1).then_some(0)), ..error })
+    }
+
+    fn span(&self, events: &[&Queued]) -> Span {
+        let subscriber = &self.subscriber.name;
+        match events {
+            [single] => span::of_event(subscriber, &single.event, single.this_try()),
+            many => span::of_batch(subscriber, many.iter().map(|queued| &*queued.event)),
+        }
     }
 
     async fn limited(&self, statement: impl Future<Output = Result<(), sqlx::Error>>) -> Result<(), HandlerError> {
@@ -470,6 +491,11 @@ struct Queued {
 impl Queued {
     fn new(place: Place, stream: String, stream_seq: i64, event: Arc<Envelope>, deliveries: u64) -> Self {
         Self { place, stream, stream_seq, event, deliveries, failures: AtomicU32::new(0) }
+    }
+
+    /// As of when it was looked at last.
+    fn this_try(&self) -> Try {
+        Try { attempt: self.failures.load(Ordering::Relaxed) + 1, delivery_count: self.deliveries.max(1) }
     }
 }
 
