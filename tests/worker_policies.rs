@@ -116,9 +116,12 @@ async fn with_skip_no_two_events_of_a_key_run_at_once() {
     assert!(!beside.load(Ordering::SeqCst), "two events of a key ran at once");
 }
 
+/// What a batch handler got: keys and numbers.
+type Call = Vec<(String, i64)>;
+
 /// Records what it gets, call by call, and then does as it is told.
 struct Batches {
-    calls: Arc<Mutex<Vec<Vec<(String, i64)>>>>,
+    calls: Arc<Mutex<Vec<Call>>>,
     act: fn(&[Delivery<Number>]) -> Result<(), BatchError>,
 }
 
@@ -162,7 +165,7 @@ async fn a_batch_handler_gets_the_events_of_a_transaction_at_once() {
 }
 
 /// One event that fails among good ones: whatever the handler says about it, only it is given up.
-async fn only_the_poison_dies(act: fn(&[Delivery<Number>]) -> Result<(), BatchError>) -> Vec<Vec<(String, i64)>> {
+async fn only_the_poison_dies(act: fn(&[Delivery<Number>]) -> Result<(), BatchError>) -> Vec<Call> {
     let work = Work::shared().await;
     work.send_many(&["a", "b"], 10).await;
     let handler = Batches::new(act);
