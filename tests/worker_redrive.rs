@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use aftercommit::admin::dead::{self, Filter};
 use aftercommit::backoff::Backoff;
 use aftercommit::envelope::Envelope;
 use aftercommit::testing::eventually;
@@ -16,25 +17,10 @@ use support::{Act, Number, Record, RunningWorker, SOON, Work};
 const KEYS: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
 const QUICK: Backoff = Backoff { first: Duration::from_millis(5), max: Duration::from_millis(50) };
 
-/// Sends back all dead letters of a subscriber, as the operator's tool does.
-async fn send_back(work: &Work, subscriber: &str) -> u64 {
-    sqlx::query(
-        "with letter as (delete from aftercommit.dead_letter where subscriber = $1 returning *),
-              open as (
-                 delete from aftercommit.inbox using letter
-                  where inbox.subscriber = $1 and inbox.event_id = letter.event_id and outcome = 'dead')
-         insert into aftercommit.redrive
-                (subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type,
-                 stream, stream_seq, requested_by)
-         select subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type,
-                stream, stream_seq, 'test'
-           from letter order by id",
-    )
-    .bind(subscriber)
-    .execute(&work.outbox.pool)
-    .await
-    .unwrap()
-    .rows_affected()
+/// Sends back all dead letters of a subscriber, as an operator does.
+async fn send_back(work: &Work, subscriber: &str) -> usize {
+    let filter = Filter { subscriber: Some(subscriber.into()), ..Filter::default() };
+    dead::retry(&work.outbox.postgres, "test", &filter).await.unwrap().len()
 }
 
 /// Writes the row of an event that was sent back.
