@@ -197,11 +197,11 @@ concurrency = 16
 sql = { function = "demo.apply_history" }
 ack_wait = "10s"
 backoff = { first = "250ms" }
-failure_policy = "skip"
-debounce = "2s"
 queue = "heavy"
 stream = "ORDERS"
 prefix = "orders"
+failure_policy = "skip"
+debounce = "2s"
 "#;
 
     #[test]
@@ -229,7 +229,7 @@ prefix = "orders"
             ("concurrency = 16", "concurrency = -1", ":5: "),
             ("demo.apply_history", "demo.apply history", ":6: function:"),
             ("\"10s\"", "\"10 parsecs\"", ":7: \"10 parsecs\" is not a duration"),
-            ("\"skip\"", "\"jump\"", ":9: unknown variant `jump`"),
+            ("\"skip\"", "\"jump\"", ":12: unknown variant `jump`"),
             ("concurrency = 16", "concurrency = 0", "concurrency must be at least 1"),
             ("\"heavy\"", "\"too heavy\"", "\"too heavy\" is not the name of a queue"),
             ("\"ORDERS\"", "\"ORDERS.NEW\"", "\"ORDERS.NEW\" cannot be the name of a stream"),
