@@ -1,10 +1,12 @@
 //! The life of one subscriber in one process: stand by, take over, work, hand over.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
 
 use crate::backoff::Backoff;
 use crate::error::{Error, ErrorKind};
@@ -16,6 +18,7 @@ use crate::postgres;
 use crate::postgres::connections::Connections;
 use crate::postgres::function::{self, FunctionName};
 use crate::postgres::lease::{self, Tenure};
+use crate::postgres::running;
 
 use super::lane::Lane;
 use super::session::{self, End, Session};
@@ -159,6 +162,18 @@ impl Service {
         }
     }
 
+    /// Finds out which events ran when the process of a predecessor died, and how often that happened to them.
+    async fn take_over(&self, tenure: &Tenure) -> Result<HashMap<Uuid, u32>, Error> {
+        let found =
+            self.connections.run(async |connection| running::take_over(connection, tenure, self.name()).await).await;
+        let found =
+            found.map_err(|error| postgres::database_error("what a predecessor ran cannot be looked at", error))?;
+        for (event_id, crashes) in &found {
+            tracing::warn!(subscriber = self.name(), %event_id, crashes, "the worker's process died while an event ran");
+        }
+        Ok(found.into_iter().map(|(event, crashes)| (event, crashes.unsigned_abs())).collect())
+    }
+
     async fn work(
         &self,
         tenure: &Arc<Tenure>,
@@ -166,17 +181,22 @@ impl Service {
         stop: &CancellationToken,
         lost: &CancellationToken,
     ) -> End {
+        let suspects = match self.take_over(tenure).await {
+            Ok(suspects) => suspects,
+            Err(error) => return End::Broken(error.report()),
+        };
         let context = jetstream::context(&self.client);
         let lane = Lane {
             subscriber: Arc::clone(&self.subscriber),
             connections: Arc::clone(&self.connections),
             source: Source::new(&context, &self.spec.stream),
             tenure: Arc::clone(tenure),
+            number: 0,
         };
         let budget = session::budget(&lane);
         let ack_wait = position.ack_wait;
         let feed = feed::start(&self.client, &context, &self.spec, position, &budget);
-        Session::new(lane, Answers::start(&self.client), budget).run(feed, ack_wait, stop, lost).await
+        Session::new(lane, suspects, Answers::start(&self.client), budget).run(feed, ack_wait, stop, lost).await
     }
 }
 
