@@ -73,6 +73,19 @@ pub(crate) async fn insert(
     rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
 }
 
+/// Which of `events` the subscriber is done with.
+pub(crate) async fn done(
+    connection: &mut Session,
+    subscriber: &str,
+    events: &[Uuid],
+) -> Result<Vec<Uuid>, sqlx::Error> {
+    sqlx::query_scalar("select event_id from aftercommit.inbox where subscriber = $1 and event_id = any($2)")
+        .bind(subscriber)
+        .bind(events)
+        .fetch_all(connection)
+        .await
+}
+
 /// Forgets the failed attempts and crashes of events that are now handled.
 pub(crate) async fn clear_attempts(tx: &mut Tx<'_>, subscriber: &str, events: &[Uuid]) -> Result<(), sqlx::Error> {
     sqlx::query("delete from aftercommit.attempt where subscriber = $1 and event_id = any($2)")

@@ -11,6 +11,7 @@
 //! max_batch = 100                    # events in one transaction
 //! ack_wait = "30s"                   # set on the consumer by `aftercommit provision`
 //! time_limit = "1m"                  # of one handler
+//! inbox_retention = "30d"            # how long the inbox remembers what is done, at least
 //! backoff = { first = "1s", max = "5m" }
 //! ```
 
@@ -46,6 +47,7 @@ struct Entry {
     max_batch: Option<usize>,
     ack_wait: Option<Wait>,
     time_limit: Option<Wait>,
+    inbox_retention: Option<Wait>,
     backoff: Option<Waits>,
 }
 
@@ -136,6 +138,7 @@ impl Entry {
         settings.max_batch = self.max_batch.unwrap_or(settings.max_batch);
         settings.ack_wait = self.ack_wait.map_or(settings.ack_wait, |wait| wait.0);
         settings.time_limit = self.time_limit.map_or(settings.time_limit, |wait| wait.0);
+        settings.inbox_retention = self.inbox_retention.map_or(settings.inbox_retention, |wait| wait.0);
         Ok(subscriber)
     }
 }

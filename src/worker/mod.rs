@@ -51,6 +51,7 @@
 mod file;
 mod handler;
 mod lane;
+mod pruner;
 mod scheduler;
 mod serve;
 mod session;

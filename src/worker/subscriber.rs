@@ -40,6 +40,7 @@ pub(super) struct Settings {
     pub(super) backoff: Backoff,
     pub(super) ack_wait: Duration,
     pub(super) time_limit: Duration,
+    pub(super) inbox_retention: Duration,
 }
 
 impl Default for Settings {
@@ -52,6 +53,7 @@ impl Default for Settings {
             backoff: Backoff::default(),
             ack_wait: Duration::from_secs(30),
             time_limit: Duration::from_secs(60),
+            inbox_retention: Duration::from_hours(30 * 24),
         }
     }
 }
@@ -188,6 +190,16 @@ impl Subscriber {
         self
     }
 
+    /// How long the inbox remembers an event that is done, at least; the active instance removes older rows. A row stays
+    /// as long as the stream holds the event's message, and as long as its dead letter exists. It must be longer than
+    /// the outbox's retention and the stream's `max_age` together, because a stream that was lost is filled again from
+    /// the outbox. Defaults to 30 days.
+    #[must_use]
+    pub fn inbox_retention(mut self, retention: Duration) -> Self {
+        self.settings.inbox_retention = retention;
+        self
+    }
+
     /// The durable name.
     pub fn name(&self) -> &str {
         &self.name
@@ -238,6 +250,7 @@ impl Settings {
             Self { max_batch: 0, .. } => at_least("max_batch", "1"),
             Self { ack_wait, .. } if *ack_wait < second => at_least("ack_wait", "1s"),
             Self { time_limit, .. } if *time_limit < second => at_least("time_limit", "1s"),
+            Self { inbox_retention, .. } if *inbox_retention < second => at_least("inbox_retention", "1s"),
             Self { backoff, .. } if backoff.max < backoff.first => {
                 Some("the backoff's max must not be below its first wait".into())
             }
