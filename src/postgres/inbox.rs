@@ -9,28 +9,31 @@ use super::lease::Tenure;
 use super::running::Marker;
 use super::session::{Session, Tx};
 
-/// Opens a transaction for a batch in which no statement may take longer than `limit`. When this process stops talking
-/// in the middle of it (frozen, or cut off), the server ends it, so that its locks do not keep a successor waiting for
-/// ever; that takes a little longer than `limit`, which a living process enforces itself.
-///
-/// The marker is committed before, so that it is there when the process dies in the middle.
-pub(crate) async fn begin<'s>(
+/// Opens a transaction in which no statement may take longer than `limit`. When this process stops talking in the middle
+/// of it (frozen, or cut off), the server ends it, so that its locks do not keep a successor waiting for ever; that takes
+/// a little longer than `limit`, which a living process enforces itself.
+pub(crate) async fn begin(connection: &mut Session, limit: Duration) -> Result<Tx<'_>, sqlx::Error> {
+    connection.begin_with(begin_within(limit)).await
+}
+
+/// The same for a batch of events. The marker that names them is committed before, so that it stays when the process
+/// dies in the middle.
+pub(crate) async fn begin_batch<'s>(
     connection: &'s mut Session,
     limit: Duration,
     marker: Marker<'_>,
     events: &[Uuid],
 ) -> Result<Tx<'s>, sqlx::Error> {
+    // A crash of PostgreSQL empties the table anyway, so nothing has to wait for the disk.
+    let mark = format!("begin; set local synchronous_commit = off; {}; commit", marker.set(events)?);
+    connection.begin_with(format!("{mark}; {}", begin_within(limit))).await
+}
+
+/// One simple query, so one round trip. SET LOCAL ends with the transaction, as transaction pooling wants it.
+fn begin_within(limit: Duration) -> String {
     let limit = limit.as_millis().min(1_000_000_000);
     let idle = limit + 5_000;
-    let mark = marker.set(events)?;
-    // One simple query, so one round trip. SET LOCAL ends with the transaction, as transaction pooling wants it. A
-    // marker may get lost when PostgreSQL crashes, so it need not wait for the disk.
-    connection
-        .begin_with(format!(
-            "begin; set local synchronous_commit = off; {mark}; commit; \
-             begin; set local statement_timeout = {limit}; set local idle_in_transaction_session_timeout = {idle}"
-        ))
-        .await
+    format!("begin; set local statement_timeout = {limit}; set local idle_in_transaction_session_timeout = {idle}")
 }
 
 /// An event that is about to be handled.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 use tokio::time::timeout;
+use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use crate::backoff::Backoff;
@@ -23,6 +24,7 @@ use crate::postgres::session::{Session, Tx};
 use crate::postgres::{self, function, inbox};
 
 use super::handler::HandlerError;
+use super::span;
 use super::subscriber::{Subscriber, Try, Work};
 use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_out, trouble};
 
@@ -181,6 +183,7 @@ impl Lane {
             let reason = format!("the worker's process died {} times while this event ran", queued.crashes);
             return self.give_up(queued, &reason, false).await;
         }
+        let started = Instant::now();
         let mut conflicts = 0;
         loop {
             let error = match self.transact(&[queued]).await {
@@ -194,12 +197,12 @@ impl Lane {
                 }
                 Err(Trouble::Conflict { error, .. } | Trouble::Failed { error, .. }) => error,
             };
-            return self.decide(queued, error).await;
+            return self.decide(queued, error, started.elapsed()).await;
         }
     }
 
     /// What becomes of an event whose handler failed.
-    async fn decide(&self, queued: &Queued, error: HandlerError) -> Result<Verdict, Halt> {
+    async fn decide(&self, queued: &Queued, error: HandlerError, took: Duration) -> Result<Verdict, Halt> {
         match error {
             HandlerError::Snooze(wait) => Ok(Verdict::Later(wait)),
             HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason), true).await,
@@ -213,7 +216,10 @@ impl Lane {
                 tracing::warn!(
                     subscriber = self.subscriber.name,
                     event_id = %queued.event.id,
+                    event_type = queued.event.event_type,
                     attempt = attempts,
+                    delivery_count = queued.deliveries.max(1),
+                    latency_ms = took.as_millis(),
                     retry_in = ?wait,
                     error = text,
                     "event failed"
@@ -251,6 +257,9 @@ impl Lane {
         tracing::error!(
             subscriber = self.subscriber.name,
             event_id = %queued.event.id,
+            event_type = queued.event.event_type,
+            attempt = queued.failures.load(Ordering::Relaxed) + 1,
+            delivery_count = queued.deliveries.max(1),
             error = reason,
             "event became a dead letter"
         );
@@ -271,7 +280,7 @@ impl Lane {
     async fn transact_on(&self, connection: &mut Session, group: &[&Queued]) -> Result<(), Trouble> {
         let limit = self.subscriber.settings.time_limit;
         let events: Vec<Uuid> = group.iter().map(|queued| queued.event.id.as_uuid()).collect();
-        let begun = inbox::begin(connection, limit, self.marker(), &events);
+        let begun = inbox::begin_batch(connection, limit, self.marker(), &events);
         let mut tx = self.own(begun).await.map_err(Trouble::Outage)?;
         match self.fill(&mut tx, group).await {
             Ok(()) => {
@@ -310,18 +319,18 @@ impl Lane {
             Work::Function { function, .. } => {
                 // `remove`, because one event may be in the stream twice.
                 let new = group.iter().filter(|queued| fresh.remove(&queued.event.id.as_uuid()).is_some());
-                let events: Vec<String> = new.map(|queued| queued.event.to_json()).collect();
-                if !events.is_empty() {
-                    let call = function::call(tx, function, &events);
-                    self.limited(call).await.map_err(|error| trouble(None, error))?;
+                let new: Vec<&Queued> = new.copied().collect();
+                if !new.is_empty() {
+                    let events: Vec<String> = new.iter().map(|queued| queued.event.to_json()).collect();
+                    let call = span::told(self.limited(function::call(tx, function, &events)));
+                    call.instrument(self.span(&new)).await.map_err(|error| trouble(None, error))?;
                 }
             }
             Work::Handlers(_) => {
                 for (at, queued) in group.iter().enumerate() {
                     if fresh.remove(&queued.event.id.as_uuid()).is_some() {
-                        let attempt = queued.failures.load(Ordering::Relaxed) + 1;
-                        let this = Try { attempt, delivery_count: queued.deliveries.max(1) };
-                        self.handle(tx, queued, this).await.map_err(|error| trouble(Some(at), error))?;
+                        let run = span::told(self.handle(tx, queued, queued.this_try()));
+                        run.instrument(self.span(&[queued])).await.map_err(|error| trouble(Some(at), error))?;
                     }
                 }
                 self.own_or_conflict(inbox::check_alive(tx)).await?;
@@ -343,6 +352,14 @@ impl Lane {
             Ok(Ok(result)) => result,
             Ok(Err(panic)) => Err(HandlerError::retry(format!("the handler panicked: {}", panic_text(&*panic)))),
             Err(_) => Err(self.too_slow()),
+        }
+    }
+
+    fn span(&self, events: &[&Queued]) -> Span {
+        let subscriber = &self.subscriber.name;
+        match events {
+            [single] => span::of_event(subscriber, &single.event, single.this_try()),
+            many => span::of_batch(subscriber, many.iter().map(|queued| &*queued.event)),
         }
     }
 
@@ -397,6 +414,11 @@ impl Queued {
     fn row(&self) -> inbox::Row {
         let sequence = Some(self.event.sequence).filter(|sequence| *sequence > 0);
         inbox::Row { event_id: self.event.id.as_uuid(), stream_seq: self.position(), sequence }
+    }
+
+    /// As of when it was looked at last.
+    fn this_try(&self) -> Try {
+        Try { attempt: self.failures.load(Ordering::Relaxed) + 1, delivery_count: self.deliveries.max(1) }
     }
 
     fn position(&self) -> i64 {
