@@ -14,7 +14,8 @@ use crate::postgres::connections::Connections;
 use crate::postgres::lease::{self, Tenure};
 use crate::postgres::{database_error, function, testing};
 
-use super::lane::{Item, Lane, Verdict};
+use super::lane::{Lane, Verdict};
+use super::load::Item;
 use super::scheduler::Place;
 use super::serve::{LEASE, lease_name};
 use super::subscriber::{Subscriber, Work};
@@ -72,6 +73,7 @@ pub(crate) async fn drain(
         connections: Arc::clone(connections),
         source: Source::none(SOURCE),
         tenure: Arc::new(tenure.clone()),
+        number: 0,
     };
     let mut run = Run { lane, left: Vec::new(), attempts: HashMap::new(), outcome: Outcome::default() };
     let drained = match run.begin(events).await {
@@ -176,6 +178,7 @@ impl Run {
                 place: place(event),
                 event: Some(Arc::clone(event)),
                 deliveries: u64::from(failed.unsigned_abs()) + 1,
+                crashes: 0,
             }
         });
         let report = self.lane.clone().run(items.collect()).await;

@@ -3,39 +3,36 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use futures_util::future::join_all;
 use tokio::time::timeout;
 use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use crate::backoff::Backoff;
-use crate::envelope::Envelope;
 use crate::fault;
 use crate::jetstream::stored::Source;
 use crate::postgres::connections::Connections;
 use crate::postgres::dead_letter::{self, DeadLetter};
 use crate::postgres::lease::Tenure;
-use crate::postgres::redrive::{self, Redriven};
+use crate::postgres::running::{self, Marker};
 use crate::postgres::session::{Session, Tx};
-use crate::postgres::{self, function, inbox};
+use crate::postgres::{self, function, inbox, redrive};
 
 use super::batch::{self, BatchError};
 use super::handler::HandlerError;
+use super::load::{Item, Queued, redrive_ids};
 use super::scheduler::Place;
 use super::span;
-use super::subscriber::{FailurePolicy, Subscriber, Try, Work};
+use super::subscriber::{FailurePolicy, Subscriber, Work};
 use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_out, trouble};
 
 /// How often a conflict with other transactions is answered with another run before it counts as a failure.
 const MAX_CONFLICTS: u32 = 10;
 /// How much longer than the time limit this process waits for PostgreSQL to enforce it.
 const GRACE: Duration = Duration::from_secs(5);
-/// The most payload bytes that all lanes of a subscriber read from the table of redriven events at a time.
-const MAX_BYTES: usize = 64 * 1024 * 1024;
 
 /// What a lane needs.
 #[derive(Clone)]
@@ -44,14 +41,8 @@ pub(super) struct Lane {
     pub(super) connections: Arc<Connections>,
     pub(super) source: Source,
     pub(super) tenure: Arc<Tenure>,
-}
-
-/// One event to run.
-pub(super) struct Item {
-    pub(super) place: Place,
-    /// None when it has to be read from its place.
-    pub(super) event: Option<Arc<Envelope>>,
-    pub(super) deliveries: u64,
+    /// Tells it from the lanes beside it.
+    pub(super) number: i64,
 }
 
 /// What became of an event.
@@ -84,7 +75,7 @@ pub(super) struct Report {
 }
 
 /// The lane cannot go on with its batch.
-enum Halt {
+pub(super) enum Halt {
     Outage(String),
     Fenced,
 }
@@ -108,82 +99,18 @@ impl Lane {
             Err(Halt::Outage(reason)) => report.outage = Some(reason),
             Err(Halt::Fenced) => report.fenced = true,
         }
+        // A commit has removed it; after an outage it cannot be, and the next batch of this lane replaces it.
+        if report.outage.is_none() && report.verdicts.iter().any(|(_, verdict)| *verdict != Verdict::Done) {
+            let cleared = self.connections.run(async |connection| running::clear(connection, self.marker()).await);
+            if let Err(error) = self.own(cleared).await {
+                tracing::debug!(subscriber = self.subscriber.name, error, "a marker stays behind");
+            }
+        }
         report
     }
 
-    /// Reads the payloads that are not in memory. What follows one that cannot be read now is not run either, because
-    /// it may have the same key.
-    async fn load(&self, items: Vec<Item>, report: &mut Report) -> Result<Vec<Queued>, Halt> {
-        let mut redriven = match self.read_redriven(&items).await {
-            Ok(redriven) => redriven,
-            Err(reason) => {
-                report.verdicts.extend(items.iter().map(|item| (item.place, Verdict::NotRun)));
-                return Err(Halt::Outage(reason));
-            }
-        };
-        let loaded = join_all(items.into_iter().map(|item| {
-            let row = redriven.remove(&item.place);
-            self.complete(item, row)
-        }));
-        let mut events = Vec::new();
-        let mut stuck = false;
-        for loaded in loaded.await {
-            match loaded {
-                Ok(event) if !stuck => events.push(event),
-                Ok(event) => report.verdicts.push((event.place, Verdict::NotRun)),
-                Err((place, verdict)) => {
-                    stuck |= matches!(verdict, Verdict::Interrupted(_) | Verdict::NotRun);
-                    report.verdicts.push((place, verdict));
-                }
-            }
-        }
-        Ok(events)
-    }
-
-    async fn read_redriven(&self, items: &[Item]) -> Result<HashMap<Place, Redriven>, String> {
-        let ids = redrive_ids(items.iter().map(|item| item.place));
-        if ids.is_empty() {
-            return Ok(HashMap::new());
-        }
-        let share = MAX_BYTES / self.subscriber.settings.concurrency.max(1);
-        let read = self.connections.run(async |connection| redrive::read(connection, &ids, share).await);
-        Ok(self.own(read).await?.into_iter().map(|row| (Place::Redrive(row.id), row)).collect())
-    }
-
-    /// The event with its payload, or what becomes of it without.
-    async fn complete(&self, item: Item, row: Option<Redriven>) -> Result<Queued, (Place, Verdict)> {
-        let Item { place, event, deliveries } = item;
-        let sequence = match (place, row) {
-            (Place::Stream(sequence), _) => sequence,
-            // Somebody else was faster.
-            (Place::Redrive(_), None) => return Err((place, Verdict::Done)),
-            (Place::Redrive(_), Some(Redriven { event: None, .. })) => return Err((place, Verdict::NotRun)),
-            (Place::Redrive(_), Some(Redriven { event: Some(event), stream, stream_seq, .. })) => {
-                return Ok(Queued::new(place, stream, stream_seq, Arc::new(event), deliveries));
-            }
-        };
-        let event = match event {
-            Some(event) => event,
-            None => Arc::new(self.read_again(sequence).await.map_err(|verdict| (place, verdict))?),
-        };
-        let position = i64::try_from(sequence).unwrap_or(i64::MAX);
-        Ok(Queued::new(place, self.source.stream().to_string(), position, event, deliveries))
-    }
-
-    /// Reads an event of the stream again whose payload was let go to save memory.
-    async fn read_again(&self, sequence: u64) -> Result<Envelope, Verdict> {
-        match self.source.read(sequence).await {
-            Ok(Some(event)) => Ok(event),
-            Ok(None) => {
-                tracing::error!(
-                    subscriber = self.subscriber.name,
-                    sequence,
-                    "the stream dropped an event before it could be handled: its retention is too short"
-                );
-                Err(Verdict::Dead("the stream dropped it before it could be handled".into()))
-            }
-            Err(error) => Err(Verdict::Interrupted(error.report())),
-        }
+    fn marker(&self) -> Marker<'_> {
+        Marker { subscriber: &self.subscriber.name, epoch: self.tenure.epoch, lane: self.number }
     }
 
     async fn run_events(&self, events: &[Queued], report: &mut Report) -> Result<(), Halt> {
@@ -232,6 +159,10 @@ impl Lane {
 
     /// Runs one event in a transaction of its own; this run decides about it.
     async fn run_alone(&self, queued: &Queued) -> Result<Verdict, Halt> {
+        if queued.crashes > self.subscriber.settings.max_crashes {
+            let reason = format!("the worker's process died {} times while this event ran", queued.crashes);
+            return self.give_up(queued, &reason, false).await;
+        }
         let started = Instant::now();
         let mut conflicts = 0;
         loop {
@@ -254,11 +185,11 @@ impl Lane {
     async fn decide(&self, queued: &Queued, error: HandlerError, took: Duration) -> Result<Verdict, Halt> {
         match error {
             HandlerError::Snooze(wait) => Ok(Verdict::Later(wait)),
-            HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason)).await,
+            HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason), true).await,
             HandlerError::Retry { after, .. } => {
                 let text = describe(&error);
                 if queued.failures.load(Ordering::Relaxed) + 1 >= self.subscriber.settings.max_attempts {
-                    return self.give_up(queued, &text).await;
+                    return self.give_up(queued, &text, true).await;
                 }
                 let attempts = self.count_failure(queued, &text).await?;
                 let wait = after.unwrap_or_else(|| self.subscriber.settings.backoff.after(attempts));
@@ -288,13 +219,14 @@ impl Lane {
         attempts.map(|attempts| attempts.unsigned_abs()).ok_or(Halt::Fenced)
     }
 
-    async fn give_up(&self, queued: &Queued, reason: &str) -> Result<Verdict, Halt> {
+    async fn give_up(&self, queued: &Queued, reason: &str, attempted: bool) -> Result<Verdict, Halt> {
         let letter = DeadLetter {
             subscriber: &self.subscriber.name,
             stream: &queued.stream,
             stream_seq: queued.stream_seq,
             event: &queued.event,
             reason,
+            attempted,
         };
         let written =
             self.connections.run(async |connection| dead_letter::insert(connection, &self.tenure, &letter).await);
@@ -327,7 +259,9 @@ impl Lane {
 
     async fn transact_on(&self, connection: &mut Session, group: &[&Queued]) -> Result<(), Trouble> {
         let limit = self.subscriber.settings.time_limit;
-        let mut tx = self.own(inbox::begin(connection, limit)).await.map_err(Trouble::Outage)?;
+        let events: Vec<Uuid> = group.iter().map(|queued| queued.event.id.as_uuid()).collect();
+        let begun = inbox::begin_batch(connection, limit, self.marker(), &events);
+        let mut tx = self.own(begun).await.map_err(Trouble::Outage)?;
         match self.fill(&mut tx, group).await {
             Ok(()) => {
                 fault::point("worker-handled");
@@ -354,12 +288,12 @@ impl Lane {
             other => other,
         })?;
         fault::point("worker-inserted");
-        let mut fresh: HashMap<Uuid, i32> = fresh.into_iter().collect();
+        let mut fresh: HashMap<Uuid, Option<i32>> = fresh.into_iter().collect();
         for queued in group {
-            let failures = fresh.get(&queued.event.id.as_uuid()).map_or(0, |failures| failures.unsigned_abs());
-            queued.failures.store(failures, Ordering::Relaxed);
+            let failures = fresh.get(&queued.event.id.as_uuid()).copied().flatten();
+            queued.failures.store(failures.map_or(0, i32::unsigned_abs), Ordering::Relaxed);
         }
-        let failed: Vec<Uuid> = fresh.iter().filter(|(_, attempts)| **attempts > 0).map(|(id, _)| *id).collect();
+        let on_record: Vec<Uuid> = fresh.iter().filter(|(_, record)| record.is_some()).map(|(id, _)| *id).collect();
         match &self.subscriber.work {
             Work::Function { function, .. } => {
                 // `remove`, because one event may be in the stream twice.
@@ -396,15 +330,15 @@ impl Lane {
                 self.own_or_conflict(inbox::check_alive(tx)).await?;
             }
         }
-        if !failed.is_empty() {
-            self.own_or_conflict(inbox::clear_attempts(tx, &self.subscriber.name, &failed)).await?;
+        if !on_record.is_empty() {
+            self.own_or_conflict(inbox::clear_attempts(tx, &self.subscriber.name, &on_record)).await?;
         }
         Ok(())
     }
 
     /// Writes the inbox rows and returns the events that were new. Of those that were sent back only the ones whose rows
     /// are still there may run; the rows go with this transaction.
-    async fn enter(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<Vec<(Uuid, i32)>, sqlx::Error> {
+    async fn enter(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<Vec<(Uuid, Option<i32>)>, sqlx::Error> {
         let ids = redrive_ids(group.iter().map(|queued| queued.place));
         let taken: HashSet<i64> = match ids.is_empty() {
             true => HashSet::new(),
@@ -412,8 +346,8 @@ impl Lane {
         };
         let gone = |place| matches!(place, Place::Redrive(id) if !taken.contains(&id));
         let present = group.iter().filter(|queued| !gone(queued.place));
-        let rows: Vec<_> = present.map(|queued| (queued.event.id.as_uuid(), queued.stream_seq)).collect();
-        inbox::insert(tx, &self.subscriber.name, &rows).await
+        let rows: Vec<inbox::Row> = present.map(|queued| queued.row()).collect();
+        inbox::insert(tx, self.marker(), &rows).await
     }
 
     /// Runs the handler of events that have the same type.
@@ -458,7 +392,7 @@ impl Lane {
     }
 
     /// Runs a statement of our own that no event can be blamed for.
-    async fn own<T>(&self, statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, String> {
+    pub(super) async fn own<T>(&self, statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, String> {
         match timeout(self.subscriber.settings.time_limit + GRACE, statement).await {
             Ok(result) => result.map_err(|error| database_text(&error)),
             Err(_) => Err("PostgreSQL does not answer".into()),
@@ -474,37 +408,6 @@ impl Lane {
             Err(_) => Err(Trouble::Outage("PostgreSQL does not answer".into())),
         }
     }
-}
-
-/// An event with its payload.
-struct Queued {
-    place: Place,
-    /// The stream that it was read from, perhaps long ago, and its sequence there.
-    stream: String,
-    stream_seq: i64,
-    event: Arc<Envelope>,
-    deliveries: u64,
-    /// The attempts that had failed when it was looked at last.
-    failures: AtomicU32,
-}
-
-impl Queued {
-    fn new(place: Place, stream: String, stream_seq: i64, event: Arc<Envelope>, deliveries: u64) -> Self {
-        Self { place, stream, stream_seq, event, deliveries, failures: AtomicU32::new(0) }
-    }
-
-    /// As of when it was looked at last.
-    fn this_try(&self) -> Try {
-        Try { attempt: self.failures.load(Ordering::Relaxed) + 1, delivery_count: self.deliveries.max(1) }
-    }
-}
-
-fn redrive_ids(places: impl Iterator<Item = Place>) -> Vec<i64> {
-    let id = |place| match place {
-        Place::Redrive(id) => Some(id),
-        Place::Stream(_) => None,
-    };
-    places.filter_map(id).collect()
 }
 
 const CONFLICT: Backoff = Backoff { first: Duration::from_millis(5), max: Duration::from_millis(100) };
@@ -530,6 +433,7 @@ fn split<'a>(mut group: Vec<&'a Queued>, culprit: Option<usize>, groups: &mut Ve
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::envelope::Envelope;
 
     fn parts(culprit: Option<usize>) -> Vec<Vec<i64>> {
         let event = Envelope::from_headers(
@@ -537,8 +441,8 @@ mod tests {
             bytes::Bytes::new(),
         );
         let event = Arc::new(event.unwrap());
-        let events: Vec<_> =
-            (1..=5).map(|n| Queued::new(Place::Redrive(n), "s".into(), n, Arc::clone(&event), 1)).collect();
+        let item = |n| Item { place: Place::Redrive(n), event: None, deliveries: 1, crashes: 0 };
+        let events: Vec<_> = (1..=5).map(|n| item(n).queued("s", n, Arc::clone(&event))).collect();
         let mut groups = VecDeque::new();
         split(events.iter().collect(), culprit, &mut groups);
         groups.iter().map(|group| group.iter().map(|queued| queued.stream_seq).collect()).collect()

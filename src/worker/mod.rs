@@ -55,6 +55,8 @@ pub(crate) mod drain;
 mod file;
 mod handler;
 mod lane;
+mod load;
+mod pruner;
 mod redrive;
 mod registry;
 mod scheduler;

@@ -34,18 +34,43 @@ pub(super) struct Scheduler {
     keys: HashMap<Arc<str>, Queue>,
     /// Events that may start: those without a key, and the oldest of each key that nothing runs of.
     ready: BTreeSet<Place>,
+    /// The same of those that do not bear any company, in the order in which they get their turn.
+    suspects: BTreeSet<(Company, Place)>,
+    /// How many events run.
+    running: usize,
+    /// The company that the suspect which runs bears: there is never more than one.
+    suspect: Option<Company>,
     /// Events that wait for a point in time.
     held: BTreeSet<(Instant, Place)>,
     /// Whether a live event is next, if there is one.
     live_next: bool,
 }
 
+/// Beside which others an event may run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Company {
+    /// Beside none. While such an event is ready, nothing else starts.
+    None,
+    /// In a batch of its own, beside others that bear any company.
+    Unsuspected,
+    /// In a batch with others, beside any.
+    Any,
+}
+
 #[derive(Debug)]
 struct Slot {
     key: Option<Arc<str>>,
     state: State,
+    company: Company,
     /// Not before this time may it start; behind another one of its key it may.
     due: Option<Instant>,
+}
+
+/// What may start next.
+enum Turn {
+    Suspect(Place),
+    Ready,
+    Nothing,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,24 +97,21 @@ impl Scheduler {
             Some((known, _)) => Arc::clone(known),
             None => Arc::from(key),
         });
-        self.events.insert(event, Slot { key: key.clone(), state: State::Waiting, due: None });
+        self.events.insert(event, Slot { key: key.clone(), state: State::Waiting, company: Company::Any, due: None });
         match key {
-            None => {
-                self.ready.insert(event);
-            }
-            Some(key) => {
-                self.enqueue(event, &key);
-            }
+            None => self.let_start(event),
+            Some(key) => self.enqueue(event, &key),
         }
         true
     }
 
     fn enqueue(&mut self, event: Place, key: &Arc<str>) {
         let queue = self.keys.entry(Arc::clone(key)).or_default();
-        if let Some(overtaken) = queue.events.first().filter(|oldest| event < **oldest) {
-            self.ready.remove(overtaken);
-        }
+        let overtaken = queue.events.first().filter(|oldest| event < **oldest).copied();
         queue.events.insert(event);
+        if let Some(overtaken) = overtaken {
+            self.let_wait(overtaken);
+        }
         self.promote(key);
     }
 
@@ -98,20 +120,72 @@ impl Scheduler {
     pub(super) fn delay(&mut self, event: Place, until: Instant) {
         let Some(slot) = self.events.get_mut(&event).filter(|slot| slot.state == State::Waiting) else { return };
         slot.due = Some(until);
-        if self.ready.remove(&event) {
+        if self.let_wait(event) {
             self.held.insert((until, event));
+        }
+    }
+
+    /// Says what company an event bears that does not run. Without this it is any.
+    pub(super) fn bears(&mut self, event: Place, company: Company) {
+        let was_ready = self.let_wait(event);
+        if let Some(slot) = self.events.get_mut(&event) {
+            slot.company = company;
+        }
+        if was_ready {
+            self.let_start(event);
+        }
+    }
+
+    fn company(&self, event: Place) -> Company {
+        self.events.get(&event).map_or(Company::Any, |slot| slot.company)
+    }
+
+    fn let_start(&mut self, event: Place) {
+        match self.company(event) {
+            Company::Any => self.ready.insert(event),
+            company => self.suspects.insert((company, event)),
+        };
+    }
+
+    fn let_wait(&mut self, event: Place) -> bool {
+        self.ready.remove(&event) || self.suspects.remove(&(self.company(event), event))
+    }
+
+    fn turn(&self) -> Turn {
+        match (self.suspect, self.suspects.first()) {
+            (Some(Company::None), _) => Turn::Nothing,
+            (_, Some((Company::None, _))) if self.running > 0 => Turn::Nothing,
+            (None, Some((_, event))) => Turn::Suspect(*event),
+            _ => Turn::Ready,
         }
     }
 
     /// How many lanes could be given something at the same time.
     pub(super) fn ready(&self) -> usize {
-        self.ready.len()
+        match self.turn() {
+            Turn::Nothing => 0,
+            Turn::Suspect(event) if self.company(event) == Company::None => 1,
+            Turn::Suspect(_) => 1 + self.ready.len(),
+            Turn::Ready => self.ready.len(),
+        }
     }
 
     /// Gives out up to `max` events for one lane, oldest first: the first `heads` ready ones and what follows them
-    /// with the same key. Until all events of a key are settled no other lane gets one of it. Live events and those that
-    /// were sent back take turns, so that many of the latter do not keep other keys waiting.
+    /// with the same key. Until all events of a key are settled no other lane gets one of it. A suspect comes first.
+    /// Live events and those that were sent back take turns, so that many of the latter do not keep other keys waiting.
     pub(super) fn take(&mut self, heads: usize, max: usize) -> Vec<Place> {
+        match self.turn() {
+            Turn::Nothing => Vec::new(),
+            Turn::Suspect(event) => {
+                self.let_wait(event);
+                self.start(event);
+                vec![event]
+            }
+            Turn::Ready => self.take_ready(heads, max),
+        }
+    }
+
+    fn take_ready(&mut self, heads: usize, max: usize) -> Vec<Place> {
         let mut batch = Vec::new();
         let mut heads = heads.min(self.ready.len());
         // The successors of events in this batch: only this lane may have them.
@@ -125,18 +199,34 @@ impl Scheduler {
                 self.ready.remove(&event);
                 heads -= 1;
             }
-            let Some(slot) = self.events.get_mut(&event) else { continue };
-            slot.state = State::Running;
-            slot.due = None;
             batch.push(event);
-            if let Some(queue) = slot.key.as_ref().and_then(|key| self.keys.get_mut(key)) {
-                queue.running += 1;
-                let waits = |event: &&Place| self.events.get(*event).is_some_and(|slot| slot.state == State::Waiting);
-                let behind = (Bound::Excluded(event), Bound::Unbounded);
-                next.extend(queue.events.range(behind).next().filter(waits));
-            }
+            next.extend(self.start(event));
         }
         batch
+    }
+
+    /// Lets an event run, and returns the next one of its key if that may run in the same batch.
+    fn start(&mut self, event: Place) -> Option<Place> {
+        let slot = self.events.get_mut(&event)?;
+        slot.state = State::Running;
+        slot.due = None;
+        self.running += 1;
+        if slot.company != Company::Any {
+            self.suspect = Some(slot.company);
+        }
+        let queue = self.keys.get_mut(slot.key.as_ref()?)?;
+        queue.running += 1;
+        let follower = queue.events.range((Bound::Excluded(event), Bound::Unbounded)).next().copied()?;
+        let fits = |slot: &Slot| slot.state == State::Waiting && slot.company == Company::Any;
+        self.events.get(&follower).is_some_and(fits).then_some(follower)
+    }
+
+    /// The opposite, for its slot.
+    fn ended(&mut self, company: Company) {
+        self.running -= 1;
+        if company != Company::Any {
+            self.suspect = None;
+        }
     }
 
     /// A given-out event is done for good.
@@ -145,6 +235,7 @@ impl Scheduler {
             return;
         }
         let Some(slot) = self.events.remove(&event) else { return };
+        self.ended(slot.company);
         if let Some(key) = slot.key {
             self.dequeue(event, &key);
         }
@@ -175,8 +266,10 @@ impl Scheduler {
     pub(super) fn set_aside(&mut self, event: Place, until: Instant) {
         let Some(slot) = self.events.get_mut(&event).filter(|slot| slot.state == State::Running) else { return };
         slot.state = State::Held(until);
+        let (key, company) = (slot.key.clone(), slot.company);
+        self.ended(company);
         self.held.insert((until, event));
-        if let Some(key) = slot.key.clone() {
+        if let Some(key) = key {
             self.dequeue(event, &key);
         }
     }
@@ -187,19 +280,19 @@ impl Scheduler {
             return;
         }
         slot.state = state;
+        let (key, company) = (slot.key.clone(), slot.company);
+        self.ended(company);
         if let State::Held(until) = state {
             self.held.insert((until, event));
         }
-        match slot.key.clone() {
+        match key {
             Some(key) => {
                 if let Some(queue) = self.keys.get_mut(&key) {
                     queue.running -= 1;
                 }
                 self.promote(&key);
             }
-            None if state == State::Waiting => {
-                self.ready.insert(event);
-            }
+            None if state == State::Waiting => self.let_start(event),
             None => {}
         }
     }
@@ -210,13 +303,11 @@ impl Scheduler {
         if queue.running > 0 {
             return;
         }
-        let Some(oldest) = queue.events.first() else { return };
-        match self.events.get(oldest) {
-            Some(Slot { state: State::Waiting, due: None, .. }) => {
-                self.ready.insert(*oldest);
-            }
+        let Some(oldest) = queue.events.first().copied() else { return };
+        match self.events.get(&oldest) {
+            Some(Slot { state: State::Waiting, due: None, .. }) => self.let_start(oldest),
             Some(Slot { state: State::Waiting, due: Some(due), .. }) => {
-                self.held.insert((*due, *oldest));
+                self.held.insert((*due, oldest));
             }
             _ => {}
         }
@@ -243,16 +334,16 @@ impl Scheduler {
             slot.due = None;
             match slot.key.clone() {
                 Some(key) => self.enqueue(event, &key),
-                None => {
-                    self.ready.insert(event);
-                }
+                None => self.let_start(event),
             }
         }
     }
 
     /// The events that neither run nor could be given out now: held ones, and those behind another of their key.
     pub(super) fn idle(&self) -> Vec<Place> {
-        let resting = |(event, slot): &(&Place, &Slot)| slot.state != State::Running && !self.ready.contains(*event);
+        let ready =
+            |event: Place, slot: &Slot| self.ready.contains(&event) || self.suspects.contains(&(slot.company, event));
+        let resting = |(event, slot): &(&Place, &Slot)| slot.state != State::Running && !ready(**event, slot);
         self.events.iter().filter(resting).map(|(event, _)| *event).collect()
     }
 }
@@ -378,9 +469,49 @@ mod tests {
         assert_eq!(scheduler.take(9, 9), stream([5]));
     }
 
+    #[test]
+    fn a_suspect_runs_in_a_batch_of_its_own_and_one_at_a_time() {
+        let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "a"), (4, "b"), (5, "c")]);
+        scheduler.bears(Stream(2), Company::Unsuspected);
+        scheduler.bears(Stream(5), Company::Unsuspected);
+        assert_eq!(scheduler.ready(), 3);
+        assert_eq!(scheduler.take(9, 9), stream([5]));
+        assert_eq!(scheduler.take(9, 9), stream([1, 4]), "2 is not one of a batch");
+        scheduler.done(Stream(1));
+        assert_eq!(scheduler.ready(), 0, "5 still runs");
+        scheduler.done(Stream(5));
+        assert_eq!(scheduler.take(9, 9), stream([2]));
+        scheduler.done(Stream(2));
+        assert_eq!(scheduler.take(9, 9), stream([3]));
+    }
+
+    #[test]
+    fn nothing_runs_beside_an_event_that_bears_no_company() {
+        let now = Instant::now();
+        let mut scheduler = scheduler(&[(1, ""), (2, ""), (3, ""), (4, "")]);
+        assert_eq!(scheduler.take(1, 1), stream([1]));
+        scheduler.bears(Stream(2), Company::Unsuspected);
+        scheduler.bears(Stream(3), Company::None);
+        assert_eq!((scheduler.ready(), scheduler.take(9, 9)), (0, Vec::new()), "1 still runs");
+        scheduler.done(Stream(1));
+        assert_eq!((scheduler.ready(), scheduler.take(9, 9)), (1, vec![Stream(3)]));
+        assert_eq!((scheduler.ready(), scheduler.take(9, 9)), (0, Vec::new()));
+        // One that waits for its time keeps nobody waiting, and one that is gone neither.
+        scheduler.hold(Stream(3), now);
+        scheduler.bears(Stream(77), Company::None);
+        assert_eq!((scheduler.take(9, 9), scheduler.take(9, 9)), (vec![Stream(2)], vec![Stream(4)]));
+        scheduler.wake(now);
+        scheduler.done(Stream(2));
+        assert!(scheduler.take(9, 9).is_empty(), "4 still runs");
+        scheduler.put_back(Stream(4));
+        assert_eq!(scheduler.take(9, 9), stream([3]));
+        scheduler.done(Stream(3));
+        assert_eq!(scheduler.take(9, 9), stream([4]));
+    }
+
     #[derive(Debug, Clone)]
     enum Step {
-        Add(Place, Option<u8>, bool),
+        Add(Place, Option<u8>, bool, Company),
         Take(usize, usize),
         Settle(usize, Verdict),
         Wake,
@@ -396,10 +527,11 @@ mod tests {
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
         let verdict = prop_oneof![3 => Just(Verdict::Done), 1 => Just(Verdict::PutBack), 1 => Just(Verdict::Hold), 1 => Just(Verdict::SetAside)];
+        let company = prop_oneof![8 => Just(Company::Any), 1 => Just(Company::Unsuspected), 1 => Just(Company::None)];
         let place = prop_oneof![3 => (0..200u64).prop_map(Stream), 1 => (0..60i64).prop_map(Redrive)];
         let step = prop_oneof![
-            4 => (place, proptest::option::of(0..4u8), proptest::bool::ANY)
-                .prop_map(|(event, key, delayed)| Step::Add(event, key, delayed)),
+            4 => (place, proptest::option::of(0..4u8), proptest::bool::ANY, company)
+                .prop_map(|(event, key, delayed, company)| Step::Add(event, key, delayed, company)),
             3 => (1..4usize, 1..6usize).prop_map(|(heads, max)| Step::Take(heads, max)),
             3 => (0..8usize, verdict).prop_map(|(lane, verdict)| Step::Settle(lane, verdict)),
             1 => Just(Step::Wake),
@@ -442,6 +574,7 @@ mod tests {
     #[derive(Default)]
     struct Model {
         keys: HashMap<Place, Option<u8>>,
+        suspects: HashMap<Place, Company>,
         open: BTreeSet<Place>,
         running: BTreeSet<Place>,
         /// Those that others of their key may overtake at present.
@@ -449,7 +582,21 @@ mod tests {
     }
 
     impl Model {
+        fn check_company(&self, batch: &[Place]) {
+            let suspects: Vec<_> = self.running.iter().filter_map(|event| self.suspects.get(event)).collect();
+            assert!(suspects.is_empty() || !suspects.contains(&&Company::None), "{batch:?} beside {suspects:?}");
+            match batch.iter().filter_map(|event| self.suspects.get(event)).collect::<Vec<_>>()[..] {
+                [] => {}
+                [Company::None] => assert!(batch.len() == 1 && self.running.is_empty(), "{batch:?}"),
+                [_] => assert!(batch.len() == 1 && suspects.is_empty(), "{batch:?} beside {suspects:?}"),
+                _ => panic!("several suspects in {batch:?}"),
+            }
+        }
+
         fn check_taken(&self, batch: &[Place]) {
+            if !batch.is_empty() {
+                self.check_company(batch);
+            }
             for (n, event) in batch.iter().enumerate() {
                 assert!(self.open.contains(event) && !self.running.contains(event), "{event:?} given out twice");
                 if let Some(key) = self.keys[event] {
@@ -473,7 +620,7 @@ mod tests {
             let mut now = Instant::now();
             for step in steps {
                 match step {
-                    Step::Add(event, key, delayed) => {
+                    Step::Add(event, key, delayed, company) => {
                         // A place belongs to one event for ever.
                         if model.keys.contains_key(&event) && !model.open.contains(&event) {
                             continue;
@@ -482,6 +629,10 @@ mod tests {
                         prop_assert_eq!(new, model.open.insert(event));
                         if new {
                             model.keys.insert(event, key);
+                            if company != Company::Any {
+                                model.suspects.insert(event, company);
+                                scheduler.bears(event, company);
+                            }
                             if delayed {
                                 scheduler.delay(event, now + Duration::from_secs(1));
                             }
@@ -526,6 +677,7 @@ mod tests {
             }
             prop_assert!(model.open.is_empty() && scheduler.events.is_empty(), "left over: {:?}", model.open);
             prop_assert!(scheduler.keys.is_empty() && scheduler.held.is_empty() && scheduler.ready.is_empty());
+            prop_assert!(scheduler.suspects.is_empty() && scheduler.suspect.is_none() && scheduler.running == 0);
         }
     }
 }

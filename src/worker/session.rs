@@ -1,6 +1,6 @@
 //! The main loop of a subscriber's active instance: takes messages from the feed, gives events to lanes, answers.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
 
 use crate::backoff::Backoff;
 use crate::envelope::Envelope;
@@ -17,9 +18,10 @@ use crate::jetstream::ack::{Answer, Answers, Reply};
 use crate::jetstream::feed::{Budget, Fed, Incoming, Permit};
 use crate::postgres::redrive::Waiting;
 
-use super::lane::{Item, Lane, Report, Verdict};
+use super::lane::{Lane, Report, Verdict};
+use super::load::Item;
 use super::redrive::Redrives;
-use super::scheduler::{Place, Scheduler};
+use super::scheduler::{Company, Place, Scheduler};
 use super::subscriber::FailurePolicy;
 
 /// The most payload bytes in memory, beside what is on its way.
@@ -46,7 +48,11 @@ pub(super) struct Session {
     scheduler: Scheduler,
     pending: HashMap<Place, Pending>,
     redrives: Redrives,
-    lanes: JoinSet<Report>,
+    lanes: JoinSet<(i64, Report)>,
+    /// The numbers of the lanes that run.
+    numbers: BTreeSet<i64>,
+    /// Events that ran when the process of a predecessor died, with how often it did.
+    suspects: HashMap<Uuid, u32>,
     answers: Answers,
     budget: Arc<Budget>,
     gate: Gate,
@@ -65,6 +71,8 @@ struct Pending {
     alive: bool,
     /// How often in a row its handler was interrupted by an outage.
     interruptions: u32,
+    /// How often the process died while it ran.
+    crashes: u32,
 }
 
 /// Closed while the database is away.
@@ -81,13 +89,15 @@ pub(super) fn budget(lane: &Lane) -> Arc<Budget> {
 }
 
 impl Session {
-    pub(super) fn new(lane: Lane, answers: Answers, budget: Arc<Budget>) -> Self {
+    pub(super) fn new(lane: Lane, suspects: HashMap<Uuid, u32>, answers: Answers, budget: Arc<Budget>) -> Self {
         Self {
             redrives: Redrives::new(Arc::clone(&lane.connections), &lane.subscriber.name),
             lane,
             scheduler: Scheduler::default(),
             pending: HashMap::new(),
             lanes: JoinSet::new(),
+            numbers: BTreeSet::new(),
+            suspects,
             answers,
             budget,
             gate: Gate::default(),
@@ -153,10 +163,11 @@ impl Session {
             }
         };
         let place = Place::Stream(sequence);
-        if self.schedule(place, event.key.as_deref()) {
-            let id = event.id;
+        let id = event.id;
+        if let Some(crashes) = self.schedule(place, id, event.key.as_deref()) {
             let event = Some((Arc::new(event), permit));
-            self.pending.insert(place, Pending { id, event, reply, deliveries, alive: true, interruptions: 0 });
+            let pending = Pending { id, event, reply, deliveries, alive: true, interruptions: 0, crashes };
+            self.pending.insert(place, pending);
         } else if let Some(known) = self.pending.get_mut(&place) {
             // It came again while it waits or runs: never a second run, but a fresh place for the answer.
             if reply.is_some() {
@@ -174,22 +185,33 @@ impl Session {
     fn take_redriven(&mut self, rows: Vec<Waiting>) {
         for Waiting { id, event_id, key } in rows {
             let place = Place::Redrive(id);
-            if self.schedule(place, key.as_deref()) {
+            let id = event_id.into();
+            if let Some(crashes) = self.schedule(place, id, key.as_deref()) {
                 self.redrives.added();
-                let id = event_id.into();
-                let pending = Pending { id, event: None, reply: None, deliveries: 0, alive: false, interruptions: 0 };
+                let (event, reply) = (None, None);
+                let pending = Pending { id, event, reply, deliveries: 0, alive: false, interruptions: 0, crashes };
                 self.pending.insert(place, pending);
             }
         }
     }
 
-    /// False when the event is known already.
-    fn schedule(&mut self, place: Place, key: Option<&str>) -> bool {
-        let new = self.scheduler.add(place, key);
-        if let (true, Some(_), Some(window)) = (new, key, self.lane.subscriber.settings.debounce) {
+    /// Gives an event to the scheduler and returns how often the process died while it ran; none when it is known
+    /// already.
+    fn schedule(&mut self, place: Place, id: EventId, key: Option<&str>) -> Option<u32> {
+        if !self.scheduler.add(place, key) {
+            return None;
+        }
+        let crashes = self.suspects.get(&id.as_uuid()).copied().unwrap_or(0);
+        match crashes {
+            0 => {}
+            // The first time it may well have been another one.
+            1 => self.scheduler.bears(place, Company::Unsuspected),
+            _ => self.scheduler.bears(place, Company::None),
+        }
+        if let (Some(_), Some(window)) = (key, self.lane.subscriber.settings.debounce) {
             self.scheduler.delay(place, Instant::now() + window);
         }
-        new
+        Some(crashes)
     }
 
     /// When the memory is full of events that cannot run now and lanes have nothing to do: keeps the places of those
@@ -229,10 +251,14 @@ impl Session {
                     place,
                     event: pending.and_then(|pending| pending.event.as_ref()).map(|(event, _)| Arc::clone(event)),
                     deliveries: pending.map_or(0, |pending| pending.deliveries),
+                    crashes: pending.map_or(0, |pending| pending.crashes),
                 }
             });
             let items = items.collect();
-            self.lanes.spawn(self.lane.clone().run(items));
+            let number = (0..).find(|number| !self.numbers.contains(number)).unwrap_or_default();
+            self.numbers.insert(number);
+            let lane = Lane { number, ..self.lane.clone() };
+            self.lanes.spawn(async move { (number, lane.run(items).await) });
         }
     }
 
@@ -256,9 +282,12 @@ impl Session {
     }
 
     /// Takes the outcome of a batch, and says when the session cannot go on.
-    fn settle(&mut self, report: Result<Report, JoinError>) -> Option<End> {
+    fn settle(&mut self, report: Result<(i64, Report), JoinError>) -> Option<End> {
         let report = match report {
-            Ok(report) => report,
+            Ok((number, report)) => {
+                self.numbers.remove(&number);
+                report
+            }
             // Handlers' panics are caught in the lane: this is a defect of ours, and its events are still given out.
             Err(error) => return Some(End::Broken(format!("a lane broke down: {error}"))),
         };
