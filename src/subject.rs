@@ -33,6 +33,20 @@ pub fn check_tokens(text: &str) -> Result<(), SubjectError> {
     Ok(())
 }
 
+/// Whether a NATS filter, with its wildcards `*` and `>`, covers a subject.
+pub(crate) fn covers(filter: &str, subject: &str) -> bool {
+    let mut tokens = subject.split('.');
+    for wanted in filter.split('.') {
+        match (wanted, tokens.next()) {
+            (">", Some(_)) => return true,
+            ("*", Some(_)) => {}
+            (wanted, Some(token)) if wanted == token => {}
+            _ => return false,
+        }
+    }
+    tokens.next().is_none()
+}
+
 /// The first tokens of every subject that one outbox publishes to, such as `events`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct SubjectPrefix(String);
@@ -95,6 +109,22 @@ mod tests {
         let long = "x".repeat(201);
         for bad in ["", ".", "a.", ".a", "a..b", "a.*", "a.>", "a b", "a\r\nb", "$JS.API", "ä", long.as_str()] {
             assert!(check_tokens(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_filter_covers_what_the_server_would_deliver() {
+        for (filter, subject, covered) in [
+            ("e.a", "e.a", true),
+            ("e.a", "e.a.b", false),
+            ("e.a.b", "e.a", false),
+            ("e.>", "e.a.b", true),
+            ("e.>", "e", false),
+            ("e.*", "e.a", true),
+            ("e.*", "e.a.b", false),
+            ("*.a", "e.b", false),
+        ] {
+            assert_eq!(covers(filter, subject), covered, "{filter} {subject}");
         }
     }
 
