@@ -63,7 +63,8 @@ pub(super) fn tell(event_id: EventId, naming: &Naming, evidence: Evidence) -> Ex
         subscribers.insert(name.clone(), place.standing());
     }
     moments.sort_by_key(|moment| moment.at);
-    let outbox = outbox.as_ref().and_then(outbox_standing);
+    let present = message.as_ref().is_some_and(|message| message.present);
+    let outbox = outbox.as_ref().and_then(|outbox| outbox_standing(outbox, present));
     Explanation { event_id, event: about, outbox, message, subscribers, moments, unknown, payload }
 }
 
@@ -138,7 +139,7 @@ fn tell_aside(outbox: &Outbox, moments: &mut Vec<Moment>) {
     }
 }
 
-fn outbox_standing(outbox: &Outbox) -> Option<Standing> {
+fn outbox_standing(outbox: &Outbox, in_stream: bool) -> Option<Standing> {
     let written = outbox.written.as_ref();
     if let Some(aside) = &outbox.aside {
         let (state, text) = match aside.state.as_str() {
@@ -161,12 +162,13 @@ fn outbox_standing(outbox: &Outbox) -> Option<Standing> {
     };
     let leader_is_past = outbox.leader.as_ref().and_then(|leader| leader.last_id).is_some_and(|id| id >= written.id);
     let target = outbox.log.target.as_ref();
-    Some(match target.is_some_and(|target| target.holds(written.id, written.xid)) {
-        true if leader_is_past => {
-            Standing { state: "published", text: "published; the relay has yet to settle it".into() }
-        }
-        true => Standing { state: "under way", text: format!("on its way into the stream{trouble}") },
-        false => Standing { state: "waiting", text: format!("not published yet{trouble}") },
+    let in_window = target.is_some_and(|target| target.holds(written.id, written.xid));
+    Some(if in_stream || (in_window && leader_is_past) {
+        Standing { state: "published", text: "published; the relay has yet to settle it".into() }
+    } else if in_window {
+        Standing { state: "under way", text: format!("on its way into the stream{trouble}") }
+    } else {
+        Standing { state: "waiting", text: format!("not published yet{trouble}") }
     })
 }
 
