@@ -182,7 +182,7 @@ async fn provision(command: Provision) -> Result<String, Error> {
     let (nats, naming) = (command.nats.config()?, command.naming.config()?);
     let mut changes = admin::provision(&nats, &naming).await?;
     if let Some(subscribers) = subscribers {
-        changes.extend(worker::provision(&nats, &naming, &subscribers).await?);
+        changes.extend(worker::provision(&nats, &naming, &subscribers.into()).await?);
     }
     if changes.is_empty() {
         return Ok("everything is as it should be\n".into());

@@ -98,6 +98,7 @@
 mod check;
 mod error;
 mod json;
+mod publisher;
 mod raw;
 mod trace;
 
@@ -111,6 +112,7 @@ use crate::postgres::outbox::NewEvent;
 pub(crate) use check::headers_are_legal;
 pub use check::{MAX_CONTENT_TYPE_BYTES, MAX_HEADERS_BYTES, MAX_KEY_BYTES, MAX_PAYLOAD_BYTES};
 pub use error::{PublishError, PublishErrorKind};
+pub use publisher::Publisher;
 pub use raw::RawEvent;
 pub use trace::set_traceparent_source;
 

@@ -13,7 +13,7 @@ use crate::jetstream::stream::ConsumerPosition;
 use crate::postgres::audit::Done;
 use crate::postgres::explain::AtSubscriber;
 use crate::postgres::status::AtWork;
-use crate::subject::covers;
+use crate::subject;
 
 pub(super) fn tell(event_id: EventId, naming: &Naming, evidence: Evidence) -> Explanation {
     let Evidence { outbox, databases, stream, payload, mut unknown } = evidence;
@@ -43,11 +43,11 @@ pub(super) fn tell(event_id: EventId, naming: &Naming, evidence: Evidence) -> Ex
         }
     }
     let consumers = stream.as_ref().map_or(&[][..], |stream| &stream.consumers);
-    let subject = about.as_ref().map(|about| naming.prefix.subject(&about.event_type));
+    let on = about.as_ref().map(|about| naming.prefix.subject(&about.event_type));
     let sequence = message.as_ref().map(|message| message.sequence);
     let wants = |consumer: &&ConsumerPosition| {
-        let covered = |filter: &String| subject.as_deref().is_some_and(|subject| covers(filter, subject));
-        consumer.subjects.is_empty() && subject.is_some() || consumer.subjects.iter().any(covered)
+        let covered = |filter: &String| on.as_deref().is_some_and(|on| subject::matches(filter, on));
+        consumer.subjects.is_empty() && on.is_some() || consumer.subjects.iter().any(covered)
     };
     let mut subscribers = BTreeMap::new();
     for consumer in consumers.iter().filter(wants) {
