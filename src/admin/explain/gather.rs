@@ -139,7 +139,9 @@ async fn ask_nats(config: &ExplainConfig, event: Uuid, evidence: &mut Evidence) 
     let connection = jetstream::connect(&config.nats, "aftercommit-explain", "_INBOX_operator").await?;
     let searcher = Searcher::new(&connection, &naming.stream, &naming.prefix);
     let extent = searcher.reader().extent().await?;
-    let said = said(evidence, &naming.stream);
+    let mut consumers = searcher.reader().consumers().await?;
+    consumers.retain(|consumer| consumer.durable);
+    let said = said(evidence, &naming.stream, &consumers);
     let mut message = None;
     for sequence in &said {
         message = searcher.at(*sequence, event).await?;
@@ -160,22 +162,18 @@ async fn ask_nats(config: &ExplainConfig, event: Uuid, evidence: &mut Evidence) 
         let event = message.as_ref().and_then(|message| message.event.as_ref());
         evidence.payload = event.map(|event| event.payload.to_vec());
     }
-    let said = said.last().copied();
-    evidence.stream = Some(Stream { message, said, consumers: Vec::new() });
-    let consumers = searcher.reader().consumers().await?;
-    if let Some(stream) = &mut evidence.stream {
-        stream.consumers = consumers.into_iter().filter(|consumer| consumer.durable).collect();
-    }
+    evidence.stream = Some(Stream { message, said: said.last().copied(), consumers });
     Ok(())
 }
 
-/// Where databases say that the message is.
-fn said(evidence: &Evidence, stream: &str) -> BTreeSet<u64> {
+/// Where databases say that the message is. An inbox does not say in which stream; the subscriber's consumer does.
+fn said(evidence: &Evidence, stream: &str, consumers: &[ConsumerPosition]) -> BTreeSet<u64> {
     let aside = evidence.outbox.iter().filter_map(|outbox| outbox.aside.as_ref()?.sequence);
     let subscribers = evidence.databases.iter().flat_map(|database| &database.here);
     let subscribers = subscribers.filter_map(|here| {
         let letter = here.letter.as_ref().filter(|letter| letter.stream == stream).map(|letter| letter.stream_seq);
-        letter.or_else(|| here.done.as_ref().map(|done| done.stream_seq))
+        let reads_here = consumers.iter().any(|consumer| consumer.name == here.subscriber);
+        letter.or_else(|| here.done.as_ref().filter(|_| reads_here).map(|done| done.stream_seq))
     });
     aside.chain(subscribers).filter_map(|sequence| u64::try_from(sequence).ok()).filter(|said| *said > 0).collect()
 }

@@ -267,18 +267,18 @@ impl Place<'_> {
             let id = letter.id;
             return Some(("dead", format!("dead letter {id}{more}: {}; `aftercommit dead show {id}`", letter.reason)));
         }
+        match here.done.as_ref().map(|done| done.outcome.as_str()) {
+            Some("handled") => return Some(("handled", "handled".into())),
+            Some("discarded") => return Some(("discarded", "given up for good by an operator".into())),
+            Some(_) => return Some(("dead", "given up; there is no dead letter of it any more".into())),
+            None => {}
+        }
         if here.running {
             return Some(("running", "runs at present".into()));
         }
         if let Some((_, who)) = &here.redrive {
             let failing = failing.map(|failing| format!("; {failing}")).unwrap_or_default();
             return Some(("redrive", format!("sent back by {who}, waits to run again{failing}{trouble}")));
-        }
-        match here.done.as_ref().map(|done| done.outcome.as_str()) {
-            Some("handled") => return Some(("handled", "handled".into())),
-            Some("discarded") => return Some(("discarded", "given up for good by an operator".into())),
-            Some(_) => return Some(("dead", "given up; there is no dead letter of it any more".into())),
-            None => {}
         }
         failing.map(|failing| ("failing", format!("{failing}; it is tried again{trouble}")))
     }
