@@ -339,7 +339,7 @@ pub async fn marker(stage: Stage) -> Outcome {
     declared().published_in(&mut connection).await?.check()?;
     for undeclared in [coverage(), coverage().published_in(&mut connection).await?] {
         let error = undeclared.check().err().ok_or("an event that nobody declares was not found")?.to_string();
-        expect("the event is named", error.contains(PingEvent::TYPE), true)?;
+        expect("the event is named", error.contains(<PingEvent as aftercommit::Event>::TYPE), true)?;
     }
     admin::publish(&stage.publisher_config, RawEvent::new("ping.undeclared", "text/plain", "")).await?;
     let error = declared().published_in(&mut connection).await?.check().err();

@@ -167,7 +167,7 @@ impl Registry {
     }
 
     /// The subscribers of these queues.
-    pub(super) fn served(self, queues: &Queues) -> Result<Vec<Subscriber>, Error> {
+    pub(crate) fn served(self, queues: &Queues) -> Result<Vec<Subscriber>, Error> {
         self.ready()?;
         let known: BTreeSet<&str> = self.subscribers.iter().map(|found| found.settings.queue.as_str()).collect();
         let config = |text: String| Err(Error::new(ErrorKind::Config, text));
@@ -201,6 +201,12 @@ impl From<Subscriber> for Registry {
 impl From<Vec<Subscriber>> for Registry {
     fn from(subscribers: Vec<Subscriber>) -> Self {
         Self::new().list(subscribers)
+    }
+}
+
+impl<const N: usize> From<[Subscriber; N]> for Registry {
+    fn from(subscribers: [Subscriber; N]) -> Self {
+        Self::new().list(subscribers.into())
     }
 }
 
