@@ -9,7 +9,7 @@ use futures_util::future::join_all;
 use sqlx::{Connection, PgConnection};
 use support::{Database, succeeded};
 
-const ALL: [&str; 4] = ["0001 outbox", "0002 relay", "0003 inbox", "0004 worker"];
+const ALL: [&str; 5] = ["0001 outbox", "0002 relay", "0003 inbox", "0004 worker", "0005 reconciler"];
 
 fn aftercommit(database: &Database, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_aftercommit"))
@@ -142,7 +142,7 @@ async fn the_command_reports_and_its_exit_status_tells_faults_apart() {
     let database = Database::empty().await;
     assert_eq!(
         succeeded(aftercommit(&database, &["migrate"])),
-        "applied 0001 outbox\napplied 0002 relay\napplied 0003 inbox\napplied 0004 worker\n"
+        "applied 0001 outbox\napplied 0002 relay\napplied 0003 inbox\napplied 0004 worker\napplied 0005 reconciler\n"
     );
     assert_eq!(succeeded(aftercommit(&database, &["migrate"])), "the schema aftercommit is up to date\n");
 

@@ -13,9 +13,9 @@ use crate::postgres::connections::Connections;
 use crate::postgres::session::Session;
 use crate::postgres::snapshot::Mark;
 use crate::postgres::{database_error, testing, window};
-use crate::worker::Subscriber;
+use crate::worker::drain::drain as drain_subscriber;
 pub use crate::worker::drain::{Dead, Failed, Outcome};
-use crate::worker::drain::{checked, drain as drain_subscriber};
+use crate::worker::{Queues, Registry};
 
 /// Rows per query.
 const PAGE_ROWS: usize = 1000;
@@ -106,7 +106,7 @@ fn problems(name: &str, outcome: &Outcome) -> Vec<String> {
 /// # Errors
 /// When the subscribers contradict each other, the schema is missing, PostgreSQL or something that a handler needs is
 /// away, or a worker runs one of the subscribers.
-pub async fn drain(pool: &PgPool, subscribers: impl IntoIterator<Item = Subscriber>) -> Result<Drained, Error> {
+pub async fn drain(pool: &PgPool, subscribers: impl Into<Registry>) -> Result<Drained, Error> {
     drain_into(pool, pool, subscribers).await
 }
 
@@ -114,12 +114,8 @@ pub async fn drain(pool: &PgPool, subscribers: impl IntoIterator<Item = Subscrib
 ///
 /// # Errors
 /// Those of [`drain`].
-pub async fn drain_into(
-    outbox: &PgPool,
-    inbox: &PgPool,
-    subscribers: impl IntoIterator<Item = Subscriber>,
-) -> Result<Drained, Error> {
-    let subscribers = checked(subscribers)?;
+pub async fn drain_into(outbox: &PgPool, inbox: &PgPool, subscribers: impl Into<Registry>) -> Result<Drained, Error> {
+    let subscribers = subscribers.into().served(&Queues::All)?;
     let events = Connections::beside(outbox, APPLICATION)
         .run(async |connection| committed(connection).await)
         .await

@@ -15,7 +15,7 @@ use crate::event::EventId;
 use crate::postgres::{database_error, testing};
 use crate::relay::{Relay, RelayConfig};
 use crate::subject::SubjectPrefix;
-use crate::worker::{Subscriber, Worker};
+use crate::worker::{Registry, Worker};
 
 /// How long [`Environment::handled`] waits.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -113,9 +113,9 @@ impl Environment {
     ///
     /// # Errors
     /// When the subscribers contradict each other or a server cannot be reached.
-    pub async fn worker(&self, subscribers: impl IntoIterator<Item = Subscriber>) -> Result<Running, Error> {
+    pub async fn worker(&self, subscribers: impl Into<Registry>) -> Result<Running, Error> {
         let worker = Worker::new(self.postgres.clone(), self.nats.clone(), self.naming.clone());
-        let worker = subscribers.into_iter().fold(worker, Worker::subscriber);
+        let worker = worker.registry(subscribers);
         worker.provision().await?;
         Ok(Running::start(|stop| worker.run(stop)))
     }

@@ -13,6 +13,7 @@
 //!
 //! Behind the feature `testing`, which belongs under `[dev-dependencies]`.
 
+pub mod coverage;
 mod drain;
 mod environment;
 mod pending;

@@ -59,13 +59,6 @@ pub struct Dead {
     pub reason: String,
 }
 
-/// The subscribers, when they can be served together.
-pub(crate) fn checked(subscribers: impl IntoIterator<Item = Subscriber>) -> Result<Vec<Subscriber>, Error> {
-    let subscribers: Vec<Subscriber> = subscribers.into_iter().collect();
-    super::validate(&subscribers)?;
-    Ok(subscribers)
-}
-
 /// Runs the subscriber for those of `events` (in outbox order) that it takes and is not done with.
 pub(crate) async fn drain(
     subscriber: Subscriber,
