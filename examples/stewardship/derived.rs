@@ -78,12 +78,11 @@ impl Stewardship {
     }
 }
 
-/// Has the monitors converge that watch one of these connections, or inherited something from the system.
+/// Has the monitors converge that watch one of these connections, or one of the system's.
 async fn converge_all(tx: &mut PgTransaction<'_>, connections: &[String], system: &str) -> Result<(), HandlerError> {
     let monitors: Vec<String> = sqlx::query_scalar(
         "select key from monitor where connection_id = any($1)
          union select key from monitor join connection_link using (connection_id) where system_id = $2
-         union select monitor_key from monitor_steward where source = 'inherited' and source_system = $2
          order by 1",
     )
     .bind(connections)
