@@ -1,5 +1,6 @@
 //! Everything that speaks SQL. One module per concern; functions take a session or an open transaction.
 
+pub(crate) mod audit;
 pub(crate) mod connections;
 #[cfg(all(unix, feature = "testing"))]
 pub(crate) mod database;
@@ -21,6 +22,8 @@ pub(crate) mod restamp;
 pub(crate) mod session;
 pub(crate) mod snapshot;
 pub(crate) mod status;
+#[cfg(feature = "testing")]
+pub(crate) mod testing;
 pub(crate) mod window;
 
 use std::error::Error as StdError;
