@@ -4,6 +4,7 @@
 pub mod audit;
 pub mod dead;
 pub mod doctor;
+pub mod reconciler;
 pub mod relay;
 pub mod status;
 

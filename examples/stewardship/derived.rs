@@ -1,5 +1,6 @@
 //! What is derived, and the two that keep it: the subscriber, which is fast, and the reconciler, which is sure.
 
+use std::slice;
 use std::time::Duration;
 
 use aftercommit::backoff::Backoff;
@@ -111,7 +112,7 @@ impl Handler<SystemConnectionLinkChanged> for Stewardship {
         tx: &mut PgTransaction<'_>,
         changed: &Delivery<SystemConnectionLinkChanged>,
     ) -> Result<(), HandlerError> {
-        converge_all(tx, &[changed.event.connection_config_id.clone()], &changed.event.system_id).await
+        converge_all(tx, slice::from_ref(&changed.event.connection_config_id), &changed.event.system_id).await
     }
 }
 

@@ -3,6 +3,7 @@
 mod audit;
 mod dead;
 mod doctor;
+mod findings;
 mod parked;
 mod relay;
 mod selection;
@@ -40,6 +41,8 @@ enum Command {
     Dead(dead::Dead),
     /// Look for what is wrong, or will be, and say what to do about it; it changes nothing
     Doctor(Box<doctor::Doctor>),
+    /// Show what reconcilers found
+    Findings(findings::Findings),
     /// Create or update the schema aftercommit; harmless when it is up to date
     Migrate(Migrate),
     /// See and decide about events that the stream would not take
@@ -52,6 +55,8 @@ enum Command {
     /// Pause or resume publishing, whichever relay leads
     #[command(subcommand)]
     Relay(relay::Relay),
+    /// Show what reconcilers did
+    Runs(findings::Runs),
     /// Show the backlog, the leading relay, the stream and the subscribers
     Status(Status),
 }
@@ -142,12 +147,14 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
             }
             text
         }
+        Command::Findings(command) => runtime.block_on(findings::findings(command))?,
         Command::Migrate(Migrate { print: true, .. }) => admin::migrations_sql(),
         Command::Migrate(command) => runtime.block_on(migrate(command))?,
         Command::Parked(command) => runtime.block_on(parked::run(command))?,
         Command::Provision(command) => runtime.block_on(provision(command))?,
         Command::Publish(command) => runtime.block_on(publish(command))?,
         Command::Relay(command) => runtime.block_on(relay::run(command))?,
+        Command::Runs(command) => runtime.block_on(findings::runs(command))?,
         Command::Status(command) => runtime.block_on(status(command))?,
     };
     // A reader that went away early, such as `head`, has what it wanted.
