@@ -6,6 +6,7 @@ pub mod dead;
 pub mod doctor;
 pub mod explain;
 pub mod peek;
+pub mod reconciler;
 pub mod relay;
 pub mod status;
 

@@ -4,6 +4,7 @@ mod audit;
 mod dead;
 mod doctor;
 mod explain;
+mod findings;
 mod parked;
 mod peek;
 mod relay;
@@ -44,6 +45,8 @@ enum Command {
     Doctor(Box<doctor::Doctor>),
     /// Tell one event's whole story, from the outbox to its effects
     Explain(Box<explain::Explain>),
+    /// Show what reconcilers found
+    Findings(findings::Findings),
     /// Create or update the schema aftercommit; harmless when it is up to date
     Migrate(Migrate),
     /// See and decide about events that the stream would not take
@@ -58,6 +61,8 @@ enum Command {
     /// Pause or resume publishing, whichever relay leads
     #[command(subcommand)]
     Relay(relay::Relay),
+    /// Show what reconcilers did
+    Runs(findings::Runs),
     /// Show the backlog, the leading relay, the stream and the subscribers
     Status(Status),
 }
@@ -149,6 +154,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
             text
         }
         Command::Explain(command) => runtime.block_on(explain::run(*command))?,
+        Command::Findings(command) => runtime.block_on(findings::findings(command))?,
         Command::Migrate(Migrate { print: true, .. }) => admin::migrations_sql(),
         Command::Migrate(command) => runtime.block_on(migrate(command))?,
         Command::Parked(command) => runtime.block_on(parked::run(command))?,
@@ -156,6 +162,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Provision(command) => runtime.block_on(provision(command))?,
         Command::Publish(command) => runtime.block_on(publish(command))?,
         Command::Relay(command) => runtime.block_on(relay::run(command))?,
+        Command::Runs(command) => runtime.block_on(findings::runs(command))?,
         Command::Status(command) => runtime.block_on(status(command))?,
     };
     // A reader that went away early, such as `head`, has what it wanted.
