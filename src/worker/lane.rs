@@ -26,7 +26,7 @@ use super::handler::HandlerError;
 use super::load::{Item, Queued, redrive_ids};
 use super::scheduler::Place;
 use super::span;
-use super::subscriber::{FailurePolicy, Subscriber, Work};
+use super::subscriber::{FailurePolicy, MAX_WAIT, Subscriber, Work};
 use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_out, trouble};
 
 /// How often a conflict with other transactions is answered with another run before it counts as a failure.
@@ -184,7 +184,7 @@ impl Lane {
     /// What becomes of an event whose handler failed.
     async fn decide(&self, queued: &Queued, error: HandlerError, took: Duration) -> Result<Verdict, Halt> {
         match error {
-            HandlerError::Snooze(wait) => Ok(Verdict::Later(wait)),
+            HandlerError::Snooze(wait) => Ok(Verdict::Later(wait.min(MAX_WAIT))),
             HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason), true).await,
             HandlerError::Retry { after, .. } => {
                 let text = describe(&error);
@@ -192,7 +192,7 @@ impl Lane {
                     return self.give_up(queued, &text, true).await;
                 }
                 let attempts = self.count_failure(queued, &text).await?;
-                let wait = after.unwrap_or_else(|| self.subscriber.settings.backoff.after(attempts));
+                let wait = after.unwrap_or_else(|| self.subscriber.settings.backoff.after(attempts)).min(MAX_WAIT);
                 tracing::warn!(
                     subscriber = self.subscriber.name,
                     event_id = %queued.event.id,

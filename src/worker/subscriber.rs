@@ -36,6 +36,9 @@ pub struct Subscriber {
     problems: Vec<String>,
 }
 
+/// The longest wait, of settings and of what a handler asks for: the clock cannot add any length.
+pub(super) const MAX_WAIT: Duration = Duration::from_hours(365 * 24);
+
 /// The queue of subscribers that name none.
 pub(super) const DEFAULT_QUEUE: &str = "default";
 
@@ -375,7 +378,12 @@ impl Settings {
             Self { backoff, .. } if backoff.max < backoff.first => {
                 Some("the backoff's max must not be below its first wait".into())
             }
-            _ => None,
+            Self { ack_wait, time_limit, backoff, debounce, .. } => {
+                let waits = [*ack_wait, *time_limit, backoff.max, debounce.unwrap_or_default()];
+                let names = ["ack_wait", "time_limit", "the backoff's max", "debounce"];
+                let too_long = names.into_iter().zip(waits).find(|(_, wait)| *wait > MAX_WAIT);
+                too_long.map(|(name, _)| format!("{name} must be at most 365 days"))
+            }
         }
     }
 }
