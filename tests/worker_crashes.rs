@@ -3,16 +3,14 @@
 
 mod support;
 
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
-use aftercommit::subject::SubjectPrefix;
 use aftercommit::testing::eventually;
-use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber, Worker};
+use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
 use sqlx::PgTransaction;
-use support::{Number, Random, Record, SOON, Work};
+use support::{Number, Random, Record, SOON, Work, child_worker};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -51,30 +49,12 @@ fn fragile() -> Subscriber {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "the worker of the other tests"]
 async fn worker_process() {
-    let Ok(stream) = std::env::var("CRASHES_STREAM") else { return };
-    let setting = |name| std::env::var(name).unwrap();
-    let postgres = PostgresConfig::new(setting("CRASHES_DATABASE"));
-    let nats = NatsConfig { url: setting("CRASHES_NATS"), ..NatsConfig::default() };
-    let naming = Naming { stream, prefix: SubjectPrefix::new(setting("CRASHES_PREFIX")).unwrap(), ..Naming::default() };
-    Worker::new(postgres, nats, naming).subscriber(fragile()).run(CancellationToken::new()).await.unwrap();
+    let Some(worker) = child_worker() else { return };
+    worker.subscriber(fragile()).run(CancellationToken::new()).await.unwrap();
 }
 
 fn start(work: &Work) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["worker_process", "--exact", "--ignored", "--nocapture"])
-        .env("CRASHES_STREAM", &work.outbox.naming.stream)
-        .env("CRASHES_PREFIX", work.outbox.naming.prefix.to_string())
-        .env("CRASHES_DATABASE", &work.outbox.postgres.url)
-        .env("CRASHES_NATS", &work.outbox.nats.url)
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
-}
-
-/// What waiting for the lease to run out would do.
-async fn expire_lease(work: &Work) {
-    sqlx::raw_sql("update aftercommit.lease set expires_at = '-infinity'").execute(&work.outbox.pool).await.unwrap();
+    work.child("worker_process").stderr(Stdio::piped()).spawn().unwrap()
 }
 
 async fn markers(work: &Work) -> i64 {
@@ -105,7 +85,7 @@ async fn an_event_that_kills_the_process_ends_as_a_dead_letter_and_its_neighbour
             let dead = std::mem::replace(&mut process, start(&work)).wait_with_output().unwrap();
             let said = String::from_utf8_lossy(&dead.stderr).into_owned();
             deaths.push(said.lines().find_map(|line| line.strip_suffix(" running")?.parse::<usize>().ok()));
-            expire_lease(&work).await;
+            work.expire_leases().await;
         }
         deaths.len() > 6 || !work.dead_letters().await.is_empty()
     });
@@ -139,7 +119,7 @@ async fn processes_killed_at_random_times_cost_good_events_nothing() {
         process.kill().unwrap();
         process.wait().unwrap();
         suspected += markers(&work).await;
-        expire_lease(&work).await;
+        work.expire_leases().await;
     }
     assert!(suspected > 0, "no process died while events ran, so nothing was tested");
     let worker = work.run(fragile()).await;
