@@ -10,20 +10,22 @@ use std::time::Duration;
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
 use sqlx::PgTransaction;
-use support::{Number, Random, Record, SOON, Work, child_worker};
+use support::{Act, Number, Random, Record, SOON, Work, child_worker};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 const KEYS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 const KILLER: i64 = 666;
 
-/// Writes an effect; the killer ends the process instead, and says how many handlers ran.
+/// Writes an effect; the killer ends the process instead, and says how many handlers ran while it did.
 struct Fragile;
 
 impl Handler<Number> for Fragile {
     async fn handle(&self, tx: &mut PgTransaction<'_>, delivery: &Delivery<Number>) -> Result<(), HandlerError> {
         static RUNNING: AtomicUsize = AtomicUsize::new(0);
-        RUNNING.fetch_add(1, Ordering::SeqCst);
+        static MOST: AtomicUsize = AtomicUsize::new(0);
+        let running = RUNNING.fetch_add(1, Ordering::SeqCst) + 1;
+        MOST.fetch_max(running, Ordering::SeqCst);
         sqlx::query("insert into effect (event_id, key, n, attempt) values ($1, $2, $3, $4)")
             .bind(delivery.id.as_uuid())
             .bind(&delivery.key)
@@ -31,11 +33,14 @@ impl Handler<Number> for Fragile {
             .bind(i32::try_from(delivery.attempt)?)
             .execute(&mut **tx)
             .await?;
-        tokio::time::sleep(Duration::from_millis(3)).await;
         if delivery.event.n == KILLER {
-            eprintln!("{} running", RUNNING.load(Ordering::SeqCst));
+            MOST.store(running, Ordering::SeqCst);
+            // Time for others to begin, of another subscriber too.
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            eprintln!("{} running", MOST.load(Ordering::SeqCst));
             std::process::abort();
         }
+        tokio::time::sleep(Duration::from_millis(3)).await;
         RUNNING.fetch_sub(1, Ordering::SeqCst);
         Ok(())
     }
@@ -51,6 +56,20 @@ fn fragile() -> Subscriber {
 async fn worker_process() {
     let Some(worker) = child_worker() else { return };
     worker.subscriber(fragile()).run(CancellationToken::new()).await.unwrap();
+}
+
+/// Takes longer than the killer needs.
+fn patient() -> Subscriber {
+    let slowly = |_: &Delivery<Number>| Act::Sleep(Duration::from_millis(800));
+    Subscriber::new("patient").on::<Number>(Record::new(slowly)).concurrency(1).max_batch(1)
+}
+
+/// Not a test: a process with two subscribers.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "the worker of another test"]
+async fn worker_process_of_two() {
+    let Some(worker) = child_worker() else { return };
+    worker.subscriber(fragile()).subscriber(patient()).run(CancellationToken::new()).await.unwrap();
 }
 
 fn start(work: &Work) -> Child {
@@ -100,6 +119,35 @@ async fn an_event_that_kills_the_process_ends_as_a_dead_letter_and_its_neighbour
     assert!(deaths[0] > Some(1), "at first it runs beside others: {deaths:?}");
     assert_eq!(deaths[2..], [Some(1), Some(1)], "in the end it runs alone: {deaths:?}");
     assert_eq!((markers(&work).await, crashes(&work).await), (0, vec![]));
+    process.kill().unwrap();
+    process.wait().unwrap();
+}
+
+/// Another subscriber of the same process is no shelter: what only happens to run there is not blamed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_event_beside_another_subscribers_killer_is_not_given_up() {
+    let work = Work::shared().await;
+    for subscriber in [fragile(), patient()] {
+        work.worker_with(subscriber).provision().await.unwrap();
+    }
+    work.send("a", KILLER).await;
+    let start = || work.child("worker_process_of_two").spawn().unwrap();
+    let mut process = start();
+    let mut deaths = 0;
+    let settled = eventually(SOON, "the killer is given up and the slow event handled", async || {
+        if process.try_wait().unwrap().is_some() {
+            deaths += 1;
+            process = start();
+            work.expire_leases().await;
+        }
+        deaths > 8 || work.dead_letters().await.len() + usize::try_from(work.count().await).unwrap() >= 2
+    });
+    settled.await.unwrap();
+    let dead: Vec<String> = sqlx::query_scalar("select subscriber from aftercommit.dead_letter")
+        .fetch_all(&work.outbox.pool)
+        .await
+        .unwrap();
+    assert_eq!((dead, work.count().await, deaths), (vec!["fragile".to_string()], 1, 4));
     process.kill().unwrap();
     process.wait().unwrap();
 }

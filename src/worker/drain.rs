@@ -73,6 +73,7 @@ pub(crate) async fn drain(
         connections: Arc::clone(connections),
         source: Source::none(SOURCE),
         tenure: Arc::new(tenure.clone()),
+        process: Arc::default(),
         number: 0,
     };
     let mut run = Run { lane, left: Vec::new(), attempts: HashMap::new(), outcome: Outcome::default() };

@@ -78,6 +78,7 @@ use crate::jetstream;
 use crate::jetstream::Client;
 use crate::jetstream::consumer;
 use crate::postgres::connections::Connections;
+use crate::postgres::lease;
 
 pub use batch::{BatchError, BatchHandler};
 #[cfg(feature = "cli")]
@@ -181,7 +182,8 @@ impl Worker {
         let subscribers = std::mem::take(&mut self.registry).served(&self.queues)?;
         let connections = Arc::new(Connections::new(&self.postgres, "aftercommit-worker")?);
         let Some(client) = self.connect(&shutdown).await? else { return Ok(()) };
-        let holder = holder();
+        let holder = lease::new_holder();
+        let process = Arc::default();
         let mut services = JoinSet::new();
         for subscriber in subscribers {
             let service = serve::Service {
@@ -190,6 +192,7 @@ impl Worker {
                 connections: Arc::clone(&connections),
                 client: client.clone(),
                 holder: holder.clone(),
+                process: Arc::clone(&process),
                 remedy: self.remedy.clone(),
             };
             services.spawn(service.run(shutdown.clone()));
@@ -242,12 +245,4 @@ pub(crate) async fn provision(nats: &NatsConfig, naming: &Naming, registry: &Reg
             Err(Error::new(first.kind(), reports.join("; ")))
         }
     }
-}
-
-/// Who holds a lease: host, process, and something random, because process numbers come again.
-fn holder() -> String {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let host = Some(host.trim()).filter(|host| !host.is_empty()).unwrap_or("host");
-    let id = uuid::Uuid::now_v7().simple().to_string();
-    format!("{host}:{}:{}", std::process::id(), &id[24..])
 }

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::RwLock;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
@@ -45,6 +46,8 @@ pub(super) struct Service {
     pub(super) connections: Arc<Connections>,
     pub(super) client: Client,
     pub(super) holder: String,
+    /// See [`Lane`].
+    pub(super) process: Arc<RwLock<()>>,
     pub(super) remedy: String,
 }
 
@@ -224,6 +227,7 @@ impl Service {
             connections: Arc::clone(&self.connections),
             source: Source::new(&context, &self.spec.stream),
             tenure: Arc::clone(tenure),
+            process: Arc::clone(&self.process),
             number: 0,
         };
         let budget = session::budget(&lane);

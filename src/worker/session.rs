@@ -203,11 +203,8 @@ impl Session {
         }
         // Once: an event that an operator sends back after it was given up begins anew.
         let crashes = self.suspects.remove(&id.as_uuid()).unwrap_or(0);
-        match crashes {
-            0 => {}
-            // The first time it may well have been another one.
-            1 => self.scheduler.bears(place, Company::Unsuspected),
-            _ => self.scheduler.bears(place, Company::None),
+        if crashes > 0 {
+            self.scheduler.bears(place, Company::of(crashes));
         }
         if let (Some(_), Some(window)) = (key, self.lane.subscriber.settings.debounce) {
             self.scheduler.delay(place, Instant::now() + window);
