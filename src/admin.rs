@@ -4,6 +4,7 @@
 pub mod doctor;
 pub mod relay;
 pub mod status;
+pub mod worker;
 
 use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::{Error, ErrorKind};

@@ -1,6 +1,7 @@
 //! `aftercommit`, the operator's tool.
 
 mod doctor;
+mod worker;
 
 use std::io::{Read, Write};
 use std::path::PathBuf;
@@ -17,7 +18,6 @@ use crate::admin::relay::ParkedEvent;
 use crate::envelope::is_json;
 use crate::error::{Error, ErrorKind};
 use crate::outbox::RawEvent;
-use crate::worker;
 
 /// The operator's tool of aftercommit
 #[derive(Parser)]
@@ -45,6 +45,9 @@ enum Command {
     Relay(Relay),
     /// Show the backlog, the leading relay, the stream and the subscribers
     Status(Status),
+    /// Pause or resume subscribers, whichever instance is active
+    #[command(subcommand)]
+    Worker(worker::Worker),
 }
 
 #[derive(Args)]
@@ -184,6 +187,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Publish(command) => runtime.block_on(publish(command))?,
         Command::Relay(command) => runtime.block_on(relay(command))?,
         Command::Status(command) => runtime.block_on(status(command))?,
+        Command::Worker(command) => runtime.block_on(worker::run(command))?,
     };
     // A reader that went away early, such as `head`, has what it wanted.
     let _ = std::io::stdout().write_all(text.as_bytes());
@@ -249,11 +253,11 @@ fn as_json(value: &impl serde::Serialize) -> Result<String, Error> {
 }
 
 async fn provision(command: Provision) -> Result<String, Error> {
-    let subscribers = command.config.as_deref().map(worker::read_file).transpose()?;
+    let subscribers = command.config.as_deref().map(crate::worker::read_file).transpose()?;
     let (nats, naming) = (command.nats.config()?, command.naming.config()?);
     let mut changes = admin::provision(&nats, &naming).await?;
     if let Some(subscribers) = subscribers {
-        changes.extend(worker::provision(&nats, &naming, &subscribers).await?);
+        changes.extend(crate::worker::provision(&nats, &naming, &subscribers).await?);
     }
     if changes.is_empty() {
         return Ok("everything is as it should be\n".into());

@@ -61,6 +61,14 @@ pub(crate) async fn release(connection: &mut Session, name: &str, holder: &str, 
     .map(drop)
 }
 
+/// Whether anybody has ever held the lease.
+pub(crate) async fn exists(connection: &mut Session, name: &str) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("select exists (select from aftercommit.lease where name = $1)")
+        .bind(name)
+        .fetch_one(connection)
+        .await
+}
+
 /// A lease that somebody holds, or held: other writes can be made conditional on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Tenure {

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
@@ -22,6 +22,7 @@ use crate::postgres::session::{Session, Tx};
 use crate::postgres::{self, function, inbox};
 
 use super::handler::HandlerError;
+use super::progress::{Outcome, Progress};
 use super::subscriber::{Subscriber, Try, Work};
 use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_out, trouble};
 
@@ -37,6 +38,7 @@ pub(super) struct Lane {
     pub(super) connections: Arc<Connections>,
     pub(super) source: Source,
     pub(super) tenure: Arc<Tenure>,
+    pub(super) progress: Arc<Progress>,
 }
 
 /// One event to run.
@@ -181,7 +183,10 @@ impl Lane {
     /// What becomes of an event whose handler failed.
     async fn decide(&self, queued: &Queued, error: HandlerError) -> Result<Verdict, Halt> {
         match error {
-            HandlerError::Snooze(wait) => Ok(Verdict::Later(wait)),
+            HandlerError::Snooze(wait) => {
+                self.progress.count(Outcome::Snoozed);
+                Ok(Verdict::Later(wait))
+            }
             HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason)).await,
             HandlerError::Retry { after, .. } => {
                 let text = describe(&error);
@@ -210,6 +215,7 @@ impl Lane {
         });
         let attempts = self.own(counted).await.map_err(Halt::Outage)?;
         fault::point("worker-failure-counted");
+        self.progress.count(Outcome::Retry);
         attempts.map(|attempts| attempts.unsigned_abs()).ok_or(Halt::Fenced)
     }
 
@@ -227,6 +233,7 @@ impl Lane {
             return Err(Halt::Fenced);
         }
         fault::point("worker-given-up");
+        self.progress.count(Outcome::Dead);
         tracing::error!(
             subscriber = self.subscriber.name,
             event_id = %queued.event.id,
@@ -255,6 +262,7 @@ impl Lane {
                 fault::point("worker-handled");
                 self.own_or_conflict(tx.commit()).await?;
                 fault::point("worker-committed");
+                self.count(group);
                 Ok(())
             }
             Err(Trouble::Outage(reason)) => Err(Trouble::Outage(reason)),
@@ -264,6 +272,18 @@ impl Lane {
                 // The connection is gone: whatever the handler made of that, it is no fault of the event.
                 Err(reason) => Err(Trouble::Outage(reason)),
             },
+        }
+    }
+
+    /// Counts events whose transaction is committed.
+    fn count(&self, group: &[&Queued]) {
+        self.progress.committed(group.len());
+        for queued in group {
+            if queued.fresh.load(Ordering::Relaxed) {
+                self.progress.took_effect(queued.event.time);
+            } else {
+                self.progress.count(Outcome::Duplicate);
+            }
         }
     }
 
@@ -280,8 +300,9 @@ impl Lane {
         fault::point("worker-inserted");
         let mut fresh: HashMap<Uuid, i32> = fresh.into_iter().collect();
         for queued in group {
-            let failures = fresh.get(&queued.event.id.as_uuid()).map_or(0, |failures| failures.unsigned_abs());
-            queued.failures.store(failures, Ordering::Relaxed);
+            let failures = fresh.get(&queued.event.id.as_uuid()).map(|failures| failures.unsigned_abs());
+            queued.fresh.store(failures.is_some(), Ordering::Relaxed);
+            queued.failures.store(failures.unwrap_or(0), Ordering::Relaxed);
         }
         let failed: Vec<Uuid> = fresh.iter().filter(|(_, attempts)| **attempts > 0).map(|(id, _)| *id).collect();
         match &self.subscriber.work {
@@ -291,7 +312,10 @@ impl Lane {
                 let events: Vec<String> = new.map(|queued| queued.event.to_json()).collect();
                 if !events.is_empty() {
                     let call = function::call(tx, function, &events);
-                    self.limited(call).await.map_err(|error| trouble(None, error))?;
+                    let started = Instant::now();
+                    let called = self.limited(call).await;
+                    self.progress.handled(started.elapsed());
+                    called.map_err(|error| trouble(None, error))?;
                 }
             }
             Work::Handlers(_) => {
@@ -299,7 +323,10 @@ impl Lane {
                     if fresh.remove(&queued.event.id.as_uuid()).is_some() {
                         let attempt = queued.failures.load(Ordering::Relaxed) + 1;
                         let this = Try { attempt, delivery_count: queued.deliveries.max(1) };
-                        self.handle(tx, queued, this).await.map_err(|error| trouble(Some(at), error))?;
+                        let started = Instant::now();
+                        let handled = self.handle(tx, queued, this).await;
+                        self.progress.handled(started.elapsed());
+                        handled.map_err(|error| trouble(Some(at), error))?;
                     }
                 }
                 self.own_or_conflict(inbox::check_alive(tx)).await?;
@@ -364,11 +391,13 @@ struct Queued {
     deliveries: u64,
     /// The attempts that had failed when it was looked at last.
     failures: AtomicU32,
+    /// Whether it was not done yet when it was looked at last.
+    fresh: AtomicBool,
 }
 
 impl Queued {
     fn new(sequence: u64, event: Arc<Envelope>, deliveries: u64) -> Self {
-        Self { sequence, event, deliveries, failures: AtomicU32::new(0) }
+        Self { sequence, event, deliveries, failures: AtomicU32::new(0), fresh: AtomicBool::new(false) }
     }
 
     fn position(&self) -> i64 {

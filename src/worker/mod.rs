@@ -51,6 +51,9 @@
 mod file;
 mod handler;
 mod lane;
+mod monitor;
+mod progress;
+mod sample;
 mod scheduler;
 mod serve;
 mod session;
@@ -59,22 +62,29 @@ mod trouble;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::backoff::Backoff;
 use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::{Error, ErrorKind};
 use crate::jetstream;
-use crate::jetstream::Client;
+use crate::jetstream::Connection;
 use crate::jetstream::consumer::{self, ConsumerSpec};
 use crate::postgres::connections::Connections;
+use monitor::Board;
+use progress::Progress;
 
 #[cfg(feature = "cli")]
 pub use file::read_file;
 pub use handler::{Delivery, Handler, HandlerError};
+pub use monitor::{Monitor, SubscriberReport, WorkerReport};
+pub(crate) use serve::{ALL, durable_name};
 pub use subscriber::Subscriber;
+pub(crate) use subscriber::check_name;
 
 /// The `main` of a service whose handlers are written in Rust: reads the command line and the environment as
 /// `aftercommit-worker` does, without `--config`, and runs until a signal ends it. With `--provision` it creates or
@@ -107,13 +117,15 @@ pub struct Worker {
     naming: Naming,
     subscribers: Vec<Subscriber>,
     remedy: String,
+    board: Board,
 }
 
 impl Worker {
     /// A worker without subscribers. `postgres` is the database in which their handlers work.
     pub fn new(postgres: PostgresConfig, nats: NatsConfig, naming: Naming) -> Self {
         let remedy = "provision it, with `Worker::provision` or `aftercommit provision --config worker.toml`".into();
-        Self { postgres, nats, naming, subscribers: Vec::new(), remedy }
+        let board = Board::new(&naming.stream);
+        Self { postgres, nats, naming, subscribers: Vec::new(), remedy, board }
     }
 
     /// Adds a subscriber.
@@ -121,6 +133,19 @@ impl Worker {
     pub fn subscriber(mut self, subscriber: Subscriber) -> Self {
         self.subscribers.push(subscriber);
         self
+    }
+
+    /// How long a subscriber may get on with nothing, while events wait, until it counts as unhealthy. Defaults to 30
+    /// seconds.
+    #[must_use]
+    pub fn unhealthy_after(mut self, patience: Duration) -> Self {
+        self.board.patience = patience;
+        self
+    }
+
+    /// Tells how this worker is doing, while it runs.
+    pub fn monitor(&self) -> Monitor {
+        self.board.monitor()
     }
 
     /// What the log tells to do when a consumer is missing.
@@ -151,18 +176,27 @@ impl Worker {
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
         validate(&self.subscribers)?;
         let connections = Arc::new(Connections::new(&self.postgres, "aftercommit-worker")?);
-        let Some(client) = self.connect(&shutdown).await? else { return Ok(()) };
-        let holder = holder();
-        let mut services = JoinSet::new();
+        let progress =
+            |subscriber: &Subscriber| Arc::new(Progress::new(&subscriber.name, subscriber.settings.time_limit));
+        let progress: Vec<_> = self.subscribers.iter().map(progress).collect();
+        self.board.show(&progress);
+        let Some(nats) = self.connect(&shutdown).await? else { return Ok(()) };
+        self.board.connected(&nats);
         let specs: Vec<_> = self.subscribers.iter().map(|subscriber| spec(&self.naming, subscriber)).collect();
-        for (subscriber, spec) in self.subscribers.into_iter().zip(specs) {
+        let watched = progress.iter().cloned().zip(specs.iter().cloned()).collect();
+        let looking = sample::run(nats.clone(), Arc::clone(&connections), watched);
+        let _looking = AbortOnDropHandle::new(tokio::spawn(looking));
+        let _service = AbortOnDropHandle::new(tokio::spawn(self.board.service(nats.clone())));
+        let mut services = JoinSet::new();
+        for ((subscriber, spec), progress) in self.subscribers.into_iter().zip(specs).zip(progress) {
             let service = serve::Service {
                 subscriber: Arc::new(subscriber),
                 spec,
                 connections: Arc::clone(&connections),
-                client: client.clone(),
-                holder: holder.clone(),
+                client: nats.client.clone(),
+                holder: self.board.holder.clone(),
                 remedy: self.remedy.clone(),
+                progress,
             };
             services.spawn(service.run(shutdown.clone()));
         }
@@ -173,13 +207,13 @@ impl Worker {
     }
 
     /// Connects to NATS, as long as that takes.
-    async fn connect(&self, shutdown: &CancellationToken) -> Result<Option<Client>, Error> {
+    async fn connect(&self, shutdown: &CancellationToken) -> Result<Option<Connection>, Error> {
         let mut failures = 0;
         loop {
             let error = tokio::select! {
                 () = shutdown.cancelled() => return Ok(None),
                 connected = jetstream::connect(&self.nats, "aftercommit-worker", "_INBOX_worker") => match connected {
-                    Ok(connection) => return Ok(Some(connection.client)),
+                    Ok(connection) => return Ok(Some(connection)),
                     Err(error) => error,
                 }
             };
@@ -189,6 +223,7 @@ impl Worker {
             if failures == 0 {
                 tracing::error!(error = error.report(), "waiting for nats");
             }
+            self.board.waiting(&error);
             failures += 1;
             tokio::time::sleep(Backoff::RECONNECT.after(failures)).await;
         }
@@ -236,12 +271,4 @@ fn validate(subscribers: &[Subscriber]) -> Result<(), Error> {
         }
     }
     Ok(())
-}
-
-/// Who holds a lease: host, process, and something random, because process numbers come again.
-fn holder() -> String {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let host = Some(host.trim()).filter(|host| !host.is_empty()).unwrap_or("host");
-    let id = uuid::Uuid::now_v7().simple().to_string();
-    format!("{host}:{}:{}", std::process::id(), &id[24..])
 }

@@ -70,6 +70,11 @@ impl Scheduler {
         self.ready.len()
     }
 
+    /// How many events wait for a point in time.
+    pub(super) fn held(&self) -> usize {
+        self.held.len()
+    }
+
     /// Gives out up to `max` events for one lane, oldest first: the first `heads` ready ones and what follows them
     /// with the same key. Until all events of a key are settled no other lane gets one of it.
     pub(super) fn take(&mut self, heads: usize, max: usize) -> Vec<u64> {

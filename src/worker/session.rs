@@ -16,6 +16,7 @@ use crate::jetstream::ack::{Answer, Answers, Reply};
 use crate::jetstream::feed::{Budget, Fed, Incoming, Permit};
 
 use super::lane::{Item, Lane, Report, Verdict};
+use super::progress::{Load, Outcome};
 use super::scheduler::Scheduler;
 
 /// The most payload bytes in memory, beside what is on its way.
@@ -47,6 +48,8 @@ pub(super) struct Session {
     gate: Gate,
     /// How long one event takes, a moving average.
     pace: Duration,
+    /// Events whose handlers were interrupted by an outage and have not run since.
+    interrupted: usize,
 }
 
 /// What is known of an event that is not done.
@@ -85,6 +88,7 @@ impl Session {
             budget,
             gate: Gate::default(),
             pace: TARGET / 10,
+            interrupted: 0,
         }
     }
 
@@ -102,6 +106,7 @@ impl Session {
             self.give_out();
             self.make_room();
             let wake = self.next_wake();
+            self.lane.progress.load(self.load());
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break End::Stopped,
@@ -126,9 +131,21 @@ impl Session {
         self.finish(end).await
     }
 
+    fn load(&self) -> Load {
+        Load {
+            ready: self.scheduler.ready(),
+            lanes: self.lanes.len(),
+            held: self.scheduler.held(),
+            interrupted: self.interrupted,
+        }
+    }
+
     fn take_in(&mut self, incoming: Incoming) {
         let Incoming { sequence, deliveries, reply, event, permit } = incoming;
         fault::point("worker-fetched");
+        if deliveries > 1 {
+            self.lane.progress.redelivered();
+        }
         let event = match event {
             Ok(event) => event,
             Err(problem) => {
@@ -230,6 +247,7 @@ impl Session {
             self.gate.open(&self.lane.subscriber.name);
         }
         if let Some(reason) = report.outage {
+            self.lane.progress.trouble(format!("the database is away: {reason}"));
             self.gate.close(&self.lane.subscriber.name, &reason);
         }
         report.fenced.then_some(End::Fenced)
@@ -240,6 +258,9 @@ impl Session {
         let answer = match verdict {
             Verdict::NotRun => return self.scheduler.put_back(sequence),
             Verdict::Interrupted(reason) => {
+                self.interrupted += usize::from(pending.interruptions == 0);
+                self.lane.progress.count(Outcome::Interrupted);
+                self.lane.progress.trouble(format!("what an event needs is away: {reason}"));
                 pending.interruptions += 1;
                 // The first one and then ever more rarely.
                 if pending.interruptions.is_power_of_two() {
@@ -257,13 +278,15 @@ impl Session {
             }
             Verdict::Later(wait) => {
                 pending.alive = false;
-                pending.interruptions = 0;
                 self.scheduler.hold(sequence, Instant::now() + wait);
                 Answer::Later(wait)
             }
             Verdict::Done => Answer::Done,
             Verdict::Dead(reason) => Answer::Never(reason),
         };
+        self.interrupted -= usize::from(pending.interruptions > 0);
+        pending.interruptions = 0;
+        self.lane.progress.settled();
         if let Some(reply) = &pending.reply {
             self.answers.send(reply, &answer);
         }

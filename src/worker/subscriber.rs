@@ -284,7 +284,7 @@ fn without_values(error: &serde_json::Error) -> String {
 }
 
 /// Checks a subscriber's name: it is a JetStream consumer name and a token of subjects.
-pub(super) fn check_name(name: &str) -> Result<(), String> {
+pub(crate) fn check_name(name: &str) -> Result<(), String> {
     let legal = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
     if (1..=64).contains(&name.len()) && name.bytes().all(legal) {
         return Ok(());
