@@ -22,6 +22,8 @@ use crate::postgres::session::{Session, Tx};
 use crate::postgres::{self, function, inbox};
 
 use super::handler::HandlerError;
+#[cfg(feature = "cli")]
+use super::http::Refusal;
 use super::progress::{Outcome, Progress};
 use super::subscriber::{Subscriber, Try, Work};
 use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_out, trouble};
@@ -58,17 +60,31 @@ pub(super) enum Verdict {
     Dead(String),
     /// It failed, or asked for it: not before this time has passed.
     Later(Duration),
-    /// Something that its handler needs is away, for this reason.
-    Interrupted(String),
+    /// Something that its handler needs is away.
+    Interrupted {
+        reason: String,
+        /// What the handler said of when to try again.
+        wait: Wait,
+    },
     /// It did not come to a decision.
     NotRun,
+}
+
+/// How long to wait for the end of an outage.
+#[derive(Debug, PartialEq)]
+pub(super) enum Wait {
+    /// As for servers of our own: soon, and again and again.
+    Soon,
+    /// As the subscriber's backoff says.
+    Backoff,
+    Exactly(Duration),
 }
 
 /// What became of a batch.
 #[derive(Default)]
 pub(super) struct Report {
     pub(super) verdicts: Vec<(u64, Verdict)>,
-    /// The subscriber's database is away, for this reason.
+    /// The subscriber's database, or where it sends all of its events, is away, for this reason.
     pub(super) outage: Option<String>,
     /// Another instance has taken over.
     pub(super) fenced: bool,
@@ -79,6 +95,7 @@ pub(super) struct Report {
 /// The lane cannot go on with its batch.
 enum Halt {
     Outage(String),
+    Unreachable(String),
     Fenced,
 }
 
@@ -95,7 +112,8 @@ impl Lane {
         }
         if let Err(halt) = self.run_events(&events, &mut report).await {
             match halt {
-                Halt::Outage(reason) => report.outage = Some(reason),
+                Halt::Outage(reason) => report.outage = Some(format!("the database is away: {reason}")),
+                Halt::Unreachable(reason) => report.outage = Some(reason),
                 Halt::Fenced => report.fenced = true,
             }
             let settled: HashSet<u64> = report.verdicts.iter().map(|(sequence, _)| *sequence).collect();
@@ -122,7 +140,7 @@ impl Lane {
                 );
                 Err((sequence, Verdict::Dead("the stream dropped it before it could be handled".into())))
             }
-            Err(error) => Err((sequence, Verdict::Interrupted(error.report()))),
+            Err(error) => Err((sequence, Verdict::Interrupted { reason: error.report(), wait: Wait::Soon })),
         }
     }
 
@@ -154,6 +172,7 @@ impl Lane {
                         report.pace = Some(started.elapsed() / u32::try_from(many.len()).unwrap_or(u32::MAX));
                     }
                     Err(Trouble::Outage(reason)) => return Err(Halt::Outage(reason)),
+                    Err(Trouble::Unreachable(reason)) => return Err(Halt::Unreachable(reason)),
                     Err(trouble) => split(group, trouble.culprit(), &mut groups),
                 },
             }
@@ -168,7 +187,15 @@ impl Lane {
             let error = match self.transact(&[queued]).await {
                 Ok(()) => return Ok(Verdict::Done),
                 Err(Trouble::Outage(reason)) => return Err(Halt::Outage(reason)),
-                Err(Trouble::Interrupted { error, .. }) => return Ok(Verdict::Interrupted(describe(&error))),
+                Err(Trouble::Unreachable(reason)) => return Err(Halt::Unreachable(reason)),
+                Err(Trouble::Interrupted { error, .. }) => {
+                    let wait = match error {
+                        HandlerError::Unavailable { after: Some(wait), .. } => Wait::Exactly(wait),
+                        HandlerError::Unavailable { .. } => Wait::Backoff,
+                        _ => Wait::Soon,
+                    };
+                    return Ok(Verdict::Interrupted { reason: describe(&error), wait });
+                }
                 Err(Trouble::Conflict { .. }) if conflicts < MAX_CONFLICTS => {
                     conflicts += 1;
                     tokio::time::sleep(CONFLICT.after(conflicts)).await;
@@ -188,7 +215,7 @@ impl Lane {
                 Ok(Verdict::Later(wait))
             }
             HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason)).await,
-            HandlerError::Retry { after, .. } => {
+            HandlerError::Retry { after, .. } | HandlerError::Unavailable { after, .. } => {
                 let text = describe(&error);
                 if queued.failures.load(Ordering::Relaxed) + 1 >= self.subscriber.settings.max_attempts {
                     return self.give_up(queued, &text).await;
@@ -316,6 +343,20 @@ impl Lane {
                     let called = self.limited(call).await;
                     self.progress.handled(started.elapsed());
                     called.map_err(|error| trouble(None, error))?;
+                }
+            }
+            #[cfg(feature = "cli")]
+            Work::Http { endpoint, .. } => {
+                for (at, queued) in group.iter().enumerate() {
+                    if fresh.remove(&queued.event.id.as_uuid()).is_some() {
+                        let started = Instant::now();
+                        let posted = endpoint.post(&queued.event).await;
+                        self.progress.handled(started.elapsed());
+                        posted.map_err(|refusal| match refusal {
+                            Refusal::Unreachable(reason) => Trouble::Unreachable(reason),
+                            Refusal::Answered(error) => trouble(Some(at), error),
+                        })?;
+                    }
                 }
             }
             Work::Handlers(_) => {

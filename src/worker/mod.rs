@@ -50,6 +50,8 @@
 #[cfg(feature = "cli")]
 mod file;
 mod handler;
+#[cfg(feature = "cli")]
+mod http;
 mod lane;
 mod monitor;
 mod progress;
@@ -175,6 +177,7 @@ impl Worker {
     /// When the definition of the subscribers or a setting is wrong.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
         validate(&self.subscribers)?;
+        self.subscribers.iter().try_for_each(Subscriber::prepare)?;
         let connections = Arc::new(Connections::new(&self.postgres, "aftercommit-worker")?);
         let progress =
             |subscriber: &Subscriber| Arc::new(Progress::new(&subscriber.name, subscriber.settings.time_limit));

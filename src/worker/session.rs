@@ -15,7 +15,7 @@ use crate::fault;
 use crate::jetstream::ack::{Answer, Answers, Reply};
 use crate::jetstream::feed::{Budget, Fed, Incoming, Permit};
 
-use super::lane::{Item, Lane, Report, Verdict};
+use super::lane::{Item, Lane, Report, Verdict, Wait};
 use super::progress::{Load, Outcome};
 use super::scheduler::Scheduler;
 
@@ -64,7 +64,7 @@ struct Pending {
     interruptions: u32,
 }
 
-/// Closed while the database is away.
+/// Closed while the database is away, or where all events go.
 #[derive(Default)]
 struct Gate {
     failures: u32,
@@ -247,7 +247,7 @@ impl Session {
             self.gate.open(&self.lane.subscriber.name);
         }
         if let Some(reason) = report.outage {
-            self.lane.progress.trouble(format!("the database is away: {reason}"));
+            self.lane.progress.trouble(&reason);
             self.gate.close(&self.lane.subscriber.name, &reason);
         }
         report.fenced.then_some(End::Fenced)
@@ -257,7 +257,7 @@ impl Session {
         let Some(pending) = self.pending.get_mut(&sequence) else { return };
         let answer = match verdict {
             Verdict::NotRun => return self.scheduler.put_back(sequence),
-            Verdict::Interrupted(reason) => {
+            Verdict::Interrupted { reason, wait } => {
                 self.interrupted += usize::from(pending.interruptions == 0);
                 self.lane.progress.count(Outcome::Interrupted);
                 self.lane.progress.trouble(format!("what an event needs is away: {reason}"));
@@ -273,7 +273,11 @@ impl Session {
                         "what an event needs is away, waiting"
                     );
                 }
-                let wait = Backoff::RECONNECT.after(pending.interruptions);
+                let wait = match wait {
+                    Wait::Soon => Backoff::RECONNECT.after(pending.interruptions),
+                    Wait::Backoff => self.lane.subscriber.settings.backoff.after(pending.interruptions),
+                    Wait::Exactly(wait) => wait,
+                };
                 return self.scheduler.hold(sequence, Instant::now() + wait);
             }
             Verdict::Later(wait) => {
@@ -329,7 +333,7 @@ impl Session {
 impl Gate {
     fn close(&mut self, subscriber: &str, reason: &str) {
         if self.failures == 0 {
-            tracing::warn!(subscriber, error = reason, "the database does not let the subscriber work, waiting");
+            tracing::warn!(subscriber, error = reason, "the subscriber cannot work, waiting");
         }
         self.failures += 1;
         self.closed_until = Some(Instant::now() + Backoff::RECONNECT.after(self.failures));
@@ -337,7 +341,7 @@ impl Gate {
 
     fn open(&mut self, subscriber: &str) {
         if self.failures > 0 {
-            tracing::info!(subscriber, "the database lets the subscriber work again");
+            tracing::info!(subscriber, "the subscriber works again");
         }
         *self = Self::default();
     }

@@ -17,6 +17,8 @@ use crate::postgres::function::FunctionName;
 use crate::subject::{SubjectPrefix, check_tokens};
 
 use super::handler::{Delivery, Handler, HandlerError};
+#[cfg(feature = "cli")]
+use super::http::Endpoint;
 
 /// A named, durable reader of events with its own progress, retries and dead letters.
 ///
@@ -60,6 +62,9 @@ pub(super) enum Work {
     Handlers(BTreeMap<&'static str, Route>),
     /// One SQL function for the listed types, or for all when there are none.
     Function { function: FunctionName, types: Vec<String> },
+    /// One HTTP endpoint for the listed types, or for all when there are none.
+    #[cfg(feature = "cli")]
+    Http { endpoint: Box<Endpoint>, types: Vec<String> },
 }
 
 /// A handler behind its event type.
@@ -108,6 +113,14 @@ impl Subscriber {
         Ok(Self { work: Work::Function { function, types }, ..Self::new(name) })
     }
 
+    /// A subscriber that posts every event of `types` to an HTTP endpoint; `*` stands for all. Each event has a transaction
+    /// of its own, because with the transaction of several all of them would be posted again.
+    #[cfg(feature = "cli")]
+    pub(super) fn http(name: impl Into<String>, endpoint: Endpoint, mut types: Vec<String>) -> Self {
+        types.retain(|event_type| event_type != "*");
+        Self { work: Work::Http { endpoint: Box::new(endpoint), types }, ..Self::new(name) }.max_batch(1)
+    }
+
     /// Handles events of type `E` with `handler`. One handler per type.
     #[must_use]
     pub fn on<E: Event>(mut self, handler: impl Handler<E>) -> Self {
@@ -115,6 +128,10 @@ impl Subscriber {
         match &mut self.work {
             Work::Function { function, .. } => {
                 self.problems.push(format!("it calls {function} and cannot have the handler {} too", route.handler))
+            }
+            #[cfg(feature = "cli")]
+            Work::Http { endpoint, .. } => {
+                self.problems.push(format!("it posts to {endpoint} and cannot have the handler {} too", route.handler))
             }
             Work::Handlers(routes) => match routes.get(E::TYPE) {
                 Some(other) => self.problems.push(format!(
@@ -186,8 +203,9 @@ impl Subscriber {
     pub(super) fn subjects(&self, prefix: &SubjectPrefix) -> Vec<String> {
         match &self.work {
             Work::Handlers(routes) => routes.keys().map(|event_type| prefix.subject(event_type)).collect(),
-            Work::Function { types, .. } if types.is_empty() => vec![prefix.wildcard()],
-            Work::Function { types, .. } => types.iter().map(|event_type| prefix.subject(event_type)).collect(),
+            Work::Function { types, .. } => listed(types, prefix),
+            #[cfg(feature = "cli")]
+            Work::Http { types, .. } => listed(types, prefix),
         }
     }
 
@@ -198,6 +216,16 @@ impl Subscriber {
             Some(problem) => Err(Error::new(ErrorKind::Config, format!("subscriber {}: {problem}", self.name))),
             None => Ok(()),
         }
+    }
+
+    /// Reads what the handlers need besides their definition.
+    pub(super) fn prepare(&self) -> Result<(), Error> {
+        #[cfg(feature = "cli")]
+        if let Work::Http { endpoint, .. } = &self.work {
+            let named = |error| Error::with_source(ErrorKind::Config, format!("subscriber {}", self.name), error);
+            endpoint.prepare().map_err(named)?;
+        }
+        Ok(())
     }
 
     fn problem(&self) -> Option<String> {
@@ -212,7 +240,21 @@ impl Subscriber {
                 return Some(format!("an event type {error}"));
             }
         }
+        #[cfg(feature = "cli")]
+        if let Work::Http { endpoint, .. } = &self.work
+            && endpoint.timeout > self.settings.time_limit
+        {
+            return Some("the timeout of http must not be longer than time_limit".into());
+        }
         self.settings.problem()
+    }
+}
+
+/// The subjects of these types, or of all when there are none.
+fn listed(types: &[String], prefix: &SubjectPrefix) -> Vec<String> {
+    match types {
+        [] => vec![prefix.wildcard()],
+        types => types.iter().map(|event_type| prefix.subject(event_type)).collect(),
     }
 }
 
@@ -318,12 +360,14 @@ impl fmt::Debug for Subscriber {
     }
 }
 
-/// `order.placed, order.paid`, or the function.
+/// `order.placed, order.paid`, or the function, or the endpoint.
 impl fmt::Debug for Work {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Handlers(routes) => f.write_str(&routes.keys().copied().collect::<Vec<_>>().join(", ")),
             Self::Function { function, .. } => write!(f, "{function}"),
+            #[cfg(feature = "cli")]
+            Self::Http { endpoint, .. } => write!(f, "{endpoint}"),
         }
     }
 }

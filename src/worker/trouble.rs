@@ -11,6 +11,9 @@ use super::handler::HandlerError;
 pub(super) enum Trouble {
     /// The database is away, or does not let us do our own work.
     Outage(String),
+    /// What the subscriber sends all of its events to is away.
+    #[cfg_attr(not(feature = "cli"), expect(dead_code, reason = "only HTTP endpoints are"))]
+    Unreachable(String),
     /// Others were in the way.
     Conflict {
         at: Option<usize>,
@@ -31,7 +34,7 @@ impl Trouble {
     /// The culprit's place in the group.
     pub(super) fn culprit(&self) -> Option<usize> {
         match self {
-            Self::Outage(_) => None,
+            Self::Outage(_) | Self::Unreachable(_) => None,
             Self::Conflict { at, .. } | Self::Interrupted { at, .. } | Self::Failed { at, .. } => *at,
         }
     }
@@ -39,8 +42,10 @@ impl Trouble {
 
 /// Sorts an error: is the event at fault, or the world around it?
 pub(super) fn trouble(at: Option<usize>, error: HandlerError) -> Trouble {
-    let HandlerError::Retry { error: cause, .. } = &error else {
-        return Trouble::Failed { at, error };
+    let cause = match &error {
+        HandlerError::Retry { error: cause, .. } => cause,
+        HandlerError::Unavailable { .. } => return Trouble::Interrupted { at, error },
+        _ => return Trouble::Failed { at, error },
     };
     let mut cause: Option<&(dyn StdError + 'static)> = Some(cause.as_ref());
     while let Some(next) = cause {
@@ -72,7 +77,7 @@ pub(super) fn describe(error: &HandlerError) -> String {
     match error {
         HandlerError::Snooze(wait) => format!("snoozed for {wait:?}"),
         HandlerError::Reject { reason } => clip(reason),
-        HandlerError::Retry { error, .. } => {
+        HandlerError::Retry { error, .. } | HandlerError::Unavailable { error, .. } => {
             let mut text = String::new();
             let mut cause: Option<&(dyn StdError + 'static)> = Some(error.as_ref());
             while let Some(next) = cause {
