@@ -1,6 +1,8 @@
 //! What an operator does: set up schema and stream, write an event by hand, look at where everything is
 //! and whether it is well.
 
+pub mod audit;
+pub mod dead;
 pub mod doctor;
 pub mod relay;
 pub mod status;

@@ -173,11 +173,11 @@ async fn the_operators_tool_works() {
         other.unwrap();
         let status = admin::status::status(&config, &nats, &Default::default()).await.unwrap();
         assert_eq!(status.backlog.events, 2 * n);
-        assert!(admin::relay::pause(&config, Some("for a test")).await.unwrap());
-        assert!(!admin::relay::pause(&config, None).await.unwrap());
-        assert!(admin::relay::resume(&config).await.unwrap());
+        assert!(admin::relay::pause(&config, "test", Some("for a test")).await.unwrap());
+        assert!(!admin::relay::pause(&config, "test", None).await.unwrap());
+        assert!(admin::relay::resume(&config, "test").await.unwrap());
         assert_eq!(admin::relay::parked(&config, 10).await.unwrap(), []);
-        assert!(admin::relay::release(&config, event_id).await.is_err());
+        assert!(admin::relay::release(&config, "test", event_id).await.is_err());
     }
     assert_nothing_is_left(&config, 2).await;
 }
@@ -224,15 +224,15 @@ async fn errors_name_the_setting() {
     let database = Database::migrated().await;
     let forgotten = |bouncer: &PgBouncer| PostgresConfig { pooled: false, ..behind(bouncer, &database.config) };
     let strict = bouncer(1, &[]).await;
-    let error = admin::relay::resume(&forgotten(&strict)).await.unwrap_err().report();
+    let error = admin::relay::resume(&forgotten(&strict), "test").await.unwrap_err().report();
     assert!(error.contains("AFTERCOMMIT_PGBOUNCER"), "{error}");
 
     let lax = bouncer(1, &[("ignore_startup_parameters", "extra_float_digits")]).await;
-    admin::relay::resume(&forgotten(&lax)).await.unwrap();
-    let error = admin::relay::resume(&forgotten(&lax)).await.unwrap_err().report();
+    admin::relay::resume(&forgotten(&lax), "test").await.unwrap();
+    let error = admin::relay::resume(&forgotten(&lax), "test").await.unwrap_err().report();
     assert!(error.contains("42P05") && error.contains("AFTERCOMMIT_PGBOUNCER"), "{error}");
     // With it, what others left there is in nobody's way.
-    admin::relay::resume(&behind(&lax, &database.config)).await.unwrap();
+    admin::relay::resume(&behind(&lax, &database.config), "test").await.unwrap();
 }
 
 /// A handler whose queries keep their names waits, with the reason, until that is put right: no event is to blame.

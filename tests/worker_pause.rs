@@ -6,13 +6,13 @@ mod support;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use aftercommit::admin::worker::{Who, pause, resume};
+use aftercommit::admin::worker::{Which, pause, resume};
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Subscriber, Worker};
 use support::{Act, Number, Record, RunningWorker, SOON, Work};
 
 const KEYS: [&str; 4] = ["a", "b", "c", "d"];
-const RECEIPTS: Who<'_> = Who::Subscriber("receipts");
+const RECEIPTS: Which<'_> = Which::Subscriber("receipts");
 
 fn receipts() -> Subscriber {
     Subscriber::new("receipts").on::<Number>(Record::good()).max_batch(3)
@@ -41,16 +41,16 @@ async fn a_pause_under_load_and_a_resume_lose_nothing_and_keep_the_order() {
     let worker = work.run(Subscriber::new("receipts").on::<Number>(slow).max_batch(3)).await;
     let ((), paused) = tokio::join!(work.send_many(&KEYS, 100), async {
         work.wait_for(20).await;
-        pause(&work.outbox.postgres, RECEIPTS, Some("load")).await.unwrap()
+        pause(&work.outbox.postgres, RECEIPTS, "me", Some("load")).await.unwrap()
     });
     assert!(paused.changed && paused.known);
     let before = wait_until_still(&work).await;
     assert!(before < 400, "it was paused under load: {before}");
     work.send_many(&["e"], 10).await;
     assert_eq!(work.count().await, before);
-    assert!(!pause(&work.outbox.postgres, RECEIPTS, None).await.unwrap().changed);
+    assert!(!pause(&work.outbox.postgres, RECEIPTS, "me", None).await.unwrap().changed);
 
-    assert!(resume(&work.outbox.postgres, RECEIPTS).await.unwrap().changed);
+    assert!(resume(&work.outbox.postgres, RECEIPTS, "me").await.unwrap().changed);
     work.wait_for(410).await;
     work.assert_in_order(&KEYS, 100).await;
     work.assert_in_order(&["e"], 10).await;
@@ -76,15 +76,15 @@ async fn what_runs_finishes_and_nothing_costs_an_attempt() {
     })
     .await
     .unwrap();
-    pause(&work.outbox.postgres, RECEIPTS, None).await.unwrap();
+    pause(&work.outbox.postgres, RECEIPTS, "me", None).await.unwrap();
     work.wait_for(1).await;
     work.send("failing", 2).await;
     assert_eq!(wait_until_still(&work).await, 1);
     for _ in 0..3 {
-        resume(&work.outbox.postgres, RECEIPTS).await.unwrap();
-        pause(&work.outbox.postgres, RECEIPTS, None).await.unwrap();
+        resume(&work.outbox.postgres, RECEIPTS, "me").await.unwrap();
+        pause(&work.outbox.postgres, RECEIPTS, "me", None).await.unwrap();
     }
-    resume(&work.outbox.postgres, RECEIPTS).await.unwrap();
+    resume(&work.outbox.postgres, RECEIPTS, "me").await.unwrap();
     work.wait_for(2).await;
     assert_eq!(work.effects().await, [(Some("slow".into()), 1, 1), (Some("failing".into()), 2, 2)]);
     assert_eq!(work.dead_letters().await, []);
@@ -108,12 +108,12 @@ async fn a_redelivery_during_a_pause_runs_nothing_and_is_in_order_afterwards() {
         numbers += 1;
     }
     assert_eq!(numbers, 7);
-    pause(&work.outbox.postgres, RECEIPTS, None).await.unwrap();
+    pause(&work.outbox.postgres, RECEIPTS, "me", None).await.unwrap();
     let worker = RunningWorker::start(worker);
     assert_eq!(wait_until_still(&work).await, 0);
     let info = work.consumer("receipts").await;
     assert_eq!(info.cached_info().num_waiting, 0, "a paused worker asks for nothing");
-    resume(&work.outbox.postgres, RECEIPTS).await.unwrap();
+    resume(&work.outbox.postgres, RECEIPTS, "me").await.unwrap();
     work.wait_for(20).await;
     work.assert_in_order(&KEYS, 5).await;
     work.wait_until_acked("receipts").await;
@@ -126,7 +126,7 @@ async fn a_pause_survives_a_restart_and_a_change_of_hands() {
     let first = work.run(receipts()).await;
     work.send_many(&KEYS, 5).await;
     work.wait_for(20).await;
-    pause(&work.outbox.postgres, RECEIPTS, Some("maintenance")).await.unwrap();
+    pause(&work.outbox.postgres, RECEIPTS, "me", Some("maintenance")).await.unwrap();
     wait_until_still(&work).await;
     drop(first);
     let worker = work.worker_with(receipts());
@@ -144,7 +144,7 @@ async fn a_pause_survives_a_restart_and_a_change_of_hands() {
     .await
     .unwrap_or_else(|error| panic!("{error}: {report:?}"));
     assert_eq!(work.count().await, 20);
-    resume(&work.outbox.postgres, RECEIPTS).await.unwrap();
+    resume(&work.outbox.postgres, RECEIPTS, "me").await.unwrap();
     work.wait_for(24).await;
     work.assert_in_order(&KEYS, 6).await;
     second.stop().await;

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use sqlx::PgExecutor;
+
 use super::session::Session;
 
 /// Takes a lease that is free, has expired, or is already the holder's own. Returns the new epoch, or none while
@@ -62,7 +64,7 @@ pub(crate) async fn release(connection: &mut Session, name: &str, holder: &str, 
 }
 
 /// Whether anybody has ever held the lease.
-pub(crate) async fn exists(connection: &mut Session, name: &str) -> Result<bool, sqlx::Error> {
+pub(crate) async fn exists(connection: impl PgExecutor<'_>, name: &str) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar("select exists (select from aftercommit.lease where name = $1)")
         .bind(name)
         .fetch_one(connection)
@@ -75,4 +77,12 @@ pub(crate) struct Tenure {
     pub(crate) name: String,
     pub(crate) holder: String,
     pub(crate) epoch: i64,
+}
+
+/// A new name for who holds a lease: host, process, and something random, because process numbers come again.
+pub(crate) fn new_holder() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = Some(host.trim()).filter(|host| !host.is_empty()).unwrap_or("host");
+    let id = uuid::Uuid::now_v7().simple().to_string();
+    format!("{host}:{}:{}", std::process::id(), &id[24..])
 }

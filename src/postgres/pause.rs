@@ -1,8 +1,8 @@
 //! What operators have switched off.
 
 use chrono::{DateTime, Utc};
-use sqlx::Row;
 use sqlx::postgres::PgRow;
+use sqlx::{PgExecutor, Row};
 
 use super::session::Session;
 
@@ -15,7 +15,11 @@ pub(crate) async fn is_paused(connection: &mut Session, names: &[&str]) -> Resul
 }
 
 /// Pauses. False when it was paused already.
-pub(crate) async fn pause(connection: &mut Session, name: &str, reason: Option<&str>) -> Result<bool, sqlx::Error> {
+pub(crate) async fn pause(
+    connection: impl PgExecutor<'_>,
+    name: &str,
+    reason: Option<&str>,
+) -> Result<bool, sqlx::Error> {
     let done = sqlx::query("insert into aftercommit.pause (name, reason) values ($1, $2) on conflict do nothing")
         .bind(name)
         .bind(reason)
@@ -25,7 +29,7 @@ pub(crate) async fn pause(connection: &mut Session, name: &str, reason: Option<&
 }
 
 /// Resumes. False when it was not paused.
-pub(crate) async fn resume(connection: &mut Session, name: &str) -> Result<bool, sqlx::Error> {
+pub(crate) async fn resume(connection: impl PgExecutor<'_>, name: &str) -> Result<bool, sqlx::Error> {
     let done = sqlx::query("delete from aftercommit.pause where name = $1").bind(name).execute(connection).await?;
     Ok(done.rows_affected() == 1)
 }
@@ -51,7 +55,7 @@ pub(crate) async fn first(connection: &mut Session, names: &[&str]) -> Result<Op
 }
 
 /// All that is switched off, by name.
-pub(crate) async fn list(connection: &mut Session) -> Result<Vec<Pause>, sqlx::Error> {
+pub(crate) async fn list(connection: impl PgExecutor<'_>) -> Result<Vec<Pause>, sqlx::Error> {
     let rows = sqlx::query("select name, paused_at, paused_by, reason from aftercommit.pause order by name")
         .fetch_all(connection)
         .await?;

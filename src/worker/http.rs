@@ -23,6 +23,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore};
 
 use super::handler::HandlerError;
+use super::trouble::Unreachable;
 use crate::config::{ClientCertificate, Secret, read_file};
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind};
@@ -82,14 +83,6 @@ enum Value {
 struct Ready {
     client: Client<Connector, Full<Bytes>>,
     headers: HeaderMap,
-}
-
-/// Why an event was not taken.
-pub(super) enum Refusal {
-    /// There is nobody to take any event, for this reason.
-    Unreachable(String),
-    /// There is an answer to this event, or none came.
-    Answered(HandlerError),
 }
 
 impl Endpoint {
@@ -210,29 +203,26 @@ impl Endpoint {
     }
 
     /// Posts an event and waits for the answer.
-    pub(super) async fn post(&self, event: &Envelope) -> Result<(), Refusal> {
-        let answered = |error: HandlerError| Refusal::Answered(error);
-        let Some(ready) = self.ready.get() else {
-            return Err(Refusal::Unreachable("the endpoint was not prepared".into()));
-        };
+    pub(super) async fn post(&self, event: &Envelope) -> Result<(), HandlerError> {
+        let ready = self.ready.get().ok_or_else(|| Unreachable("the endpoint was not prepared".into()))?;
         let request = self.request(event, &ready.headers).map_err(|()| {
-            answered(HandlerError::reject("the event cannot be an HTTP request: a header has illegal characters"))
+            HandlerError::reject("the event cannot be an HTTP request: an attribute has illegal characters")
         })?;
         match tokio::time::timeout(self.timeout, ready.client.request(request)).await {
             Ok(Ok(response)) => {
                 let verdict = self.judge(response.status(), response.headers());
                 discard(response).await;
-                verdict.map_err(answered)
+                verdict
             }
             Ok(Err(error)) if error.is_connect() => {
-                Err(Refusal::Unreachable(format!("{self} cannot be reached: {}", causes(&error))))
+                Err(Unreachable(format!("{self} cannot be reached: {}", causes(&error))).into())
             }
             // Whether it was taken is unknown; it is sent again.
-            Ok(Err(error)) => {
-                let text = format!("the connection to {self} was lost before an answer came: {}", causes(&error));
-                Err(answered(HandlerError::unavailable(text)))
-            }
-            Err(_) => Err(answered(HandlerError::retry(format!("{self} did not answer within {:?}", self.timeout)))),
+            Ok(Err(error)) => Err(HandlerError::unavailable(format!(
+                "the connection to {self} was lost before an answer came: {}",
+                causes(&error)
+            ))),
+            Err(_) => Err(HandlerError::retry(format!("{self} did not answer within {:?}", self.timeout))),
         }
     }
 

@@ -8,6 +8,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use super::progress::Progress;
+use super::sample::Watched;
 use crate::error::Error;
 use crate::health::{Check, Health, Phase};
 use crate::jetstream::Connection;
@@ -45,8 +46,8 @@ impl Board {
     }
 
     /// These are the worker's subscribers.
-    pub(super) fn show(&self, subscribers: &[Arc<Progress>]) {
-        self.subscribers.send_replace(subscribers.to_vec());
+    pub(super) fn show(&self, subscribers: &[Watched]) {
+        self.subscribers.send_replace(subscribers.iter().map(|(progress, _)| Arc::clone(progress)).collect());
     }
 
     /// The first connection to NATS does not come about.
@@ -210,7 +211,7 @@ impl fmt::Debug for Monitor {
 }
 
 /// Who holds a lease: host, process, and something random, because process numbers come again.
-fn holder() -> String {
+pub(super) fn holder() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let host = Some(host.trim()).filter(|host| !host.is_empty()).unwrap_or("host");
     let id = uuid::Uuid::now_v7().simple().to_string();

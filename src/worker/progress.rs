@@ -7,6 +7,7 @@ use chrono::{DateTime, Utc};
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 
 use super::sample::Sample;
+use super::subscriber::Subscriber;
 use crate::health::{Facts, Health, Phase};
 use crate::telemetry;
 
@@ -71,7 +72,7 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    pub(super) fn new(subscriber: &str, time_limit: Duration) -> Self {
+    pub(super) fn new(subscriber: &Subscriber) -> Self {
         let position = Position {
             phase: Phase::Connecting,
             epoch: 0,
@@ -83,11 +84,11 @@ impl Progress {
             settled: 0,
         };
         Self {
-            subscriber: subscriber.into(),
-            time_limit,
+            subscriber: subscriber.name.clone(),
+            time_limit: subscriber.settings.time_limit,
             position: Mutex::new(position),
             sample: Mutex::default(),
-            metrics: Metrics::new(subscriber),
+            metrics: Metrics::new(&subscriber.name),
         }
     }
 

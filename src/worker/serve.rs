@@ -26,7 +26,7 @@ use super::session::{self, End, Session};
 use super::subscriber::{Subscriber, Work};
 
 /// How long a lease lasts without a sign of life, by the database's clock.
-const LEASE: Duration = Duration::from_secs(4);
+pub(super) const LEASE: Duration = Duration::from_secs(4);
 /// How often the holder prolongs it.
 const RENEW: Duration = Duration::from_secs(1);
 /// How often a standby looks whether it is free.
@@ -34,8 +34,8 @@ const LOOK: Duration = Duration::from_millis(500);
 /// What pauses all subscribers of a database.
 pub(crate) const ALL: &str = "subscriber:*";
 
-/// The name of a subscriber's lease and of its pause.
-pub(crate) fn durable_name(subscriber: &str) -> String {
+/// What its instances compete for.
+pub(crate) fn lease_name(subscriber: &str) -> String {
     format!("subscriber:{subscriber}")
 }
 
@@ -84,7 +84,7 @@ impl Service {
     }
 
     async fn acquire(&self) -> Result<Option<Tenure>, Error> {
-        let name = durable_name(self.name());
+        let name = lease_name(self.name());
         let acquired =
             self.connections.run(async |connection| lease::acquire(connection, &name, &self.holder, LEASE).await).await;
         let epoch =

@@ -12,7 +12,6 @@ pub(super) enum Trouble {
     /// The database is away, or does not let us do our own work.
     Outage(String),
     /// What the subscriber sends all of its events to is away.
-    #[cfg_attr(not(feature = "cli"), expect(dead_code, reason = "only HTTP endpoints are"))]
     Unreachable(String),
     /// Others were in the way.
     Conflict {
@@ -29,6 +28,12 @@ pub(super) enum Trouble {
         error: HandlerError,
     },
 }
+
+/// What the subscriber sends all of its events to is away, for this reason.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+#[cfg_attr(not(feature = "cli"), expect(dead_code, reason = "only the command line knows of HTTP endpoints"))]
+pub(super) struct Unreachable(pub(super) String);
 
 impl Trouble {
     /// The culprit's place in the group.
@@ -49,6 +54,9 @@ pub(super) fn trouble(at: Option<usize>, error: HandlerError) -> Trouble {
     };
     let mut cause: Option<&(dyn StdError + 'static)> = Some(cause.as_ref());
     while let Some(next) = cause {
+        if let Some(Unreachable(reason)) = next.downcast_ref() {
+            return Trouble::Unreachable(reason.clone());
+        }
         if let Some(database) = next.downcast_ref::<sqlx::Error>() {
             let mixed_up = database.as_database_error().is_some_and(postgres::is_mixed_up);
             if mixed_up || postgres::is_outage(database) {
@@ -73,7 +81,7 @@ pub(super) fn timed_out(error: &HandlerError) -> bool {
 }
 
 /// The error with its causes, on one line.
-pub(super) fn describe(error: &HandlerError) -> String {
+pub(crate) fn describe(error: &HandlerError) -> String {
     match error {
         HandlerError::Snooze(wait) => format!("snoozed for {wait:?}"),
         HandlerError::Reject { reason } => clip(reason),

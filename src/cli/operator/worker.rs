@@ -2,8 +2,9 @@
 
 use clap::{Args, Subcommand};
 
-use super::super::servers::PostgresArgs;
-use crate::admin::worker::{self, Paused, Resumed, Who};
+use super::who::WhoArgs;
+use crate::admin::worker::{self, Paused, Resumed, Which};
+use crate::cli::PostgresArgs;
 use crate::error::Error;
 
 #[derive(Subcommand)]
@@ -16,12 +17,16 @@ pub(super) enum Worker {
         #[arg(long)]
         reason: Option<String>,
         #[command(flatten)]
+        who: WhoArgs,
+        #[command(flatten)]
         postgres: PostgresArgs,
     },
     /// Handle events again, from where it stopped
     Resume {
         #[command(flatten)]
         whom: Whom,
+        #[command(flatten)]
+        who: WhoArgs,
         #[command(flatten)]
         postgres: PostgresArgs,
     },
@@ -39,8 +44,8 @@ pub(super) struct Whom {
 }
 
 impl Whom {
-    fn who(&self) -> Who<'_> {
-        self.subscriber.as_deref().map_or(Who::All, Who::Subscriber)
+    fn which(&self) -> Which<'_> {
+        self.subscriber.as_deref().map_or(Which::All, Which::Subscriber)
     }
 
     fn option(&self) -> String {
@@ -50,13 +55,13 @@ impl Whom {
 
 pub(super) async fn run(command: Worker) -> Result<String, Error> {
     match command {
-        Worker::Pause { whom, reason, postgres } => {
-            let paused = worker::pause(&postgres.config()?, whom.who(), reason.as_deref()).await?;
+        Worker::Pause { whom, reason, who, postgres } => {
+            let paused = worker::pause(&postgres.config()?, whom.which(), &who.name(), reason.as_deref()).await?;
             Ok(tell_paused(&paused, &whom.option()))
         }
-        Worker::Resume { whom, postgres } => {
-            let resumed = worker::resume(&postgres.config()?, whom.who()).await?;
-            Ok(tell_resumed(&resumed, whom.who()))
+        Worker::Resume { whom, who, postgres } => {
+            let resumed = worker::resume(&postgres.config()?, whom.which(), &who.name()).await?;
+            Ok(tell_resumed(&resumed, whom.which()))
         }
     }
 }
@@ -72,13 +77,13 @@ fn tell_paused(paused: &Paused, option: &str) -> String {
     text
 }
 
-fn tell_resumed(resumed: &Resumed, who: Who<'_>) -> String {
+fn tell_resumed(resumed: &Resumed, which: Which<'_>) -> String {
     let mut text = String::from(if resumed.changed { "resumed\n" } else { "it was not paused\n" });
-    match who {
-        Who::Subscriber(_) if resumed.all_paused => {
+    match which {
+        Which::Subscriber(_) if resumed.all_paused => {
             text.push_str("all subscribers are paused, this one too: `aftercommit worker resume --all`\n");
         }
-        Who::All if !resumed.paused.is_empty() => {
+        Which::All if !resumed.paused.is_empty() => {
             text.push_str(&format!("still paused by themselves: {}\n", resumed.paused.join(", ")));
         }
         _ => {}
