@@ -157,7 +157,7 @@ async fn an_outage_of_the_database_is_named_and_passes() {
     let mut postgres = Postgres::start(Default::default()).await.unwrap();
     let work = work_on(&postgres, Nats::shared().await.unwrap().url()).await;
     let (_worker, address) = start(&work, TOML);
-    answers(&address, "/readyz", 200, "leading").await;
+    answers(&address, "/readyz", 200, "working").await;
     postgres.kill().await.unwrap();
     work.send("a", 1).await;
     answers(&address, "/readyz", 503, "receipts: leading").await;

@@ -184,6 +184,17 @@ async fn the_kill_switch_holds_all_subscribers_whatever_is_resumed() {
     })
     .await
     .unwrap();
+    let status = Command::new(env!("CARGO_BIN_EXE_aftercommit"))
+        .arg("status")
+        .env("DATABASE_URL", &work.outbox.postgres.url)
+        .env("NATS_URL", &work.outbox.nats.url)
+        .env("AFTERCOMMIT_STREAM", &work.outbox.naming.stream)
+        .output()
+        .unwrap();
+    let status = String::from_utf8(status.stdout).unwrap();
+    for line in ["\npaused       subscriber:* at ", " by postgres: fire\n", "\npaused       subscriber:receipts at "] {
+        assert!(status.contains(line), "{status}");
+    }
     work.send("a", 2).await;
     let resume = ["resume", "--subscriber", "receipts"];
     let held = "resumed\nall subscribers are paused, this one too: `aftercommit worker resume --all`\n";

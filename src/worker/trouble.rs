@@ -32,7 +32,6 @@ pub(super) enum Trouble {
 /// What the subscriber sends all of its events to is away, for this reason.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-#[cfg_attr(not(feature = "cli"), expect(dead_code, reason = "only the command line knows of HTTP endpoints"))]
 pub(super) struct Unreachable(pub(super) String);
 
 impl Trouble {
