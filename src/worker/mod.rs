@@ -58,6 +58,7 @@ mod http;
 mod lane;
 mod monitor;
 mod progress;
+mod pruner;
 mod registry;
 mod sample;
 mod scheduler;

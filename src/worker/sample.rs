@@ -129,7 +129,7 @@ async fn consumer(nats: &Connection, spec: &ConsumerSpec) -> Result<Option<Load>
 
 async fn tables(connections: &Connections, watched: &[Watched]) -> Result<Vec<Counts>, Error> {
     let names: Vec<&str> = watched.iter().map(|(progress, _)| progress.subscriber.as_str()).collect();
-    let look = connections.run(async |connection| status::subscribers(connection, &names).await);
+    let look = connections.run(async |connection| status::counts(connection, &names).await);
     match tokio::time::timeout(DEADLINE, look).await {
         Ok(counts) => counts.map_err(|error| database_error("reading the subscribers' tables failed", error)),
         Err(_) => Err(Error::new(ErrorKind::Database, format!("no answer in {DEADLINE:?}"))),

@@ -1,14 +1,17 @@
 //! The life of one subscriber in one process: stand by, take over, work, hand over.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
 
 use crate::backoff::Backoff;
 use crate::error::{Error, ErrorKind};
+use crate::event::EventId;
 use crate::health::Phase;
 use crate::jetstream::ack::Answers;
 use crate::jetstream::consumer::{self, ConsumerSpec, Position};
@@ -19,9 +22,11 @@ use crate::postgres::connections::Connections;
 use crate::postgres::function::{self, FunctionName};
 use crate::postgres::lease::{self, Tenure};
 use crate::postgres::pause::{self, Pause};
+use crate::postgres::{inbox, running};
 
 use super::lane::Lane;
 use super::progress::Progress;
+use super::pruner::Pruner;
 use super::session::{self, End, Session};
 use super::subscriber::{Subscriber, Work};
 
@@ -102,6 +107,7 @@ impl Service {
         let keeper =
             keep(Arc::clone(&self.connections), Arc::clone(&tenure), Arc::clone(&self.progress), lost.clone(), tell);
         let keeper = AbortOnDropHandle::new(tokio::spawn(keeper));
+        let pruner = AbortOnDropHandle::new(tokio::spawn(self.pruner().run()));
         while !stop.is_cancelled() && !lost.is_cancelled() {
             let Some(pausing) = self.wait_until_resumed(&mut told, stop, &lost).await else { break };
             // A pause ends the session as a stop does: what runs finishes, the rest goes back.
@@ -118,7 +124,7 @@ impl Service {
                 }
             }
         }
-        drop(keeper);
+        drop((keeper, pruner));
         if lost.is_cancelled() {
             tracing::warn!(subscriber = self.name(), epoch = tenure.epoch, "another instance has taken over");
             return;
@@ -159,6 +165,14 @@ impl Service {
             self.progress.rest(Phase::Leading, "resuming");
         }
         Some(Pausing::new(told.clone(), stop))
+    }
+
+    fn pruner(&self) -> Pruner {
+        Pruner {
+            subscriber: Arc::clone(&self.subscriber),
+            connections: Arc::clone(&self.connections),
+            source: Source::new(&jetstream::context(&self.client), &self.spec.stream),
+        }
     }
 
     async fn hand_over(&self, tenure: &Tenure) {
@@ -219,6 +233,35 @@ impl Service {
         }
     }
 
+    /// Finds out which events ran when the process of a predecessor died, and how often that happened to them.
+    async fn take_over(&self, tenure: &Tenure) -> Result<HashMap<Uuid, u32>, Error> {
+        let found =
+            self.connections.run(async |connection| running::take_over(connection, tenure, self.name()).await).await;
+        let found =
+            found.map_err(|error| postgres::database_error("what a predecessor ran cannot be looked at", error))?;
+        for (event_id, crashes) in &found {
+            tracing::warn!(subscriber = self.name(), %event_id, crashes, "the worker's process died while an event ran");
+        }
+        Ok(found.into_iter().map(|(event, crashes)| (event, crashes.unsigned_abs())).collect())
+    }
+
+    /// Asks the inbox which events are done. When it cannot be asked, none: a lane will find out.
+    fn done(&self) -> feed::Done {
+        let (connections, subscriber) = (Arc::clone(&self.connections), Arc::clone(&self.subscriber));
+        Box::new(move |events| {
+            let (connections, subscriber) = (Arc::clone(&connections), Arc::clone(&subscriber));
+            Box::pin(async move {
+                let events: Vec<Uuid> = events.into_iter().map(EventId::as_uuid).collect();
+                let found =
+                    connections.run(async |connection| inbox::done(connection, &subscriber.name, &events).await);
+                match tokio::time::timeout(LEASE, found).await {
+                    Ok(Ok(found)) => found.into_iter().map(EventId::from).collect(),
+                    _ => HashSet::new(),
+                }
+            })
+        })
+    }
+
     async fn work(
         &self,
         tenure: &Arc<Tenure>,
@@ -226,6 +269,10 @@ impl Service {
         stop: &CancellationToken,
         lost: &CancellationToken,
     ) -> End {
+        let suspects = match self.take_over(tenure).await {
+            Ok(suspects) => suspects,
+            Err(error) => return End::Broken(error.report()),
+        };
         let context = jetstream::context(&self.client);
         let lane = Lane {
             subscriber: Arc::clone(&self.subscriber),
@@ -233,11 +280,12 @@ impl Service {
             source: Source::new(&context, &self.spec.stream),
             tenure: Arc::clone(tenure),
             progress: Arc::clone(&self.progress),
+            number: 0,
         };
         let budget = session::budget(&lane);
         let ack_wait = position.ack_wait;
-        let feed = feed::start(&self.client, &context, &self.spec, position, &budget);
-        Session::new(lane, Answers::start(&self.client), budget).run(feed, ack_wait, stop, lost).await
+        let feed = feed::start(&self.client, &context, &self.spec, position, &budget, self.done());
+        Session::new(lane, suspects, Answers::start(&self.client), budget).run(feed, ack_wait, stop, lost).await
     }
 }
 
