@@ -48,6 +48,7 @@
 //! acked. A message that comes again finds its row. Several events may share a transaction; when one of them fails, it
 //! is undone as a whole and they run again, the failing one alone.
 
+mod batch;
 #[cfg(feature = "testing")]
 pub(crate) mod drain;
 #[cfg(feature = "cli")]
@@ -56,9 +57,11 @@ mod handler;
 #[cfg(feature = "cli")]
 mod http;
 mod lane;
+mod load;
 mod monitor;
 mod progress;
 mod pruner;
+mod redrive;
 mod registry;
 mod sample;
 mod scheduler;
@@ -85,6 +88,7 @@ use crate::postgres::connections::Connections;
 use monitor::Board;
 use progress::Progress;
 
+pub use batch::{BatchError, BatchHandler};
 #[cfg(feature = "cli")]
 pub use file::read_file;
 pub use handler::{Delivery, Handler, HandlerError};
@@ -92,8 +96,8 @@ pub use monitor::{Monitor, SubscriberReport, WorkerReport};
 pub use registry::{FailedModule, Module, Queues, Registry};
 pub(crate) use serve::{ALL, lease_name};
 pub use span::set_span_parent;
-pub use subscriber::Subscriber;
 pub(crate) use subscriber::check_name;
+pub use subscriber::{FailurePolicy, Subscriber};
 #[cfg(feature = "testing")]
 pub(crate) use trouble::describe;
 

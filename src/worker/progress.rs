@@ -226,7 +226,7 @@ impl Progress {
             sample.pending().map(|pending| i64::try_from(pending.saturating_add(runnable)).unwrap_or(i64::MAX));
         let mut state = position.state.clone();
         if position.phase == Phase::Leading {
-            for obstacle in [position.database.clone(), sample.obstacle()].into_iter().flatten() {
+            for obstacle in position.database.clone().into_iter().chain(sample.obstacles()) {
                 if !state.contains(&obstacle) {
                     state = format!("{state}; {obstacle}");
                 }

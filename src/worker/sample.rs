@@ -23,13 +23,16 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// What was seen of one subscriber; in words where it could not be seen.
 #[derive(Debug, Clone)]
 pub(super) struct Sample {
-    pub(super) consumer: Result<Option<Load>, String>,
-    tables: Option<Counts>,
+    consumer: Result<Option<Load>, String>,
+    tables: Result<Counts, String>,
 }
 
 impl Default for Sample {
     fn default() -> Self {
-        Self { consumer: Err("its consumer was not looked at yet".into()), tables: None }
+        Self {
+            consumer: Err("its consumer was not looked at yet".into()),
+            tables: Err("its tables were not looked at yet".into()),
+        }
     }
 }
 
@@ -46,24 +49,32 @@ impl Sample {
 
     /// Events with failed attempts that are still to be retried.
     pub(super) fn failing(&self) -> Option<u64> {
-        self.tables.map(|counts| counts.failing)
+        self.tables().map(|counts| counts.failing)
     }
 
     pub(super) fn dead_letters(&self) -> Option<u64> {
-        self.tables.map(|counts| counts.dead_letters)
+        self.tables().map(|counts| counts.dead_letters)
     }
 
     /// Events that an operator has sent back.
     pub(super) fn redrive(&self) -> Option<u64> {
-        self.tables.map(|counts| counts.redrive)
+        self.tables().map(|counts| counts.redrive)
     }
 
     fn consumer(&self) -> Option<&Load> {
         self.consumer.as_ref().ok().and_then(Option::as_ref)
     }
 
-    /// What keeps messages from coming.
-    pub(super) fn obstacle(&self) -> Option<String> {
+    fn tables(&self) -> Option<&Counts> {
+        self.tables.as_ref().ok()
+    }
+
+    /// What keeps events from coming.
+    pub(super) fn obstacles(&self) -> impl Iterator<Item = String> {
+        [self.consumer_obstacle(), self.tables.as_ref().err().cloned()].into_iter().flatten()
+    }
+
+    fn consumer_obstacle(&self) -> Option<String> {
         match &self.consumer {
             Err(problem) => Some(problem.clone()),
             Ok(None) => Some("its consumer does not exist".into()),
@@ -108,9 +119,11 @@ async fn look_at_tables(connections: &Connections, watched: &[Watched]) {
             tracing::warn!(error = error.report(), "the subscribers' tables cannot be read");
         }
         failed = seen.is_err();
-        let mut seen = seen.unwrap_or_default().into_iter();
-        for (progress, _) in watched {
-            let counts = seen.next();
+        for (n, (progress, _)) in watched.iter().enumerate() {
+            let counts = match &seen {
+                Ok(counts) => counts.get(n).copied().ok_or_else(|| "its tables could not be counted".into()),
+                Err(error) => Err(error.report()),
+            };
             progress.sampled(|sample| sample.tables = counts);
         }
         let pause = if failed { EVERY } else { EVERY.max(began.elapsed() * REST) };
