@@ -163,7 +163,9 @@ impl Run {
     /// Keeps where the next page or run goes on. Fails when another process has taken over.
     pub(crate) async fn save_position(&mut self, position: Value) -> Result<(), Error> {
         let counts = self.tally.counts();
-        let saved = self.on(async |session| reconcile::save_position(session, self.id, &position, counts).await).await;
+        let saved = self
+            .on(async |session| reconcile::save_position(session, &self.name, self.id, &position, counts).await)
+            .await;
         match saved {
             Ok(true) => {
                 self.position = position;
