@@ -7,6 +7,7 @@ pub(crate) mod doctor;
 pub(crate) mod feed;
 pub(crate) mod monitoring;
 pub(crate) mod publisher;
+pub(crate) mod search;
 pub(crate) mod service;
 pub(crate) mod stored;
 pub(crate) mod stream;

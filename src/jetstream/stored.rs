@@ -58,6 +58,16 @@ pub(crate) async fn load(
     Ok(Stretch { messages, next: Some(end + 1).filter(|next| *next <= last) })
 }
 
+/// The first message on a subject from a sequence on.
+pub(crate) async fn next(
+    context: &Context,
+    stream: &str,
+    subject: &str,
+    sequence: u64,
+) -> Result<Option<StreamMessage>, Error> {
+    following(&handle(context, stream).await?, subject, sequence).await
+}
+
 /// Follows one subject from message to message.
 async fn walk(stream: &Stream<()>, subject: &str, start: u64, end: u64) -> Result<Vec<StreamMessage>, Error> {
     let mut found = Vec::new();
@@ -74,7 +84,6 @@ async fn walk(stream: &Stream<()>, subject: &str, start: u64, end: u64) -> Resul
     Ok(found)
 }
 
-/// The first message on a subject from a sequence on.
 async fn following(stream: &Stream<()>, subject: &str, sequence: u64) -> Result<Option<StreamMessage>, Error> {
     match stream.raw_message_builder().sequence(sequence).next_by_subject(subject).send().await {
         Ok(message) => Ok(Some(message)),

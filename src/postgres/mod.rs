@@ -6,6 +6,7 @@ pub(crate) mod connections;
 pub(crate) mod database;
 pub(crate) mod dead_letter;
 pub(crate) mod doctor;
+pub(crate) mod explain;
 pub(crate) mod finding;
 pub(crate) mod function;
 pub(crate) mod inbox;
