@@ -21,6 +21,7 @@ pub(crate) mod reconcile_status;
 pub(crate) mod relay_log;
 pub(crate) mod relay_status;
 pub(crate) mod restamp;
+pub(crate) mod running;
 pub(crate) mod session;
 pub(crate) mod snapshot;
 pub(crate) mod status;

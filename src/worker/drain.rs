@@ -71,6 +71,7 @@ pub(crate) async fn drain(
         connections: Arc::clone(connections),
         source: Source::none(SOURCE),
         tenure: Arc::new(tenure.clone()),
+        number: 0,
     };
     let mut run = Run { lane, left: Vec::new(), attempts: HashMap::new(), outcome: Outcome::default() };
     let drained = match run.begin(events).await {
@@ -175,6 +176,7 @@ impl Run {
                 sequence: place(event),
                 event: Some(Arc::clone(event)),
                 deliveries: u64::from(failed.unsigned_abs()) + 1,
+                crashes: 0,
             }
         });
         let report = self.lane.clone().run(items.collect()).await;

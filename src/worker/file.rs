@@ -7,9 +7,11 @@
 //! sql = { function = "demo.apply_history" }
 //! concurrency = 16                   # transactions at the same time
 //! max_attempts = 10                  # then the event becomes a dead letter
+//! max_crashes = 3                    # of the process while an event runs; then the same
 //! max_batch = 100                    # events in one transaction
 //! ack_wait = "30s"                   # set on the consumer by `aftercommit provision`
 //! time_limit = "1m"                  # of one handler
+//! inbox_retention = "30d"            # how long the inbox remembers what is done, at least
 //! backoff = { first = "1s", max = "5m" }
 //! queue = "heavy"                    # "default" when not given
 //! stream = "ORDERS"                  # the worker's stream when not given
@@ -45,9 +47,11 @@ struct Entry {
     sql: Sql,
     concurrency: Option<usize>,
     max_attempts: Option<u32>,
+    max_crashes: Option<u32>,
     max_batch: Option<usize>,
     ack_wait: Option<Wait>,
     time_limit: Option<Wait>,
+    inbox_retention: Option<Wait>,
     backoff: Option<Waits>,
     queue: Option<String>,
     stream: Option<String>,
@@ -156,9 +160,11 @@ impl Entry {
         settings.prefix = self.prefix.map(|prefix| prefix.0);
         settings.concurrency = self.concurrency.unwrap_or(settings.concurrency);
         settings.max_attempts = self.max_attempts.unwrap_or(settings.max_attempts);
+        settings.max_crashes = self.max_crashes.unwrap_or(settings.max_crashes);
         settings.max_batch = self.max_batch.unwrap_or(settings.max_batch);
         settings.ack_wait = self.ack_wait.map_or(settings.ack_wait, |wait| wait.0);
         settings.time_limit = self.time_limit.map_or(settings.time_limit, |wait| wait.0);
+        settings.inbox_retention = self.inbox_retention.map_or(settings.inbox_retention, |wait| wait.0);
         Ok(subscriber)
     }
 }
@@ -209,6 +215,7 @@ prefix = "orders"
             ("demo.apply_history", "demo.apply history", ":6: function:"),
             ("\"10s\"", "\"10 parsecs\"", ":7: \"10 parsecs\" is not a duration"),
             ("concurrency = 16", "concurrency = 0", "concurrency must be at least 1"),
+            ("concurrency = 16", "max_crashes = 1", "max_crashes must be at least 2"),
             ("\"heavy\"", "\"too heavy\"", "\"too heavy\" is not the name of a queue"),
             ("\"ORDERS\"", "\"ORDERS.NEW\"", "\"ORDERS.NEW\" cannot be the name of a stream"),
             ("\"orders\"", "\"orders.>\"", ":11: \"orders.>\" is not a subject"),

@@ -19,6 +19,7 @@ use crate::jetstream::stored::Source;
 use crate::postgres::connections::Connections;
 use crate::postgres::dead_letter::{self, DeadLetter};
 use crate::postgres::lease::Tenure;
+use crate::postgres::running::{self, Marker};
 use crate::postgres::session::{Session, Tx};
 use crate::postgres::{self, function, inbox};
 
@@ -39,6 +40,8 @@ pub(super) struct Lane {
     pub(super) connections: Arc<Connections>,
     pub(super) source: Source,
     pub(super) tenure: Arc<Tenure>,
+    /// Tells it from the lanes beside it.
+    pub(super) number: i64,
 }
 
 /// One event to run.
@@ -47,6 +50,8 @@ pub(super) struct Item {
     /// None when it has to be read from the stream again.
     pub(super) event: Option<Arc<Envelope>>,
     pub(super) deliveries: u64,
+    /// How often the process died while it ran. Such an event is the only one of its batch.
+    pub(super) crashes: u32,
 }
 
 /// What became of an event.
@@ -103,17 +108,28 @@ impl Lane {
             let rest: Vec<_> = rest.map(|sequence| (sequence, Verdict::NotRun)).collect();
             report.verdicts.extend(rest);
         }
+        // A commit has removed it; after an outage it cannot be, and the next batch of this lane replaces it.
+        if report.outage.is_none() && report.verdicts.iter().any(|(_, verdict)| *verdict != Verdict::Done) {
+            let cleared = self.connections.run(async |connection| running::clear(connection, self.marker()).await);
+            if let Err(error) = self.own(cleared).await {
+                tracing::debug!(subscriber = self.subscriber.name, error, "a marker stays behind");
+            }
+        }
         report
+    }
+
+    fn marker(&self) -> Marker<'_> {
+        Marker { subscriber: &self.subscriber.name, epoch: self.tenure.epoch, lane: self.number }
     }
 
     /// Reads an event again whose payload was let go to save memory.
     async fn complete(&self, item: Item) -> Result<Queued, (u64, Verdict)> {
-        let Item { sequence, event, deliveries } = item;
+        let Item { sequence, event, deliveries, crashes } = item;
         if let Some(event) = event {
-            return Ok(Queued::new(sequence, event, deliveries));
+            return Ok(Queued::new(sequence, event, deliveries, crashes));
         }
         match self.source.read(sequence).await {
-            Ok(Some(event)) => Ok(Queued::new(sequence, Arc::new(event), deliveries)),
+            Ok(Some(event)) => Ok(Queued::new(sequence, Arc::new(event), deliveries, crashes)),
             Ok(None) => {
                 tracing::error!(
                     subscriber = self.subscriber.name,
@@ -163,6 +179,10 @@ impl Lane {
 
     /// Runs one event in a transaction of its own; this run decides about it.
     async fn run_alone(&self, queued: &Queued) -> Result<Verdict, Halt> {
+        if queued.crashes > self.subscriber.settings.max_crashes {
+            let reason = format!("the worker's process died {} times while this event ran", queued.crashes);
+            return self.give_up(queued, &reason, false).await;
+        }
         let started = Instant::now();
         let mut conflicts = 0;
         loop {
@@ -185,11 +205,11 @@ impl Lane {
     async fn decide(&self, queued: &Queued, error: HandlerError, took: Duration) -> Result<Verdict, Halt> {
         match error {
             HandlerError::Snooze(wait) => Ok(Verdict::Later(wait)),
-            HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason)).await,
+            HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason), true).await,
             HandlerError::Retry { after, .. } => {
                 let text = describe(&error);
                 if queued.failures.load(Ordering::Relaxed) + 1 >= self.subscriber.settings.max_attempts {
-                    return self.give_up(queued, &text).await;
+                    return self.give_up(queued, &text, true).await;
                 }
                 let attempts = self.count_failure(queued, &text).await?;
                 let wait = after.unwrap_or_else(|| self.subscriber.settings.backoff.after(attempts));
@@ -219,13 +239,14 @@ impl Lane {
         attempts.map(|attempts| attempts.unsigned_abs()).ok_or(Halt::Fenced)
     }
 
-    async fn give_up(&self, queued: &Queued, reason: &str) -> Result<Verdict, Halt> {
+    async fn give_up(&self, queued: &Queued, reason: &str, attempted: bool) -> Result<Verdict, Halt> {
         let letter = DeadLetter {
             subscriber: &self.subscriber.name,
             stream: self.source.stream(),
             stream_seq: queued.position(),
             event: &queued.event,
             reason,
+            attempted,
         };
         let written =
             self.connections.run(async |connection| dead_letter::insert(connection, &self.tenure, &letter).await);
@@ -258,7 +279,9 @@ impl Lane {
 
     async fn transact_on(&self, connection: &mut Session, group: &[&Queued]) -> Result<(), Trouble> {
         let limit = self.subscriber.settings.time_limit;
-        let mut tx = self.own(inbox::begin(connection, limit)).await.map_err(Trouble::Outage)?;
+        let events: Vec<Uuid> = group.iter().map(|queued| queued.event.id.as_uuid()).collect();
+        let begun = inbox::begin_batch(connection, limit, self.marker(), &events);
+        let mut tx = self.own(begun).await.map_err(Trouble::Outage)?;
         match self.fill(&mut tx, group).await {
             Ok(()) => {
                 fault::point("worker-handled");
@@ -277,9 +300,8 @@ impl Lane {
     }
 
     async fn fill(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<(), Trouble> {
-        let rows: Vec<(Uuid, i64)> =
-            group.iter().map(|queued| (queued.event.id.as_uuid(), queued.position())).collect();
-        let fresh = self.own_or_conflict(inbox::insert(tx, &self.subscriber.name, &rows)).await;
+        let rows: Vec<inbox::Row> = group.iter().map(|queued| queued.row()).collect();
+        let fresh = self.own_or_conflict(inbox::insert(tx, self.marker(), &rows)).await;
         // Nothing of the events has run yet, so none of them is to blame.
         let fresh = fresh.map_err(|trouble| match trouble {
             Trouble::Failed { at, error } if timed_out(&error) => Trouble::Interrupted { at, error },
@@ -287,12 +309,12 @@ impl Lane {
             other => other,
         })?;
         fault::point("worker-inserted");
-        let mut fresh: HashMap<Uuid, i32> = fresh.into_iter().collect();
+        let mut fresh: HashMap<Uuid, Option<i32>> = fresh.into_iter().collect();
         for queued in group {
-            let failures = fresh.get(&queued.event.id.as_uuid()).map_or(0, |failures| failures.unsigned_abs());
-            queued.failures.store(failures, Ordering::Relaxed);
+            let failures = fresh.get(&queued.event.id.as_uuid()).copied().flatten();
+            queued.failures.store(failures.map_or(0, i32::unsigned_abs), Ordering::Relaxed);
         }
-        let failed: Vec<Uuid> = fresh.iter().filter(|(_, attempts)| **attempts > 0).map(|(id, _)| *id).collect();
+        let on_record: Vec<Uuid> = fresh.iter().filter(|(_, record)| record.is_some()).map(|(id, _)| *id).collect();
         match &self.subscriber.work {
             Work::Function { function, .. } => {
                 // `remove`, because one event may be in the stream twice.
@@ -314,8 +336,8 @@ impl Lane {
                 self.own_or_conflict(inbox::check_alive(tx)).await?;
             }
         }
-        if !failed.is_empty() {
-            self.own_or_conflict(inbox::clear_attempts(tx, &self.subscriber.name, &failed)).await?;
+        if !on_record.is_empty() {
+            self.own_or_conflict(inbox::clear_attempts(tx, &self.subscriber.name, &on_record)).await?;
         }
         Ok(())
     }
@@ -379,13 +401,19 @@ struct Queued {
     sequence: u64,
     event: Arc<Envelope>,
     deliveries: u64,
+    crashes: u32,
     /// The attempts that had failed when it was looked at last.
     failures: AtomicU32,
 }
 
 impl Queued {
-    fn new(sequence: u64, event: Arc<Envelope>, deliveries: u64) -> Self {
-        Self { sequence, event, deliveries, failures: AtomicU32::new(0) }
+    fn new(sequence: u64, event: Arc<Envelope>, deliveries: u64, crashes: u32) -> Self {
+        Self { sequence, event, deliveries, crashes, failures: AtomicU32::new(0) }
+    }
+
+    fn row(&self) -> inbox::Row {
+        let sequence = Some(self.event.sequence).filter(|sequence| *sequence > 0);
+        inbox::Row { event_id: self.event.id.as_uuid(), stream_seq: self.position(), sequence }
     }
 
     /// As of when it was looked at last.
@@ -428,7 +456,7 @@ mod tests {
             bytes::Bytes::new(),
         );
         let event = Arc::new(event.unwrap());
-        let events: Vec<_> = (1..=5).map(|sequence| Queued::new(sequence, Arc::clone(&event), 1)).collect();
+        let events: Vec<_> = (1..=5).map(|sequence| Queued::new(sequence, Arc::clone(&event), 1, 0)).collect();
         let mut groups = VecDeque::new();
         split(events.iter().collect(), culprit, &mut groups);
         groups.iter().map(|group| group.iter().map(|queued| queued.sequence).collect()).collect()

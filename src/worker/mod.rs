@@ -54,6 +54,7 @@ pub(crate) mod drain;
 mod file;
 mod handler;
 mod lane;
+mod pruner;
 mod registry;
 mod scheduler;
 mod serve;

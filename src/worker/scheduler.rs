@@ -14,14 +14,39 @@ pub(super) struct Scheduler {
     keys: HashMap<Arc<str>, Queue>,
     /// Events that may start: those without a key, and the oldest of each key that nothing runs of.
     ready: BTreeSet<u64>,
+    /// The same of those that do not bear any company, in the order in which they get their turn.
+    suspects: BTreeSet<(Company, u64)>,
+    /// How many events run.
+    running: usize,
+    /// The company that the suspect which runs bears: there is never more than one.
+    suspect: Option<Company>,
     /// Events that wait for a point in time.
     held: BTreeSet<(Instant, u64)>,
+}
+
+/// Beside which others an event may run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Company {
+    /// Beside none. While such an event is ready, nothing else starts.
+    None,
+    /// In a batch of its own, beside others that bear any company.
+    Unsuspected,
+    /// In a batch with others, beside any.
+    Any,
 }
 
 #[derive(Debug)]
 struct Slot {
     key: Option<Arc<str>>,
     state: State,
+    company: Company,
+}
+
+/// What may start next.
+enum Turn {
+    Suspect(u64),
+    Ready,
+    Nothing,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,31 +73,82 @@ impl Scheduler {
             Some((known, _)) => Arc::clone(known),
             None => Arc::from(key),
         });
-        self.events.insert(event, Slot { key: key.clone(), state: State::Waiting });
+        self.events.insert(event, Slot { key: key.clone(), state: State::Waiting, company: Company::Any });
         match key {
-            None => {
-                self.ready.insert(event);
-            }
+            None => self.let_start(event),
             Some(key) => {
                 let queue = self.keys.entry(Arc::clone(&key)).or_default();
-                if let Some(overtaken) = queue.events.first().filter(|oldest| event < **oldest) {
-                    self.ready.remove(overtaken);
-                }
+                let overtaken = queue.events.first().filter(|oldest| event < **oldest).copied();
                 queue.events.insert(event);
+                if let Some(overtaken) = overtaken {
+                    self.let_wait(overtaken);
+                }
                 self.promote(&key);
             }
         }
         true
     }
 
+    /// Says what company an event bears that does not run. Without this it is any.
+    pub(super) fn bears(&mut self, event: u64, company: Company) {
+        let was_ready = self.let_wait(event);
+        if let Some(slot) = self.events.get_mut(&event) {
+            slot.company = company;
+        }
+        if was_ready {
+            self.let_start(event);
+        }
+    }
+
+    fn company(&self, event: u64) -> Company {
+        self.events.get(&event).map_or(Company::Any, |slot| slot.company)
+    }
+
+    fn let_start(&mut self, event: u64) {
+        match self.company(event) {
+            Company::Any => self.ready.insert(event),
+            company => self.suspects.insert((company, event)),
+        };
+    }
+
+    fn let_wait(&mut self, event: u64) -> bool {
+        self.ready.remove(&event) || self.suspects.remove(&(self.company(event), event))
+    }
+
+    fn turn(&self) -> Turn {
+        match (self.suspect, self.suspects.first()) {
+            (Some(Company::None), _) => Turn::Nothing,
+            (_, Some((Company::None, _))) if self.running > 0 => Turn::Nothing,
+            (None, Some((_, event))) => Turn::Suspect(*event),
+            _ => Turn::Ready,
+        }
+    }
+
     /// How many lanes could be given something at the same time.
     pub(super) fn ready(&self) -> usize {
-        self.ready.len()
+        match self.turn() {
+            Turn::Nothing => 0,
+            Turn::Suspect(event) if self.company(event) == Company::None => 1,
+            Turn::Suspect(_) => 1 + self.ready.len(),
+            Turn::Ready => self.ready.len(),
+        }
     }
 
     /// Gives out up to `max` events for one lane, oldest first: the first `heads` ready ones and what follows them
-    /// with the same key. Until all events of a key are settled no other lane gets one of it.
+    /// with the same key. Until all events of a key are settled no other lane gets one of it. A suspect comes first.
     pub(super) fn take(&mut self, heads: usize, max: usize) -> Vec<u64> {
+        match self.turn() {
+            Turn::Nothing => Vec::new(),
+            Turn::Suspect(event) => {
+                self.let_wait(event);
+                self.start(event);
+                vec![event]
+            }
+            Turn::Ready => self.take_ready(heads, max),
+        }
+    }
+
+    fn take_ready(&mut self, heads: usize, max: usize) -> Vec<u64> {
         let mut batch = Vec::new();
         let mut heads = heads.min(self.ready.len());
         // The successors of events in this batch: only this lane may have them.
@@ -91,21 +167,41 @@ impl Scheduler {
                 }
                 _ => break,
             };
-            let Some(slot) = self.events.get_mut(&event) else { continue };
-            slot.state = State::Running;
             batch.push(event);
-            if let Some(queue) = slot.key.as_ref().and_then(|key| self.keys.get_mut(key)) {
-                queue.running += 1;
-                let waits = |event: &&u64| self.events.get(*event).is_some_and(|slot| slot.state == State::Waiting);
-                next.extend(queue.events.range(event + 1..).next().filter(waits));
-            }
+            next.extend(self.start(event));
         }
         batch
+    }
+
+    /// Lets an event run, and returns the next one of its key if that may run in the same batch.
+    fn start(&mut self, event: u64) -> Option<u64> {
+        let slot = self.events.get_mut(&event)?;
+        slot.state = State::Running;
+        self.running += 1;
+        if slot.company != Company::Any {
+            self.suspect = Some(slot.company);
+        }
+        let queue = self.keys.get_mut(slot.key.as_ref()?)?;
+        queue.running += 1;
+        let follower = queue.events.range(event + 1..).next().copied()?;
+        let fits = |slot: &Slot| slot.state == State::Waiting && slot.company == Company::Any;
+        self.events.get(&follower).is_some_and(fits).then_some(follower)
+    }
+
+    /// The opposite, for its slot.
+    fn ended(&mut self, company: Company) {
+        self.running -= 1;
+        if company != Company::Any {
+            self.suspect = None;
+        }
     }
 
     /// A given-out event is done for good.
     pub(super) fn done(&mut self, event: u64) {
         let Some(slot) = self.events.remove(&event) else { return };
+        if slot.state == State::Running {
+            self.ended(slot.company);
+        }
         if let Some(key) = slot.key {
             if let Some(queue) = self.keys.get_mut(&key) {
                 queue.events.remove(&event);
@@ -134,19 +230,19 @@ impl Scheduler {
             return;
         }
         slot.state = state;
+        let (key, company) = (slot.key.clone(), slot.company);
+        self.ended(company);
         if let State::Held(until) = state {
             self.held.insert((until, event));
         }
-        match slot.key.clone() {
+        match key {
             Some(key) => {
                 if let Some(queue) = self.keys.get_mut(&key) {
                     queue.running -= 1;
                 }
                 self.promote(&key);
             }
-            None if state == State::Waiting => {
-                self.ready.insert(event);
-            }
+            None if state == State::Waiting => self.let_start(event),
             None => {}
         }
     }
@@ -158,7 +254,9 @@ impl Scheduler {
             return;
         }
         let waits = |event: &&u64| self.events.get(*event).is_some_and(|slot| slot.state == State::Waiting);
-        self.ready.extend(queue.events.first().filter(waits));
+        if let Some(event) = queue.events.first().filter(waits).copied() {
+            self.let_start(event);
+        }
     }
 
     /// When the next held event may run.
@@ -180,16 +278,16 @@ impl Scheduler {
             slot.state = State::Waiting;
             match slot.key.clone() {
                 Some(key) => self.promote(&key),
-                None => {
-                    self.ready.insert(event);
-                }
+                None => self.let_start(event),
             }
         }
     }
 
     /// The events that neither run nor could be given out now: held ones, and those behind another of their key.
     pub(super) fn idle(&self) -> Vec<u64> {
-        let resting = |(event, slot): &(&u64, &Slot)| slot.state != State::Running && !self.ready.contains(*event);
+        let ready =
+            |event: u64, slot: &Slot| self.ready.contains(&event) || self.suspects.contains(&(slot.company, event));
+        let resting = |(event, slot): &(&u64, &Slot)| slot.state != State::Running && !ready(**event, slot);
         self.events.iter().filter(resting).map(|(event, _)| *event).collect()
     }
 }
@@ -255,9 +353,49 @@ mod tests {
         assert_eq!(scheduler.take(9, 9), [4, 5, 6]);
     }
 
+    #[test]
+    fn a_suspect_runs_in_a_batch_of_its_own_and_one_at_a_time() {
+        let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "a"), (4, "b"), (5, "c")]);
+        scheduler.bears(2, Company::Unsuspected);
+        scheduler.bears(5, Company::Unsuspected);
+        assert_eq!(scheduler.ready(), 3);
+        assert_eq!(scheduler.take(9, 9), [5]);
+        assert_eq!(scheduler.take(9, 9), [1, 4], "2 is not one of a batch");
+        scheduler.done(1);
+        assert_eq!(scheduler.ready(), 0, "5 still runs");
+        scheduler.done(5);
+        assert_eq!(scheduler.take(9, 9), [2]);
+        scheduler.done(2);
+        assert_eq!(scheduler.take(9, 9), [3]);
+    }
+
+    #[test]
+    fn nothing_runs_beside_an_event_that_bears_no_company() {
+        let now = Instant::now();
+        let mut scheduler = scheduler(&[(1, ""), (2, ""), (3, ""), (4, "")]);
+        assert_eq!(scheduler.take(1, 1), [1]);
+        scheduler.bears(2, Company::Unsuspected);
+        scheduler.bears(3, Company::None);
+        assert_eq!((scheduler.ready(), scheduler.take(9, 9)), (0, vec![]), "1 still runs");
+        scheduler.done(1);
+        assert_eq!((scheduler.ready(), scheduler.take(9, 9)), (1, vec![3]));
+        assert_eq!((scheduler.ready(), scheduler.take(9, 9)), (0, vec![]));
+        // One that waits for its time keeps nobody waiting, and one that is gone neither.
+        scheduler.hold(3, now);
+        scheduler.bears(77, Company::None);
+        assert_eq!((scheduler.take(9, 9), scheduler.take(9, 9)), (vec![2], vec![4]));
+        scheduler.wake(now);
+        scheduler.done(2);
+        assert!(scheduler.take(9, 9).is_empty(), "4 still runs");
+        scheduler.put_back(4);
+        assert_eq!(scheduler.take(9, 9), [3]);
+        scheduler.done(3);
+        assert_eq!(scheduler.take(9, 9), [4]);
+    }
+
     #[derive(Debug, Clone)]
     enum Step {
-        Add(u64, Option<u8>),
+        Add(u64, Option<u8>, Company),
         Take(usize, usize),
         Settle(usize, Verdict),
         Wake,
@@ -272,8 +410,10 @@ mod tests {
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
         let verdict = prop_oneof![3 => Just(Verdict::Done), 1 => Just(Verdict::PutBack), 1 => Just(Verdict::Hold)];
+        let company = prop_oneof![8 => Just(Company::Any), 1 => Just(Company::Unsuspected), 1 => Just(Company::None)];
         let step = prop_oneof![
-            4 => (0..200u64, proptest::option::of(0..4u8)).prop_map(|(event, key)| Step::Add(event, key)),
+            4 => (0..200u64, proptest::option::of(0..4u8), company)
+                .prop_map(|(event, key, company)| Step::Add(event, key, company)),
             3 => (1..4usize, 1..6usize).prop_map(|(heads, max)| Step::Take(heads, max)),
             3 => (0..8usize, verdict).prop_map(|(lane, verdict)| Step::Settle(lane, verdict)),
             1 => Just(Step::Wake),
@@ -312,12 +452,27 @@ mod tests {
     #[derive(Default)]
     struct Model {
         keys: HashMap<u64, Option<u8>>,
+        suspects: HashMap<u64, Company>,
         open: BTreeSet<u64>,
         running: BTreeSet<u64>,
     }
 
     impl Model {
+        fn check_company(&self, batch: &[u64]) {
+            let suspects: Vec<_> = self.running.iter().filter_map(|event| self.suspects.get(event)).collect();
+            assert!(suspects.is_empty() || !suspects.contains(&&Company::None), "{batch:?} beside {suspects:?}");
+            match batch.iter().filter_map(|event| self.suspects.get(event)).collect::<Vec<_>>()[..] {
+                [] => {}
+                [Company::None] => assert!(batch.len() == 1 && self.running.is_empty(), "{batch:?}"),
+                [_] => assert!(batch.len() == 1 && suspects.is_empty(), "{batch:?} beside {suspects:?}"),
+                _ => panic!("several suspects in {batch:?}"),
+            }
+        }
+
         fn check_taken(&self, batch: &[u64]) {
+            if !batch.is_empty() {
+                self.check_company(batch);
+            }
             for (n, event) in batch.iter().enumerate() {
                 assert!(self.open.contains(event) && !self.running.contains(event), "{event} given out twice");
                 if let Some(key) = self.keys[event] {
@@ -341,7 +496,7 @@ mod tests {
             let mut now = Instant::now();
             for step in steps {
                 match step {
-                    Step::Add(event, key) => {
+                    Step::Add(event, key, company) => {
                         // A sequence belongs to one message for ever.
                         if model.keys.contains_key(&event) && !model.open.contains(&event) {
                             continue;
@@ -350,6 +505,10 @@ mod tests {
                         prop_assert_eq!(new, model.open.insert(event));
                         if new {
                             model.keys.insert(event, key);
+                            if company != Company::Any {
+                                model.suspects.insert(event, company);
+                                scheduler.bears(event, company);
+                            }
                         }
                     }
                     Step::Take(heads, max) => {
@@ -389,6 +548,7 @@ mod tests {
             }
             prop_assert!(model.open.is_empty() && scheduler.events.is_empty(), "left over: {:?}", model.open);
             prop_assert!(scheduler.keys.is_empty() && scheduler.held.is_empty() && scheduler.ready.is_empty());
+            prop_assert!(scheduler.suspects.is_empty() && scheduler.suspect.is_none() && scheduler.running == 0);
         }
     }
 }

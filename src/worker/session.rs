@@ -1,6 +1,6 @@
 //! The main loop of a subscriber's active instance: takes messages from the feed, gives events to lanes, answers.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
 
 use crate::backoff::Backoff;
 use crate::envelope::Envelope;
@@ -16,7 +17,7 @@ use crate::jetstream::ack::{Answer, Answers, Reply};
 use crate::jetstream::feed::{Budget, Fed, Incoming, Permit};
 
 use super::lane::{Item, Lane, Report, Verdict};
-use super::scheduler::Scheduler;
+use super::scheduler::{Company, Scheduler};
 
 /// The most payload bytes in memory, beside what is on its way.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
@@ -41,7 +42,11 @@ pub(super) struct Session {
     lane: Lane,
     scheduler: Scheduler,
     pending: HashMap<u64, Pending>,
-    lanes: JoinSet<Report>,
+    lanes: JoinSet<(i64, Report)>,
+    /// The numbers of the lanes that run.
+    numbers: BTreeSet<i64>,
+    /// Events that ran when the process of a predecessor died, with how often it did; until they arrive.
+    suspects: HashMap<Uuid, u32>,
     answers: Answers,
     budget: Arc<Budget>,
     gate: Gate,
@@ -59,6 +64,8 @@ struct Pending {
     alive: bool,
     /// How often in a row its handler was interrupted by an outage.
     interruptions: u32,
+    /// How often the process died while it ran.
+    crashes: u32,
 }
 
 /// Closed while the database is away.
@@ -75,12 +82,14 @@ pub(super) fn budget(lane: &Lane) -> Arc<Budget> {
 }
 
 impl Session {
-    pub(super) fn new(lane: Lane, answers: Answers, budget: Arc<Budget>) -> Self {
+    pub(super) fn new(lane: Lane, suspects: HashMap<Uuid, u32>, answers: Answers, budget: Arc<Budget>) -> Self {
         Self {
             lane,
             scheduler: Scheduler::default(),
             pending: HashMap::new(),
             lanes: JoinSet::new(),
+            numbers: BTreeSet::new(),
+            suspects,
             answers,
             budget,
             gate: Gate::default(),
@@ -145,8 +154,16 @@ impl Session {
             }
         };
         if self.scheduler.add(sequence, event.key.as_deref()) {
+            let crashes = self.suspects.remove(&event.id.as_uuid()).unwrap_or(0);
+            match crashes {
+                0 => {}
+                // The first time it may well have been another one.
+                1 => self.scheduler.bears(sequence, Company::Unsuspected),
+                _ => self.scheduler.bears(sequence, Company::None),
+            }
             let event = Some((Arc::new(event), permit));
-            self.pending.insert(sequence, Pending { event, reply, deliveries, alive: true, interruptions: 0 });
+            let pending = Pending { event, reply, deliveries, alive: true, interruptions: 0, crashes };
+            self.pending.insert(sequence, pending);
         } else if let Some(known) = self.pending.get_mut(&sequence) {
             // It came again while it waits or runs: never a second run, but a fresh place for the answer.
             if reply.is_some() {
@@ -193,10 +210,14 @@ impl Session {
                     sequence,
                     event: pending.and_then(|pending| pending.event.as_ref()).map(|(event, _)| Arc::clone(event)),
                     deliveries: pending.map_or(0, |pending| pending.deliveries),
+                    crashes: pending.map_or(0, |pending| pending.crashes),
                 }
             });
             let items = items.collect();
-            self.lanes.spawn(self.lane.clone().run(items));
+            let number = (0..).find(|number| !self.numbers.contains(number)).unwrap_or_default();
+            self.numbers.insert(number);
+            let lane = Lane { number, ..self.lane.clone() };
+            self.lanes.spawn(async move { (number, lane.run(items).await) });
         }
     }
 
@@ -216,9 +237,12 @@ impl Session {
     }
 
     /// Takes the outcome of a batch, and says when the session cannot go on.
-    fn settle(&mut self, report: Result<Report, JoinError>) -> Option<End> {
+    fn settle(&mut self, report: Result<(i64, Report), JoinError>) -> Option<End> {
         let report = match report {
-            Ok(report) => report,
+            Ok((number, report)) => {
+                self.numbers.remove(&number);
+                report
+            }
             // Handlers' panics are caught in the lane: this is a defect of ours, and its events are still given out.
             Err(error) => return Some(End::Broken(format!("a lane broke down: {error}"))),
         };

@@ -48,10 +48,12 @@ pub(super) struct Settings {
     pub(super) prefix: Option<SubjectPrefix>,
     pub(super) concurrency: usize,
     pub(super) max_attempts: u32,
+    pub(super) max_crashes: u32,
     pub(super) max_batch: usize,
     pub(super) backoff: Backoff,
     pub(super) ack_wait: Duration,
     pub(super) time_limit: Duration,
+    pub(super) inbox_retention: Duration,
 }
 
 impl Default for Settings {
@@ -62,10 +64,12 @@ impl Default for Settings {
             prefix: None,
             concurrency: 8,
             max_attempts: 10,
+            max_crashes: 3,
             max_batch: 100,
             backoff: Backoff::default(),
             ack_wait: Duration::from_secs(30),
             time_limit: Duration::from_secs(60),
+            inbox_retention: Duration::from_hours(30 * 24),
         }
     }
 }
@@ -195,6 +199,15 @@ impl Subscriber {
         self
     }
 
+    /// How often the worker's process may die (abort, out of memory) while an event runs; the next time the event becomes
+    /// a dead letter. An event that ran when the process died runs again in a transaction of its own, from the second
+    /// time on with nothing beside it; so at least 2. Defaults to 3.
+    #[must_use]
+    pub fn max_crashes(mut self, crashes: u32) -> Self {
+        self.settings.max_crashes = crashes;
+        self
+    }
+
     /// The wait between attempts. Defaults to 1 second, doubling up to 5 minutes, plus jitter.
     #[must_use]
     pub fn backoff(mut self, backoff: Backoff) -> Self {
@@ -223,6 +236,16 @@ impl Subscriber {
     #[must_use]
     pub fn time_limit(mut self, limit: Duration) -> Self {
         self.settings.time_limit = limit;
+        self
+    }
+
+    /// How long the inbox remembers an event that is done, at least; the active instance removes older rows. A row stays
+    /// as long as the stream holds the event's message, and as long as its dead letter exists. It must be longer than
+    /// the outbox's retention and the stream's `max_age` together, because a stream that was lost is filled again from
+    /// the outbox. Defaults to 30 days.
+    #[must_use]
+    pub fn inbox_retention(mut self, retention: Duration) -> Self {
+        self.settings.inbox_retention = retention;
         self
     }
 
@@ -297,9 +320,11 @@ impl Settings {
         match self {
             Self { concurrency: 0, .. } => at_least("concurrency", "1"),
             Self { max_attempts: 0, .. } => at_least("max_attempts", "1"),
+            Self { max_crashes: 0 | 1, .. } => at_least("max_crashes", "2"),
             Self { max_batch: 0, .. } => at_least("max_batch", "1"),
             Self { ack_wait, .. } if *ack_wait < second => at_least("ack_wait", "1s"),
             Self { time_limit, .. } if *time_limit < second => at_least("time_limit", "1s"),
+            Self { inbox_retention, .. } if *inbox_retention < second => at_least("inbox_retention", "1s"),
             Self { queue, .. } if !is_name(queue) => {
                 Some(format!("{queue:?} is not the name of a queue: use 1 to 64 letters, digits, '_' and '-'"))
             }
