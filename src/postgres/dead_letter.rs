@@ -25,7 +25,8 @@ pub(crate) struct DeadLetter<'a> {
     pub(crate) attempted: bool,
 }
 
-/// Writes the dead letter, the inbox row that says so, and ends the counting of attempts, all in one statement. False when the tenure is over: nothing was written. An event that is done already stays
+/// Writes the dead letter, the inbox row that says so, and ends the counting of attempts and the redrive, all in one
+/// statement. False when the tenure is over: nothing was written. An event that is done already stays
 /// as it is.
 pub(crate) async fn insert(
     connection: &mut Session,
@@ -41,6 +42,9 @@ pub(crate) async fn insert(
             select $4, $5, $6, $12, 'dead' where exists (select from tenure)
             on conflict do nothing
             returning event_id),
+         redriven as (
+            delete from aftercommit.redrive
+             where subscriber = $4 and event_id = $5 and exists (select from tenure)),
          failed as (
             delete from aftercommit.attempt
              where subscriber = $4 and event_id = $5 and exists (select from done)

@@ -46,7 +46,8 @@ pub(crate) struct Row {
 
 /// Writes the inbox rows of `events` and removes the marker, both valid with the commit. Returns the events that were
 /// new, each with the number of its failed attempts, if there is something on record about it. Waits for another
-/// transaction that is handling one of them right now.
+/// transaction that is handling one of them right now. An event that an operator sent back is not new as long as its row
+/// waits: it runs from there.
 pub(crate) async fn insert(
     tx: &mut Tx<'_>,
     marker: Marker<'_>,
@@ -57,6 +58,8 @@ pub(crate) async fn insert(
             insert into aftercommit.inbox (subscriber, event_id, stream_seq, sequence)
             select $1, event_id, stream_seq, sequence
               from unnest($2::uuid[], $3::bigint[], $4::bigint[]) as e(event_id, stream_seq, sequence)
+             where not exists (select from aftercommit.redrive
+                                where redrive.subscriber = $1 and redrive.event_id = e.event_id)
              order by stream_seq
             on conflict do nothing
             returning event_id),

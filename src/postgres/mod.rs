@@ -18,6 +18,7 @@ pub(crate) mod pause;
 pub(crate) mod prune;
 pub(crate) mod reconcile;
 pub(crate) mod reconcile_status;
+pub(crate) mod redrive;
 pub(crate) mod relay_log;
 pub(crate) mod relay_status;
 pub(crate) mod restamp;
