@@ -201,7 +201,8 @@ impl Session {
         if !self.scheduler.add(place, key) {
             return None;
         }
-        let crashes = self.suspects.get(&id.as_uuid()).copied().unwrap_or(0);
+        // Once: an event that an operator sends back after it was given up begins anew.
+        let crashes = self.suspects.remove(&id.as_uuid()).unwrap_or(0);
         match crashes {
             0 => {}
             // The first time it may well have been another one.
