@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Error;
-use super::derived::Stewardship;
+use super::derived::{Stats, Stewardship};
 
 /// Long enough for a slow machine, short enough to tell that something hangs.
 const SOON: Duration = Duration::from_secs(60);
@@ -60,9 +60,15 @@ impl Stage {
 
     pub async fn worker(&self) -> Result<Running, Error> {
         let worker = Worker::new(self.config.clone(), self.nats.clone(), self.naming.clone());
-        let worker = worker.subscriber(Stewardship::subscriber());
+        let worker = worker.subscriber(Stewardship::subscriber()).subscriber(Stats::subscriber());
         worker.provision().await?;
         Ok(AbortOnDropHandle::new(tokio::spawn(worker.run(CancellationToken::new()))))
+    }
+
+    /// How many messages the stream holds.
+    pub async fn stored(&self) -> Result<u64, Error> {
+        let context = async_nats::jetstream::new(async_nats::connect(&self.nats.url).await?);
+        Ok(context.get_stream(&self.naming.stream).await?.cached_info().state.messages)
     }
 
     pub fn runner(&self) -> Runner {
