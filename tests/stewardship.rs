@@ -89,6 +89,12 @@ impl Stage {
         sqlx::query_scalar(sql).bind(user).fetch_one(&self.pool).await.unwrap()
     }
 
+    /// How many messages the stream holds.
+    async fn stored(&self) -> Result<u64, Error> {
+        let context = async_nats::jetstream::new(async_nats::connect(&self.nats.url).await?);
+        Ok(context.get_stream(&self.naming.stream).await?.cached_info().state.messages)
+    }
+
     async fn converge(&self, monitor: &str) -> u64 {
         step(self, async |tx| Ok(converge(tx, monitor).await?)).await
     }

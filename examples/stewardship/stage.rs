@@ -29,8 +29,8 @@ pub type Running = AbortOnDropHandle<Result<(), aftercommit::Error>>;
 pub struct Stage {
     pub pool: PgPool,
     pub config: PostgresConfig,
-    nats: NatsConfig,
-    naming: Naming,
+    pub nats: NatsConfig,
+    pub naming: Naming,
 }
 
 impl Stage {
@@ -63,12 +63,6 @@ impl Stage {
         let worker = worker.subscriber(Stewardship::subscriber()).subscriber(Stats::subscriber());
         worker.provision().await?;
         Ok(AbortOnDropHandle::new(tokio::spawn(worker.run(CancellationToken::new()))))
-    }
-
-    /// How many messages the stream holds.
-    pub async fn stored(&self) -> Result<u64, Error> {
-        let context = async_nats::jetstream::new(async_nats::connect(&self.nats.url).await?);
-        Ok(context.get_stream(&self.naming.stream).await?.cached_info().state.messages)
     }
 
     pub fn runner(&self) -> Runner {
