@@ -13,6 +13,7 @@ pub(crate) mod stored;
 pub(crate) mod stream;
 pub(crate) mod topology;
 
+use std::fmt;
 use std::time::{Duration, Instant};
 
 use async_nats::connection::State;
@@ -66,6 +67,12 @@ impl Connection {
         while !self.is_up() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection").field("up", &self.is_up()).finish_non_exhaustive()
     }
 }
 

@@ -80,6 +80,7 @@ pub(crate) struct Ending<'a> {
     pub(crate) result: &'a str,
     pub(crate) error: Option<&'a str>,
     pub(crate) counts: Counts,
+    pub(crate) position: Option<&'a Value>,
     pub(crate) detail: Option<&'a Value>,
     /// Whether it counts as a success of the schedule.
     pub(crate) counts_as_success: bool,
@@ -271,35 +272,43 @@ pub(crate) async fn keep_alive(
 /// Keeps where the next page or run goes on. False when the run was closed by another process; then nothing is kept.
 pub(crate) async fn save_position(
     session: &mut Session,
+    name: &str,
     run: i64,
     position: &Value,
     counts: Counts,
 ) -> Result<bool, sqlx::Error> {
-    // The update locks the row of the run, which whoever takes over has to close first.
+    let mut tx = session.begin().await?;
+    // The reconciler's row first, then the run's: so does whoever begins or ends a run.
+    sqlx::query("update aftercommit.reconciler set position = $2 where name = $1")
+        .bind(name)
+        .bind(Json(position))
+        .execute(&mut tx)
+        .await?;
     let done = sqlx::query(
-        "with mine as (
-            update aftercommit.reconcile_run set scanned = $3, found = $4, repaired = $5, failed = $6
-             where id = $1 and ended_at is null
-            returning name)
-         update aftercommit.reconciler r set position = $2 from mine where r.name = mine.name",
+        "update aftercommit.reconcile_run set scanned = $2, found = $3, repaired = $4, failed = $5
+          where id = $1 and ended_at is null",
     )
     .bind(run)
-    .bind(Json(position))
     .bind(counts.scanned)
     .bind(counts.found)
     .bind(counts.repaired)
     .bind(counts.failed)
-    .execute(session)
+    .execute(&mut tx)
     .await?;
-    Ok(done.rows_affected() == 1)
+    if done.rows_affected() == 0 {
+        tx.rollback().await?;
+        return Ok(false);
+    }
+    tx.commit().await?;
+    Ok(true)
 }
 
 /// Ends a run. False when it was closed by another process; then nothing changes.
 pub(crate) async fn end(session: &mut Session, name: &str, run: i64, ending: &Ending<'_>) -> Result<bool, sqlx::Error> {
     let mut tx = session.begin().await?;
-    // In the order in which a beginning run locks them.
     sqlx::query("select from aftercommit.reconciler where name = $1 for update").bind(name).execute(&mut tx).await?;
     if !close(&mut tx, run, ending).await? {
+        tx.rollback().await?;
         return Ok(false);
     }
     if let Some(wait) = ending.retry_after {
@@ -312,7 +321,8 @@ pub(crate) async fn end(session: &mut Session, name: &str, run: i64, ending: &En
                 full_sweep_at = case when $4 then clock_timestamp() else full_sweep_at end,
                 last_success_at = case when $5 then clock_timestamp() else last_success_at end,
                 failures = case when $5 then 0 else failures end,
-                retry_at = case when $5 then null else retry_at end
+                retry_at = case when $5 then null else retry_at end,
+                position = coalesce($6, position)
           where name = $1",
     )
     .bind(name)
@@ -320,6 +330,7 @@ pub(crate) async fn end(session: &mut Session, name: &str, run: i64, ending: &En
     .bind(ending.reconciled_up_to)
     .bind(ending.swept_since.is_some())
     .bind(ending.counts_as_success)
+    .bind(ending.position.map(Json))
     .execute(&mut tx)
     .await?;
     if let Some(since) = ending.swept_since {

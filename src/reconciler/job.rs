@@ -58,6 +58,8 @@ pub(crate) struct Done {
     pub(crate) reconciled_up_to: Option<DateTime<Utc>>,
     /// The run with which a sweep over everything began that has now ended: what was not found since is gone.
     pub(crate) swept_since: Option<i64>,
+    /// Where the next run goes on, if that is not where this one saved last.
+    pub(crate) position: Option<Value>,
     /// More for the run's row.
     pub(crate) detail: Option<Value>,
 }
@@ -163,7 +165,9 @@ impl Run {
     /// Keeps where the next page or run goes on. Fails when another process has taken over.
     pub(crate) async fn save_position(&mut self, position: Value) -> Result<(), Error> {
         let counts = self.tally.counts();
-        let saved = self.on(async |session| reconcile::save_position(session, self.id, &position, counts).await).await;
+        let saved = self
+            .on(async |session| reconcile::save_position(session, &self.name, self.id, &position, counts).await)
+            .await;
         match saved {
             Ok(true) => {
                 self.position = position;

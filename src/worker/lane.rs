@@ -26,9 +26,10 @@ use crate::postgres::{self, function, inbox, redrive};
 use super::batch::{self, BatchError};
 use super::handler::HandlerError;
 use super::load::{Item, Queued, redrive_ids};
+use super::progress::{Outcome, Progress};
 use super::scheduler::{Company, Place};
 use super::span;
-use super::subscriber::{FailurePolicy, MAX_WAIT, Subscriber, Work};
+use super::subscriber::{FailurePolicy, Subscriber, Work};
 use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_out, trouble};
 
 /// How often a conflict with other transactions is answered with another run before it counts as a failure.
@@ -46,6 +47,7 @@ pub(super) struct Lane {
     /// Locked by whatever runs in this process; exclusively by an event that must run with nothing beside it, because
     /// another subscriber's event may be the one that kills the process.
     pub(super) process: Arc<RwLock<()>>,
+    pub(super) progress: Arc<Progress>,
     /// Tells it from the lanes beside it.
     pub(super) number: i64,
 }
@@ -61,17 +63,31 @@ pub(super) enum Verdict {
     Failed(Duration),
     /// It asked for it: not before this time has passed.
     Later(Duration),
-    /// Something that its handler needs is away, for this reason.
-    Interrupted(String),
+    /// Something that its handler needs is away.
+    Interrupted {
+        reason: String,
+        /// What the handler said of when to try again.
+        wait: Wait,
+    },
     /// It did not come to a decision.
     NotRun,
+}
+
+/// How long to wait for the end of an outage.
+#[derive(Debug, PartialEq)]
+pub(super) enum Wait {
+    /// As for servers of our own: soon, and again and again.
+    Soon,
+    /// As the subscriber's backoff says.
+    Backoff,
+    Exactly(Duration),
 }
 
 /// What became of a batch.
 #[derive(Default)]
 pub(super) struct Report {
     pub(super) verdicts: Vec<(Place, Verdict)>,
-    /// The subscriber's database is away, for this reason.
+    /// The subscriber's database, or where it sends all of its events, is away, for this reason.
     pub(super) outage: Option<String>,
     /// Another instance has taken over.
     pub(super) fenced: bool,
@@ -82,6 +98,7 @@ pub(super) struct Report {
 /// The lane cannot go on with its batch.
 pub(super) enum Halt {
     Outage(String),
+    Unreachable(String),
     Fenced,
 }
 
@@ -103,7 +120,8 @@ impl Lane {
         };
         match result {
             Ok(()) => {}
-            Err(Halt::Outage(reason)) => report.outage = Some(reason),
+            Err(Halt::Outage(reason)) => report.outage = Some(format!("the database is away: {reason}")),
+            Err(Halt::Unreachable(reason)) => report.outage = Some(reason),
             Err(Halt::Fenced) => report.fenced = true,
         }
         // A commit has removed it; after an outage it cannot be, and the next batch of this lane replaces it.
@@ -157,6 +175,7 @@ impl Lane {
                         report.pace = Some(started.elapsed() / u32::try_from(many.len()).unwrap_or(u32::MAX));
                     }
                     Err(Trouble::Outage(reason)) => return Err(Halt::Outage(reason)),
+                    Err(Trouble::Unreachable(reason)) => return Err(Halt::Unreachable(reason)),
                     Err(trouble) => split(group, trouble.culprit(), &mut groups),
                 },
             }
@@ -169,7 +188,7 @@ impl Lane {
         match verdict {
             Verdict::Done | Verdict::Dead(_) => false,
             Verdict::Failed(_) => self.subscriber.settings.failure_policy == FailurePolicy::Block,
-            Verdict::Later(_) | Verdict::Interrupted(_) | Verdict::NotRun => true,
+            Verdict::Later(_) | Verdict::Interrupted { .. } | Verdict::NotRun => true,
         }
     }
 
@@ -185,7 +204,15 @@ impl Lane {
             let error = match self.transact(&[queued]).await {
                 Ok(()) => return Ok(Verdict::Done),
                 Err(Trouble::Outage(reason)) => return Err(Halt::Outage(reason)),
-                Err(Trouble::Interrupted { error, .. }) => return Ok(Verdict::Interrupted(describe(&error))),
+                Err(Trouble::Unreachable(reason)) => return Err(Halt::Unreachable(reason)),
+                Err(Trouble::Interrupted { error, .. }) => {
+                    let wait = match error {
+                        HandlerError::Unavailable { after: Some(wait), .. } => Wait::Exactly(wait),
+                        HandlerError::Unavailable { .. } => Wait::Backoff,
+                        _ => Wait::Soon,
+                    };
+                    return Ok(Verdict::Interrupted { reason: describe(&error), wait });
+                }
                 Err(Trouble::Conflict { .. }) if conflicts < MAX_CONFLICTS => {
                     conflicts += 1;
                     tokio::time::sleep(CONFLICT.after(conflicts)).await;
@@ -200,15 +227,18 @@ impl Lane {
     /// What becomes of an event whose handler failed.
     async fn decide(&self, queued: &Queued, error: HandlerError, took: Duration) -> Result<Verdict, Halt> {
         match error {
-            HandlerError::Snooze(wait) => Ok(Verdict::Later(wait.min(MAX_WAIT))),
+            HandlerError::Snooze(wait) => {
+                self.progress.count(Outcome::Snoozed);
+                Ok(Verdict::Later(wait))
+            }
             HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason), true).await,
-            HandlerError::Retry { after, .. } => {
+            HandlerError::Retry { after, .. } | HandlerError::Unavailable { after, .. } => {
                 let text = describe(&error);
                 if queued.failures.load(Ordering::Relaxed) + 1 >= self.subscriber.settings.max_attempts {
                     return self.give_up(queued, &text, true).await;
                 }
                 let attempts = self.count_failure(queued, &text).await?;
-                let wait = after.unwrap_or_else(|| self.subscriber.settings.backoff.after(attempts)).min(MAX_WAIT);
+                let wait = after.unwrap_or_else(|| self.subscriber.settings.backoff.after(attempts));
                 tracing::warn!(
                     subscriber = self.subscriber.name,
                     event_id = %queued.event.id,
@@ -232,6 +262,7 @@ impl Lane {
         });
         let attempts = self.own(counted).await.map_err(Halt::Outage)?;
         fault::point("worker-failure-counted");
+        self.progress.count(Outcome::Retry);
         attempts.map(|attempts| attempts.unsigned_abs()).ok_or(Halt::Fenced)
     }
 
@@ -250,6 +281,7 @@ impl Lane {
             return Err(Halt::Fenced);
         }
         fault::point("worker-given-up");
+        self.progress.count(Outcome::Dead);
         tracing::error!(
             subscriber = self.subscriber.name,
             event_id = %queued.event.id,
@@ -283,6 +315,7 @@ impl Lane {
                 fault::point("worker-handled");
                 self.own_or_conflict(tx.commit()).await?;
                 fault::point("worker-committed");
+                self.count(group);
                 Ok(())
             }
             Err(Trouble::Outage(reason)) => Err(Trouble::Outage(reason)),
@@ -292,6 +325,18 @@ impl Lane {
                 // The connection is gone: whatever the handler made of that, it is no fault of the event.
                 Err(reason) => Err(Trouble::Outage(reason)),
             },
+        }
+    }
+
+    /// Counts events whose transaction is committed.
+    fn count(&self, group: &[&Queued]) {
+        self.progress.committed(group.len());
+        for queued in group {
+            if queued.fresh.load(Ordering::Relaxed) {
+                self.progress.took_effect(queued.event.time);
+            } else {
+                self.progress.count(Outcome::Duplicate);
+            }
         }
     }
 
@@ -306,8 +351,9 @@ impl Lane {
         fault::point("worker-inserted");
         let mut fresh: HashMap<Uuid, Option<i32>> = fresh.into_iter().collect();
         for queued in group {
-            let failures = fresh.get(&queued.event.id.as_uuid()).copied().flatten();
-            queued.failures.store(failures.map_or(0, i32::unsigned_abs), Ordering::Relaxed);
+            let failures = fresh.get(&queued.event.id.as_uuid());
+            queued.fresh.store(failures.is_some(), Ordering::Relaxed);
+            queued.failures.store(failures.copied().flatten().map_or(0, i32::unsigned_abs), Ordering::Relaxed);
         }
         let on_record: Vec<Uuid> = fresh.iter().filter(|(_, record)| record.is_some()).map(|(id, _)| *id).collect();
         match &self.subscriber.work {
@@ -317,8 +363,17 @@ impl Lane {
                 let new: Vec<&Queued> = new.copied().collect();
                 if !new.is_empty() {
                     let events: Vec<String> = new.iter().map(|queued| queued.event.to_json()).collect();
-                    let call = span::told(self.limited(function::call(tx, function, &events)));
+                    let call = self.told(self.limited(function::call(tx, function, &events)));
                     call.instrument(self.span(&new)).await.map_err(|error| trouble(None, error))?;
+                }
+            }
+            #[cfg(feature = "cli")]
+            Work::Http { endpoint, .. } => {
+                for (at, queued) in group.iter().enumerate() {
+                    if fresh.remove(&queued.event.id.as_uuid()).is_some() {
+                        let run = self.told(endpoint.post(&queued.event));
+                        run.instrument(self.span(&[queued])).await.map_err(|error| trouble(Some(at), error))?;
+                    }
                 }
             }
             Work::Handlers(routes) => {
@@ -340,7 +395,7 @@ impl Lane {
                             failed.error
                         })
                     };
-                    let handled = span::told(handled).instrument(self.span(&queued)).await;
+                    let handled = self.told(handled).instrument(self.span(&queued)).await;
                     handled.map_err(|error| trouble(culprit.and_then(at), error))?;
                 }
                 self.own_or_conflict(inbox::check_alive(tx)).await?;
@@ -350,6 +405,14 @@ impl Lane {
             self.own_or_conflict(inbox::clear_attempts(tx, &self.subscriber.name, &on_record)).await?;
         }
         Ok(())
+    }
+
+    /// Runs a handler, and measures how long that takes.
+    async fn told(&self, run: impl Future<Output = Result<(), HandlerError>>) -> Result<(), HandlerError> {
+        let started = Instant::now();
+        let result = span::told(run).await;
+        self.progress.handled(started.elapsed());
+        result
     }
 
     /// Writes the inbox rows and returns the events that were new. Of those that were sent back only the ones whose rows
