@@ -178,9 +178,10 @@ impl Service {
     }
 
     async fn hand_over(&self, tenure: &Tenure) {
-        let released = self
-            .connections
-            .run(async |connection| lease::release(connection, &tenure.name, &tenure.holder, tenure.epoch).await);
+        let released = self.connections.run(async |connection| {
+            running::clear_all(connection, tenure, self.name()).await?;
+            lease::release(connection, &tenure.name, &tenure.holder, tenure.epoch).await
+        });
         match tokio::time::timeout(Duration::from_secs(2), released).await {
             Ok(Ok(())) => tracing::info!(subscriber = self.name(), epoch = tenure.epoch, "stopped"),
             // It runs out by itself.
