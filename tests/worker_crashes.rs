@@ -7,6 +7,7 @@ use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use aftercommit::admin::dead::{self, Filter};
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
 use sqlx::PgTransaction;
@@ -17,7 +18,7 @@ use uuid::Uuid;
 const KEYS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 const KILLER: i64 = 666;
 
-/// Writes an effect; the killer ends the process instead, and says how many handlers ran while it did.
+/// Writes an effect; the killer ends the process instead until it is healed, and says how many handlers ran while it did.
 struct Fragile;
 
 impl Handler<Number> for Fragile {
@@ -33,7 +34,9 @@ impl Handler<Number> for Fragile {
             .bind(i32::try_from(delivery.attempt)?)
             .execute(&mut **tx)
             .await?;
-        if delivery.event.n == KILLER {
+        let healed: bool =
+            sqlx::query_scalar("select to_regclass('public.healed') is not null").fetch_one(&mut **tx).await?;
+        if delivery.event.n == KILLER && !healed {
             MOST.store(running, Ordering::SeqCst);
             // Time for others to begin, of another subscriber too.
             tokio::time::sleep(Duration::from_millis(300)).await;
@@ -118,6 +121,55 @@ async fn an_event_that_kills_the_process_ends_as_a_dead_letter_and_its_neighbour
     assert_eq!(deaths.len(), 4, "{deaths:?}");
     assert!(deaths[0] > Some(1), "at first it runs beside others: {deaths:?}");
     assert_eq!(deaths[2..], [Some(1), Some(1)], "in the end it runs alone: {deaths:?}");
+    assert_eq!((markers(&work).await, crashes(&work).await), (0, vec![]));
+    process.kill().unwrap();
+    process.wait().unwrap();
+}
+
+/// Starts the process again as often as it dies, until `done`; how often that was.
+async fn restart_until(work: &Work, process: &mut Child, done: impl AsyncFn() -> bool) -> usize {
+    let mut deaths = 0;
+    let waited = eventually(SOON, "the end of the deaths", async || {
+        if process.try_wait().unwrap().is_some() {
+            deaths += 1;
+            *process = start(work);
+            work.expire_leases().await;
+        }
+        deaths > 6 || done().await
+    });
+    waited.await.unwrap();
+    deaths
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killer_that_is_sent_back_is_counted_anew_and_runs_in_the_same_tenure_once_it_is_healed() {
+    let work = Work::shared().await;
+    work.worker_with(fragile()).provision().await.unwrap();
+    work.send_many(&["a"], 3).await;
+    work.send("a", KILLER).await;
+    work.send_many(&["b"], 3).await;
+    let given_up = async || work.dead_letters().await.len() == 1;
+    let mut process = start(&work);
+    assert_eq!(restart_until(&work, &mut process, given_up).await, 4);
+    work.wait_for(6).await;
+
+    let send_back = async || {
+        let filter = Filter { subscriber: Some("fragile".into()), ..Filter::default() };
+        let sent = dead::retry(&work.outbox.postgres, "test", &filter).await.unwrap();
+        assert_eq!(sent.len(), 1);
+    };
+    send_back().await;
+    // It kills from its row as it did from the stream, and what comes meanwhile is handled all the same.
+    work.send_many(&["c"], 3).await;
+    assert_eq!(restart_until(&work, &mut process, given_up).await, 4);
+    work.wait_for(9).await;
+
+    sqlx::raw_sql("create table healed ()").execute(&work.outbox.pool).await.unwrap();
+    send_back().await;
+    let healed = async || work.numbers("a").await == [1, 2, 3, KILLER];
+    assert_eq!(restart_until(&work, &mut process, healed).await, 0);
+    work.assert_in_order(&["b", "c"], 3).await;
+    assert!(work.dead_letters().await.is_empty());
     assert_eq!((markers(&work).await, crashes(&work).await), (0, vec![]));
     process.kill().unwrap();
     process.wait().unwrap();

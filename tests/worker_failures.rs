@@ -257,10 +257,12 @@ async fn a_failing_key_with_more_followers_than_fit_into_memory_stops_no_other_k
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wait_without_end_stops_nobody_but_its_own_key() {
     let work = Work::shared().await;
-    for (n, error) in [
-        (1, HandlerError::snooze as fn(Duration) -> HandlerError),
-        (2, |wait| HandlerError::retry_after(wait, "one day")),
-    ] {
+    let errors: [fn(Duration) -> HandlerError; 3] = [
+        HandlerError::snooze,
+        |wait| HandlerError::retry_after(wait, "one day"),
+        |wait| HandlerError::Unavailable { error: "one day".into(), after: Some(wait) },
+    ];
+    for (n, error) in (1..).zip(errors) {
         let name = format!("poison{n}");
         let handler = Record::new(move |delivery| match delivery.key.as_deref() {
             Some("bad") => Act::Fail(error(Duration::MAX)),

@@ -247,7 +247,7 @@ impl Subscriber {
 
     /// How often the worker's process may die (abort, out of memory) while an event runs; the next time the event becomes
     /// a dead letter. An event that ran when the process died runs again in a transaction of its own, from the second
-    /// time on with nothing beside it; so at least 2. Defaults to 3.
+    /// time on with nothing beside it in the process; so at least 2. Defaults to 3.
     #[must_use]
     pub fn max_crashes(mut self, crashes: u32) -> Self {
         self.settings.max_crashes = crashes;
