@@ -310,6 +310,7 @@ impl Lane {
         let events: Vec<Uuid> = group.iter().map(|queued| queued.event.id.as_uuid()).collect();
         let begun = inbox::begin_batch(connection, limit, self.marker(), &events);
         let mut tx = self.own(begun).await.map_err(Trouble::Outage)?;
+        fault::point("worker-marked");
         match self.fill(&mut tx, group).await {
             Ok(()) => {
                 fault::point("worker-handled");
@@ -423,6 +424,9 @@ impl Lane {
             true => HashSet::new(),
             false => redrive::take(tx, &ids).await?.into_iter().collect(),
         };
+        if !ids.is_empty() {
+            fault::point("worker-redrive-taken");
+        }
         let gone = |place| matches!(place, Place::Redrive(id) if !taken.contains(&id));
         let present = group.iter().filter(|queued| !gone(queued.place));
         let rows: Vec<inbox::Row> = present.map(|queued| queued.row()).collect();
