@@ -5,7 +5,7 @@
 mod support;
 
 use std::collections::HashMap;
-use std::process::Child;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use aftercommit::backoff::Backoff;
@@ -13,11 +13,12 @@ use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
 use aftercommit::worker::{BatchError, BatchHandler, Delivery, FailurePolicy, Handler, HandlerError, Subscriber};
 use sqlx::PgTransaction;
-use support::{Number, Random, Work, child_worker};
+use support::{Number, Random, RunningWorker, Work, WorkerProcess, child_worker};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 const KEYS: [&str; 10] = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"];
-const LONG: Duration = Duration::from_secs(90);
+const LONG: Duration = Duration::from_secs(60);
 
 /// Writes its effect in the name of a subscriber. Some runs fail, and some are slow; which ones is left to chance.
 #[derive(Clone, Copy)]
@@ -82,8 +83,14 @@ fn subscribers() -> [Subscriber; 6] {
 #[ignore = "the worker of the other test"]
 async fn worker_process() {
     let Some(worker) = child_worker() else { return };
-    tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_writer(std::io::stderr).with_ansi(false).init(); // DBG
-    worker.registry(subscribers().into_iter().collect::<Vec<_>>()).run(CancellationToken::new()).await.unwrap();
+    let stop = CancellationToken::new();
+    let stopping = stop.clone();
+    let mut term = signal(SignalKind::terminate()).unwrap();
+    tokio::spawn(async move {
+        term.recv().await;
+        stopping.cancel();
+    });
+    worker.registry(subscribers().into_iter().collect::<Vec<_>>()).run(stop).await.unwrap();
 }
 
 /// What is disturbed.
@@ -91,19 +98,19 @@ struct Chaos {
     work: Work,
     nats: Nats,
     postgres: Postgres,
-    workers: Vec<Child>,
+    workers: Vec<WorkerProcess>,
     random: Random,
     done: HashMap<&'static str, usize>,
 }
 
 impl Chaos {
-    fn start_worker(work: &Work) -> Child {
-        work.child("worker_process").stderr(std::fs::File::create(format!("/tmp/soak-{}.log", uuid::Uuid::now_v7())).unwrap()).spawn().unwrap() // DBG
+    fn start_worker(work: &Work) -> WorkerProcess {
+        WorkerProcess(work.child("worker_process").spawn().unwrap())
     }
 
     fn signal(&self, signal: &str, worker: usize) {
-        let id = self.workers[worker].id().to_string();
-        std::process::Command::new("kill").args([signal, &id]).status().unwrap();
+        let id = self.workers[worker].0.id().to_string();
+        Command::new("kill").args([signal, &id]).status().unwrap();
     }
 
     async fn disturb(&mut self) {
@@ -112,14 +119,13 @@ impl Chaos {
         let name = subscribers()[self.random.below(6) as usize].name().to_string();
         let what = match self.random.below(12) {
             0..4 => {
-                self.workers[worker].kill().unwrap();
-                self.workers[worker].wait().unwrap();
+                // Dropping the old one kills it.
                 self.workers[worker] = Self::start_worker(&self.work);
                 "worker killed"
             }
             4 => {
                 self.signal("-TERM", worker);
-                self.workers[worker].wait().unwrap();
+                self.workers[worker].0.wait().unwrap();
                 self.workers[worker] = Self::start_worker(&self.work);
                 "worker stopped"
             }
@@ -235,21 +241,20 @@ async fn whatever_dies_each_subscriber_gets_each_event_once_and_in_the_order_it_
     println!("{} events, {:?}, {:?} in all", sent * KEYS.len() as i64, chaos.done, started.elapsed());
     check(&chaos.work, sent).await;
     assert!(waited.is_ok(), "{last} of {expected}");
-    for subscriber in subscribers() {
-        chaos.work.wait_until_acked(subscriber.name()).await;
+    for worker in chaos.workers {
+        assert_eq!(worker.stop(), Some(0));
     }
+    // The next ones to take over find nothing to do, and forget what overlapping tenures left behind.
+    let worker = chaos.work.worker_with(Subscriber::new("none").on::<Number>(Note("none")));
+    let worker = RunningWorker::start(worker.registry(subscribers().into_iter().collect::<Vec<_>>()));
+    let left = eventually(LONG, "nothing is left", async || {
+        let left = "select (select count(*) from aftercommit.attempt) + (select count(*) from aftercommit.running)";
+        sqlx::query_scalar::<_, i64>(left).fetch_one(&chaos.work.outbox.pool).await.unwrap() == 0
+    });
+    left.await.unwrap();
+    worker.stop().await;
     check(&chaos.work, sent).await;
-    for worker in &mut chaos.workers {
-        worker.kill().unwrap();
-        worker.wait().unwrap();
-    }
-    let left: Vec<(String, i32, i32, String, bool)> = sqlx::query_as(
-        "select subscriber, attempts, crashes, last_error, exists (select from aftercommit.inbox i where i.subscriber = a.subscriber and i.event_id = a.event_id) from aftercommit.attempt a",
-    )
-    .fetch_all(&chaos.work.outbox.pool)
-    .await
-    .unwrap();
-    println!("LEFT {left:?}");
+    assert_eq!(count(&chaos.work).await, expected);
     assert!(chaos.work.dead_letters().await.is_empty());
 }
 
