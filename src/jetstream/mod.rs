@@ -5,6 +5,7 @@ pub(crate) mod ack;
 pub(crate) mod consumer;
 pub(crate) mod doctor;
 pub(crate) mod feed;
+pub(crate) mod history;
 pub(crate) mod monitoring;
 pub(crate) mod publisher;
 pub(crate) mod service;
