@@ -10,6 +10,7 @@ pub mod envelope;
 pub mod event;
 pub mod health;
 pub mod outbox;
+pub mod reconciler;
 pub mod relay;
 pub mod subject;
 pub mod telemetry;

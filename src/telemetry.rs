@@ -168,6 +168,73 @@ pub const RELAY_OLDEST_TRANSACTION_SECONDS: Metric = Metric {
               `NaN` when the relay's role may not see other roles' transactions (`grant pg_read_all_stats`).",
 };
 
+const RECONCILER: &[&str] = &["reconciler"];
+
+/// Runs of reconcilers by result.
+pub const RECONCILER_RUNS_TOTAL: Metric = Metric {
+    name: "aftercommit_reconciler_runs_total",
+    kind: Kind::Counter,
+    labels: &["reconciler", "result"],
+    meaning: "Runs of a reconciler that this process has ended, by result: `ok`, `failed`, `stopped`.",
+};
+
+/// The age of the last success.
+pub const RECONCILER_LAST_SUCCESS_SECONDS: Metric = Metric {
+    name: "aftercommit_reconciler_last_success_seconds",
+    kind: Kind::Gauge,
+    labels: RECONCILER,
+    meaning: "How long ago a run of it last succeeded, in whatever process, by the database's clock; `NaN` when none ever \
+              did.",
+};
+
+/// Failures in a row.
+pub const RECONCILER_FAILURES: Metric = Metric {
+    name: "aftercommit_reconciler_failures",
+    kind: Kind::Gauge,
+    labels: RECONCILER,
+    meaning: "How many of its runs failed in a row, in whatever process. `/healthz` goes by it from 3 on.",
+};
+
+/// Until when everything is accounted for.
+pub const RECONCILER_UP_TO: Metric = Metric {
+    name: "aftercommit_reconciler_up_to_timestamp",
+    kind: Kind::Gauge,
+    labels: RECONCILER,
+    meaning: "Everything that was committed before this time, in seconds since 1970, is accounted for.",
+};
+
+/// Findings that are not settled.
+pub const RECONCILER_FINDINGS: Metric = Metric {
+    name: "aftercommit_reconciler_findings",
+    kind: Kind::Gauge,
+    labels: &["reconciler", "kind"],
+    meaning: "What it found and what is not settled, by kind.",
+};
+
+/// Differences that runs found.
+pub const RECONCILER_DRIFT_TOTAL: Metric = Metric {
+    name: "aftercommit_reconciler_drift_total",
+    kind: Kind::Counter,
+    labels: RECONCILER,
+    meaning: "Differences that runs in this process found.",
+};
+
+/// Differences that runs repaired.
+pub const RECONCILER_REPAIRED_TOTAL: Metric = Metric {
+    name: "aftercommit_reconciler_repaired_total",
+    kind: Kind::Counter,
+    labels: RECONCILER,
+    meaning: "Those of them that were repaired, or whose repair was queued.",
+};
+
+/// Items that could not be reconciled.
+pub const RECONCILER_FAILED_ITEMS_TOTAL: Metric = Metric {
+    name: "aftercommit_reconciler_failed_items_total",
+    kind: Kind::Counter,
+    labels: RECONCILER,
+    meaning: "Items that runs in this process could not reconcile.",
+};
+
 /// All of them, in the order of the documentation.
 pub const METRICS: &[Metric] = &[
     RELAY_BACKLOG_EVENTS,
@@ -185,6 +252,14 @@ pub const METRICS: &[Metric] = &[
     RELAY_PAUSED,
     RELAY_SECONDS_SINCE_PROGRESS,
     RELAY_OLDEST_TRANSACTION_SECONDS,
+    RECONCILER_RUNS_TOTAL,
+    RECONCILER_LAST_SUCCESS_SECONDS,
+    RECONCILER_FAILURES,
+    RECONCILER_UP_TO,
+    RECONCILER_FINDINGS,
+    RECONCILER_DRIFT_TOTAL,
+    RECONCILER_REPAIRED_TOTAL,
+    RECONCILER_FAILED_ITEMS_TOTAL,
 ];
 
 /// Gives the installed recorder the meaning of every metric.

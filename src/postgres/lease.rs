@@ -68,3 +68,11 @@ pub(crate) struct Tenure {
     pub(crate) holder: String,
     pub(crate) epoch: i64,
 }
+
+/// A new name for who holds a lease: host, process, and something random, because process numbers come again.
+pub(crate) fn new_holder() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = Some(host.trim()).filter(|host| !host.is_empty()).unwrap_or("host");
+    let id = uuid::Uuid::now_v7().simple().to_string();
+    format!("{host}:{}:{}", std::process::id(), &id[24..])
+}

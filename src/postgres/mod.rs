@@ -5,6 +5,7 @@ pub(crate) mod connections;
 pub(crate) mod database;
 pub(crate) mod dead_letter;
 pub(crate) mod doctor;
+pub(crate) mod finding;
 pub(crate) mod function;
 pub(crate) mod inbox;
 pub(crate) mod lease;
@@ -13,6 +14,7 @@ pub(crate) mod outbox;
 pub(crate) mod parked;
 pub(crate) mod pause;
 pub(crate) mod prune;
+pub(crate) mod reconcile;
 pub(crate) mod relay_log;
 pub(crate) mod relay_status;
 pub(crate) mod restamp;
@@ -21,6 +23,7 @@ pub(crate) mod snapshot;
 pub(crate) mod status;
 pub(crate) mod window;
 
+use std::error::Error as StdError;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -133,6 +136,20 @@ pub(crate) fn is_outage(error: &sqlx::Error) -> bool {
         }
         _ => false,
     }
+}
+
+/// The first error of the driver among an error and its causes.
+pub(crate) fn database_cause<'e>(error: &'e (dyn StdError + 'static)) -> Option<&'e sqlx::Error> {
+    let mut cause = Some(error);
+    while let Some(next) = cause {
+        if let Some(database) = next.downcast_ref() {
+            return Some(database);
+        }
+        // An io::Error names as its source the source of what it wraps, not the wrapped error itself.
+        let wrapped = next.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        cause = wrapped.map(|wrapped| wrapped as &(dyn StdError + 'static)).or_else(|| next.source());
+    }
+    None
 }
 
 /// Whether somebody else's prepared statement was in our way, or ours was gone: it is not we alone who use this session

@@ -1,0 +1,147 @@
+//! What reconcilers found.
+
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::session::{Session, Tx};
+
+/// Something that is not as it should be.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Finding {
+    /// Such as `missing_from_stream`.
+    pub(crate) kind: &'static str,
+    /// What it is about: an event id, a consumer, a user's key. With the kind, its identity.
+    pub(crate) item: String,
+    pub(crate) event_id: Option<Uuid>,
+    pub(crate) outbox_id: Option<i64>,
+    pub(crate) key: Option<String>,
+    pub(crate) stream_seq: Option<i64>,
+    /// One line for a person, without payload.
+    pub(crate) detail: String,
+    pub(crate) state: State,
+}
+
+/// What has become of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum State {
+    #[default]
+    Open,
+    /// A repair was queued.
+    #[expect(dead_code, reason = "for reconcilers that queue repairs")]
+    Repairing,
+    Repaired,
+    /// It was not found any more.
+    Gone,
+}
+
+impl State {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Repairing => "repairing",
+            Self::Repaired => "repaired",
+            Self::Gone => "gone",
+        }
+    }
+}
+
+/// Writes what a run found. What was found before stays the same row; when it was settled, it is open again.
+pub(crate) async fn record(
+    session: &mut Session,
+    name: &str,
+    run: i64,
+    findings: &[Finding],
+) -> Result<(), sqlx::Error> {
+    fn each<T>(findings: &[Finding], field: impl Fn(&Finding) -> T) -> Vec<T> {
+        findings.iter().map(field).collect()
+    }
+    sqlx::query(
+        "insert into aftercommit.finding as f
+                (name, kind, item, event_id, outbox_id, key, stream_seq, detail, state, first_run, last_run, settled_at)
+         select distinct on (kind, item) $1, kind, item, event_id, outbox_id, key, stream_seq, detail, state, $2, $2,
+                case when state in ('repaired', 'gone') then clock_timestamp() end
+           from unnest($3::text[], $4::text[], $5::uuid[], $6::bigint[], $7::text[], $8::bigint[], $9::text[], $10::text[])
+             as t(kind, item, event_id, outbox_id, key, stream_seq, detail, state)
+          order by kind, item
+         on conflict (name, kind, item) do update
+            set last_run = excluded.last_run, detail = excluded.detail, state = excluded.state,
+                stream_seq = coalesce(excluded.stream_seq, f.stream_seq), settled_at = excluded.settled_at",
+    )
+    .bind(name)
+    .bind(run)
+    .bind(each(findings, |finding| finding.kind))
+    .bind(each(findings, |finding| finding.item.clone()))
+    .bind(each(findings, |finding| finding.event_id))
+    .bind(each(findings, |finding| finding.outbox_id))
+    .bind(each(findings, |finding| finding.key.clone()))
+    .bind(each(findings, |finding| finding.stream_seq))
+    .bind(each(findings, |finding| finding.detail.clone()))
+    .bind(each(findings, |finding| finding.state.as_str()))
+    .execute(session)
+    .await
+    .map(drop)
+}
+
+/// Settles open findings of `kind` about these items, and returns how many there were.
+pub(crate) async fn settle(
+    session: &mut Session,
+    name: &str,
+    kind: &str,
+    items: &[String],
+    state: State,
+) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query(
+        "update aftercommit.finding set state = $4, settled_at = clock_timestamp()
+          where name = $1 and kind = $2 and item = any($3) and state in ('open', 'repairing')",
+    )
+    .bind(name)
+    .bind(kind)
+    .bind(items)
+    .bind(state.as_str())
+    .execute(session)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// Settles what a sweep over everything did not find again that began with the run `since`.
+pub(super) async fn settle_gone(tx: &mut Tx<'_>, name: &str, since: i64) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update aftercommit.finding set settled_at = clock_timestamp(),
+                state = case state when 'repairing' then 'repaired' else 'gone' end
+          where name = $1 and last_run < $2 and state in ('open', 'repairing')",
+    )
+    .bind(name)
+    .bind(since)
+    .execute(tx)
+    .await
+    .map(drop)
+}
+
+/// How many are open, by reconciler and kind.
+pub(crate) async fn count_open(
+    session: &mut Session,
+    names: &[&str],
+) -> Result<Vec<(String, String, i64)>, sqlx::Error> {
+    sqlx::query_as(
+        "select name, kind, count(*) from aftercommit.finding
+          where name = any($1) and state in ('open', 'repairing') group by name, kind",
+    )
+    .bind(names)
+    .fetch_all(session)
+    .await
+}
+
+/// Deletes what was settled longer than `age` ago, at most `limit` rows.
+pub(crate) async fn prune(session: &mut Session, age: Duration, limit: i64) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query(
+        "delete from aftercommit.finding where id = any(array(
+            select id from aftercommit.finding
+             where settled_at < clock_timestamp() - make_interval(secs => $1) order by settled_at limit $2))",
+    )
+    .bind(age.as_secs_f64())
+    .bind(limit)
+    .execute(session)
+    .await?;
+    Ok(done.rows_affected())
+}
