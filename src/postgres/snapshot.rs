@@ -66,6 +66,11 @@ pub(crate) struct Mark {
 }
 
 impl Mark {
+    /// A mark that holds no row.
+    pub(crate) fn nothing() -> Self {
+        Self { snapshot: Snapshot { xmin: 1, xmax: 1, running: Vec::new() }, last_id: 0, next_xid: 1, floor: 0 }
+    }
+
     /// Whether a row had been committed.
     pub(crate) fn holds(&self, id: i64, xid: u64) -> bool {
         id <= self.floor || (id <= self.last_id && self.snapshot.sees(xid))
