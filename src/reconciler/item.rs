@@ -12,8 +12,8 @@ use serde_json::Value;
 use sqlx::PgTransaction;
 use tokio::time::timeout;
 
-use super::job::{Done, Job, Pace, Run, Schedule};
-use super::{Mode, Scope};
+use super::job::{Done, FAILED, Job, Pace, Run, Schedule};
+use super::{Failure, Mode, Scope};
 use crate::backoff::Backoff;
 use crate::error::{Error, ErrorKind};
 use crate::fault;
@@ -24,8 +24,6 @@ use crate::postgres::{self, inbox};
 /// Why a page or an item failed. Takes any error by `?`.
 pub type ItemError = Box<dyn StdError + Send + Sync>;
 
-/// The kind of the finding about an item that failed.
-const FAILED: &str = "item_failed";
 /// The kind of the finding about an item that a run in report mode would have repaired.
 const DRIFT: &str = "drift";
 /// How often an item is tried again that PostgreSQL undid because of others beside it.
@@ -187,7 +185,7 @@ impl<R: Reconciler> ItemJob<R> {
 
     /// Reconciles these items, and writes down what the run found.
     async fn items(&self, run: &mut Run, keys: &[String], mut pace: Option<&mut Pace>) -> Result<(), Error> {
-        let (mut fine, mut findings) = (Vec::new(), Vec::new());
+        let (mut fine, mut findings, mut failures) = (Vec::new(), Vec::new(), Vec::new());
         for key in keys {
             if let Some(pace) = pace.as_mut() {
                 pace.take(1).await;
@@ -206,11 +204,11 @@ impl<R: Reconciler> ItemJob<R> {
                 }
                 Err(Trouble::Outage(reason)) => return Err(Error::new(ErrorKind::Database, reason)),
                 Err(Trouble::Failed(reason) | Trouble::Conflict(reason)) => {
-                    run.failed(key, &reason);
-                    findings.push(Finding { kind: FAILED, item: key.clone(), detail: reason, ..Finding::default() });
+                    failures.push(Failure { item: key.clone(), reason });
                 }
             }
         }
+        run.failed(failures).await?;
         run.found(&findings).await?;
         run.settle(FAILED, &fine, State::Gone).await?;
         let settled = if run.mode == Mode::Repair { State::Repaired } else { State::Gone };

@@ -18,6 +18,8 @@ use crate::postgres::{self, session::Session};
 
 /// How many failed items a summary names.
 const NAMED_FAILURES: usize = 100;
+/// The kind of the finding about an item that failed.
+pub(crate) const FAILED: &str = "item_failed";
 
 /// A reconciler as the runner sees it. Its run may be dropped at any await, when the process stops or the run was taken
 /// over: what is not committed then is undone, and the next run goes on from the saved position.
@@ -103,22 +105,22 @@ impl Run {
         self.tally.change(|counts| counts.repaired += i64::try_from(differences).unwrap_or(i64::MAX));
     }
 
-    /// Counts an item that could not be looked at or repaired, and says why.
-    pub(crate) fn failed(&mut self, item: &str, reason: &str) {
-        tracing::warn!(reconciler = self.name, run = self.id, item, error = reason, "an item failed");
-        self.tally.change(|counts| counts.failed += 1);
-        if self.failures.len() < NAMED_FAILURES {
-            self.failures.push(Failure { item: item.into(), reason: reason.into() });
+    /// Writes down and counts items that could not be looked at or repaired: findings of the kind [`FAILED`].
+    pub(crate) async fn failed(&mut self, failures: Vec<Failure>) -> Result<(), Error> {
+        let mut findings = Vec::new();
+        for Failure { item, reason } in failures {
+            tracing::warn!(reconciler = self.name, run = self.id, item, error = reason, "an item failed");
+            self.tally.change(|counts| counts.failed += 1);
+            if self.failures.len() < NAMED_FAILURES {
+                self.failures.push(Failure { item: item.clone(), reason: reason.clone() });
+            }
+            findings.push(Finding { kind: FAILED, item, detail: reason, ..Finding::default() });
         }
+        self.write(&findings).await
     }
 
-    /// Writes down findings and counts them. What was found by earlier runs stays one row.
+    /// Writes down and counts findings. What was found by earlier runs stays one row.
     pub(crate) async fn found(&mut self, findings: &[Finding]) -> Result<(), Error> {
-        if findings.is_empty() {
-            return Ok(());
-        }
-        let written = self.on(async |session| finding::record(session, &self.name, self.id, findings).await);
-        written.await.map_err(|error| postgres::database_error("findings cannot be written", error))?;
         for finding in findings {
             tracing::warn!(
                 reconciler = self.name,
@@ -131,7 +133,16 @@ impl Run {
             );
         }
         self.differences(findings.len() as u64);
-        Ok(())
+        self.write(findings).await
+    }
+
+    async fn write(&self, findings: &[Finding]) -> Result<(), Error> {
+        if findings.is_empty() {
+            return Ok(());
+        }
+        self.on(async |session| finding::record(session, &self.name, self.id, findings).await)
+            .await
+            .map_err(|error| postgres::database_error("findings cannot be written", error))
     }
 
     /// Settles earlier findings of `kind` about these items.
