@@ -12,6 +12,7 @@ use std::time::Duration;
 use async_nats::StatusCode;
 use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::Stream;
+use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, TryStreamExt};
 use serde_json::json;
 
@@ -80,6 +81,21 @@ impl History {
     pub(crate) async fn one(&self, sequence: u64) -> Result<Option<StreamMessage>, Error> {
         let message = following(&self.stream, ">", sequence).await?;
         Ok(message.filter(|message| message.sequence == sequence))
+    }
+
+    /// The sequence from which on messages were stored at `time` or later, between two sequences or right behind them.
+    pub(crate) async fn since(&self, first: u64, last: u64, time: DateTime<Utc>) -> Result<u64, Error> {
+        let (mut low, mut high) = (first, last + 1);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            match following(&self.stream, ">", middle).await? {
+                Some(message) if message.sequence < high && message.time.unix_timestamp() < time.timestamp() => {
+                    low = message.sequence + 1;
+                }
+                _ => high = middle,
+            }
+        }
+        Ok(low)
     }
 
     async fn direct(&self, first: u64, count: u64) -> Result<Answer, Error> {

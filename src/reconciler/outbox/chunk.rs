@@ -9,7 +9,6 @@ use super::seen::Seen;
 use super::verdict::{self, Claimed, Oddity, Verdict};
 use crate::config::Naming;
 use crate::error::Error;
-use crate::fault;
 use crate::jetstream::history::{Batch, History};
 use crate::jetstream::stored;
 use crate::postgres::compare::{self, Absent};
@@ -64,30 +63,22 @@ pub(super) struct Page {
 }
 
 impl Chunk<'_> {
-    /// Reads the stream: which rows of the outbox it holds, and what it should not hold. `found` takes each batch's
-    /// findings and the number of its messages.
-    pub(super) async fn read_stream(
-        &self,
-        mut found: impl AsyncFnMut(Vec<Finding>, usize) -> Result<(), Error>,
-    ) -> Result<Seen, Error> {
-        let mut seen = Seen::default();
-        let last = *self.messages.end();
-        let mut batch = self.history.batch(self.messages.clone()).await?;
-        loop {
-            let ahead = async {
-                match batch.next {
-                    Some(next) => self.history.batch(next..=last).await.map(Some),
-                    None => Ok(None),
-                }
-            };
-            let (looked_up, ahead) = tokio::join!(self.look_up(&batch, &mut seen), ahead);
-            found(looked_up?, batch.messages.len()).await?;
-            fault::point("reconciler-outbox-read");
-            match ahead? {
-                Some(next) => batch = next,
-                None => return Ok(seen),
+    /// The first messages of the stream's part.
+    pub(super) async fn first_messages(&self) -> Result<Batch, Error> {
+        self.history.batch(self.messages.clone()).await
+    }
+
+    /// Notes which rows of the outbox these messages are, and returns those that should not be there, and the next
+    /// messages, which it reads meanwhile.
+    pub(super) async fn messages(&self, batch: &Batch, seen: &mut Seen) -> Result<(Vec<Finding>, Option<Batch>), Error> {
+        let ahead = async {
+            match batch.next {
+                Some(next) => self.history.batch(next..=*self.messages.end()).await.map(Some),
+                None => Ok(None),
             }
-        }
+        };
+        let (found, ahead) = tokio::join!(self.look_up(batch, seen), ahead);
+        Ok((found?, ahead?))
     }
 
     async fn look_up(&self, batch: &Batch, seen: &mut Seen) -> Result<Vec<Finding>, Error> {
@@ -168,7 +159,7 @@ impl Chunk<'_> {
 
     async fn is_at(&self, row: &Absent, sequence: u64) -> Result<bool, Error> {
         let message = self.history.one(sequence).await?;
-        Ok(message.is_some_and(|message| stored::event(&message).is_ok_and(|event| Uuid::from(event.id) == row.event_id)))
+        Ok(message.is_some_and(|message| stored::event(&message).is_ok_and(|event| event.id.as_uuid() == row.event_id)))
     }
 
     async fn ask<T>(
@@ -201,7 +192,7 @@ fn odd(claimed: &Claimed, oddity: &Oddity) -> Finding {
     Finding {
         kind,
         item: format!("{}@{}", event.id, claimed.sequence),
-        event_id: Some(event.id.into()),
+        event_id: Some(event.id.as_uuid()),
         outbox_id: Some(event.sequence),
         key: event.key.clone(),
         stream_seq: Some(claimed.sequence.cast_signed()),

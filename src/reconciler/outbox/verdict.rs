@@ -4,8 +4,6 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use uuid::Uuid;
-
 use crate::config::Naming;
 use crate::envelope::Envelope;
 use crate::postgres::compare::{Absent, Horizon, Original};
@@ -37,7 +35,7 @@ pub(super) fn message(
 ) -> Result<bool, Oddity> {
     let event = &claimed.event;
     match original {
-        Some(original) if original.event_id == Uuid::from(event.id) => match difference(claimed, original, naming) {
+        Some(original) if original.event_id == event.id.as_uuid() => match difference(claimed, original, naming) {
             None => Ok(true),
             Some(what) => Err(Oddity::Differs { what }),
         },
@@ -110,6 +108,8 @@ fn has_expired(age: Duration, max_age: Option<Duration>) -> bool {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+
+    use uuid::Uuid;
 
     use super::*;
 
