@@ -68,7 +68,8 @@ impl History {
         let (messages, end) = match self.direct(first, BATCH.min(last - first + 1)).await? {
             Answer::Nobody => (Vec::new(), end),
             Answer::Messages(mut messages, more) => {
-                let reached = messages.last().map(|message| message.sequence).filter(|_| more).unwrap_or(last).min(last);
+                let reached =
+                    messages.last().map(|message| message.sequence).filter(|_| more).unwrap_or(last).min(last);
                 messages.retain(|message| message.sequence <= last);
                 (messages, reached)
             }
@@ -139,12 +140,7 @@ impl History {
     }
 
     /// Asks the leader for what a part of the stream lacks.
-    async fn complete(
-        &self,
-        messages: Vec<StreamMessage>,
-        first: u64,
-        last: u64,
-    ) -> Result<Vec<StreamMessage>, Error> {
+    async fn complete(&self, messages: Vec<StreamMessage>, first: u64, last: u64) -> Result<Vec<StreamMessage>, Error> {
         let gaps = gaps(messages.iter().map(|message| message.sequence), first, last);
         if gaps.is_empty() {
             return Ok(messages);

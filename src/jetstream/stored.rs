@@ -75,7 +75,11 @@ async fn walk(stream: &Stream<()>, subject: &str, start: u64, end: u64) -> Resul
 }
 
 /// The first message on a subject from a sequence on.
-pub(super) async fn following(stream: &Stream<()>, subject: &str, sequence: u64) -> Result<Option<StreamMessage>, Error> {
+pub(super) async fn following(
+    stream: &Stream<()>,
+    subject: &str,
+    sequence: u64,
+) -> Result<Option<StreamMessage>, Error> {
     match stream.raw_message_builder().sequence(sequence).next_by_subject(subject).send().await {
         Ok(message) => Ok(Some(message)),
         Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),

@@ -89,9 +89,10 @@ pub(crate) async fn horizon(connection: &mut Session) -> Result<Horizon, sqlx::E
     )
     .fetch_optional(&mut *connection)
     .await?;
-    let last_id = sqlx::query_scalar("select case when is_called then last_value else 0 end from aftercommit.outbox_id_seq")
-        .fetch_one(connection)
-        .await?;
+    let last_id =
+        sqlx::query_scalar("select case when is_called then last_value else 0 end from aftercommit.outbox_id_seq")
+            .fetch_one(connection)
+            .await?;
     Ok(Horizon { first, last_id })
 }
 

@@ -1,9 +1,10 @@
 //! Repairs of the stream: events that the leading relay publishes again, because the stream does not hold them.
 
-use super::session::{Session, Tx};
 use sqlx::Row;
+use uuid::Uuid;
 
 use super::place::Place;
+use super::session::{Session, Tx};
 
 /// A repair that waits for the relay.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,14 +69,16 @@ pub(crate) async fn next(connection: &mut Session, block: bool, limit: i64) -> R
 pub(crate) async fn published(
     connection: &mut Session,
     outbox_ids: &[i64],
+    event_ids: &[Uuid],
     sequences: &[i64],
 ) -> Result<u64, sqlx::Error> {
     let done = sqlx::query(
         "update aftercommit.repair r set state = 'published', sequence = t.sequence, published_at = clock_timestamp()
-           from unnest($1::bigint[], $2::bigint[]) as t(outbox_id, sequence)
-          where r.outbox_id = t.outbox_id and r.state = 'queued'",
+           from unnest($1::bigint[], $2::uuid[], $3::bigint[]) as t(outbox_id, event_id, sequence)
+          where r.outbox_id = t.outbox_id and r.event_id = t.event_id and r.state = 'queued'",
     )
     .bind(outbox_ids)
+    .bind(event_ids)
     .bind(sequences)
     .execute(connection)
     .await?;
@@ -84,12 +87,14 @@ pub(crate) async fn published(
 
 /// Records that the stream will never take these.
 pub(crate) async fn refuse(connection: &mut Session, outbox_ids: &[i64], reason: &str) -> Result<(), sqlx::Error> {
-    sqlx::query("update aftercommit.repair set state = 'refused', reason = $2 where outbox_id = any($1) and state = 'queued'")
-        .bind(outbox_ids)
-        .bind(reason)
-        .execute(connection)
-        .await
-        .map(drop)
+    sqlx::query(
+        "update aftercommit.repair set state = 'refused', reason = $2 where outbox_id = any($1) and state = 'queued'",
+    )
+    .bind(outbox_ids)
+    .bind(reason)
+    .execute(connection)
+    .await
+    .map(drop)
 }
 
 /// Gives a repair another message id, because the server knows this one from a message that is gone.

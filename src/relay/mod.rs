@@ -13,6 +13,7 @@ mod monitor;
 mod progress;
 mod pump;
 mod reader;
+mod repairs;
 mod restore;
 mod resume;
 mod rewind;
@@ -47,6 +48,7 @@ pub use method::PublishMethod;
 pub use monitor::{Monitor, RelayReport};
 use progress::{Position, Progress};
 use reader::Exceptions;
+use repairs::Repairs;
 use resume::Found;
 use sample::{Sample, Sampler};
 
@@ -86,6 +88,9 @@ pub struct RelayConfig {
     pub publish: PublishMethod,
     /// How often old events are removed. Defaults to one minute.
     pub prune_interval: Duration,
+    /// How many events that the reconciler found missing in the stream are published again in a second at most. Defaults
+    /// to 5,000.
+    pub repair_rate: u32,
     /// How long events stay in the outbox after they were written, for replay and proof; what is not in the stream yet
     /// stays longer. Defaults to 7 days.
     pub retention: Duration,
@@ -130,6 +135,7 @@ impl RelayConfig {
             postgres,
             publish: PublishMethod::Auto,
             prune_interval: Duration::from_mins(1),
+            repair_rate: 5000,
             retention: Duration::from_hours(7 * 24),
             unhealthy_after: Duration::from_secs(30),
         }
@@ -300,6 +306,7 @@ impl Relay {
                 found: Found::default(),
                 stream_created: None,
                 exceptions: Exceptions::default(),
+                repairs: Repairs::new(),
                 method: Method::new(self.config.publish, can_batch),
                 progress: &self.progress,
                 paused: told_paused,

@@ -70,7 +70,11 @@ impl Chunk<'_> {
 
     /// Notes which rows of the outbox these messages are, and returns those that should not be there, and the next
     /// messages, which it reads meanwhile.
-    pub(super) async fn messages(&self, batch: &Batch, seen: &mut Seen) -> Result<(Vec<Finding>, Option<Batch>), Error> {
+    pub(super) async fn messages(
+        &self,
+        batch: &Batch,
+        seen: &mut Seen,
+    ) -> Result<(Vec<Finding>, Option<Batch>), Error> {
         let ahead = async {
             match batch.next {
                 Some(next) => self.history.batch(next..=*self.messages.end()).await.map(Some),
@@ -85,11 +89,9 @@ impl Chunk<'_> {
         let (mut claimed, mut findings) = (Vec::with_capacity(batch.messages.len()), Vec::new());
         for message in &batch.messages {
             match stored::event(message) {
-                Ok(event) if event.source == self.naming.source => claimed.push(Claimed {
-                    sequence: message.sequence,
-                    subject: message.subject.to_string(),
-                    event,
-                }),
+                Ok(event) if event.source == self.naming.source => {
+                    claimed.push(Claimed { sequence: message.sequence, subject: message.subject.to_string(), event })
+                }
                 _ if self.exclusive => findings.push(foreign(message.sequence, &message.subject)),
                 _ => {}
             }
@@ -127,8 +129,7 @@ impl Chunk<'_> {
     /// The same for events behind `after` that were published into this part of the stream out of order.
     pub(super) async fn repairs(&self, seen: &Seen, after: i64) -> Result<Page, Error> {
         let (behind, up_to) = (self.from.sequence, self.to.sequence);
-        let placed =
-            self.ask(async |session| compare::placed(session, behind, up_to, after, IDS).await).await?;
+        let placed = self.ask(async |session| compare::placed(session, behind, up_to, after, IDS).await).await?;
         let mut page = Page { next: placed.last().map(|(id, _)| *id), ..Page::default() };
         let (there, gone): (Vec<_>, Vec<_>) = placed.into_iter().partition(|(id, _)| seen.contains(*id));
         page.verified = there.into_iter().map(|(_, event_id)| event_id).collect();

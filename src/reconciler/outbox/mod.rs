@@ -35,8 +35,8 @@ use crate::postgres::place::{self, Place};
 use crate::postgres::relay_log::{self, Base};
 use crate::postgres::session::Session;
 use crate::postgres::{database_error, repair, window};
-use seen::Seen;
 use chunk::{Chunk, DIFFERS, FOREIGN, GHOST, MISSING, Missing, Page};
+use seen::Seen;
 
 /// The name of this leg's reconciler.
 pub(crate) const NAME: &str = "outbox";
@@ -216,7 +216,10 @@ impl Leg<'_> {
         let mut place = sweep.or(self.position.new.as_ref()).cloned().unwrap_or_else(Place::beginning);
         loop {
             if let Some(back) = self.ask(async |session| place::gone_back(session, &stream, &place).await).await? {
-                tracing::info!(sequence = back.sequence, "the relay has gone back in the stream, and so does the comparison");
+                tracing::info!(
+                    sequence = back.sequence,
+                    "the relay has gone back in the stream, and so does the comparison"
+                );
                 place = back;
             }
             let next = self.ask(async |session| place::next(session, &stream, &place, CHUNK, newest.seq).await).await?;

@@ -3,10 +3,10 @@
 
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
 use crate::config::Naming;
 use crate::envelope::Envelope;
 use crate::postgres::compare::{Absent, Horizon, Original};
+use chrono::{DateTime, Utc};
 
 /// A message that says it is from this outbox.
 #[derive(Debug, Clone)]
@@ -182,7 +182,9 @@ mod tests {
         assert_eq!(is(5, Some((6, 50)), 9), Ok(false), "its id is before the first");
         assert_eq!(is(5, Some((4, 101)), 9), Ok(false), "it was written before the first");
         assert_eq!(is(5, None, 9), Ok(false), "everything was removed");
-        for (id, first, last_id) in [(5, Some((4, 50)), 9), (10, Some((4, 101)), 9), (0, Some((4, 101)), 9), (5, None, 4)] {
+        for (id, first, last_id) in
+            [(5, Some((4, 50)), 9), (10, Some((4, 101)), 9), (0, Some((4, 101)), 9), (5, None, 4)]
+        {
             assert_eq!(is(id, first, last_id), Err(Oddity::Ghost), "{id} {first:?} {last_id}");
         }
     }
