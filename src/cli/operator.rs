@@ -1,6 +1,7 @@
 //! `aftercommit`, the operator's tool.
 
 mod doctor;
+mod reconcile;
 
 use std::io::{Read, Write};
 use std::path::PathBuf;
@@ -11,7 +12,7 @@ use serde::de::IgnoredAny;
 
 use uuid::Uuid;
 
-use super::{NamingArgs, NatsArgs, PostgresArgs, fail};
+use super::{NamingArgs, NatsArgs, PostgresArgs, fail, start_logging};
 use crate::admin;
 use crate::admin::relay::ParkedEvent;
 use crate::envelope::is_json;
@@ -40,6 +41,8 @@ enum Command {
     Provision(Provision),
     /// Write one event in a transaction of its own and print its id
     Publish(Publish),
+    /// Compare what should be the same, report what is not, and repair it
+    Reconcile(Box<reconcile::Reconcile>),
     /// Pause or resume publishing, whichever relay leads
     #[command(subcommand)]
     Relay(Relay),
@@ -182,6 +185,12 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Parked(command) => runtime.block_on(parked(command))?,
         Command::Provision(command) => runtime.block_on(provision(command))?,
         Command::Publish(command) => runtime.block_on(publish(command))?,
+        Command::Reconcile(command) => {
+            start_logging();
+            let (text, status) = runtime.block_on(reconcile::run(*command))?;
+            exit = status;
+            text
+        }
         Command::Relay(command) => runtime.block_on(relay(command))?,
         Command::Status(command) => runtime.block_on(status(command))?,
     };

@@ -115,7 +115,7 @@ pub(crate) async fn gone_back(
         "select ",
         columns!(),
         " from aftercommit.relay_log
-          where stream = $1 and seq > $2 and base_sequence < $3 order by base_sequence, seq limit 1"
+          where stream = $1 and $2 >= 0 and seq > $2 and base_sequence < $3 order by base_sequence, seq limit 1"
     ))
     .bind(stream)
     .bind(from.seq)

@@ -178,7 +178,7 @@ pub(crate) async fn some(connection: &mut Session, ids: &[i64]) -> Result<Vec<Ou
         "select id, event_id, type, version, key, content_type, created_at,
                 case when not large and headers <> '{}' then headers::text end, case when not large then payload end
            from (select *, octet_length(payload) + pg_column_size(headers) > 4096 as large
-                   from aftercommit.outbox where id = any($1)) as some
+                   from aftercommit.outbox where id = any($1)) as picked
           order by id",
     )
     .bind(ids)
