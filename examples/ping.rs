@@ -8,6 +8,7 @@ pub(crate) mod behaviours;
 
 use std::process::ExitCode;
 
+use aftercommit::outbox::Publisher;
 use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
 use aftercommit::{Event, EventId, outbox};
 use serde::{Deserialize, Serialize};
@@ -51,6 +52,11 @@ impl PingRepository {
         .fetch_one(&mut **tx)
         .await?;
         Ok(outbox::publish(tx, &PingEvent { host: host.into(), n, message: message.into() }).await?)
+    }
+
+    /// What it publishes, for the check that somebody subscribes to it.
+    pub fn publisher() -> Publisher {
+        Publisher::new("PingRepository").publishes::<PingEvent>()
     }
 }
 

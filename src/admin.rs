@@ -1,7 +1,10 @@
 //! What an operator does: set up schema and stream, write an event by hand, look at where everything is
 //! and whether it is well.
 
+pub mod audit;
+pub mod dead;
 pub mod doctor;
+pub mod reconciler;
 pub mod relay;
 pub mod status;
 

@@ -23,6 +23,15 @@ impl Default for Naming {
     }
 }
 
+/// Checks the name of a stream. The error is for behind the setting's name.
+pub(crate) fn check_stream(name: &str) -> Result<(), String> {
+    let legal = |c: char| c.is_ascii_graphic() && !matches!(c, '.' | '*' | '>' | '/' | '\\');
+    if !name.is_empty() && name.chars().all(legal) {
+        return Ok(());
+    }
+    Err(format!("{name:?} cannot be the name of a stream"))
+}
+
 /// How to reach PostgreSQL.
 #[derive(Clone)]
 pub struct PostgresConfig {

@@ -80,6 +80,11 @@ pub enum EnvelopeError {
 }
 
 impl Envelope {
+    /// The publisher's trace context, as it was written.
+    pub(crate) fn traceparent(&self) -> Option<&str> {
+        traceparent(&self.headers)
+    }
+
     /// The headers of the NATS message, names and values, without those that steer a publish.
     pub fn to_headers(&self) -> Vec<(Cow<'_, str>, Cow<'_, str>)> {
         let mut headers: Vec<(Cow<'_, str>, Cow<'_, str>)> = Vec::with_capacity(10 + self.headers.len());
@@ -201,6 +206,23 @@ pub fn is_json(content_type: &str) -> bool {
     essence == "application/json" || essence.ends_with("+json")
 }
 
+/// The trace context among a publisher's headers, whose names may be in any case.
+pub(crate) fn traceparent(headers: &BTreeMap<String, String>) -> Option<&str> {
+    headers.iter().find(|(name, _)| name.eq_ignore_ascii_case(TRACEPARENT)).map(|(_, value)| value.as_str())
+}
+
+/// Whether a text is a `traceparent` of version 00 of W3C Trace Context, section 3.2: `00-<32 hex>-<16 hex>-<2 hex>`, in
+/// lower case, with neither id zero.
+pub(crate) fn is_traceparent(text: &str) -> bool {
+    let hex = |part: &str, length| {
+        part.len() == length && part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    };
+    let id = |part: &str, length| hex(part, length) && part.bytes().any(|b| b != b'0');
+    let mut parts = text.split('-');
+    let mut next = || parts.next().unwrap_or_default();
+    next() == "00" && id(next(), 32) && id(next(), 16) && hex(next(), 2) && parts.next().is_none()
+}
+
 fn encode(value: &str) -> Cow<'_, str> {
     utf8_percent_encode(value, ENCODED).into()
 }
@@ -278,5 +300,24 @@ mod tests {
     fn debug_shows_no_payload() {
         let text = format!("{:?}", envelope());
         assert!(!text.contains("1234567890") && !text.contains("a b") && !text.contains("Straße"), "{text}");
+    }
+
+    #[test]
+    fn only_w3c_trace_context_is_taken() {
+        assert!(is_traceparent("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"));
+        for bad in [
+            "",
+            "00",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x",
+            "00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01",
+            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b716920333-01",
+            "ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\nNats-Rollup: all",
+        ] {
+            assert!(!is_traceparent(bad), "{bad}");
+        }
     }
 }

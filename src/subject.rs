@@ -18,19 +18,43 @@ pub struct SubjectError {
 /// # Errors
 /// When it is empty, has an empty token or another character, or is longer than [`MAX_TYPE_BYTES`].
 pub fn check_tokens(text: &str) -> Result<(), SubjectError> {
-    let refuse = |problem| Err(SubjectError { text: text.chars().take(64).collect(), problem });
-    if text.len() > MAX_TYPE_BYTES {
-        return refuse("it is longer than 200 bytes");
+    match problem(text) {
+        Some(problem) => Err(SubjectError { text: text.chars().take(64).collect(), problem }),
+        None => Ok(()),
     }
-    for token in text.split('.') {
-        if token.is_empty() {
-            return refuse("it has an empty token");
+}
+
+/// [`check_tokens`] for the compiler.
+pub(crate) const fn problem(text: &str) -> Option<&'static str> {
+    let bytes = text.as_bytes();
+    if bytes.len() > MAX_TYPE_BYTES {
+        return Some("it is longer than 200 bytes");
+    }
+    let (mut at, mut empty) = (0, true);
+    while at < bytes.len() {
+        match bytes[at] {
+            b'.' if empty => return Some("it has an empty token"),
+            b'.' => empty = true,
+            b if b.is_ascii_alphanumeric() || b == b'_' || b == b'-' => empty = false,
+            _ => return Some("only letters, digits, '_', '-' and dots between them are allowed"),
         }
-        if !token.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-') {
-            return refuse("only letters, digits, '_', '-' and dots between them are allowed");
+        at += 1;
+    }
+    if empty { Some("it has an empty token") } else { None }
+}
+
+/// Whether a subject filter, with `*` and `>`, lets a subject through.
+pub(crate) fn matches(filter: &str, subject: &str) -> bool {
+    let mut tokens = subject.split('.');
+    for wanted in filter.split('.') {
+        match (wanted, tokens.next()) {
+            (">", token) => return token.is_some(),
+            (_, None) => return false,
+            (wanted, Some(token)) if wanted == "*" || wanted == token => {}
+            _ => return false,
         }
     }
-    Ok(())
+    tokens.next().is_none()
 }
 
 /// The first tokens of every subject that one outbox publishes to, such as `events`.
@@ -95,6 +119,23 @@ mod tests {
         let long = "x".repeat(201);
         for bad in ["", ".", "a.", ".a", "a..b", "a.*", "a.>", "a b", "a\r\nb", "$JS.API", "ä", long.as_str()] {
             assert!(check_tokens(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_filter_lets_its_subjects_through() {
+        for (filter, subject, through) in [
+            ("a.b", "a.b", true),
+            ("a.b", "a.b.c", false),
+            ("a.b.c", "a.b", false),
+            ("a.*", "a.b", true),
+            ("a.*", "a.b.c", false),
+            ("a.>", "a.b.c", true),
+            ("a.>", "a", false),
+            ("*.b", "a.b", true),
+            (">", "a", true),
+        ] {
+            assert_eq!(matches(filter, subject), through, "{filter} {subject}");
         }
     }
 

@@ -197,7 +197,7 @@ pub const RECONCILER_FAILURES: Metric = Metric {
 
 /// Until when everything is accounted for.
 pub const RECONCILER_UP_TO: Metric = Metric {
-    name: "aftercommit_reconciler_up_to_timestamp",
+    name: "aftercommit_reconciler_up_to_timestamp_seconds",
     kind: Kind::Gauge,
     labels: RECONCILER,
     meaning: "Everything that was committed before this time, in seconds since 1970, is accounted for.",

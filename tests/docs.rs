@@ -1,4 +1,4 @@
-//! The documentation says what is: its links lead somewhere, the tests it names exist, its quickstart runs.
+//! The documentation says what is: its links lead somewhere, the tests it names exist, its code runs.
 
 mod support;
 
@@ -94,4 +94,21 @@ async fn the_quickstart_without_rust_code_works() {
     })
     .await
     .unwrap();
+}
+
+#[test]
+fn the_code_of_the_guides_is_tested() {
+    let tested = fs::read_to_string(root().join("tests/guides.rs")).unwrap();
+    let mut found = Vec::new();
+    pages(&root().join("docs/guides"), &mut found);
+    let mut blocks = 0;
+    for page in found {
+        let content = fs::read_to_string(&page).unwrap();
+        for block in content.split("```rust\n").skip(1) {
+            let block = block.split("```").next().unwrap();
+            blocks += 1;
+            assert!(tested.contains(block), "{} has code that tests/guides.rs has not:\n{block}", page.display());
+        }
+    }
+    assert!(blocks > 10, "only {blocks} blocks of code were found");
 }

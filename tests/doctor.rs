@@ -13,7 +13,7 @@ use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions
 use aftercommit::testing::{eventually, unique_name};
 use async_nats::jetstream::consumer::{AckPolicy, pull};
 use async_nats::jetstream::stream::StorageType;
-use serde_json::Value;
+use serde_json::{Value, json};
 use sqlx::AssertSqlSafe;
 use support::{Outbox, Proxy, RunningRelay, SOON, free_address};
 
@@ -68,8 +68,9 @@ async fn a_fresh_set_up_passes_and_each_part_can_be_missing() {
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let checks = report["checks"].as_array().unwrap();
-    let wrong: Vec<_> = checks.iter().filter(|check| check["status"] != "OK").map(|check| &check["name"]).collect();
-    assert_eq!((wrong, &report["status"]), (vec![&Value::from("replicas")], &Value::from("WARN")), "{report:#}");
+    let wrong: Vec<_> =
+        checks.iter().filter(|check| check["status"] != "OK").map(|check| check["name"].clone()).collect();
+    assert_eq!((json!(wrong), &report["status"]), (json!(["replicas", "subscribers"]), &json!("WARN")), "{report:#}");
     let relay_check = checks.iter().find(|check| check["name"] == "relay").unwrap();
     assert!(relay_check["finding"].as_str().unwrap().contains("leads"), "{relay_check}");
     assert!(relay_check["remedy"].is_null());
@@ -190,11 +191,48 @@ async fn what_would_lose_events_fails() {
     assert!(found(&report, Severity::Warn, "consumer")[0].finding.contains("limited"), "{report}");
 }
 
+/// Publishing what nobody subscribes to works, and is told.
+#[tokio::test(flavor = "multi_thread")]
+async fn events_without_a_subscriber_are_told() {
+    let outbox = shared().await;
+    let report = look(config(&outbox)).await;
+    assert!(found(&report, Severity::Ok, "subscribers")[0].finding.contains("holds no events"), "{report}");
+    let _relay = outbox.relay();
+    for event_type in ["order.placed", "order.paid", "order.line.added", "order"] {
+        outbox.publish(event_type, "{}", None).await;
+    }
+    outbox.assert_complete().await;
+    let stream = outbox.js().await.get_stream(&outbox.naming.stream).await.unwrap();
+    let subscribe = async |name: &str, filters: &[&str]| {
+        let consumer = pull::Config {
+            durable_name: Some(name.into()),
+            ack_policy: AckPolicy::Explicit,
+            filter_subjects: filters.iter().map(|filter| outbox.naming.prefix.subject(filter)).collect(),
+            ..pull::Config::default()
+        };
+        stream.create_consumer(consumer).await.unwrap();
+    };
+    subscribe("receipts", &["order.placed", "order.cancelled"]).await;
+    let report = look(config(&outbox)).await;
+    let check = found(&report, Severity::Warn, "subscribers")[0];
+    assert!(
+        check.finding.contains("3 of 4") && check.finding.ends_with("order, order.line.added, order.paid"),
+        "{check:?}"
+    );
+    subscribe("lines", &["order.*.added"]).await;
+    let report = look(config(&outbox)).await;
+    let check = found(&report, Severity::Warn, "subscribers")[0];
+    assert!(check.finding.contains("2 of 4") && check.finding.ends_with("order, order.paid"), "{check:?}");
+    subscribe("audit", &[">"]).await;
+    let report = look(config(&outbox)).await;
+    assert!(found(&report, Severity::Ok, "subscribers")[0].finding.contains("each of the 4"), "{report}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_waits_is_told() {
     let outbox = shared().await;
     let execute = async |sql: &'static str| sqlx::raw_sql(sql).execute(&outbox.pool).await.map(drop).unwrap();
-    admin::relay::pause(&outbox.postgres, Some("maintenance")).await.unwrap();
+    admin::relay::pause(&outbox.postgres, "test", Some("maintenance")).await.unwrap();
     let mut held = outbox.pool.begin().await.unwrap();
     let (pid,): (i32,) = sqlx::query_as("select pg_backend_pid()").fetch_one(&mut *held).await.unwrap();
     outbox.publish("fresh", "{}", None).await;
@@ -220,7 +258,7 @@ async fn what_waits_is_told() {
     found(&report, Severity::Ok, "pruning");
 
     // Published, an old event should be removed.
-    admin::relay::resume(&outbox.postgres).await.unwrap();
+    admin::relay::resume(&outbox.postgres, "test").await.unwrap();
     let keep = RelayConfig {
         prune_interval: Duration::from_hours(1),
         retention: Duration::from_hours(24 * 365),

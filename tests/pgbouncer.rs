@@ -5,16 +5,19 @@ mod support;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use aftercommit::admin;
 use aftercommit::config::{NatsConfig, PostgresConfig};
 use aftercommit::outbox::{self, PublishErrorKind, RawEvent};
+use aftercommit::reconciler::{Drift, ItemError, Reconciler, Runner};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, PgBouncer, Postgres, PostgresOptions};
 use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Connection, PgConnection, PgTransaction, Row};
 use support::{Database, Number, Outbox, RelayProcess, SOON, Work, Writers};
+use tokio_util::sync::CancellationToken;
 
 async fn bouncer(pool_size: u32, settings: &[(&str, &str)]) -> PgBouncer {
     PgBouncer::start(Postgres::shared().await.unwrap(), pool_size, settings).await.unwrap()
@@ -173,11 +176,11 @@ async fn the_operators_tool_works() {
         other.unwrap();
         let status = admin::status::status(&config, &nats, &Default::default()).await.unwrap();
         assert_eq!(status.backlog.events, 2 * n);
-        assert!(admin::relay::pause(&config, Some("for a test")).await.unwrap());
-        assert!(!admin::relay::pause(&config, None).await.unwrap());
-        assert!(admin::relay::resume(&config).await.unwrap());
+        assert!(admin::relay::pause(&config, "test", Some("for a test")).await.unwrap());
+        assert!(!admin::relay::pause(&config, "test", None).await.unwrap());
+        assert!(admin::relay::resume(&config, "test").await.unwrap());
         assert_eq!(admin::relay::parked(&config, 10).await.unwrap(), []);
-        assert!(admin::relay::release(&config, event_id).await.is_err());
+        assert!(admin::relay::release(&config, "test", event_id).await.is_err());
     }
     assert_nothing_is_left(&config, 2).await;
 }
@@ -224,15 +227,15 @@ async fn errors_name_the_setting() {
     let database = Database::migrated().await;
     let forgotten = |bouncer: &PgBouncer| PostgresConfig { pooled: false, ..behind(bouncer, &database.config) };
     let strict = bouncer(1, &[]).await;
-    let error = admin::relay::resume(&forgotten(&strict)).await.unwrap_err().report();
+    let error = admin::relay::resume(&forgotten(&strict), "test").await.unwrap_err().report();
     assert!(error.contains("AFTERCOMMIT_PGBOUNCER"), "{error}");
 
     let lax = bouncer(1, &[("ignore_startup_parameters", "extra_float_digits")]).await;
-    admin::relay::resume(&forgotten(&lax)).await.unwrap();
-    let error = admin::relay::resume(&forgotten(&lax)).await.unwrap_err().report();
+    admin::relay::resume(&forgotten(&lax), "test").await.unwrap();
+    let error = admin::relay::resume(&forgotten(&lax), "test").await.unwrap_err().report();
     assert!(error.contains("42P05") && error.contains("AFTERCOMMIT_PGBOUNCER"), "{error}");
     // With it, what others left there is in nobody's way.
-    admin::relay::resume(&behind(&lax, &database.config)).await.unwrap();
+    admin::relay::resume(&behind(&lax, &database.config), "test").await.unwrap();
 }
 
 /// A handler whose queries keep their names waits, with the reason, until that is put right: no event is to blame.
@@ -269,4 +272,63 @@ impl Handler<Number> for Named {
         sqlx::query("insert into effect (n) values ($1)").bind(delivery.event.n).execute(&mut **tx).await?;
         Ok(())
     }
+}
+
+/// Sets every number to its place, with statements that leave nothing behind.
+#[derive(Clone)]
+struct Places;
+
+impl Reconciler for Places {
+    fn name(&self) -> &str {
+        "places"
+    }
+
+    fn interval(&self) -> Duration {
+        Duration::from_secs(1)
+    }
+
+    fn page_size(&self) -> i64 {
+        7
+    }
+
+    async fn page(
+        &self,
+        tx: &mut PgTransaction<'_>,
+        after: Option<&str>,
+        limit: i64,
+    ) -> Result<Vec<String>, ItemError> {
+        let sql = "select key from place where $1 is null or key > $1 order by key limit $2";
+        Ok(sqlx::query_scalar(sql).bind(after).bind(limit).persistent(false).fetch_all(&mut **tx).await?)
+    }
+
+    async fn reconcile(&self, tx: &mut PgTransaction<'_>, key: &str) -> Result<Drift, ItemError> {
+        let sql = "update place set n = key::int where key = $1 and n <> key::int";
+        Ok(Drift::of(sqlx::query(sql).bind(key).persistent(false).execute(&mut **tx).await?.rows_affected()))
+    }
+}
+
+/// Three runners share two sessions of the server.
+#[tokio::test(flavor = "multi_thread")]
+async fn reconcilers_run_once_per_interval_and_leave_nothing_behind() {
+    let bouncer = bouncer(2, &[]).await;
+    let database = Database::migrated().await;
+    database
+        .execute("create table place as select lpad(n::text, 3, '0') as key, -1 as n from generate_series(1, 100) n")
+        .await;
+    let config = behind(&bouncer, &database.config);
+    let stop = CancellationToken::new();
+    let runners: Vec<_> =
+        (0..3).map(|_| tokio::spawn(Runner::new(config.clone()).reconciler(Places).run(stop.clone()))).collect();
+    let pool = database.pool().await;
+    let runs = "select count(*) from aftercommit.reconcile_run where result = 'ok'";
+    let three = async || sqlx::query_scalar::<_, i64>(runs).fetch_one(&pool).await.is_ok_and(|runs| runs >= 3);
+    eventually(SOON, "three runs", three).await.unwrap();
+    stop.cancel();
+    for runner in runners {
+        runner.await.unwrap().unwrap();
+    }
+    let wrong = "select (select count(*) from place where n <> key::int)
+                      + (select count(*) from aftercommit.reconcile_run where result <> 'ok' and result <> 'stopped')";
+    assert_eq!(sqlx::query_scalar::<_, i64>(wrong).fetch_one(&pool).await.unwrap(), 0);
+    assert_nothing_is_left(&config, 2).await;
 }

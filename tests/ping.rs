@@ -48,6 +48,11 @@ async fn kill_switch() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn marker() {
+    show(behaviours::marker).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn event_id() {
     show(behaviours::event_id).await;
 }

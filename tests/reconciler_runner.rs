@@ -14,7 +14,7 @@ use aftercommit::reconciler::{Drift, ItemError, Mode, Outcome, Reconciler, Runne
 use aftercommit::testing::eventually;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use sqlx::{PgPool, PgTransaction};
-use support::{Database, SOON};
+use support::{Database, SOON, succeeded};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -604,4 +604,58 @@ fn drift_repairs_and_failures_are_counted_in_metrics() {
         assert!(rendered.contains(line), "{line} is not in\n{rendered}");
     }
     assert!(rendered.contains("aftercommit_reconciler_last_success_seconds{reconciler=\"doubles\"}"), "{rendered}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_operators_tool_lists_findings_and_runs() {
+    let stage = Stage::new(&["a", "error-1"]).await;
+    let tool = |arguments: &[&str]| {
+        let mut tool = Command::new(env!("CARGO_BIN_EXE_aftercommit"));
+        succeeded(tool.args(arguments).env("DATABASE_URL", &stage.database.config.url).output().unwrap())
+    };
+    assert_eq!(tool(&["findings"]), "nothing is open\n");
+    assert_eq!(tool(&["runs"]), "no reconciler has run\n");
+    stage.now(&Doubles::every(HOUR), Scope::Full).await;
+    assert!(tool(&["findings"]).ends_with("Z  doubles  item_failed  error-1  open  the item says no\n"));
+    assert_eq!(tool(&["findings", "--kind", "drift"]), "nothing is open\n");
+    let runs = tool(&["runs", "--reconciler", "doubles"]);
+    assert!(runs.contains("  run 1  doubles  demand full repair  ok in "), "{runs}");
+    assert!(runs.ends_with("  scanned 2, found 1, repaired 1, failed 1\n"), "{runs}");
+    stage.database.execute("delete from item where key = 'error-1'").await;
+    stage.now(&Doubles::every(HOUR), Scope::Full).await;
+    assert_eq!(tool(&["findings"]), "nothing is open\n");
+    assert!(tool(&["findings", "--all", "--json"]).contains("\"state\": \"gone\""));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rights_on_the_page_suffice() {
+    let stage = Stage::new(&["a", "error-1"]).await;
+    let page = include_str!("../docs/reconciliation.md");
+    let rights = page.split("```sql\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    // Roles are the server's, not the database's.
+    let role = aftercommit::testing::unique_name("app");
+    let rights = rights.replace("to app;", &format!("to {role};"));
+    stage.database.execute(&format!("create role {role} login; {rights}")).await;
+    stage.database.execute(&format!("grant all on all tables in schema public to {role}")).await;
+    let runner = || {
+        let config = PostgresConfig::new(stage.database.url_of(&role));
+        Runner::new(config).reconciler(Doubles::every(HOUR))
+    };
+    let due = runner().run_if_due("doubles").await.unwrap();
+    assert_eq!((&due.outcome, numbers(&due)), (&Outcome::Ran, [2, 1, 1, 1]), "{due}");
+    let stop = CancellationToken::new();
+    let (runner, again) = (runner(), runner());
+    let monitor = runner.monitor();
+    let task = tokio::spawn(runner.run(stop.clone()));
+    eventually(SOON, "it can read the tables", async || monitor.readiness().ok).await.unwrap();
+    stop.cancel();
+    task.await.unwrap().unwrap();
+    // What is old is deleted, which needs a right of its own.
+    let age = "update aftercommit.reconcile_run set ended_at = now() - interval '31 days';
+        insert into aftercommit.finding (name, kind, item, first_run, last_run, state, settled_at)
+        values ('doubles', 'drift', 'old', 1, 1, 'gone', now() - interval '31 days')";
+    stage.database.execute(age).await;
+    again.run_now("doubles", Scope::Full, Mode::Repair).await.unwrap();
+    assert_eq!(stage.count("select count(*) from aftercommit.finding where item = 'old'").await, 0);
+    assert_eq!(stage.results().await, ["ok"]);
 }

@@ -65,11 +65,11 @@ async fn an_event_that_is_too_large_blocks_only_its_key() {
     let parked = admin::relay::parked(&outbox.postgres, 10).await.unwrap();
     assert_eq!(parked.iter().map(|event| event.event_type.as_str()).collect::<Vec<_>>(), ["large", "behind"]);
     assert_eq!((parked[0].code, parked[1].code), (Some(10054), None));
-    let behind = admin::relay::release(&outbox.postgres, parked[1].event_id).await;
+    let behind = admin::relay::release(&outbox.postgres, "test", parked[1].event_id).await;
     assert!(behind.is_err(), "it waits behind another and cannot be released by itself");
 
     change_stream(&outbox, |config| config.max_message_size = -1).await;
-    assert_eq!(admin::relay::release(&outbox.postgres, parked[0].event_id).await.unwrap(), 2);
+    assert_eq!(admin::relay::release(&outbox.postgres, "test", parked[0].event_id).await.unwrap(), 2);
     stored(&outbox, 5).await;
     outbox.publish("later", "{}", Some("a")).await;
     stored(&outbox, 6).await;
@@ -99,7 +99,7 @@ async fn a_discarded_event_lets_its_key_go() {
     outbox.publish("other", "{}", Some("b")).await;
     stored(&outbox, 2).await;
     let parked = admin::relay::parked(&outbox.postgres, 10).await.unwrap();
-    assert_eq!(admin::relay::discard(&outbox.postgres, parked[0].event_id).await.unwrap(), 2);
+    assert_eq!(admin::relay::discard(&outbox.postgres, "test", parked[0].event_id).await.unwrap(), 2);
     stored(&outbox, 4).await;
     assert_eq!(types(&outbox).await, ["first", "other", "behind", "also.behind"]);
     relay.stop().await.unwrap();
@@ -214,8 +214,8 @@ async fn pause_survives_a_restart_and_loses_nothing() {
     let relay = outbox.relay();
     outbox.publish("before", "{}", None).await;
     stored(&outbox, 1).await;
-    assert!(admin::relay::pause(&outbox.postgres, Some("maintenance")).await.unwrap());
-    assert!(!admin::relay::pause(&outbox.postgres, None).await.unwrap());
+    assert!(admin::relay::pause(&outbox.postgres, "test", Some("maintenance")).await.unwrap());
+    assert!(!admin::relay::pause(&outbox.postgres, "test", None).await.unwrap());
     state_contains(&outbox, "paused").await;
     relay.stop().await.unwrap();
     for n in 1..=20 {
@@ -224,7 +224,7 @@ async fn pause_survives_a_restart_and_loses_nothing() {
     let relay = outbox.relay();
     state_contains(&outbox, "paused").await;
     assert_eq!(outbox.stored().await, 1);
-    assert!(admin::relay::resume(&outbox.postgres).await.unwrap());
+    assert!(admin::relay::resume(&outbox.postgres, "test").await.unwrap());
     outbox.assert_complete().await;
     relay.stop().await.unwrap();
 }

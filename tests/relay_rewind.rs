@@ -268,7 +268,7 @@ async fn a_released_event_is_lost_and_comes_back() {
         .unwrap();
     limit(-1).await;
     let parked = admin::relay::parked(&outbox.postgres, 10).await.unwrap();
-    assert_eq!(admin::relay::release(&outbox.postgres, parked[0].event_id).await.unwrap(), 2);
+    assert_eq!(admin::relay::release(&outbox.postgres, "test", parked[0].event_id).await.unwrap(), 2);
     complete(&outbox).await;
     outbox.publish("later", "{}", Some("a")).await;
     complete(&outbox).await;

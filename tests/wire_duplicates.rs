@@ -122,7 +122,7 @@ async fn a_released_event_goes_out_once_although_its_relay_died_before_writing_t
     let parked = async || admin::relay::parked(&outbox.postgres, 1).await.unwrap();
     eventually(SOON, "it is parked", async || parked().await.len() == 1).await.unwrap();
     limit(-1).await;
-    admin::relay::release(&outbox.postgres, parked().await[0].event_id).await.unwrap();
+    admin::relay::release(&outbox.postgres, "test", parked().await[0].event_id).await.unwrap();
     eventually(SOON, "it is published", async || parked().await.is_empty()).await.unwrap();
     assert_eq!(outbox.stored().await, 2);
     relay.stop().await.unwrap();

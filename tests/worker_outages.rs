@@ -193,7 +193,8 @@ async fn subscribers_that_contradict_each_other_are_refused() {
     let twice = Subscriber::new("twice").on::<Number>(Record::good()).on::<Number>(Record::good());
     let error = run(work.worker_with(twice)).await.unwrap_err().to_string();
     assert!(error.contains("twice") && error.contains("test.number") && error.contains("Record"), "{error}");
-    let error = run(work.worker_with(strict("same")).subscriber(strict("same"))).await.unwrap_err().to_string();
+    let other = strict("same").max_attempts(7);
+    let error = run(work.worker_with(strict("same")).subscriber(other)).await.unwrap_err().to_string();
     assert!(error.contains("two subscribers are called same"), "{error}");
     let error = run(work.worker_with(Subscriber::new("a.b"))).await.unwrap_err().to_string();
     assert!(error.contains("not a subscriber name"), "{error}");

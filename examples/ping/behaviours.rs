@@ -7,18 +7,20 @@
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
+use aftercommit::admin;
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
+use aftercommit::outbox::RawEvent;
 use aftercommit::relay::{Relay, RelayConfig};
 use aftercommit::subject::SubjectPrefix;
+use aftercommit::testing::coverage::Coverage;
 use aftercommit::testing::servers::{Nats, Postgres};
-use aftercommit::testing::{eventually, unique_name};
+use aftercommit::testing::{eventually, pending_of, unique_name};
 use aftercommit::worker::Worker;
-use aftercommit::{Event, EventId, admin};
 use async_nats::jetstream;
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 use sqlx::types::Uuid;
-use sqlx::{Connection, PgPool, PgTransaction};
+use sqlx::{Connection, PgPool};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -36,7 +38,7 @@ pub const SEND_AND_DIE: &str = "send-and-die";
 type Behaviour = (&'static str, &'static str, fn(Stage) -> LocalBoxFuture<'static, Outcome>);
 
 /// All of them.
-const ALL: [Behaviour; 9] = [
+const ALL: [Behaviour; 10] = [
     ("commit", "an event is handled after the commit, not before", |stage| commit(stage).boxed_local()),
     ("rollback", "an event of a rolled-back transaction never existed", |stage| rollback(stage).boxed_local()),
     ("savepoint", "nor one of a rolled-back savepoint; the rest of its transaction does", |stage| {
@@ -50,6 +52,9 @@ const ALL: [Behaviour; 9] = [
     }),
     ("kill_switch", "while the relay is paused nothing is handled and nothing is lost", |stage| {
         kill_switch(stage).boxed_local()
+    }),
+    ("marker", "what the repository publishes is declared, and a check finds what is not", |stage| {
+        marker(stage).boxed_local()
     }),
     ("event_id", "all subscribers see the id that the publisher got", |stage| event_id(stage).boxed_local()),
     ("no_subscriber", "an event that nobody subscribes to waits in the stream", |stage| {
@@ -294,22 +299,13 @@ pub async fn pre_commit_assertion(stage: Stage) -> Outcome {
     let mut tx = stage.publisher.begin().await?;
     let id = PingRepository::send(&mut tx, "b", "pending").await?;
     let event = PingEvent { host: "b".into(), n: 1, message: "pending".into() };
-    expect("pending", pending::<PingEvent>(&mut tx).await?, vec![(id, event)])?;
+    let pending = pending_of::<PingEvent>(&mut tx).await?;
+    let pending = pending.into_iter().map(|published| (published.id, published.event)).collect();
+    expect("pending", pending, vec![(id, event)])?;
     tx.rollback().await?;
     stage.send("b", &["afterwards"]).await?;
     stage.wait_until_handled(2).await?;
     expect("stored", stage.stored().await?, 2)
-}
-
-/// The events of one type that the open transaction has published so far: what a service's own tests look at.
-async fn pending<E: Event>(tx: &mut PgTransaction<'_>) -> Result<Vec<(EventId, E)>, Error> {
-    let rows: Vec<(Uuid, Vec<u8>)> = sqlx::query_as(
-        "select event_id, payload from aftercommit.outbox where xid = pg_current_xact_id() and type = $1 order by id",
-    )
-    .bind(E::TYPE)
-    .fetch_all(&mut **tx)
-    .await?;
-    rows.into_iter().map(|(id, payload)| Ok((id.into(), serde_json::from_slice(&payload)?))).collect()
 }
 
 pub async fn kill_switch(stage: Stage) -> Outcome {
@@ -317,7 +313,7 @@ pub async fn kill_switch(stage: Stage) -> Outcome {
     stage.send("a", &["1"]).await?;
     stage.wait_until_handled(1).await?;
 
-    admin::relay::pause(&stage.publisher_config, Some("an incident")).await?;
+    admin::relay::pause(&stage.publisher_config, "ping", Some("an incident")).await?;
     stage.wait_until_paused().await?;
     stage.send("a", &["2", "3"]).await?;
     stage.send("a", &["4"]).await?;
@@ -330,9 +326,29 @@ pub async fn kill_switch(stage: Stage) -> Outcome {
     expect("stored while paused, after a restart", stage.stored().await?, 1)?;
     expect("handled while paused", stage.handled().await?, texts(&["1"]))?;
 
-    admin::relay::resume(&stage.publisher_config).await?;
+    admin::relay::resume(&stage.publisher_config, "ping").await?;
     stage.wait_until_handled(4).await?;
     expect("handled", stage.handled().await?, texts(&["1", "2", "3", "4"]))
+}
+
+pub async fn marker(stage: Stage) -> Outcome {
+    stage.send("a", &["declared"]).await?;
+    let mut connection = stage.publisher.acquire().await?;
+    let coverage = || Coverage::new().subscribers(Pong::subscriber("pong"));
+    let declared = || coverage().publishers([PingRepository::publisher()]);
+    declared().published_in(&mut connection).await?.check()?;
+    for undeclared in [coverage(), coverage().published_in(&mut connection).await?] {
+        let error = undeclared.check().err().ok_or("an event that nobody declares was not found")?.to_string();
+        expect("the event is named", error.contains(<PingEvent as aftercommit::Event>::TYPE), true)?;
+    }
+    admin::publish(&stage.publisher_config, RawEvent::new("ping.undeclared", "text/plain", "")).await?;
+    let error = declared().published_in(&mut connection).await?.check().err();
+    let error = error.ok_or("a publish without declaration was not found")?.to_string();
+    expect(
+        "it is named, and nothing else",
+        (error.contains("ping.undeclared"), error.contains("ping.sent")),
+        (true, false),
+    )
 }
 
 pub async fn event_id(stage: Stage) -> Outcome {

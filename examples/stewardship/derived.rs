@@ -1,5 +1,6 @@
 //! What is derived, and the two that keep it: the subscriber, which is fast, and the reconciler, which is sure.
 
+use std::slice;
 use std::time::Duration;
 
 use aftercommit::backoff::Backoff;
@@ -78,12 +79,11 @@ impl Stewardship {
     }
 }
 
-/// Has the monitors converge that watch one of these connections, or inherited something from the system.
+/// Has the monitors converge that watch one of these connections, or one of the system's.
 async fn converge_all(tx: &mut PgTransaction<'_>, connections: &[String], system: &str) -> Result<(), HandlerError> {
     let monitors: Vec<String> = sqlx::query_scalar(
         "select key from monitor where connection_id = any($1)
          union select key from monitor join connection_link using (connection_id) where system_id = $2
-         union select monitor_key from monitor_steward where source = 'inherited' and source_system = $2
          order by 1",
     )
     .bind(connections)
@@ -112,7 +112,7 @@ impl Handler<SystemConnectionLinkChanged> for Stewardship {
         tx: &mut PgTransaction<'_>,
         changed: &Delivery<SystemConnectionLinkChanged>,
     ) -> Result<(), HandlerError> {
-        converge_all(tx, &[changed.event.connection_config_id.clone()], &changed.event.system_id).await
+        converge_all(tx, slice::from_ref(&changed.event.connection_config_id), &changed.event.system_id).await
     }
 }
 

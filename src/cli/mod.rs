@@ -17,7 +17,7 @@ use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::config::Naming;
+use crate::config::{Naming, check_stream};
 use crate::error::{Error, ErrorKind};
 use crate::subject::SubjectPrefix;
 use servers::{NatsArgs, PostgresArgs};
@@ -41,13 +41,8 @@ struct NamingArgs {
 
 impl NamingArgs {
     fn config(&self) -> Result<Naming, Error> {
-        let legal = |c: char| c.is_ascii_graphic() && !matches!(c, '.' | '*' | '>' | '/' | '\\');
-        if self.stream.is_empty() || !self.stream.chars().all(legal) {
-            return Err(Error::new(
-                ErrorKind::Config,
-                format!("{:?} cannot be the name of a stream (AFTERCOMMIT_STREAM or --stream)", self.stream),
-            ));
-        }
+        check_stream(&self.stream)
+            .map_err(|problem| Error::new(ErrorKind::Config, format!("{problem} (AFTERCOMMIT_STREAM or --stream)")))?;
         let prefix = SubjectPrefix::new(self.subject_prefix.clone()).map_err(|error| {
             Error::with_source(ErrorKind::Config, "the subject prefix cannot be used (--subject-prefix)", error)
         })?;

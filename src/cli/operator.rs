@@ -1,7 +1,15 @@
 //! `aftercommit`, the operator's tool.
 
+mod audit;
+mod dead;
 mod doctor;
+mod findings;
+mod parked;
 mod reconcile;
+mod relay;
+mod selection;
+mod terminal;
+mod who;
 
 use std::io::{Read, Write};
 use std::path::PathBuf;
@@ -10,11 +18,8 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use serde::de::IgnoredAny;
 
-use uuid::Uuid;
-
 use super::{NamingArgs, NatsArgs, PostgresArgs, fail, start_logging};
 use crate::admin;
-use crate::admin::relay::ParkedEvent;
 use crate::envelope::is_json;
 use crate::error::{Error, ErrorKind};
 use crate::outbox::RawEvent;
@@ -30,13 +35,20 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Show what operators did, and who and when
+    Audit(audit::Audit),
+    /// See, run again, edit or give up events that a subscriber gave up on
+    #[command(subcommand)]
+    Dead(dead::Dead),
     /// Look for what is wrong, or will be, and say what to do about it; it changes nothing
     Doctor(Box<doctor::Doctor>),
+    /// Show what reconcilers found
+    Findings(findings::Findings),
     /// Create or update the schema aftercommit; harmless when it is up to date
     Migrate(Migrate),
     /// See and decide about events that the stream would not take
     #[command(subcommand)]
-    Parked(Parked),
+    Parked(parked::Parked),
     /// Create the stream and consumers, or correct settings of it that would lose events; prints what it changed
     Provision(Provision),
     /// Write one event in a transaction of its own and print its id
@@ -45,7 +57,9 @@ enum Command {
     Reconcile(Box<reconcile::Reconcile>),
     /// Pause or resume publishing, whichever relay leads
     #[command(subcommand)]
-    Relay(Relay),
+    Relay(relay::Relay),
+    /// Show what reconcilers did
+    Runs(findings::Runs),
     /// Show the backlog, the leading relay, the stream and the subscribers
     Status(Status),
 }
@@ -57,52 +71,6 @@ struct Migrate {
     print: bool,
     #[command(flatten)]
     postgres: PostgresArgs,
-}
-
-#[derive(Subcommand)]
-enum Parked {
-    /// List them in outbox order
-    List {
-        /// At most so many
-        #[arg(long, default_value_t = 100)]
-        limit: i64,
-        /// Print them as JSON
-        #[arg(long)]
-        json: bool,
-        #[command(flatten)]
-        postgres: PostgresArgs,
-    },
-    /// Let the relay try an event again, and then what waits behind it
-    Release {
-        /// The event's id
-        event_id: Uuid,
-        #[command(flatten)]
-        postgres: PostgresArgs,
-    },
-    /// Give an event up and let go what waits behind it
-    Discard {
-        /// The event's id
-        event_id: Uuid,
-        #[command(flatten)]
-        postgres: PostgresArgs,
-    },
-}
-
-#[derive(Subcommand)]
-enum Relay {
-    /// Stop publishing until told to resume; the backlog waits in the outbox
-    Pause {
-        /// Why, for the next one who looks
-        #[arg(long)]
-        reason: Option<String>,
-        #[command(flatten)]
-        postgres: PostgresArgs,
-    },
-    /// Publish again
-    Resume {
-        #[command(flatten)]
-        postgres: PostgresArgs,
-    },
 }
 
 #[derive(Args)]
@@ -173,6 +141,8 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         .map_err(|error| Error::with_source(ErrorKind::Config, "the runtime cannot start", error))?;
     let mut exit = ExitCode::SUCCESS;
     let text = match cli.command {
+        Command::Audit(command) => runtime.block_on(audit::run(command))?,
+        Command::Dead(command) => runtime.block_on(dead::run(command))?,
         Command::Doctor(command) => {
             let (text, well) = runtime.block_on(doctor::run(*command))?;
             if !well {
@@ -180,9 +150,10 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
             }
             text
         }
+        Command::Findings(command) => runtime.block_on(findings::findings(command))?,
         Command::Migrate(Migrate { print: true, .. }) => admin::migrations_sql(),
         Command::Migrate(command) => runtime.block_on(migrate(command))?,
-        Command::Parked(command) => runtime.block_on(parked(command))?,
+        Command::Parked(command) => runtime.block_on(parked::run(command))?,
         Command::Provision(command) => runtime.block_on(provision(command))?,
         Command::Publish(command) => runtime.block_on(publish(command))?,
         Command::Reconcile(command) => {
@@ -191,7 +162,8 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
             exit = status;
             text
         }
-        Command::Relay(command) => runtime.block_on(relay(command))?,
+        Command::Relay(command) => runtime.block_on(relay::run(command))?,
+        Command::Runs(command) => runtime.block_on(findings::runs(command))?,
         Command::Status(command) => runtime.block_on(status(command))?,
     };
     // A reader that went away early, such as `head`, has what it wanted.
@@ -207,50 +179,6 @@ async fn migrate(command: Migrate) -> Result<String, Error> {
     Ok(applied.iter().map(|name| format!("applied {name}\n")).collect())
 }
 
-async fn parked(command: Parked) -> Result<String, Error> {
-    match command {
-        Parked::List { limit, json, postgres } => {
-            let events = admin::relay::parked(&postgres.config()?, limit).await?;
-            if json {
-                return as_json(&events);
-            }
-            if events.is_empty() {
-                return Ok("nothing is parked\n".into());
-            }
-            let line = |event: &ParkedEvent| {
-                let code = event.code.map_or_else(|| "-".into(), |code| code.to_string());
-                let key = event.key.as_deref().unwrap_or("-");
-                format!(
-                    "{}  outbox id {}  {}  key {key}  {}  code {code}  {}\n",
-                    event.event_id, event.outbox_id, event.event_type, event.state, event.reason
-                )
-            };
-            Ok(events.iter().map(line).collect())
-        }
-        Parked::Release { event_id, postgres } => {
-            let events = admin::relay::release(&postgres.config()?, event_id.into()).await?;
-            Ok(format!("released {events} events\n"))
-        }
-        Parked::Discard { event_id, postgres } => {
-            let events = admin::relay::discard(&postgres.config()?, event_id.into()).await?;
-            Ok(format!("discarded the event, released {events} events behind it\n"))
-        }
-    }
-}
-
-async fn relay(command: Relay) -> Result<String, Error> {
-    Ok(match command {
-        Relay::Pause { reason, postgres } => match admin::relay::pause(&postgres.config()?, reason.as_deref()).await? {
-            true => "paused; `aftercommit relay resume` goes on\n".into(),
-            false => "it was paused already\n".into(),
-        },
-        Relay::Resume { postgres } => match admin::relay::resume(&postgres.config()?).await? {
-            true => "resumed\n".into(),
-            false => "it was not paused\n".into(),
-        },
-    })
-}
-
 fn as_json(value: &impl serde::Serialize) -> Result<String, Error> {
     let json = serde_json::to_string_pretty(value)
         .map_err(|error| Error::with_source(ErrorKind::Integrity, "the answer cannot be written as JSON", error))?;
@@ -262,7 +190,7 @@ async fn provision(command: Provision) -> Result<String, Error> {
     let (nats, naming) = (command.nats.config()?, command.naming.config()?);
     let mut changes = admin::provision(&nats, &naming).await?;
     if let Some(subscribers) = subscribers {
-        changes.extend(worker::provision(&nats, &naming, &subscribers).await?);
+        changes.extend(worker::provision(&nats, &naming, &subscribers.into()).await?);
     }
     if changes.is_empty() {
         return Ok("everything is as it should be\n".into());

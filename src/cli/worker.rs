@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use super::{NamingArgs, NatsArgs, PostgresArgs, fail, run_role};
-use crate::error::Error;
-use crate::worker::{Subscriber, Worker, read_file};
+use crate::error::{Error, ErrorKind};
+use crate::worker::{Queues, Registry, Worker, read_file};
 
 const NAME: &str = "aftercommit-worker";
 
@@ -18,6 +18,8 @@ struct Cli {
     /// The file that names the subscribers
     #[arg(long, value_name = "FILE", default_value = "worker.toml")]
     config: PathBuf,
+    #[command(flatten)]
+    queues: QueueArgs,
     #[command(flatten)]
     postgres: PostgresArgs,
     #[command(flatten)]
@@ -30,7 +32,34 @@ impl Cli {
     fn worker(&self) -> Result<Worker, Error> {
         let remedy = format!("run `aftercommit provision --config {}`", self.config.display());
         let worker = Worker::new(self.postgres.config()?, self.nats.config()?, self.naming.config()?).remedy(remedy);
-        Ok(read_file(&self.config)?.into_iter().fold(worker, Worker::subscriber))
+        Ok(worker.queues(self.queues.config()?).registry(read_file(&self.config)?))
+    }
+}
+
+/// Which subscribers this process serves; all of them when nothing is said.
+#[derive(clap::Args)]
+struct QueueArgs {
+    /// Serve only the subscribers of this queue; may be given several times, or separated by commas
+    #[arg(long = "queue", env = "AFTERCOMMIT_QUEUES", value_name = "NAME", value_delimiter = ',')]
+    only: Vec<String>,
+    /// Serve the subscribers of all queues but this one; may be given several times, or separated by commas
+    #[arg(long = "except-queue", env = "AFTERCOMMIT_EXCEPT_QUEUES", value_name = "NAME", value_delimiter = ',')]
+    except: Vec<String>,
+}
+
+impl QueueArgs {
+    fn config(&self) -> Result<Queues, Error> {
+        // An empty variable is as good as none.
+        let given = |names: &[String]| names.iter().filter(|name| !name.is_empty()).cloned().collect::<Vec<_>>();
+        match (given(&self.only), given(&self.except)) {
+            (only, except) if !only.is_empty() && !except.is_empty() => Err(Error::new(
+                ErrorKind::Config,
+                "AFTERCOMMIT_QUEUES (--queue) and AFTERCOMMIT_EXCEPT_QUEUES (--except-queue) are both set: take one of them away",
+            )),
+            (only, _) if !only.is_empty() => Ok(Queues::Only(only)),
+            (_, except) if !except.is_empty() => Ok(Queues::Except(except)),
+            _ => Ok(Queues::All),
+        }
     }
 }
 
@@ -42,6 +71,8 @@ struct Service {
     #[arg(long)]
     provision: bool,
     #[command(flatten)]
+    queues: QueueArgs,
+    #[command(flatten)]
     postgres: PostgresArgs,
     #[command(flatten)]
     nats: NatsArgs,
@@ -50,12 +81,12 @@ struct Service {
 }
 
 /// See [`crate::worker::main`].
-pub(crate) fn serve(subscribers: Vec<Subscriber>) -> ExitCode {
+pub(crate) fn serve(registry: Registry) -> ExitCode {
     let cli = Service::parse();
-    let worker = || {
+    let worker = || -> Result<Worker, Error> {
         let worker = Worker::new(cli.postgres.config()?, cli.nats.config()?, cli.naming.config()?);
         let worker = worker.remedy("run this program with --provision".into());
-        Ok(subscribers.into_iter().fold(worker, Worker::subscriber))
+        Ok(worker.queues(cli.queues.config()?).registry(registry))
     };
     match worker() {
         Ok(worker) if cli.provision => run_role(NAME, async |_| {
@@ -88,5 +119,20 @@ mod tests {
     fn verify_cli() {
         Cli::command().debug_assert();
         Service::command().debug_assert();
+    }
+
+    #[test]
+    fn queues_come_one_by_one_or_separated_by_commas() {
+        let queues = |arguments: &[&str]| {
+            Cli::try_parse_from(["test"].iter().chain(arguments)).unwrap_or_else(|e| panic!("{e}")).queues.config()
+        };
+        let names = |names: &[&str]| names.iter().map(ToString::to_string).collect();
+        assert_eq!(queues(&[]).unwrap(), Queues::All);
+        assert_eq!(queues(&["--queue", ""]).unwrap(), Queues::All);
+        assert_eq!(queues(&["--queue", "a,b", "--queue", "c"]).unwrap(), Queues::Only(names(&["a", "b", "c"])));
+        assert_eq!(queues(&["--except-queue", "a"]).unwrap(), Queues::Except(names(&["a"])));
+        let error = queues(&["--queue", "a", "--except-queue", "b"]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config);
+        assert!(error.to_string().contains("--except-queue"), "{error}");
     }
 }

@@ -97,13 +97,20 @@ pub(super) async fn handle(context: &Context, stream: &str) -> Result<Stream<()>
 /// Reads single events of one stream.
 #[derive(Debug, Clone)]
 pub(crate) struct Source {
-    context: Context,
+    /// None where events do not come from a stream.
+    context: Option<Context>,
     stream: String,
 }
 
 impl Source {
     pub(crate) fn new(context: &Context, stream: &str) -> Self {
-        Self { context: context.clone(), stream: stream.to_string() }
+        Self { context: Some(context.clone()), stream: stream.to_string() }
+    }
+
+    /// Where events are handed on without a stream, under the name of what they come from.
+    #[cfg(feature = "testing")]
+    pub(crate) fn none(name: &str) -> Self {
+        Self { context: None, stream: name.to_string() }
     }
 
     pub(crate) fn stream(&self) -> &str {
@@ -112,7 +119,8 @@ impl Source {
 
     /// Reads the event at `sequence`; none when the stream no longer holds it.
     pub(crate) async fn read(&self, sequence: u64) -> Result<Option<Envelope>, Error> {
-        let stream = handle(&self.context, &self.stream).await?;
+        let Some(context) = &self.context else { return Ok(None) };
+        let stream = handle(context, &self.stream).await?;
         match stream.raw_message_builder().sequence(sequence).send().await {
             Ok(message) => Ok(event(&message).ok()),
             Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),

@@ -80,6 +80,11 @@ fn check_key(key: Option<&str>) -> Result<(), Problem> {
     }
 }
 
+/// Whether an event may carry these headers; else what stands in the way.
+pub(crate) fn headers_are_legal(headers: &BTreeMap<String, String>) -> Result<(), String> {
+    check_headers(headers).map_err(|Problem { field, why }| format!("{field} {why}"))
+}
+
 fn check_headers(headers: &BTreeMap<String, String>) -> Result<(), Problem> {
     for (name, value) in headers {
         let refuse = |why| Err(Problem::new(format!("headers.{}", shown_name(name)), why));

@@ -98,6 +98,7 @@
 mod check;
 mod error;
 mod json;
+mod publisher;
 mod raw;
 mod trace;
 
@@ -108,8 +109,10 @@ use sqlx::PgTransaction;
 use crate::event::{Event, EventId};
 use crate::postgres::outbox::NewEvent;
 
+pub(crate) use check::headers_are_legal;
 pub use check::{MAX_CONTENT_TYPE_BYTES, MAX_HEADERS_BYTES, MAX_KEY_BYTES, MAX_PAYLOAD_BYTES};
 pub use error::{PublishError, PublishErrorKind};
+pub use publisher::Publisher;
 pub use raw::RawEvent;
 pub use trace::set_traceparent_source;
 

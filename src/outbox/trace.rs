@@ -2,6 +2,8 @@
 
 use std::sync::OnceLock;
 
+use crate::envelope::is_traceparent;
+
 type Source = Box<dyn Fn() -> Option<String> + Send + Sync>;
 
 static SOURCE: OnceLock<Source> = OnceLock::new();
@@ -40,39 +42,4 @@ pub(super) fn current_traceparent() -> Option<String> {
     }
     tracing::debug!("the source of traceparent gave something else; it is left out");
     None
-}
-
-/// Version 00 of W3C Trace Context, section 3.2: `00-<32 hex>-<16 hex>-<2 hex>`, in lower case, with neither id zero.
-fn is_traceparent(text: &str) -> bool {
-    let hex = |part: &str, length| {
-        part.len() == length && part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
-    };
-    let id = |part: &str, length| hex(part, length) && part.bytes().any(|b| b != b'0');
-    let mut parts = text.split('-');
-    let mut next = || parts.next().unwrap_or_default();
-    next() == "00" && id(next(), 32) && id(next(), 16) && hex(next(), 2) && parts.next().is_none()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::is_traceparent;
-
-    #[test]
-    fn only_w3c_trace_context_is_taken() {
-        assert!(is_traceparent("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"));
-        for bad in [
-            "",
-            "00",
-            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331",
-            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x",
-            "00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01",
-            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
-            "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
-            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b716920333-01",
-            "ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
-            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\nNats-Rollup: all",
-        ] {
-            assert!(!is_traceparent(bad), "{bad}");
-        }
-    }
 }

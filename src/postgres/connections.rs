@@ -30,6 +30,13 @@ impl Connections {
         Ok(Self { options: super::options(config, application)?, pooled: config.pooled, idle: Mutex::default() })
     }
 
+    /// Connections of one's own to the database of a pool, which is not asked for any.
+    #[cfg(feature = "testing")]
+    pub(crate) fn beside(pool: &sqlx::PgPool, application: &str) -> Self {
+        let options = pool.connect_options().as_ref().clone().application_name(application);
+        Self { options, pooled: false, idle: Mutex::default() }
+    }
+
     /// An idle connection, or a new one.
     pub(crate) async fn take(&self) -> Result<Session, sqlx::Error> {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();

@@ -1,12 +1,18 @@
 //! Events that a subscriber gave up on.
 
-use sqlx::Row;
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use sqlx::postgres::{PgArguments, PgRow};
+use sqlx::query::Query;
 use sqlx::types::Json;
+use sqlx::{PgExecutor, Postgres, Row};
+use uuid::Uuid;
 
 use crate::envelope::Envelope;
 
 use super::lease::Tenure;
-use super::session::Session;
+use super::session::{Session, Tx};
 
 /// A dead letter to be written.
 pub(crate) struct DeadLetter<'a> {
@@ -76,4 +82,319 @@ pub(crate) async fn insert(
 /// PostgreSQL's text has no zero character; a foreign publisher's attribute may.
 fn storable(text: &str) -> String {
     text.replace('\0', "\u{fffd}")
+}
+
+/// Which letters are meant. What is none does not matter; the bounds are fixed when an action begins, so that a letter
+/// that comes back while it runs is not taken again.
+#[derive(Debug, Clone)]
+pub(crate) struct Selection {
+    pub(crate) ids: Option<Vec<i64>>,
+    pub(crate) events: Option<Vec<Uuid>>,
+    pub(crate) subscriber: Option<String>,
+    pub(crate) event_type: Option<String>,
+    pub(crate) key: Option<String>,
+    /// A part of the reason.
+    pub(crate) error: Option<String>,
+    pub(crate) dead_before: Option<DateTime<Utc>>,
+    pub(crate) dead_after: Option<DateTime<Utc>>,
+    pub(crate) newest_id: i64,
+}
+
+/// The condition that a [`Selection`] makes, with its nine parameters.
+macro_rules! selected {
+    () => {
+        "id <= $1
+         and ($2::bigint[] is null or id = any($2)) and ($3::uuid[] is null or event_id = any($3))
+         and ($4::text is null or subscriber = $4) and ($5::text is null or type = $5)
+         and ($6::text is null or key = $6) and ($7::text is null or strpos(reason, $7) > 0)
+         and ($8::timestamptz is null or dead_at <= $8) and ($9::timestamptz is null or dead_at > $9)"
+    };
+}
+
+/// What identifies a letter in the audit trail.
+macro_rules! identity {
+    () => {
+        "jsonb_build_object('letter', id, 'type', type, 'key', key, 'reason', reason, 'attempts', attempts,
+                            'first_failed_at', first_failed_at, 'dead_at', dead_at, 'stream', stream,
+                            'stream_seq', stream_seq, 'payload_sha256', encode(sha256(payload), 'hex'))"
+    };
+}
+
+/// The columns of a letter, as [`row`] reads them.
+macro_rules! columns {
+    () => {
+        "id, subscriber, event_id, type, version, key, source, time, sequence, content_type, octet_length(payload),
+         stream, stream_seq, attempts, reason, first_failed_at, dead_at"
+    };
+}
+
+impl Selection {
+    fn bind<'q>(&self, query: Query<'q, Postgres, PgArguments>) -> Query<'q, Postgres, PgArguments> {
+        query
+            .bind(self.newest_id)
+            .bind(self.ids.clone())
+            .bind(self.events.clone())
+            .bind(self.subscriber.clone())
+            .bind(self.event_type.clone())
+            .bind(self.key.clone())
+            .bind(self.error.clone())
+            .bind(self.dead_before)
+            .bind(self.dead_after)
+    }
+}
+
+/// The newest letter's id, 0 without one, and the database's time.
+pub(crate) async fn bounds(connection: &mut Session) -> Result<(i64, DateTime<Utc>), sqlx::Error> {
+    sqlx::query_as("select coalesce(max(id), 0), clock_timestamp() from aftercommit.dead_letter")
+        .fetch_one(connection)
+        .await
+}
+
+/// A letter without what its event held.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Letter {
+    pub(crate) id: i64,
+    pub(crate) subscriber: String,
+    pub(crate) event_id: Uuid,
+    pub(crate) event_type: String,
+    pub(crate) version: i32,
+    pub(crate) key: Option<String>,
+    pub(crate) source: String,
+    pub(crate) time: DateTime<Utc>,
+    pub(crate) sequence: Option<i64>,
+    pub(crate) content_type: String,
+    pub(crate) payload_bytes: i32,
+    pub(crate) stream: String,
+    pub(crate) stream_seq: i64,
+    pub(crate) attempts: i32,
+    pub(crate) reason: String,
+    pub(crate) first_failed_at: DateTime<Utc>,
+    pub(crate) dead_at: DateTime<Utc>,
+}
+
+fn row(row: &PgRow) -> Result<Letter, sqlx::Error> {
+    Ok(Letter {
+        id: row.try_get(0)?,
+        subscriber: row.try_get(1)?,
+        event_id: row.try_get(2)?,
+        event_type: row.try_get(3)?,
+        version: row.try_get(4)?,
+        key: row.try_get(5)?,
+        source: row.try_get(6)?,
+        time: row.try_get(7)?,
+        sequence: row.try_get(8)?,
+        content_type: row.try_get(9)?,
+        payload_bytes: row.try_get(10)?,
+        stream: row.try_get(11)?,
+        stream_seq: row.try_get(12)?,
+        attempts: row.try_get(13)?,
+        reason: row.try_get(14)?,
+        first_failed_at: row.try_get(15)?,
+        dead_at: row.try_get(16)?,
+    })
+}
+
+/// Up to `limit` of the selected letters, in the order in which they would run again.
+pub(crate) async fn list(
+    connection: &mut Session,
+    selection: &Selection,
+    limit: i64,
+) -> Result<Vec<Letter>, sqlx::Error> {
+    let query = sqlx::query(concat!(
+        "select ",
+        columns!(),
+        " from aftercommit.dead_letter where ",
+        selected!(),
+        " order by stream_seq, id limit $10"
+    ));
+    selection.bind(query).bind(limit).fetch_all(connection).await?.iter().map(row).collect()
+}
+
+/// How many letters are selected.
+pub(crate) async fn count(connection: &mut Session, selection: &Selection) -> Result<i64, sqlx::Error> {
+    let query = sqlx::query(concat!("select count(*) from aftercommit.dead_letter where ", selected!()));
+    selection.bind(query).fetch_one(connection).await?.try_get(0)
+}
+
+/// Letters with the same subscriber, type and reason.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Group {
+    pub(crate) subscriber: String,
+    pub(crate) event_type: String,
+    pub(crate) reason: String,
+    pub(crate) letters: i64,
+    pub(crate) oldest: DateTime<Utc>,
+    pub(crate) newest: DateTime<Utc>,
+}
+
+/// The selected letters in groups, the largest first.
+pub(crate) async fn groups(
+    connection: &mut Session,
+    selection: &Selection,
+    limit: i64,
+) -> Result<Vec<Group>, sqlx::Error> {
+    let query = sqlx::query(concat!(
+        "select subscriber, type, reason, count(*), min(dead_at), max(dead_at) from aftercommit.dead_letter where ",
+        selected!(),
+        " group by subscriber, type, reason order by count(*) desc, subscriber, type, reason limit $10"
+    ));
+    let rows = selection.bind(query).bind(limit).fetch_all(connection).await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Group {
+                subscriber: row.try_get(0)?,
+                event_type: row.try_get(1)?,
+                reason: row.try_get(2)?,
+                letters: row.try_get(3)?,
+                oldest: row.try_get(4)?,
+                newest: row.try_get(5)?,
+            })
+        })
+        .collect()
+}
+
+/// What the event of a letter held.
+pub(crate) struct Content {
+    pub(crate) headers: BTreeMap<String, String>,
+    pub(crate) payload: Vec<u8>,
+}
+
+/// One letter with what its event held.
+pub(crate) async fn one(connection: &mut Session, id: i64) -> Result<Option<(Letter, Content)>, sqlx::Error> {
+    let found =
+        sqlx::query(concat!("select ", columns!(), ", headers, payload from aftercommit.dead_letter where id = $1"))
+            .bind(id)
+            .fetch_optional(connection)
+            .await?;
+    let Some(found) = found else { return Ok(None) };
+    let Json(headers) = found.try_get(17)?;
+    Ok(Some((row(&found)?, Content { headers, payload: found.try_get(18)? })))
+}
+
+/// Sends up to `limit` of the selected letters back to their subscribers, in the order of the stream, and returns their
+/// ids. Of several who do that at once each letter goes to one, and nobody overtakes another within a key: they wait
+/// for each other's rows in the same order.
+pub(crate) async fn retry(
+    executor: impl PgExecutor<'_>,
+    selection: &Selection,
+    who: &str,
+    limit: i64,
+) -> Result<Vec<i64>, sqlx::Error> {
+    let query = sqlx::query(concat!(
+        "with picked as (
+            select id from aftercommit.dead_letter where ",
+        selected!(),
+        " order by stream_seq, id limit $10 for update),
+         gone as (
+            delete from aftercommit.dead_letter d using picked where d.id = picked.id returning d.*),
+         open as (
+            delete from aftercommit.inbox i using gone
+             where i.subscriber = gone.subscriber and i.event_id = gone.event_id and i.outcome = 'dead'),
+         queued as (
+            insert into aftercommit.redrive
+                (subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type,
+                 stream, stream_seq, requested_by)
+            select subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type,
+                   stream, stream_seq, $11
+              from gone order by stream_seq, id
+            on conflict (subscriber, event_id) do update
+               set headers = excluded.headers, payload = excluded.payload, requested_by = excluded.requested_by),
+         logged as (
+            insert into aftercommit.audit (who, action, subscriber, event_id, detail)
+            select $11, 'dead retry', subscriber, event_id, ",
+        identity!(),
+        " from gone order by stream_seq, id)
+         select id from gone order by stream_seq, id"
+    ));
+    let rows = selection.bind(query).bind(limit).bind(who).fetch_all(executor).await?;
+    rows.iter().map(|row| row.try_get(0)).collect()
+}
+
+/// Gives up to `limit` of the selected letters up for good and returns their ids. The audit trail keeps the whole event.
+pub(crate) async fn discard(
+    connection: &mut Session,
+    selection: &Selection,
+    who: &str,
+    limit: i64,
+) -> Result<Vec<i64>, sqlx::Error> {
+    let query = sqlx::query(concat!(
+        "with picked as (
+            select id from aftercommit.dead_letter where ",
+        selected!(),
+        " order by stream_seq, id limit $10 for update),
+         gone as (
+            delete from aftercommit.dead_letter d using picked where d.id = picked.id returning d.*),
+         closed as (
+            insert into aftercommit.inbox as i (subscriber, event_id, stream_seq, sequence, outcome)
+            select subscriber, event_id, stream_seq, sequence, 'discarded' from gone order by subscriber, event_id
+            on conflict (subscriber, event_id) do update
+               set outcome = 'discarded', handled_at = clock_timestamp() where i.outcome = 'dead'),
+         logged as (
+            insert into aftercommit.audit (who, action, subscriber, event_id, detail)
+            select $11, 'dead discard', subscriber, event_id, ",
+        identity!(),
+        " || jsonb_build_object('version', version, 'source', source, 'time', time, 'sequence', sequence,
+                                'content_type', content_type, 'headers', headers,
+                                'payload_base64', translate(encode(payload, 'base64'), E'\\n', ''))
+              from gone order by stream_seq, id)
+         select id from gone order by stream_seq, id"
+    ));
+    let rows = selection.bind(query).bind(limit).bind(who).fetch_all(connection).await?;
+    rows.iter().map(|row| row.try_get(0)).collect()
+}
+
+/// What is to be changed in a letter.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Change<'a> {
+    pub(crate) payload: Option<&'a [u8]>,
+    pub(crate) set_headers: &'a BTreeMap<String, String>,
+    pub(crate) remove_headers: &'a [String],
+}
+
+/// What an edit has changed.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Changed {
+    pub(crate) headers: (BTreeMap<String, String>, BTreeMap<String, String>),
+    pub(crate) payload_bytes: (i32, i32),
+    pub(crate) payload_sha256: (String, String),
+}
+
+/// Changes one letter; none when it is no more. The audit trail keeps headers and payload as they were.
+pub(crate) async fn edit(
+    tx: &mut Tx<'_>,
+    id: i64,
+    change: Change<'_>,
+    who: &str,
+) -> Result<Option<Changed>, sqlx::Error> {
+    let changed = sqlx::query(concat!(
+        "with old as (
+            select *, (headers - $3::text[]) || $4::jsonb as new_headers, coalesce($2::bytea, payload) as new_payload
+              from aftercommit.dead_letter where id = $1 for update),
+         changed as (
+            update aftercommit.dead_letter d set headers = old.new_headers, payload = old.new_payload
+              from old where d.id = old.id),
+         logged as (
+            insert into aftercommit.audit (who, action, subscriber, event_id, detail)
+            select $5, 'dead edit', subscriber, event_id, ",
+        identity!(),
+        " || jsonb_build_object('headers', headers, 'payload_sha256_after', encode(sha256(new_payload), 'hex'),
+                                'payload_base64', translate(encode(payload, 'base64'), E'\\n', ''))
+              from old)
+         select headers, new_headers, octet_length(payload), octet_length(new_payload),
+                encode(sha256(payload), 'hex'), encode(sha256(new_payload), 'hex') from old"
+    ))
+    .bind(id)
+    .bind(change.payload)
+    .bind(change.remove_headers)
+    .bind(Json(change.set_headers))
+    .bind(who)
+    .fetch_optional(tx)
+    .await?;
+    let Some(row) = changed else { return Ok(None) };
+    let (Json(before), Json(after)) = (row.try_get(0)?, row.try_get(1)?);
+    Ok(Some(Changed {
+        headers: (before, after),
+        payload_bytes: (row.try_get(2)?, row.try_get(3)?),
+        payload_sha256: (row.try_get(4)?, row.try_get(5)?),
+    }))
 }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
+use sqlx::Row;
 use uuid::Uuid;
 
 use super::session::{Session, Tx};
@@ -149,6 +151,69 @@ pub(crate) async fn count_open(
     .bind(names)
     .fetch_all(session)
     .await
+}
+
+/// Which findings are wanted; what is none does not matter.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) reconciler: Option<&'a str>,
+    pub(crate) kind: Option<&'a str>,
+    /// Those that are settled, too.
+    pub(crate) settled: bool,
+}
+
+/// A finding with what has become of it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Entry {
+    pub(crate) id: i64,
+    pub(crate) reconciler: String,
+    pub(crate) kind: String,
+    pub(crate) item: String,
+    pub(crate) event_id: Option<Uuid>,
+    pub(crate) key: Option<String>,
+    pub(crate) stream_sequence: Option<i64>,
+    pub(crate) detail: String,
+    pub(crate) state: String,
+    pub(crate) found_at: DateTime<Utc>,
+    pub(crate) settled_at: Option<DateTime<Utc>>,
+    pub(crate) last_run: i64,
+}
+
+/// The last `limit` of the wanted ones, the oldest first.
+pub(crate) async fn list(session: &mut Session, wanted: &Wanted<'_>, limit: i64) -> Result<Vec<Entry>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select * from (
+            select id, name, kind, item, event_id, key, stream_seq, detail, state, found_at, settled_at, last_run
+              from aftercommit.finding
+             where ($1::text is null or name = $1) and ($2::text is null or kind = $2)
+               and ($3 or state in ('open', 'repairing'))
+             order by id desc limit $4) as last
+          order by id",
+    )
+    .bind(wanted.reconciler)
+    .bind(wanted.kind)
+    .bind(wanted.settled)
+    .bind(limit)
+    .fetch_all(session)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Entry {
+                id: row.try_get(0)?,
+                reconciler: row.try_get(1)?,
+                kind: row.try_get(2)?,
+                item: row.try_get(3)?,
+                event_id: row.try_get(4)?,
+                key: row.try_get(5)?,
+                stream_sequence: row.try_get(6)?,
+                detail: row.try_get(7)?,
+                state: row.try_get(8)?,
+                found_at: row.try_get(9)?,
+                settled_at: row.try_get(10)?,
+                last_run: row.try_get(11)?,
+            })
+        })
+        .collect()
 }
 
 /// Deletes what was settled longer than `age` ago, at most `limit` rows.

@@ -1,5 +1,6 @@
 //! Everything that speaks SQL. One module per concern; functions take a session or an open transaction.
 
+pub(crate) mod audit;
 pub(crate) mod compare;
 pub(crate) mod connections;
 #[cfg(all(unix, feature = "testing"))]
@@ -17,6 +18,7 @@ pub(crate) mod pause;
 pub(crate) mod place;
 pub(crate) mod prune;
 pub(crate) mod reconcile;
+pub(crate) mod reconcile_status;
 pub(crate) mod relay_log;
 pub(crate) mod relay_status;
 pub(crate) mod repair;
@@ -24,6 +26,8 @@ pub(crate) mod restamp;
 pub(crate) mod session;
 pub(crate) mod snapshot;
 pub(crate) mod status;
+#[cfg(feature = "testing")]
+pub(crate) mod testing;
 pub(crate) mod window;
 
 use std::error::Error as StdError;

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+#[cfg(feature = "testing")]
+use sqlx::PgConnection;
 use sqlx::PgTransaction;
 use sqlx::types::Json;
 use uuid::Uuid;
@@ -57,6 +59,12 @@ async fn insert_one(tx: &mut PgTransaction<'_>, pooled: bool, event: &NewEvent) 
     .execute(&mut **tx)
     .await?;
     Ok(())
+}
+
+/// The types of all events that are there.
+#[cfg(feature = "testing")]
+pub(crate) async fn types(connection: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
+    sqlx::query_scalar("select distinct type from aftercommit.outbox order by type").fetch_all(connection).await
 }
 
 /// How many of the events fit into one statement; at least one.

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use sqlx::Row;
+use sqlx::{PgExecutor, Row};
 use uuid::Uuid;
 
 use super::session::{Session, Tx};
@@ -169,7 +169,7 @@ pub(crate) async fn list(connection: &mut Session, limit: i64) -> Result<Vec<Par
 /// Lets a parked event go, or gives it up, and with it what waits behind it. Returns how many were let go and whether
 /// the event was parked at all.
 pub(crate) async fn release(
-    connection: &mut Session,
+    connection: impl PgExecutor<'_>,
     event_id: Uuid,
     discard: bool,
 ) -> Result<Option<i64>, sqlx::Error> {

@@ -1,7 +1,7 @@
 //! What operators have switched off.
 
 use chrono::{DateTime, Utc};
-use sqlx::Row;
+use sqlx::{PgExecutor, Row};
 
 use super::session::Session;
 
@@ -14,7 +14,11 @@ pub(crate) async fn is_paused(connection: &mut Session, names: &[&str]) -> Resul
 }
 
 /// Pauses. False when it was paused already.
-pub(crate) async fn pause(connection: &mut Session, name: &str, reason: Option<&str>) -> Result<bool, sqlx::Error> {
+pub(crate) async fn pause(
+    connection: impl PgExecutor<'_>,
+    name: &str,
+    reason: Option<&str>,
+) -> Result<bool, sqlx::Error> {
     let done = sqlx::query("insert into aftercommit.pause (name, reason) values ($1, $2) on conflict do nothing")
         .bind(name)
         .bind(reason)
@@ -24,7 +28,7 @@ pub(crate) async fn pause(connection: &mut Session, name: &str, reason: Option<&
 }
 
 /// Resumes. False when it was not paused.
-pub(crate) async fn resume(connection: &mut Session, name: &str) -> Result<bool, sqlx::Error> {
+pub(crate) async fn resume(connection: impl PgExecutor<'_>, name: &str) -> Result<bool, sqlx::Error> {
     let done = sqlx::query("delete from aftercommit.pause where name = $1").bind(name).execute(connection).await?;
     Ok(done.rows_affected() == 1)
 }

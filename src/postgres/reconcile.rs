@@ -271,35 +271,43 @@ pub(crate) async fn keep_alive(
 /// Keeps where the next page or run goes on. False when the run was closed by another process; then nothing is kept.
 pub(crate) async fn save_position(
     session: &mut Session,
+    name: &str,
     run: i64,
     position: &Value,
     counts: Counts,
 ) -> Result<bool, sqlx::Error> {
-    // The update locks the row of the run, which whoever takes over has to close first.
+    let mut tx = session.begin().await?;
+    // The reconciler's row first, then the run's: so does whoever begins or ends a run.
+    sqlx::query("update aftercommit.reconciler set position = $2 where name = $1")
+        .bind(name)
+        .bind(Json(position))
+        .execute(&mut tx)
+        .await?;
     let done = sqlx::query(
-        "with mine as (
-            update aftercommit.reconcile_run set scanned = $3, found = $4, repaired = $5, failed = $6
-             where id = $1 and ended_at is null
-            returning name)
-         update aftercommit.reconciler r set position = $2 from mine where r.name = mine.name",
+        "update aftercommit.reconcile_run set scanned = $2, found = $3, repaired = $4, failed = $5
+          where id = $1 and ended_at is null",
     )
     .bind(run)
-    .bind(Json(position))
     .bind(counts.scanned)
     .bind(counts.found)
     .bind(counts.repaired)
     .bind(counts.failed)
-    .execute(session)
+    .execute(&mut tx)
     .await?;
-    Ok(done.rows_affected() == 1)
+    if done.rows_affected() == 0 {
+        tx.rollback().await?;
+        return Ok(false);
+    }
+    tx.commit().await?;
+    Ok(true)
 }
 
 /// Ends a run. False when it was closed by another process; then nothing changes.
 pub(crate) async fn end(session: &mut Session, name: &str, run: i64, ending: &Ending<'_>) -> Result<bool, sqlx::Error> {
     let mut tx = session.begin().await?;
-    // In the order in which a beginning run locks them.
     sqlx::query("select from aftercommit.reconciler where name = $1 for update").bind(name).execute(&mut tx).await?;
     if !close(&mut tx, run, ending).await? {
+        tx.rollback().await?;
         return Ok(false);
     }
     if let Some(wait) = ending.retry_after {
@@ -363,41 +371,4 @@ pub(crate) async fn prune(session: &mut Session, age: Duration, limit: i64) -> R
     .execute(session)
     .await?;
     Ok(done.rows_affected())
-}
-
-/// A reconciler as its health shows it.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct ReconcilerRow {
-    pub(crate) name: String,
-    /// How long ago it last succeeded.
-    pub(crate) since_success: Option<f64>,
-    pub(crate) failures: i32,
-    pub(crate) reconciled_up_to: Option<DateTime<Utc>>,
-    /// What the last failed run said, if the last run that ended failed.
-    pub(crate) error: Option<String>,
-}
-
-/// What is known of these reconcilers.
-pub(crate) async fn state(session: &mut Session, names: &[&str]) -> Result<Vec<ReconcilerRow>, sqlx::Error> {
-    let rows = sqlx::query(
-        "select name, extract(epoch from clock_timestamp() - last_success_at)::float8, failures, reconciled_up_to,
-                (select run.error from aftercommit.reconcile_run run
-                  where run.name = r.name and run.scope <> 'keys' and run.result = 'failed' and r.failures > 0
-                  order by run.id desc limit 1)
-           from aftercommit.reconciler r where name = any($1) order by name",
-    )
-    .bind(names)
-    .fetch_all(session)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            Ok(ReconcilerRow {
-                name: row.try_get(0)?,
-                since_success: row.try_get(1)?,
-                failures: row.try_get(2)?,
-                reconciled_up_to: row.try_get(3)?,
-                error: row.try_get(4)?,
-            })
-        })
-        .collect()
 }

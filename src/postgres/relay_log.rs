@@ -260,7 +260,8 @@ fn state(row: &PgRow) -> Result<State, sqlx::Error> {
     })
 }
 
-fn mark(row: &PgRow, at: usize, floor: i64) -> Result<Mark, sqlx::Error> {
+/// The mark in three columns from `at` on.
+pub(super) fn mark(row: &PgRow, at: usize, floor: i64) -> Result<Mark, sqlx::Error> {
     Ok(Mark {
         snapshot: row.try_get::<&str, _>(at)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
         last_id: row.try_get(at + 1)?,

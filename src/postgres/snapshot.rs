@@ -66,7 +66,7 @@ pub(crate) struct Mark {
 }
 
 impl Mark {
-    /// A mark that holds no row.
+    /// The mark that holds nothing.
     pub(crate) fn nothing() -> Self {
         Self { snapshot: Snapshot { xmin: 1, xmax: 1, running: Vec::new() }, last_id: 0, next_xid: 1, floor: 0 }
     }

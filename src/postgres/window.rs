@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::session::Session;
 use super::snapshot::{Mark, xids};
+use crate::envelope::Envelope;
 
 /// An event of the outbox.
 #[derive(Clone)]
@@ -206,6 +207,30 @@ pub(crate) async fn body(connection: &mut Session, id: i64) -> Result<Body, sqlx
         .fetch_one(connection)
         .await?;
     read_body(row.try_get(0)?, row.try_get(1)?)
+}
+
+/// The event as it travels; headers and payload of a large one are read here.
+pub(crate) async fn envelope(
+    connection: &mut Session,
+    row: OutboxEvent,
+    source: &str,
+) -> Result<Envelope, sqlx::Error> {
+    let body = match row.body {
+        Some(body) => body,
+        None => self::body(connection, row.id).await?,
+    };
+    Ok(Envelope {
+        id: row.event_id.into(),
+        event_type: row.event_type,
+        version: row.version.unsigned_abs(),
+        key: row.key,
+        source: source.to_string(),
+        time: row.created_at,
+        sequence: row.id,
+        headers: body.headers,
+        content_type: row.content_type,
+        payload: body.payload,
+    })
 }
 
 /// A row of the outbox that a message of the stream was made of.

@@ -121,6 +121,7 @@ impl Executor {
             position: row.position,
             tally: Tally::default(),
             failures: Vec::new(),
+            named: 0,
         };
         let end = self.work(job, &mut run, stop).await;
         let counts = run.tally.counts();

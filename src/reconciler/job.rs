@@ -16,8 +16,9 @@ use crate::postgres::finding::{self, Finding, State};
 use crate::postgres::reconcile::{self, Counts};
 use crate::postgres::{self, session::Session};
 
-/// How many failed items a summary names.
-const NAMED_FAILURES: usize = 100;
+/// How many findings, and how many failed items, a run names in the log, and a summary names failed items. All of them are
+/// in the table.
+const NAMED: usize = 100;
 /// The kind of the finding about an item that failed.
 pub(crate) const FAILED: &str = "item_failed";
 
@@ -75,6 +76,8 @@ pub(crate) struct Run {
     pub(crate) position: Value,
     pub(super) tally: Tally,
     pub(super) failures: Vec<Failure>,
+    /// How many findings there were so far.
+    pub(super) named: usize,
 }
 
 /// What the run has done, as its signs of life tell it.
@@ -111,9 +114,9 @@ impl Run {
     pub(crate) async fn failed(&mut self, failures: Vec<Failure>) -> Result<(), Error> {
         let mut findings = Vec::new();
         for Failure { item, reason } in failures {
-            tracing::warn!(reconciler = self.name, run = self.id, item, error = reason, "an item failed");
             self.tally.change(|counts| counts.failed += 1);
-            if self.failures.len() < NAMED_FAILURES {
+            if self.failures.len() < NAMED {
+                tracing::warn!(reconciler = self.name, run = self.id, item, error = reason, "an item failed");
                 self.failures.push(Failure { item: item.clone(), reason: reason.clone() });
             }
             findings.push(Finding { kind: FAILED, item, detail: reason, ..Finding::default() });
@@ -123,7 +126,9 @@ impl Run {
 
     /// Writes down and counts findings. What was found by earlier runs stays one row.
     pub(crate) async fn found(&mut self, findings: &[Finding]) -> Result<(), Error> {
-        for finding in findings {
+        let named = NAMED.saturating_sub(self.named);
+        self.named += findings.len();
+        for finding in findings.iter().take(named) {
             tracing::warn!(
                 reconciler = self.name,
                 run = self.id,
@@ -160,7 +165,9 @@ impl Run {
     /// Keeps where the next page or run goes on. Fails when another process has taken over.
     pub(crate) async fn save_position(&mut self, position: Value) -> Result<(), Error> {
         let counts = self.tally.counts();
-        let saved = self.on(async |session| reconcile::save_position(session, self.id, &position, counts).await).await;
+        let saved = self
+            .on(async |session| reconcile::save_position(session, &self.name, self.id, &position, counts).await)
+            .await;
         match saved {
             Ok(true) => {
                 self.position = position;

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::health::{Check, Health};
 use crate::postgres::connections::Connections;
 use crate::postgres::finding;
-use crate::postgres::reconcile::{self, ReconcilerRow};
+use crate::postgres::reconcile_status::{self, ReconcilerRow};
 use crate::telemetry;
 
 /// How often the tables are read.
@@ -118,7 +118,7 @@ pub(super) async fn sample(
     let mut kinds = BTreeSet::new();
     while !stop.is_cancelled() {
         let read = connections.run(async |session| {
-            Ok((reconcile::state(session, &names).await?, finding::count_open(session, &names).await?))
+            Ok((reconcile_status::state(session, &names).await?, finding::count_open(session, &names).await?))
         });
         match tokio::time::timeout(PATIENCE, read).await {
             Ok(Ok((rows, open))) => {

@@ -28,6 +28,13 @@ pub(super) struct Sent {
     pub(super) sent_at: Option<Instant>,
 }
 
+impl Sent {
+    /// One line per event, to be joined with the publisher's and the worker's by its id.
+    pub(super) fn tell_published(&self, stream: &str, sequence: u64) {
+        tracing::debug!(event_id = %self.event_id, outbox_id = self.outbox_id, stream, sequence, "event published");
+    }
+}
+
 /// Where the chain stands: the last message that is known to be stored, and those under way behind it.
 #[derive(Debug)]
 pub(super) struct Chain {
@@ -177,6 +184,7 @@ impl Chain {
             self.first_number += 1;
             self.bytes -= event.bytes;
             self.message_id = Some(event.message_id.clone());
+            event.tell_published(&self.stream, self.sequence);
             done.push(event);
         }
         done

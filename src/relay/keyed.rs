@@ -86,6 +86,7 @@ impl Keyed {
                     self.keys.remove(key);
                 }
                 self.sequence = self.sequence.max(sequence);
+                event.tell_published(&self.stream, sequence);
                 Ok(vec![*event])
             }
             Answer::Refused { code, description } => Err(Doubt::Refused { event, code, description }),

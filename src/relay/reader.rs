@@ -7,7 +7,6 @@ use tokio::sync::{Mutex, mpsc};
 
 use super::chain::Sent;
 use crate::config::Naming;
-use crate::envelope::Envelope;
 use crate::error::Error;
 use crate::fault;
 use crate::jetstream::publisher::Outgoing;
@@ -143,31 +142,16 @@ pub(super) async fn prepare(
     naming: &Naming,
     row: OutboxEvent,
 ) -> Result<Prepared, sqlx::Error> {
-    let body = match row.body {
-        Some(body) => body,
-        None => window::body(connection, row.id).await?,
-    };
+    let envelope = window::envelope(connection, row, &naming.source).await?;
     let event = Sent {
-        outbox_id: row.id,
-        event_id: row.event_id,
-        key: row.key.clone(),
-        message_id: row.event_id.to_string(),
-        bytes: body.payload.len(),
-        created_at: row.created_at,
+        outbox_id: envelope.sequence,
+        event_id: envelope.id.as_uuid(),
+        key: envelope.key.clone(),
+        message_id: envelope.id.to_string(),
+        bytes: envelope.payload.len(),
+        created_at: envelope.time,
         sent_at: None,
     };
-    let subject = naming.prefix.subject(&row.event_type);
-    let envelope = Envelope {
-        id: row.event_id.into(),
-        event_type: row.event_type,
-        version: row.version.unsigned_abs(),
-        key: row.key,
-        source: naming.source.clone(),
-        time: row.created_at,
-        sequence: row.id,
-        headers: body.headers,
-        content_type: row.content_type,
-        payload: body.payload,
-    };
+    let subject = naming.prefix.subject(&envelope.event_type);
     Ok(Prepared { event, message: Outgoing::new(subject, &envelope) })
 }

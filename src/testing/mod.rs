@@ -1,9 +1,30 @@
-//! For tests that run against real servers: throw-away PostgreSQL and nats-server processes, and waiting on conditions.
+//! For the tests of services that publish and handle events.
+//!
+//! | To test | Use | Needs |
+//! |---|---|---|
+//! | that a transaction publishes what it should | [`assert_published`], [`pending`], [`clear`] | PostgreSQL |
+//! | what subscribers make of committed events | [`drain`] | PostgreSQL |
+//! | that a handler does no harm when it runs again | [`run_twice`] | PostgreSQL |
+//! | the whole way, relay and worker included | [`Environment`] | PostgreSQL and nats-server |
+//! | crashes and outages | [`servers`] | PostgreSQL and nats-server |
+//!
+//! The assertions panic, as assertions do; everything else returns errors. The guide `docs/guides/test-your-events.md`
+//! shows them all at work.
 //!
 //! Behind the feature `testing`, which belongs under `[dev-dependencies]`.
 
+pub mod coverage;
+mod drain;
+mod environment;
+mod pending;
+mod run_twice;
 #[cfg(unix)]
 pub mod servers;
+
+pub use drain::{Dead, Drained, Failed, Outcome, drain, drain_into};
+pub use environment::{Environment, Running};
+pub use pending::{AssertPublished, PendingEvent, Published, assert_published, clear, pending, pending_of};
+pub use run_twice::{RunTwice, run_twice};
 
 use std::time::Duration;
 

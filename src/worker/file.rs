@@ -11,6 +11,9 @@
 //! ack_wait = "30s"                   # set on the consumer by `aftercommit provision`
 //! time_limit = "1m"                  # of one handler
 //! backoff = { first = "1s", max = "5m" }
+//! queue = "heavy"                    # "default" when not given
+//! stream = "ORDERS"                  # the worker's stream when not given
+//! prefix = "orders"                  # the worker's subject prefix when not given
 //! ```
 
 use std::ops::Range;
@@ -23,6 +26,7 @@ use toml::Spanned;
 use crate::backoff::Backoff;
 use crate::error::{Error, ErrorKind};
 use crate::postgres::function::FunctionName;
+use crate::subject::SubjectPrefix;
 
 use super::subscriber::{Subscriber, check_name, check_types};
 
@@ -45,6 +49,9 @@ struct Entry {
     ack_wait: Option<Wait>,
     time_limit: Option<Wait>,
     backoff: Option<Waits>,
+    queue: Option<String>,
+    stream: Option<String>,
+    prefix: Option<Prefix>,
 }
 
 #[derive(Deserialize)]
@@ -72,6 +79,15 @@ impl<'de> Deserialize<'de> for Wait {
     }
 }
 
+/// The first tokens of subjects.
+struct Prefix(SubjectPrefix);
+
+impl<'de> Deserialize<'de> for Prefix {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        SubjectPrefix::new(String::deserialize(deserializer)?).map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
 /// Reads the subscribers from a `worker.toml`.
 ///
 /// # Errors
@@ -80,10 +96,15 @@ pub fn read_file(path: &Path) -> Result<Vec<Subscriber>, Error> {
     let text = std::fs::read_to_string(path).map_err(|error| {
         Error::with_source(ErrorKind::Config, format!("the file {} cannot be read", path.display()), error)
     })?;
-    parse(&text).map_err(|message| Error::new(ErrorKind::Config, format!("{}{message}", path.display())))
+    let mut subscribers =
+        parse(&text).map_err(|message| Error::new(ErrorKind::Config, format!("{}{message}", path.display())))?;
+    for subscriber in &mut subscribers {
+        subscriber.place = format!("{}{}", path.display(), subscriber.place);
+    }
+    Ok(subscribers)
 }
 
-/// The error begins with `:line: `, for behind the file's name.
+/// The error begins with `:line: `, and the place of a subscriber is `:line`, for behind the file's name.
 fn parse(text: &str) -> Result<Vec<Subscriber>, String> {
     let at = |span: Range<usize>, message: String| format!(":{}: {message}", line(text, span.start));
     let file: File = toml::from_str(text).map_err(|error| match error.span() {
@@ -102,8 +123,9 @@ fn parse(text: &str) -> Result<Vec<Subscriber>, String> {
         if let Err(problem) = check_name(name) {
             return wrong(entry.name.span(), "name", problem);
         }
-        if subscribers.iter().any(|other| other.name == *name) {
-            return wrong(entry.name.span(), "name", format!("there is another subscriber {name}"));
+        if let Some(other) = subscribers.iter().find(|other| other.name == *name) {
+            let problem = format!("there is another subscriber {name} at line {}", other.place.trim_start_matches(':'));
+            return wrong(entry.name.span(), "name", problem);
         }
         if let Err(problem) = check_types(entry.types.get_ref()) {
             return wrong(entry.types.span(), "types", problem);
@@ -111,7 +133,8 @@ fn parse(text: &str) -> Result<Vec<Subscriber>, String> {
         if let Err(problem) = FunctionName::parse(entry.sql.function.get_ref()) {
             return wrong(entry.sql.function.span(), "function", problem);
         }
-        let subscriber = entry.into_subscriber().map_err(|error| at(span.clone(), error.to_string()))?;
+        let mut subscriber = entry.into_subscriber().map_err(|error| at(span.clone(), error.to_string()))?;
+        subscriber.place = format!(":{}", line(text, span.start));
         subscriber.validate().map_err(|error| at(span, error.to_string()))?;
         subscribers.push(subscriber);
     }
@@ -128,6 +151,9 @@ impl Entry {
             first: backoff.first.map_or(settings.backoff.first, |wait| wait.0),
             max: backoff.max.map_or(settings.backoff.max, |wait| wait.0),
         };
+        settings.queue = self.queue.unwrap_or_else(|| settings.queue.clone());
+        settings.stream = self.stream;
+        settings.prefix = self.prefix.map(|prefix| prefix.0);
         settings.concurrency = self.concurrency.unwrap_or(settings.concurrency);
         settings.max_attempts = self.max_attempts.unwrap_or(settings.max_attempts);
         settings.max_batch = self.max_batch.unwrap_or(settings.max_batch);
@@ -153,6 +179,9 @@ concurrency = 16
 sql = { function = "demo.apply_history" }
 ack_wait = "10s"
 backoff = { first = "250ms" }
+queue = "heavy"
+stream = "ORDERS"
+prefix = "orders"
 "#;
 
     #[test]
@@ -162,6 +191,9 @@ backoff = { first = "250ms" }
         assert_eq!(subscribers[0].name, "branch-balance");
         assert_eq!((settings.concurrency, settings.max_attempts), (16, 10));
         assert_eq!(settings.ack_wait, Duration::from_secs(10));
+        assert_eq!((settings.queue.as_str(), settings.stream.as_deref()), ("heavy", Some("ORDERS")));
+        let spec = subscribers[0].spec(&crate::config::Naming::default());
+        assert_eq!((spec.stream, spec.subjects), ("ORDERS".into(), vec!["orders.pgbench.history".into()]));
         assert_eq!(settings.backoff, Backoff { first: Duration::from_millis(250), ..Backoff::default() });
     }
 
@@ -177,6 +209,9 @@ backoff = { first = "250ms" }
             ("demo.apply_history", "demo.apply history", ":6: function:"),
             ("\"10s\"", "\"10 parsecs\"", ":7: \"10 parsecs\" is not a duration"),
             ("concurrency = 16", "concurrency = 0", "concurrency must be at least 1"),
+            ("\"heavy\"", "\"too heavy\"", "\"too heavy\" is not the name of a queue"),
+            ("\"ORDERS\"", "\"ORDERS.NEW\"", "\"ORDERS.NEW\" cannot be the name of a stream"),
+            ("\"orders\"", "\"orders.>\"", ":11: \"orders.>\" is not a subject"),
             ("types = [\"pgbench.history\"]\n", "", "missing field `types`"),
         ] {
             let error = parse(&GOOD.replace(from, to)).unwrap_err();

@@ -8,7 +8,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use sqlx::PgTransaction;
 
-use crate::envelope::TRACEPARENT;
+use crate::envelope::traceparent;
 use crate::event::{Event, EventId};
 
 /// Handles events of one type.
@@ -139,11 +139,16 @@ pub struct Delivery<E> {
 impl<E> Delivery<E> {
     /// The W3C trace context of the publisher.
     pub fn traceparent(&self) -> Option<&str> {
-        self.headers.get(TRACEPARENT).map(String::as_str)
+        traceparent(&self.headers)
     }
 }
 
 impl<E: Event> Delivery<E> {
+    /// The event's type.
+    pub fn event_type(&self) -> &'static str {
+        E::TYPE
+    }
+
     /// A first delivery of `event` with a new id, for calling a handler in a test.
     pub fn new(event: E) -> Self {
         Self {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 use tokio::time::timeout;
+use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use crate::backoff::Backoff;
@@ -22,6 +23,7 @@ use crate::postgres::session::{Session, Tx};
 use crate::postgres::{self, function, inbox};
 
 use super::handler::HandlerError;
+use super::span;
 use super::subscriber::{Subscriber, Try, Work};
 use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_out, trouble};
 
@@ -161,6 +163,7 @@ impl Lane {
 
     /// Runs one event in a transaction of its own; this run decides about it.
     async fn run_alone(&self, queued: &Queued) -> Result<Verdict, Halt> {
+        let started = Instant::now();
         let mut conflicts = 0;
         loop {
             let error = match self.transact(&[queued]).await {
@@ -174,12 +177,12 @@ impl Lane {
                 }
                 Err(Trouble::Conflict { error, .. } | Trouble::Failed { error, .. }) => error,
             };
-            return self.decide(queued, error).await;
+            return self.decide(queued, error, started.elapsed()).await;
         }
     }
 
     /// What becomes of an event whose handler failed.
-    async fn decide(&self, queued: &Queued, error: HandlerError) -> Result<Verdict, Halt> {
+    async fn decide(&self, queued: &Queued, error: HandlerError, took: Duration) -> Result<Verdict, Halt> {
         match error {
             HandlerError::Snooze(wait) => Ok(Verdict::Later(wait)),
             HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason)).await,
@@ -193,7 +196,10 @@ impl Lane {
                 tracing::warn!(
                     subscriber = self.subscriber.name,
                     event_id = %queued.event.id,
+                    event_type = queued.event.event_type,
                     attempt = attempts,
+                    delivery_count = queued.deliveries.max(1),
+                    latency_ms = took.as_millis(),
                     retry_in = ?wait,
                     error = text,
                     "event failed"
@@ -230,6 +236,9 @@ impl Lane {
         tracing::error!(
             subscriber = self.subscriber.name,
             event_id = %queued.event.id,
+            event_type = queued.event.event_type,
+            attempt = queued.failures.load(Ordering::Relaxed) + 1,
+            delivery_count = queued.deliveries.max(1),
             error = reason,
             "event became a dead letter"
         );
@@ -288,18 +297,18 @@ impl Lane {
             Work::Function { function, .. } => {
                 // `remove`, because one event may be in the stream twice.
                 let new = group.iter().filter(|queued| fresh.remove(&queued.event.id.as_uuid()).is_some());
-                let events: Vec<String> = new.map(|queued| queued.event.to_json()).collect();
-                if !events.is_empty() {
-                    let call = function::call(tx, function, &events);
-                    self.limited(call).await.map_err(|error| trouble(None, error))?;
+                let new: Vec<&Queued> = new.copied().collect();
+                if !new.is_empty() {
+                    let events: Vec<String> = new.iter().map(|queued| queued.event.to_json()).collect();
+                    let call = span::told(self.limited(function::call(tx, function, &events)));
+                    call.instrument(self.span(&new)).await.map_err(|error| trouble(None, error))?;
                 }
             }
             Work::Handlers(_) => {
                 for (at, queued) in group.iter().enumerate() {
                     if fresh.remove(&queued.event.id.as_uuid()).is_some() {
-                        let attempt = queued.failures.load(Ordering::Relaxed) + 1;
-                        let this = Try { attempt, delivery_count: queued.deliveries.max(1) };
-                        self.handle(tx, queued, this).await.map_err(|error| trouble(Some(at), error))?;
+                        let run = span::told(self.handle(tx, queued, queued.this_try()));
+                        run.instrument(self.span(&[queued])).await.map_err(|error| trouble(Some(at), error))?;
                     }
                 }
                 self.own_or_conflict(inbox::check_alive(tx)).await?;
@@ -321,6 +330,14 @@ impl Lane {
             Ok(Ok(result)) => result,
             Ok(Err(panic)) => Err(HandlerError::retry(format!("the handler panicked: {}", panic_text(&*panic)))),
             Err(_) => Err(self.too_slow()),
+        }
+    }
+
+    fn span(&self, events: &[&Queued]) -> Span {
+        let subscriber = &self.subscriber.name;
+        match events {
+            [single] => span::of_event(subscriber, &single.event, single.this_try()),
+            many => span::of_batch(subscriber, many.iter().map(|queued| &*queued.event)),
         }
     }
 
@@ -369,6 +386,11 @@ struct Queued {
 impl Queued {
     fn new(sequence: u64, event: Arc<Envelope>, deliveries: u64) -> Self {
         Self { sequence, event, deliveries, failures: AtomicU32::new(0) }
+    }
+
+    /// As of when it was looked at last.
+    fn this_try(&self) -> Try {
+        Try { attempt: self.failures.load(Ordering::Relaxed) + 1, delivery_count: self.deliveries.max(1) }
     }
 
     fn position(&self) -> i64 {

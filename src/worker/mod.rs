@@ -1,8 +1,9 @@
 //! Runs handlers for the events of a stream: each event once per subscriber, each key in order.
 //!
-//! A [`Subscriber`] has a durable name and handlers. A [`Worker`] runs subscribers against one database, one NATS
-//! server and one stream. Of several workers with the same subscriber one is active and the others stand by; they take
-//! over some seconds after it died, and at once when it stops.
+//! A [`Subscriber`] has a durable name and handlers. A [`Worker`] runs subscribers against one database and one NATS
+//! server; they read one stream, or each its own. A [`Registry`] collects the subscribers of several crates. Of several
+//! workers with the same subscriber one is active and the others stand by; they take over some seconds after it died, and
+//! at once when it stops.
 //!
 //! ```no_run
 //! use aftercommit::Event;
@@ -47,17 +48,20 @@
 //! acked. A message that comes again finds its row. Several events may share a transaction; when one of them fails, it
 //! is undone as a whole and they run again, the failing one alone.
 
+#[cfg(feature = "testing")]
+pub(crate) mod drain;
 #[cfg(feature = "cli")]
 mod file;
 mod handler;
 mod lane;
+mod registry;
 mod scheduler;
 mod serve;
 mod session;
+mod span;
 mod subscriber;
 mod trouble;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
@@ -68,17 +72,21 @@ use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::{Error, ErrorKind};
 use crate::jetstream;
 use crate::jetstream::Client;
-use crate::jetstream::consumer::{self, ConsumerSpec};
+use crate::jetstream::consumer;
 use crate::postgres::connections::Connections;
 
 #[cfg(feature = "cli")]
 pub use file::read_file;
 pub use handler::{Delivery, Handler, HandlerError};
+pub use registry::{FailedModule, Module, Queues, Registry};
+pub use span::set_span_parent;
 pub use subscriber::Subscriber;
+#[cfg(feature = "testing")]
+pub(crate) use trouble::describe;
 
 /// The `main` of a service whose handlers are written in Rust: reads the command line and the environment as
 /// `aftercommit-worker` does, without `--config`, and runs until a signal ends it. With `--provision` it creates or
-/// corrects the consumers instead.
+/// corrects the consumers instead. It takes a [`Registry`], or a list of subscribers.
 ///
 /// ```no_run
 /// # use aftercommit::Event;
@@ -95,8 +103,8 @@ pub use subscriber::Subscriber;
 /// }
 /// ```
 #[cfg(feature = "cli")]
-pub fn main(subscribers: Vec<Subscriber>) -> std::process::ExitCode {
-    crate::cli::worker::serve(subscribers)
+pub fn main(subscribers: impl Into<Registry>) -> std::process::ExitCode {
+    crate::cli::worker::serve(subscribers.into())
 }
 
 /// Runs subscribers.
@@ -105,21 +113,37 @@ pub struct Worker {
     postgres: PostgresConfig,
     nats: NatsConfig,
     naming: Naming,
-    subscribers: Vec<Subscriber>,
+    registry: Registry,
+    queues: Queues,
     remedy: String,
 }
 
 impl Worker {
-    /// A worker without subscribers. `postgres` is the database in which their handlers work.
+    /// A worker without subscribers. `postgres` is the database in which their handlers work, `naming` the stream that
+    /// they read unless they name another one.
     pub fn new(postgres: PostgresConfig, nats: NatsConfig, naming: Naming) -> Self {
         let remedy = "provision it, with `Worker::provision` or `aftercommit provision --config worker.toml`".into();
-        Self { postgres, nats, naming, subscribers: Vec::new(), remedy }
+        Self { postgres, nats, naming, registry: Registry::new(), queues: Queues::All, remedy }
     }
 
     /// Adds a subscriber.
     #[must_use]
     pub fn subscriber(mut self, subscriber: Subscriber) -> Self {
-        self.subscribers.push(subscriber);
+        self.registry = self.registry.subscriber(subscriber);
+        self
+    }
+
+    /// Takes the subscribers of a registry in place of those that it has.
+    #[must_use]
+    pub fn registry(mut self, registry: impl Into<Registry>) -> Self {
+        self.registry = registry.into();
+        self
+    }
+
+    /// Which of the subscribers [`Self::run`] serves. Defaults to all.
+    #[must_use]
+    pub fn queues(mut self, queues: Queues) -> Self {
+        self.queues = queues;
         self
     }
 
@@ -130,14 +154,14 @@ impl Worker {
         self
     }
 
-    /// Creates or corrects the JetStream consumers of the subscribers, and returns what was changed, in words; nothing
-    /// when all was right. The stream must exist.
+    /// Creates or corrects the JetStream consumers of all subscribers, whatever their queue, and returns what was
+    /// changed, in words; nothing when all was right. Their streams must exist.
     ///
     /// # Errors
-    /// When the subscribers contradict each other, NATS cannot be reached, or a consumer differs in a way that cannot
-    /// be changed.
+    /// When the subscribers contradict each other, NATS cannot be reached, a stream does not exist, or a consumer
+    /// differs in a way that cannot be changed. The other consumers are created all the same.
     pub async fn provision(&self) -> Result<Vec<String>, Error> {
-        provision(&self.nats, &self.naming, &self.subscribers).await
+        provision(&self.nats, &self.naming, &self.registry).await
     }
 
     /// Runs the subscribers until `shutdown` is cancelled: then running handlers finish, unfinished events go back and
@@ -147,18 +171,17 @@ impl Worker {
     /// the log.
     ///
     /// # Errors
-    /// When the definition of the subscribers or a setting is wrong.
-    pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
-        validate(&self.subscribers)?;
+    /// When the definition of the subscribers or a setting is wrong, or the queues leave nothing to serve.
+    pub async fn run(mut self, shutdown: CancellationToken) -> Result<(), Error> {
+        let subscribers = std::mem::take(&mut self.registry).served(&self.queues)?;
         let connections = Arc::new(Connections::new(&self.postgres, "aftercommit-worker")?);
         let Some(client) = self.connect(&shutdown).await? else { return Ok(()) };
         let holder = holder();
         let mut services = JoinSet::new();
-        let specs: Vec<_> = self.subscribers.iter().map(|subscriber| spec(&self.naming, subscriber)).collect();
-        for (subscriber, spec) in self.subscribers.into_iter().zip(specs) {
+        for subscriber in subscribers {
             let service = serve::Service {
+                spec: subscriber.spec(&self.naming),
                 subscriber: Arc::new(subscriber),
-                spec,
                 connections: Arc::clone(&connections),
                 client: client.clone(),
                 holder: holder.clone(),
@@ -196,46 +219,24 @@ impl Worker {
 }
 
 /// See [`Worker::provision`].
-pub(crate) async fn provision(
-    nats: &NatsConfig,
-    naming: &Naming,
-    subscribers: &[Subscriber],
-) -> Result<Vec<String>, Error> {
-    validate(subscribers)?;
+pub(crate) async fn provision(nats: &NatsConfig, naming: &Naming, registry: &Registry) -> Result<Vec<String>, Error> {
+    registry.ready()?;
     let connection = jetstream::connect(nats, "aftercommit-provision", "_INBOX_prov").await?;
     let context = jetstream::context(&connection.client);
-    let mut changes = Vec::new();
-    for subscriber in subscribers {
-        changes.extend(consumer::provision(&context, &spec(naming, subscriber)).await?);
-    }
-    Ok(changes)
-}
-
-fn spec(naming: &Naming, subscriber: &Subscriber) -> ConsumerSpec {
-    ConsumerSpec {
-        stream: naming.stream.clone(),
-        name: subscriber.name.clone(),
-        subjects: subscriber.subjects(&naming.prefix),
-        ack_wait: subscriber.settings.ack_wait,
-    }
-}
-
-fn validate(subscribers: &[Subscriber]) -> Result<(), Error> {
-    let config = |text| Err(Error::new(ErrorKind::Config, text));
-    if subscribers.is_empty() {
-        return config("the worker has no subscriber".to_string());
-    }
-    let mut names = BTreeMap::new();
-    for subscriber in subscribers {
-        subscriber.validate()?;
-        if let Some(other) = names.insert(&subscriber.name, &subscriber.work) {
-            return config(format!(
-                "two subscribers are called {}, one for {other:?} and one for {:?}: each needs a name of its own",
-                subscriber.name, subscriber.work
-            ));
+    let (mut changes, mut failed) = (Vec::new(), Vec::new());
+    for subscriber in registry.subscribers() {
+        match consumer::provision(&context, &subscriber.spec(naming)).await {
+            Ok(changed) => changes.extend(changed),
+            Err(error) => failed.push(error),
         }
     }
-    Ok(())
+    match failed.as_slice() {
+        [] => Ok(changes),
+        [first, ..] => {
+            let reports: Vec<_> = failed.iter().map(Error::report).chain(changes).collect();
+            Err(Error::new(first.kind(), reports.join("; ")))
+        }
+    }
 }
 
 /// Who holds a lease: host, process, and something random, because process numbers come again.

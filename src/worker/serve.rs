@@ -22,11 +22,16 @@ use super::session::{self, End, Session};
 use super::subscriber::{Subscriber, Work};
 
 /// How long a lease lasts without a sign of life, by the database's clock.
-const LEASE: Duration = Duration::from_secs(4);
+pub(super) const LEASE: Duration = Duration::from_secs(4);
 /// How often the holder prolongs it.
 const RENEW: Duration = Duration::from_secs(1);
 /// How often a standby looks whether it is free.
 const LOOK: Duration = Duration::from_millis(500);
+
+/// What its instances compete for.
+pub(super) fn lease_name(subscriber: &str) -> String {
+    format!("subscriber:{subscriber}")
+}
 
 /// One subscriber with its connections.
 pub(super) struct Service {
@@ -68,7 +73,7 @@ impl Service {
     }
 
     async fn acquire(&self) -> Result<Option<Tenure>, Error> {
-        let name = format!("subscriber:{}", self.name());
+        let name = lease_name(self.name());
         let acquired =
             self.connections.run(async |connection| lease::acquire(connection, &name, &self.holder, LEASE).await).await;
         let epoch =

@@ -3,6 +3,7 @@
 use std::any::type_name;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::panic::Location;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,9 +11,11 @@ use futures_util::future::BoxFuture;
 use sqlx::PgTransaction;
 
 use crate::backoff::Backoff;
+use crate::config::{Naming, check_stream};
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind};
 use crate::event::Event;
+use crate::jetstream::consumer::ConsumerSpec;
 use crate::postgres::function::FunctionName;
 use crate::subject::{SubjectPrefix, check_tokens};
 
@@ -26,13 +29,23 @@ pub struct Subscriber {
     pub(super) name: String,
     pub(super) work: Work,
     pub(super) settings: Settings,
+    /// Where it was defined, as `file:line:column`, or the file and line of a worker.toml.
+    pub(super) place: String,
     /// Mistakes in the definition, reported when the worker starts.
     problems: Vec<String>,
 }
 
+/// The queue of subscribers that name none.
+pub(super) const DEFAULT_QUEUE: &str = "default";
+
 /// How a subscriber runs.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Settings {
+    pub(super) queue: String,
+    /// None for the worker's.
+    pub(super) stream: Option<String>,
+    /// None for the worker's.
+    pub(super) prefix: Option<SubjectPrefix>,
     pub(super) concurrency: usize,
     pub(super) max_attempts: u32,
     pub(super) max_batch: usize,
@@ -44,6 +57,9 @@ pub(super) struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
+            queue: DEFAULT_QUEUE.into(),
+            stream: None,
+            prefix: None,
             concurrency: 8,
             max_attempts: 10,
             max_batch: 100,
@@ -65,6 +81,7 @@ pub(super) enum Work {
 /// A handler behind its event type.
 pub(super) struct Route {
     handler: &'static str,
+    place: &'static Location<'static>,
     pub(super) run: Run,
 }
 
@@ -83,17 +100,23 @@ pub(super) struct Try {
 
 impl Subscriber {
     /// A subscriber without handlers. `name` is 1 to 64 letters, digits, `_` and `-`.
+    #[track_caller]
     pub fn new(name: impl Into<String>) -> Self {
         Self {
             name: name.into(),
             work: Work::Handlers(BTreeMap::new()),
             settings: Settings::default(),
+            place: Location::caller().to_string(),
             problems: Vec::new(),
         }
     }
 
     /// A subscriber that calls the SQL function `function(event jsonb)` in the inbox transaction for every event of
     /// `types`; `*` stands for all. `event` is the CloudEvent in its JSON format.
+    ///
+    /// # Errors
+    /// When the function's name or a type is malformed.
+    #[track_caller]
     pub fn sql(
         name: impl Into<String>,
         function: &str,
@@ -110,6 +133,7 @@ impl Subscriber {
 
     /// Handles events of type `E` with `handler`. One handler per type.
     #[must_use]
+    #[track_caller]
     pub fn on<E: Event>(mut self, handler: impl Handler<E>) -> Self {
         let route = Route::new(handler);
         match &mut self.work {
@@ -118,16 +142,41 @@ impl Subscriber {
             }
             Work::Handlers(routes) => match routes.get(E::TYPE) {
                 Some(other) => self.problems.push(format!(
-                    "it has two handlers for {}: {} and {}; make one of them a subscriber of its own",
+                    "it has two handlers for {}: {} ({}) and {} ({}); make one of them a subscriber of its own",
                     E::TYPE,
                     other.handler,
-                    route.handler
+                    other.place,
+                    route.handler,
+                    route.place
                 )),
                 None => {
                     routes.insert(E::TYPE, route);
                 }
             },
         }
+        self
+    }
+
+    /// The queue that it belongs to: a worker serves the subscribers of all queues, or of those that it is told to, so
+    /// that heavy work can have processes of its own. A name is made as a subscriber's. Defaults to `default`.
+    #[must_use]
+    pub fn queue(mut self, name: impl Into<String>) -> Self {
+        self.settings.queue = name.into();
+        self
+    }
+
+    /// The JetStream stream that it reads. Defaults to the worker's ([`Naming::stream`]). It is part of the identity, as
+    /// the name is: on another stream the subscriber starts at the beginning.
+    #[must_use]
+    pub fn stream(mut self, name: impl Into<String>) -> Self {
+        self.settings.stream = Some(name.into());
+        self
+    }
+
+    /// The first tokens of the subjects in that stream. Defaults to the worker's ([`Naming::prefix`]).
+    #[must_use]
+    pub fn prefix(mut self, prefix: SubjectPrefix) -> Self {
+        self.settings.prefix = Some(prefix);
         self
     }
 
@@ -182,20 +231,45 @@ impl Subscriber {
         &self.name
     }
 
-    /// The subjects that the subscriber's consumer delivers.
-    pub(super) fn subjects(&self, prefix: &SubjectPrefix) -> Vec<String> {
+    /// The event types that it handles; `*` alone when it handles all.
+    pub fn types(&self) -> Vec<&str> {
         match &self.work {
-            Work::Handlers(routes) => routes.keys().map(|event_type| prefix.subject(event_type)).collect(),
-            Work::Function { types, .. } if types.is_empty() => vec![prefix.wildcard()],
-            Work::Function { types, .. } => types.iter().map(|event_type| prefix.subject(event_type)).collect(),
+            Work::Handlers(routes) => routes.keys().copied().collect(),
+            Work::Function { types, .. } if types.is_empty() => vec!["*"],
+            Work::Function { types, .. } => types.iter().map(String::as_str).collect(),
         }
+    }
+
+    /// The consumer that it needs, in a worker with that naming.
+    pub(super) fn spec(&self, naming: &Naming) -> ConsumerSpec {
+        let prefix = self.settings.prefix.as_ref().unwrap_or(&naming.prefix);
+        let subject = |event_type: &str| match event_type {
+            "*" => prefix.wildcard(),
+            event_type => prefix.subject(event_type),
+        };
+        ConsumerSpec {
+            stream: self.settings.stream.clone().unwrap_or_else(|| naming.stream.clone()),
+            name: self.name.clone(),
+            subjects: self.types().into_iter().map(subject).collect(),
+            ack_wait: self.settings.ack_wait,
+        }
+    }
+
+    /// Whether the other one is the very same definition, contributed a second time: made at the same place, of the
+    /// same handlers and settings.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        let same = |this: &Self| (this.place.clone(), format!("{:?}", this.work));
+        same(self) == same(other) && self.settings == other.settings && self.problems == other.problems
     }
 
     /// Finds what cannot work.
     pub(super) fn validate(&self) -> Result<(), Error> {
         let problem = self.problems.first().cloned().or_else(|| self.problem());
         match problem {
-            Some(problem) => Err(Error::new(ErrorKind::Config, format!("subscriber {}: {problem}", self.name))),
+            Some(problem) => {
+                let text = format!("subscriber {} ({}): {problem}", self.name, self.place);
+                Err(Error::new(ErrorKind::Config, text))
+            }
             None => Ok(()),
         }
     }
@@ -226,6 +300,10 @@ impl Settings {
             Self { max_batch: 0, .. } => at_least("max_batch", "1"),
             Self { ack_wait, .. } if *ack_wait < second => at_least("ack_wait", "1s"),
             Self { time_limit, .. } if *time_limit < second => at_least("time_limit", "1s"),
+            Self { queue, .. } if !is_name(queue) => {
+                Some(format!("{queue:?} is not the name of a queue: use 1 to 64 letters, digits, '_' and '-'"))
+            }
+            Self { stream: Some(stream), .. } if check_stream(stream).is_err() => check_stream(stream).err(),
             Self { backoff, .. } if backoff.max < backoff.first => {
                 Some("the backoff's max must not be below its first wait".into())
             }
@@ -235,10 +313,12 @@ impl Settings {
 }
 
 impl Route {
+    #[track_caller]
     fn new<E: Event, H: Handler<E>>(handler: H) -> Self {
         let handler = Arc::new(handler);
         Self {
             handler: type_name::<H>(),
+            place: Location::caller(),
             run: Arc::new(move |tx, envelope, this| {
                 let handler = Arc::clone(&handler);
                 Box::pin(async move { handler.handle(tx, &read::<E>(envelope, this)?).await })
@@ -285,11 +365,15 @@ fn without_values(error: &serde_json::Error) -> String {
 
 /// Checks a subscriber's name: it is a JetStream consumer name and a token of subjects.
 pub(super) fn check_name(name: &str) -> Result<(), String> {
-    let legal = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
-    if (1..=64).contains(&name.len()) && name.bytes().all(legal) {
+    if is_name(name) {
         return Ok(());
     }
     Err(format!("{name:?} is not a subscriber name: use 1 to 64 letters, digits, '_' and '-'"))
+}
+
+fn is_name(text: &str) -> bool {
+    let legal = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
+    (1..=64).contains(&text.len()) && text.bytes().all(legal)
 }
 
 /// Checks a list of event types: legal ones, each once, or `*` alone.
@@ -318,12 +402,17 @@ impl fmt::Debug for Subscriber {
     }
 }
 
-/// `order.placed, order.paid`, or the function.
+/// `order.placed with mail::SendReceipt, order.paid with mail::SendThanks`, or the types with the function.
 impl fmt::Debug for Work {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Handlers(routes) => f.write_str(&routes.keys().copied().collect::<Vec<_>>().join(", ")),
-            Self::Function { function, .. } => write!(f, "{function}"),
+            Self::Handlers(routes) => {
+                let routes: Vec<_> =
+                    routes.iter().map(|(event_type, route)| format!("{event_type} with {}", route.handler)).collect();
+                f.write_str(&routes.join(", "))
+            }
+            Self::Function { function, types } if types.is_empty() => write!(f, "* with {function}"),
+            Self::Function { function, types } => write!(f, "{} with {function}", types.join(", ")),
         }
     }
 }

@@ -68,7 +68,7 @@ pub(super) fn timed_out(error: &HandlerError) -> bool {
 }
 
 /// The error with its causes, on one line.
-pub(super) fn describe(error: &HandlerError) -> String {
+pub(crate) fn describe(error: &HandlerError) -> String {
     match error {
         HandlerError::Snooze(wait) => format!("snoozed for {wait:?}"),
         HandlerError::Reject { reason } => clip(reason),

@@ -10,6 +10,9 @@ use crate::jetstream::monitoring::Sync;
 /// The first release of each line without the security holes that are known to us.
 const SECURE: [(u64, u64, u64); 3] = [(2, 11, 16), (2, 12, 7), (2, 14, 0)];
 
+/// How many event types a check names at most.
+const LISTED: usize = 20;
+
 pub(super) fn unreachable(error: &Error) -> Check {
     Check::fail("nats", error.report(), "start nats-server, or set NATS_URL and the login as docs/connections.md says")
 }
@@ -64,6 +67,7 @@ fn stream(stream: &Stream, config: &DoctorConfig) -> Vec<Check> {
     }
     checks.push(replicas(stream.replicas, name, config.retention));
     checks.push(max_age(stream.max_age, name, config.retention));
+    checks.push(subscribers(stream, name));
     checks.extend(stream.consumers.iter().flat_map(|found| consumer(found, name)));
     checks
 }
@@ -100,6 +104,23 @@ fn max_age(max_age: Option<Duration>, name: &str, retention: Duration) -> Check 
             Check::ok("retention", format!("{name} keeps events {age}, the outbox for {}", span(retention)))
         }
     }
+}
+
+fn subscribers(stream: &Stream, name: &str) -> Check {
+    let Stream { types, unread, .. } = stream;
+    if *types == 0 {
+        return Check::ok("subscribers", format!("{name} holds no events"));
+    }
+    if unread.is_empty() {
+        return Check::ok("subscribers", format!("each of the {types} event types in {name} has a subscriber"));
+    }
+    let listed: Vec<&str> = unread.iter().take(LISTED).map(String::as_str).collect();
+    let more = if unread.len() > LISTED { ", ..." } else { "" };
+    Check::warn(
+        "subscribers",
+        format!("{} of {types} event types in {name} have no subscriber: {}{more}", unread.len(), listed.join(", ")),
+        "if that is not meant so, provision a subscriber for them: it starts with the oldest event that the stream holds",
+    )
 }
 
 fn consumer(consumer: &Consumer, stream: &str) -> Vec<Check> {
@@ -170,9 +191,10 @@ mod tests {
     }
 
     fn good() -> Stream {
-        let consumer = Consumer { name: "c".into(), max_deliver: -1, odd_ack_policy: None, paused: false };
+        let consumer =
+            Consumer { name: "c".into(), max_deliver: -1, odd_ack_policy: None, paused: false, filters: vec![] };
         let max_age = Some(Duration::from_hours(14 * 24));
-        Stream { problems: vec![], replicas: 3, max_age, consumers: vec![consumer] }
+        Stream { problems: vec![], replicas: 3, max_age, consumers: vec![consumer], types: 2, unread: vec![] }
     }
 
     fn worst(checks: &[Check]) -> Severity {
@@ -217,7 +239,8 @@ mod tests {
     #[test]
     fn what_a_stream_can_lose_is_a_warning() {
         type Spoil = fn(&mut Stream);
-        let cases: [(&str, Spoil); 5] = [
+        let cases: [(&str, Spoil); 6] = [
+            ("subscribers", |stream| stream.unread = vec!["order.lost".into()]),
             ("replicas", |stream| stream.replicas = 1),
             ("retention", |stream| stream.max_age = Some(Duration::from_hours(24))),
             ("consumer", |stream| stream.consumers[0].max_deliver = 5),

@@ -1,0 +1,98 @@
+//! How reconcilers are doing.
+
+use chrono::{DateTime, Utc};
+use sqlx::Row;
+
+use super::session::Session;
+
+/// A reconciler as its health shows it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct ReconcilerRow {
+    pub(crate) name: String,
+    /// How long ago it last succeeded.
+    pub(crate) since_success: Option<f64>,
+    pub(crate) failures: i32,
+    pub(crate) reconciled_up_to: Option<DateTime<Utc>>,
+    /// What the last failed run said, if the last run that ended failed.
+    pub(crate) error: Option<String>,
+}
+
+/// What is known of these reconcilers.
+pub(crate) async fn state(session: &mut Session, names: &[&str]) -> Result<Vec<ReconcilerRow>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select name, extract(epoch from clock_timestamp() - last_success_at)::float8, failures, reconciled_up_to,
+                (select run.error from aftercommit.reconcile_run run
+                  where run.name = r.name and run.scope <> 'keys' and run.result = 'failed' and r.failures > 0
+                  order by run.id desc limit 1)
+           from aftercommit.reconciler r where name = any($1) order by name",
+    )
+    .bind(names)
+    .fetch_all(session)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(ReconcilerRow {
+                name: row.try_get(0)?,
+                since_success: row.try_get(1)?,
+                failures: row.try_get(2)?,
+                reconciled_up_to: row.try_get(3)?,
+                error: row.try_get(4)?,
+            })
+        })
+        .collect()
+}
+
+/// A run as people look at it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct RunEntry {
+    pub(crate) id: i64,
+    pub(crate) reconciler: String,
+    pub(crate) cause: String,
+    pub(crate) mode: String,
+    pub(crate) scope: String,
+    pub(crate) started_at: DateTime<Utc>,
+    pub(crate) ended_at: Option<DateTime<Utc>>,
+    pub(crate) result: Option<String>,
+    pub(crate) error: Option<String>,
+    pub(crate) scanned: i64,
+    pub(crate) found: i64,
+    pub(crate) repaired: i64,
+    pub(crate) failed: i64,
+}
+
+/// The last `limit` runs, of one reconciler or of all, the oldest first.
+pub(crate) async fn runs(
+    session: &mut Session,
+    reconciler: Option<&str>,
+    limit: i64,
+) -> Result<Vec<RunEntry>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select * from (
+            select id, name, cause, mode, scope, started_at, ended_at, result, error, scanned, found, repaired, failed
+              from aftercommit.reconcile_run where $1::text is null or name = $1 order by id desc limit $2) as last
+          order by id",
+    )
+    .bind(reconciler)
+    .bind(limit)
+    .fetch_all(session)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(RunEntry {
+                id: row.try_get(0)?,
+                reconciler: row.try_get(1)?,
+                cause: row.try_get(2)?,
+                mode: row.try_get(3)?,
+                scope: row.try_get(4)?,
+                started_at: row.try_get(5)?,
+                ended_at: row.try_get(6)?,
+                result: row.try_get(7)?,
+                error: row.try_get(8)?,
+                scanned: row.try_get(9)?,
+                found: row.try_get(10)?,
+                repaired: row.try_get(11)?,
+                failed: row.try_get(12)?,
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,83 @@
+//! The log lines of one event, from its publisher to its subscriber, are found by its id.
+
+mod support;
+
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use aftercommit::worker::{HandlerError, Subscriber};
+use aftercommit::{EventId, outbox};
+use support::{Act, Number, Record, Work};
+
+/// Everything that was logged by this process.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Log {
+    fn lines_about(&self, id: EventId) -> Vec<String> {
+        let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+        text.lines().filter(|line| line.contains(&id.to_string())).map(String::from).collect()
+    }
+}
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// One that is tried twice, one that is given up, and that no line of one names the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_step_of_an_event_is_found_by_its_id() {
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::DEBUG)
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .finish();
+    tracing::subscriber::set_global_default(subscriber).unwrap();
+
+    let work = Work::shared().await;
+    let act = |number: &aftercommit::worker::Delivery<Number>| match (number.event.n, number.attempt) {
+        (1, 1) => Act::Fail(HandlerError::retry_after(Duration::ZERO, "not at first")),
+        (2, _) => Act::Fail(HandlerError::reject("never")),
+        _ => Act::Succeed,
+    };
+    let worker = work.run(Subscriber::new("logged").on::<Number>(Record::new(act))).await;
+    let relay = work.outbox.relay();
+    let mut tx = work.outbox.pool.begin().await.unwrap();
+    let numbers = [1, 2, 3].map(|n| Number { key: Some("key-secret".into()), n });
+    let ids = outbox::publish_all(&mut tx, &numbers).await.unwrap();
+    tx.commit().await.unwrap();
+    work.wait_for(2).await;
+    work.wait_until_acked("logged").await;
+    worker.stop().await;
+    relay.stop().await.unwrap();
+
+    let find = |n: usize, parts: &[&str]| {
+        let lines = log.lines_about(ids[n - 1]);
+        let found = lines.iter().any(|line| parts.iter().all(|part| line.contains(part)));
+        assert!(found, "no line of {n} with {parts:?}: {lines:#?}");
+    };
+    let stream = format!("stream=\"{}\"", work.outbox.naming.stream);
+    for n in 1..=3 {
+        find(n, &["DEBUG", "event written to the outbox", "event_type=\"test.number\""]);
+        find(n, &["DEBUG", "event published", &stream, &format!("sequence={n}"), "outbox_id="]);
+    }
+    find(1, &["WARN", "event failed", "subscriber=\"logged\"", "attempt=1", "error=\"not at first\""]);
+    find(2, &["ERROR", "event became a dead letter", "subscriber=\"logged\"", "error=\"never\""]);
+    for (n, id) in ids.iter().enumerate() {
+        for line in log.lines_about(*id) {
+            assert!(!line.contains("key-secret"), "{line}");
+            let other = ids.iter().enumerate().find(|(other, id)| *other != n && line.contains(&id.to_string()));
+            assert_eq!(other, None, "{line}");
+        }
+    }
+}
