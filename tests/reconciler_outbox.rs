@@ -234,11 +234,11 @@ async fn what_is_old_pruned_or_parked_is_not_missed() {
         .await
         .unwrap();
     let parked = admin::relay::parked(&outbox.postgres, 10).await.unwrap();
-    admin::relay::discard(&outbox.postgres, parked[0].event_id).await.unwrap();
+    admin::relay::discard(&outbox.postgres, "test", parked[0].event_id).await.unwrap();
     settled(&outbox).await;
     assert_eq!(ran(&outbox, Scope::Full, Mode::Repair).await.found, 0);
     js.update_stream(Config { max_message_size: -1, ..config().await }).await.unwrap();
-    admin::relay::release(&outbox.postgres, parked[1].event_id).await.unwrap();
+    admin::relay::release(&outbox.postgres, "test", parked[1].event_id).await.unwrap();
     eventually(SOON, "it is released", async || outbox.stored().await == 11).await.unwrap();
     settled(&outbox).await;
     assert_eq!(ran(&outbox, Scope::Full, Mode::Repair).await.found, 0);

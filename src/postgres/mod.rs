@@ -17,6 +17,7 @@ pub(crate) mod parked;
 pub(crate) mod pause;
 pub(crate) mod place;
 pub(crate) mod prune;
+pub(crate) mod questions;
 pub(crate) mod reconcile;
 pub(crate) mod reconcile_status;
 pub(crate) mod relay_log;

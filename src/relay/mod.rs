@@ -12,6 +12,7 @@ mod method;
 mod monitor;
 mod progress;
 mod pump;
+mod questions;
 mod reader;
 mod repairs;
 mod restore;
@@ -282,6 +283,8 @@ impl Relay {
         let was_paused =
             was_paused.map_err(|error| database_error("reading whether the relay is paused failed", error))?;
         let (paused, told_paused) = watch::channel(was_paused);
+        let answering = questions::answer(self.config.postgres.clone(), nats.clone(), self.naming.clone());
+        let _answering = AbortOnDropHandle::new(tokio::spawn(answering));
         let heartbeat = self.heartbeat(epoch, self.progress.subscribe(), paused);
         let leading = async {
             let can_batch = self.can_batch(nats, &stream).await;

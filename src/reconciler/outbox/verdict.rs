@@ -191,7 +191,7 @@ mod tests {
 
     #[test]
     fn a_row_without_a_message_is_missing_unless_there_is_a_reason() {
-        let minutes = |minutes| Duration::from_secs(60 * minutes);
+        let minutes = Duration::from_mins;
         let is = |parked: Option<(&str, Option<u64>)>, repair: Option<(&str, Option<u64>)>, age| {
             let place = |place: Option<(&str, Option<u64>)>| place.map(|(state, at)| (state.to_string(), at));
             let absent = Absent {
