@@ -45,6 +45,7 @@ create table aftercommit.redrive (
     requested_by    text        not null,
     constraint redrive_event_unique unique (subscriber, event_id)
 );
+create index redrive_order on aftercommit.redrive (subscriber, id);
 
 -- What operators did: who, when, what.
 create table aftercommit.audit (

@@ -4,6 +4,8 @@
 pub mod audit;
 pub mod dead;
 pub mod doctor;
+pub mod explain;
+pub mod peek;
 pub mod reconciler;
 pub mod relay;
 pub mod status;

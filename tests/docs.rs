@@ -42,7 +42,9 @@ fn problem(page: &Path, text: &str, target: &str) -> Option<String> {
         return Some("leads to no heading".into());
     }
     let named = text.strip_prefix('`').and_then(|text| text.strip_suffix('`'));
-    let test = named.filter(|name| name.chars().all(|c| c.is_alphanumeric() || c == '_') && target.contains("tests/"));
+    // In the table of requirements every name of code is a test's.
+    let tests = target.contains("tests/") || (page.ends_with("docs/requirements.md") && target.ends_with(".rs"));
+    let test = named.filter(|name| name.chars().all(|c| c.is_alphanumeric() || c == '_') && tests);
     test.filter(|name| !content.contains(&format!("fn {name}(")))
         .map(|name| format!("names {name}, which is not there"))
 }
@@ -111,4 +113,17 @@ fn the_code_of_the_guides_is_tested() {
         }
     }
     assert!(blocks > 10, "only {blocks} blocks of code were found");
+}
+
+#[test]
+fn every_requirement_has_a_row_that_names_a_test_or_a_gap() {
+    let table = fs::read_to_string(root().join("docs/requirements.md")).unwrap();
+    let ids = (1..=36).map(|n| format!("E-{n:02}")).chain((1..=8).map(|n| format!("D{n}")));
+    for id in ids {
+        let rows: Vec<&str> = table.lines().filter(|line| line.starts_with(&format!("| {id} |"))).collect();
+        let [row] = rows[..] else { panic!("{id} has {} rows", rows.len()) };
+        let columns: Vec<&str> = row.split(" | ").collect();
+        assert_eq!(columns.len(), 3, "{row}");
+        assert!(columns[2].contains(".rs)") || columns[2].starts_with("*Gap: "), "{id} names neither a test nor a gap");
+    }
 }

@@ -71,6 +71,12 @@ async fn every_step_of_an_event_is_found_by_its_id() {
         find(n, &["DEBUG", "event written to the outbox", "event_type=\"test.number\""]);
         find(n, &["DEBUG", "event published", &stream, &format!("sequence={n}"), "outbox_id="]);
     }
+    for (n, attempt, outcome) in [(1, 1, "retry"), (1, 2, "ok"), (2, 1, "reject"), (3, 1, "ok")] {
+        let run = ["subscriber=\"logged\"".to_string(), format!("attempt={attempt}"), "delivery_count=".into()];
+        let run = Vec::from_iter(run.iter().map(String::as_str));
+        find(n, &[&run[..], &["DEBUG", "handler starts"]].concat());
+        find(n, &[&run[..], &["DEBUG", "handler ended", &format!("outcome=\"{outcome}\""), "latency_ms="]].concat());
+    }
     find(1, &["WARN", "event failed", "subscriber=\"logged\"", "attempt=1", "error=\"not at first\""]);
     find(2, &["ERROR", "event became a dead letter", "subscriber=\"logged\"", "error=\"never\""]);
     for (n, id) in ids.iter().enumerate() {

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use aftercommit::outbox::RawEvent;
+use aftercommit::outbox::{Publisher, RawEvent};
+use aftercommit::testing::coverage::Coverage;
 use aftercommit::testing::{self, Environment};
 use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
 use aftercommit::{Event, EventId, outbox};
@@ -233,6 +234,19 @@ async fn an_order_goes_all_the_way() -> Result<(), Error> {
     worker.stop().await?;
     relay.stop().await?;
     Ok(())
+}
+
+fn publisher() -> Publisher {
+    Publisher::new("orders").publishes::<OrderPlaced>().publishes::<InvoiceSent>()
+}
+
+#[test]
+fn everybody_who_waits_is_served() -> Result<(), aftercommit::Error> {
+    Coverage::new()
+        .publishers([publisher()])
+        .subscribers(subscribers())
+        .exempt::<InvoiceSent>("the accounting service subscribes to it")
+        .check()
 }
 
 /// Whatever the order of two changes, the window shows the last state.

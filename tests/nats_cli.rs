@@ -182,7 +182,9 @@ async fn a_dead_letter_is_announced_with_its_reason() {
     let advisory = tokio::time::timeout(SOON, advisories.next()).await.unwrap().unwrap();
     let advisory: Value = serde_json::from_slice(&advisory.payload).unwrap();
     assert_eq!(advisory["stream_seq"], 1);
-    assert_eq!(advisory["consumer"], "cli");
+    assert_eq!((&advisory["stream"], &advisory["consumer"]), (&json!(stream), &json!("cli")));
+    assert_eq!(advisory["type"], "io.nats.jetstream.advisory.v1.terminated");
+    assert_eq!(advisory["deliveries"], 1);
     assert_eq!(advisory["reason"], "no such printer");
     // The message is still there to be looked at.
     assert_eq!(stream_get(&work, 1).await.2, r#"{"key":"bad","n":1}"#);

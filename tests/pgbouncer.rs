@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use aftercommit::admin;
+use aftercommit::admin::dead::Filter;
+use aftercommit::admin::explain::ExplainConfig;
 use aftercommit::config::{NatsConfig, PostgresConfig};
 use aftercommit::outbox::{self, PublishErrorKind, RawEvent};
 use aftercommit::reconciler::{Drift, ItemError, Reconciler, Runner};
@@ -181,6 +183,12 @@ async fn the_operators_tool_works() {
         assert!(admin::relay::resume(&config, "test").await.unwrap());
         assert_eq!(admin::relay::parked(&config, 10).await.unwrap(), []);
         assert!(admin::relay::release(&config, "test", event_id).await.is_err());
+        let all = Filter { all: true, ..Filter::default() };
+        assert_eq!(admin::dead::list(&config, &all, 10).await.unwrap(), []);
+        assert_eq!(admin::dead::retry(&config, "test", &all).await.unwrap(), [0; 0]);
+        assert_eq!(admin::dead::discard(&config, "test", &all).await.unwrap(), [0; 0]);
+        let asked = ExplainConfig::new(config.clone(), nats.clone(), Default::default());
+        assert_eq!(admin::explain::explain(&asked, event_id).await.unwrap().outbox.unwrap().state, "waiting");
     }
     assert_nothing_is_left(&config, 2).await;
 }

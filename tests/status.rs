@@ -57,18 +57,36 @@ async fn subscribers_show_what_waits_what_runs_and_what_was_given_up() {
         has_consumer: true,
         pending,
         in_flight,
-        redelivered: 0,
+        failing: dead_letters,
         dead_letters,
+        ..SubscriberStatus::default()
     };
     // The first is a dead letter, the second waits for its next attempt, the third behind it.
     eventually(SOON, "the subscribers' numbers", async || {
         let subscribers = status(&work.outbox).await.subscribers;
-        let busy = SubscriberStatus { redelivered: 0, ..subscribers["busy"].clone() };
-        busy == expected(0, 2, 1) && subscribers["idle"] == expected(3, 0, 0)
+        let busy = SubscriberStatus { redelivered: 0, active: None, ..subscribers["busy"].clone() };
+        subscribers["busy"].active.is_some() && busy == expected(0, 2, 1) && subscribers["idle"] == expected(3, 0, 0)
     })
     .await
     .unwrap();
     worker.stop().await;
+    assert_eq!(status(&work.outbox).await.subscribers["busy"].active, None, "it has given up its lease");
+    // What an operator does to them.
+    sqlx::query("insert into aftercommit.pause (name) values ('subscriber:busy')")
+        .execute(&work.outbox.pool)
+        .await
+        .unwrap();
+    let filter = aftercommit::admin::dead::Filter { all: true, ..Default::default() };
+    admin::dead::retry(&work.outbox.postgres, "test", &filter).await.unwrap();
+    let subscribers = status(&work.outbox).await.subscribers;
+    let busy = &subscribers["busy"];
+    assert_eq!((busy.paused, busy.failing, busy.redrive, busy.dead_letters), (true, 1, 1, 0));
+    assert!(!subscribers["idle"].paused);
+    sqlx::query("insert into aftercommit.pause (name) values ('subscriber:*')")
+        .execute(&work.outbox.pool)
+        .await
+        .unwrap();
+    assert!(status(&work.outbox).await.subscribers["busy"].paused);
 
     let program = |arguments: &[&str]| {
         let output = Command::new(env!("CARGO_BIN_EXE_aftercommit"))
@@ -85,8 +103,10 @@ async fn subscribers_show_what_waits_what_runs_and_what_was_given_up() {
     };
     let text = program(&[]);
     assert!(text.starts_with("backlog      0 events\n") && text.contains("none has ever led"), "{text}");
+    assert!(text.contains("active worker\nbusy ") && text.contains("-  paused\nidle"), "{text}");
     let json: serde_json::Value = serde_json::from_str(&program(&["--json"])).unwrap();
     assert_eq!(json["subscribers"]["idle"]["pending"], 3, "{json}");
+    assert_eq!(json["subscribers"]["busy"]["redrive"], 1, "{json}");
     assert_eq!(json["backlog"]["oldest_seconds"], serde_json::Value::Null);
 }
 

@@ -2,6 +2,9 @@
 
 mod support;
 
+use std::process::Command;
+use std::time::Duration;
+
 use aftercommit::testing::eventually;
 use aftercommit::worker::Subscriber;
 use support::{Act, Number, Record, SOON, Work};
@@ -78,4 +81,52 @@ async fn a_failing_event_leaves_no_trace_of_its_attempts() {
     assert_eq!(attempts.iter().filter(|attempt| **attempt == 2).count(), 6, "{attempts:?}");
     eventually(SOON, "no attempts on record", async || work.attempts().await.is_empty()).await.unwrap();
     worker.stop().await;
+}
+
+/// The worker is frozen for longer than `ack_wait`, again and again, while its handlers are slow: each time everything
+/// that was delivered comes again, and signs of life come too late.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_storm_of_redeliveries_changes_nothing_and_fits_into_memory() {
+    const EVENTS: i64 = 800;
+    let work = Work::shared().await;
+    sqlx::raw_sql(
+        "create function apply(event jsonb) returns void language sql as $$
+            select pg_sleep(0.03);
+            insert into effect (event_id, key, n, attempt)
+            values ((event ->> 'id')::uuid, event ->> 'partitionkey', (event -> 'data' ->> 'n')::bigint, 1) $$",
+    )
+    .execute(&work.outbox.pool)
+    .await
+    .unwrap();
+    let keys = ["a", "b", "c", "d", "e", "f", "g", "h"];
+    for n in 1..=EVENTS / 8 {
+        for key in keys {
+            let mut event = work.envelope(Some(key), n);
+            event.payload = format!(r#"{{"n": {n}, "padding": "{}"}}"#, "x".repeat(150_000)).into();
+            work.put(&event).await;
+        }
+    }
+    let file = "[[subscriber]]\nname = \"storm\"\ntypes = [\"*\"]\nsql = { function = \"apply\" }\nack_wait = \"1s\"\n";
+    let process = work.process(file);
+    let signal = |signal: &str| {
+        Command::new("kill").args([signal, &process.0.id().to_string()]).status().unwrap();
+    };
+    for _ in 0..3 {
+        let before = work.count().await;
+        work.wait_for(before + 40).await;
+        signal("-STOP");
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        signal("-CONT");
+    }
+    work.wait_for(EVENTS).await;
+    work.wait_until_acked("storm").await;
+    let deliveries = work.consumer("storm").await.cached_info().delivered.consumer_sequence;
+    assert!(deliveries > EVENTS.unsigned_abs() + 200, "there was no storm: {deliveries} deliveries");
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.0.id())).unwrap_or_default();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+    // 64 MiB of payloads and what is on its way; all of them are 120 MB, and each of their redeliveries as much again.
+    assert!(peak.unwrap_or(0) < 250_000, "{peak:?} kB at most");
+    assert_eq!(process.stop(), Some(0));
+    work.assert_in_order(&keys, EVENTS / 8).await;
+    assert_eq!(work.count().await, EVENTS);
 }

@@ -260,3 +260,44 @@ async fn killed_workers_lose_and_repeat_nothing() {
     assert_eq!(work.count().await, 8 * 50 + 4 * 30);
     worker.stop().await;
 }
+
+/// How long a successor needs until it handles new events, when one event near the beginning is not done and 100,000
+/// behind it are.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement"]
+async fn measure_take_over() {
+    let work = Work::shared().await;
+    let mut acks = Vec::new();
+    let subject = work.outbox.naming.prefix.subject("test.number");
+    for n in 1..=100_000 {
+        let event = work.envelope(Some(&format!("k{}", n % 1000)), n);
+        let mut headers = async_nats::HeaderMap::new();
+        for (name, value) in event.to_headers().iter() {
+            headers.append(name.as_ref(), value.as_ref());
+        }
+        acks.push(work.context.publish_with_headers(subject.clone(), headers, event.payload).await.unwrap());
+        if n % 1000 == 0 {
+            for ack in acks.drain(..) {
+                ack.await.unwrap();
+            }
+        }
+    }
+    let hang = |delivery: &Delivery<Number>| match delivery.event.n {
+        1 => Act::Fail(HandlerError::snooze(Duration::from_secs(600))),
+        _ => Act::Succeed,
+    };
+    let victim = work.run(Subscriber::new("order").on::<Number>(Record::new(hang))).await;
+    let started = Instant::now();
+    eventually(Duration::from_secs(300), "the effects", async || work.count().await >= 100_000 - 100).await.unwrap();
+    println!("handled {} in {:?}", work.count().await, started.elapsed());
+    victim.stop().await;
+    for round in 0..3 {
+        let before = work.numbers("new").await.len();
+        work.send("new", 10 + round).await;
+        let started = Instant::now();
+        let successor = work.run(Subscriber::new("order").on::<Number>(Record::new(hang))).await;
+        eventually(Duration::from_secs(100), "new", async || work.numbers("new").await.len() > before).await.unwrap();
+        println!("take-over {:?}", started.elapsed());
+        successor.stop().await;
+    }
+}

@@ -118,8 +118,11 @@ async fn a_consumer_that_has_drifted_is_told_at_the_start_and_worked_on_once_it_
     work.worker_with(subscriber("other.type")).provision().await.unwrap();
     work.send_many(&["a"], 3).await;
     let mut process = WorkerProcess(command.stderr(Stdio::piped()).spawn().unwrap());
-    let mut lines = BufReader::new(process.0.stderr.take().unwrap()).lines().map(Result::unwrap);
-    let told = lines.find(|line| line.contains("is not as this subscriber needs it")).unwrap();
+    // The process dies with a failed test, and with it the reading ends.
+    let mut lines = BufReader::new(process.0.stderr.take().unwrap()).lines().map_while(Result::ok);
+    let told =
+        tokio::task::spawn_blocking(move || lines.find(|line| line.contains("is not as this subscriber needs it")));
+    let told = tokio::time::timeout(SOON, told).await.unwrap().unwrap().unwrap();
     for part in ["ERROR", "drifted", "other.type", "test.number", "aftercommit provision"] {
         assert!(told.contains(part), "no {part} in {told}");
     }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::Error;
 use crate::jetstream::stream::{ConsumerPosition, StreamReader};
-use crate::postgres::status::{self, COUNT_LIMIT};
+use crate::postgres::status::{self, AtWork, COUNT_LIMIT};
 use crate::postgres::{database_error, relay_log};
 use crate::{jetstream, postgres, relay};
 
@@ -23,7 +23,7 @@ pub struct Status {
     pub stream: Option<StreamStatus>,
     /// Why there is no stream to show.
     pub stream_error: Option<String>,
-    /// The stream's consumers and the subscribers with dead letters in this database, by name.
+    /// The stream's consumers and the subscribers that this database knows, by name.
     pub subscribers: BTreeMap<String, SubscriberStatus>,
 }
 
@@ -77,8 +77,16 @@ pub struct SubscriberStatus {
     pub in_flight: u64,
     /// Those of them that were delivered more than once.
     pub redelivered: u64,
+    /// Events of which attempts have failed, and which are to be tried again; in this database.
+    pub failing: i64,
+    /// Events that an operator sent back, and which have not run since; in this database.
+    pub redrive: i64,
     /// Dead letters in this database.
     pub dead_letters: i64,
+    /// The active worker, as `host:process:instance`; none when no worker serves the subscriber from this database.
+    pub active: Option<String>,
+    /// Whether an operator has paused it, alone or with all others; in this database.
+    pub paused: bool,
 }
 
 /// Reads the status. Without NATS it shows what the database knows.
@@ -93,8 +101,10 @@ pub async fn status(database: &PostgresConfig, nats: &NatsConfig, naming: &Namin
     let last_id = leader.as_ref().and_then(|leader| leader.last_id).unwrap_or(0);
     let backlog = status::backlog(&mut connection, &state, last_id).await.map_err(failed)?;
     let mut subscribers = BTreeMap::<String, SubscriberStatus>::new();
-    for (subscriber, letters) in status::dead_letters(&mut connection).await.map_err(failed)? {
-        subscribers.entry(subscriber).or_default().dead_letters = letters;
+    for at_work in status::subscribers(&mut connection).await.map_err(failed)? {
+        let AtWork { subscriber, active, paused, failing, redrive, dead_letters } = at_work;
+        let entry = SubscriberStatus { failing, redrive, dead_letters, active, paused, ..SubscriberStatus::default() };
+        subscribers.insert(subscriber, entry);
     }
     let (stream, stream_error) = match stream(nats, naming).await {
         Ok((stream, consumers)) => {
@@ -170,13 +180,19 @@ impl fmt::Display for Status {
         let width = self.subscribers.keys().map(String::len).max().unwrap_or(0).max("subscriber".len());
         writeln!(
             f,
-            "\n{:width$}  {:>10}  {:>10}  {:>11}  {:>12}",
-            "subscriber", "pending", "in flight", "redelivered", "dead letters"
+            "\n{:width$}  {:>10}  {:>10}  {:>11}  {:>8}  {:>8}  {:>12}  active worker",
+            "subscriber", "pending", "in flight", "redelivered", "failing", "redrive", "dead letters"
         )?;
         for (name, subscriber) in &self.subscribers {
-            let SubscriberStatus { pending, in_flight, redelivered, dead_letters, has_consumer } = subscriber;
-            let note = if *has_consumer || self.stream.is_none() { "" } else { "  no consumer" };
-            writeln!(f, "{name:width$}  {pending:>10}  {in_flight:>10}  {redelivered:>11}  {dead_letters:>12}{note}")?;
+            let SubscriberStatus { pending, in_flight, redelivered, failing, redrive, dead_letters, .. } = subscriber;
+            let active = subscriber.active.as_deref().unwrap_or("-");
+            let paused = if subscriber.paused { "  paused" } else { "" };
+            let lost = if subscriber.has_consumer || self.stream.is_none() { "" } else { "  no consumer" };
+            writeln!(
+                f,
+                "{name:width$}  {pending:>10}  {in_flight:>10}  {redelivered:>11}  {failing:>8}  {redrive:>8}  \
+                 {dead_letters:>12}  {active}{paused}{lost}"
+            )?;
         }
         Ok(())
     }

@@ -3,8 +3,10 @@
 mod audit;
 mod dead;
 mod doctor;
+mod explain;
 mod findings;
 mod parked;
+mod peek;
 mod reconcile;
 mod relay;
 mod selection;
@@ -42,6 +44,8 @@ enum Command {
     Dead(dead::Dead),
     /// Look for what is wrong, or will be, and say what to do about it; it changes nothing
     Doctor(Box<doctor::Doctor>),
+    /// Tell one event's whole story, from the outbox to its effects
+    Explain(Box<explain::Explain>),
     /// Show what reconcilers found
     Findings(findings::Findings),
     /// Create or update the schema aftercommit; harmless when it is up to date
@@ -49,6 +53,8 @@ enum Command {
     /// See and decide about events that the stream would not take
     #[command(subcommand)]
     Parked(parked::Parked),
+    /// Look at what waits for a subscriber, without taking anything
+    Peek(Box<peek::Peek>),
     /// Create the stream and consumers, or correct settings of it that would lose events; prints what it changed
     Provision(Provision),
     /// Write one event in a transaction of its own and print its id
@@ -150,10 +156,12 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
             }
             text
         }
+        Command::Explain(command) => runtime.block_on(explain::run(*command))?,
         Command::Findings(command) => runtime.block_on(findings::findings(command))?,
         Command::Migrate(Migrate { print: true, .. }) => admin::migrations_sql(),
         Command::Migrate(command) => runtime.block_on(migrate(command))?,
         Command::Parked(command) => runtime.block_on(parked::run(command))?,
+        Command::Peek(command) => runtime.block_on(peek::run(*command))?,
         Command::Provision(command) => runtime.block_on(provision(command))?,
         Command::Publish(command) => runtime.block_on(publish(command))?,
         Command::Reconcile(command) => {

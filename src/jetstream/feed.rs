@@ -5,6 +5,7 @@
 //! closes such holes: whenever messages were delivered that it has not seen, it reads them from the stream before it
 //! hands on anything newer. Every message that the feed hands on for the first time is newer than all before it.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -13,11 +14,13 @@ use async_nats::jetstream::Context;
 use async_nats::{Client, StatusCode};
 use bytes::Bytes;
 use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::backoff::Backoff;
 use crate::envelope::{Envelope, EnvelopeError};
+use crate::event::EventId;
 
 use super::ack::Reply;
 use super::consumer::{self, ConsumerSpec, Position};
@@ -118,13 +121,18 @@ impl Drop for Permit {
     }
 }
 
-/// Reads a consumer from `position` on until it is dropped.
+/// Finds out which of some events the subscriber is done with; it may leave some out.
+pub(crate) type Done = Box<dyn Fn(Vec<EventId>) -> BoxFuture<'static, HashSet<EventId>> + Send + Sync>;
+
+/// Reads a consumer from `position` on until it is dropped. What it reads from the stream and is `done` is not handed
+/// on.
 pub(crate) fn start(
     client: &Client,
     context: &Context,
     spec: &ConsumerSpec,
     position: Position,
     budget: &Arc<Budget>,
+    done: Done,
 ) -> (mpsc::UnboundedReceiver<Fed>, AbortOnDropHandle<()>) {
     // The budget bounds what is in it.
     let (output, messages) = mpsc::unbounded_channel();
@@ -133,6 +141,7 @@ pub(crate) fn start(
         context: context.clone(),
         spec: spec.clone(),
         budget: Arc::clone(budget),
+        done,
         output,
         created: position.created,
         seen: position.delivered,
@@ -150,6 +159,7 @@ struct Feed {
     context: Context,
     spec: ConsumerSpec,
     budget: Arc<Budget>,
+    done: Done,
     output: mpsc::UnboundedSender<Fed>,
     created: String,
     /// All messages up to this stream sequence were handed on, or were acked before this feed began.
@@ -352,18 +362,33 @@ impl Feed {
         })
     }
 
-    /// Hands on the messages of the stream from `first` to `last`, as room for them becomes free.
-    async fn read_stream(&mut self, first: u64, last: u64) -> Result<(), Unwanted> {
-        let mut next = Some(first).filter(|first| *first <= last);
-        while let Some(start) = next {
-            let stretch = self.load(start, last).await?;
-            for (sequence, message) in stretch.messages {
-                self.wait_for_room().await?;
-                let permit = self.budget.take(message.payload.len());
-                let event = stored::event(&message);
-                self.hand_on(Incoming { sequence, deliveries: 0, reply: None, event, permit })?;
+    /// Hands on the messages of the stream from `first` to `last` that are not done, as room for them becomes free.
+    async fn read_stream(&self, first: u64, last: u64) -> Result<(), Unwanted> {
+        if first > last {
+            return Ok(());
+        }
+        let mut stretch = self.load(first, last).await?;
+        while let Some(next) = stretch.next {
+            let (handed_on, following) = tokio::join!(self.hand_on_all(stretch), self.load(next, last));
+            handed_on?;
+            stretch = following?;
+        }
+        self.hand_on_all(stretch).await
+    }
+
+    async fn hand_on_all(&self, stretch: Stretch) -> Result<(), Unwanted> {
+        let messages: Vec<_> =
+            stretch.messages.into_iter().map(|(sequence, message)| (sequence, stored::event(&message))).collect();
+        let ids = messages.iter().filter_map(|(_, event)| Some(event.as_ref().ok()?.id)).collect();
+        let done = (self.done)(ids).await;
+        for (sequence, event) in messages {
+            let (id, size) = event.as_ref().map_or((None, 0), |event| (Some(event.id), event.payload.len()));
+            if id.is_some_and(|id| done.contains(&id)) {
+                continue;
             }
-            next = stretch.next;
+            self.wait_for_room().await?;
+            let permit = self.budget.take(size);
+            self.hand_on(Incoming { sequence, deliveries: 0, reply: None, event, permit })?;
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ pub(crate) mod monitoring;
 pub(crate) mod outbox_client;
 pub(crate) mod outbox_service;
 pub(crate) mod publisher;
+pub(crate) mod search;
 pub(crate) mod service;
 pub(crate) mod stored;
 pub(crate) mod stream;

@@ -1,10 +1,12 @@
 //! Messages read straight from the stream, past any consumer.
 
 use std::collections::BTreeMap;
+use std::time::SystemTime;
 
 use async_nats::jetstream::Context;
 use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::{RawMessageError, RawMessageErrorKind, Stream};
+use chrono::{DateTime, Utc};
 use futures_util::future::try_join_all;
 
 use crate::envelope::{Envelope, EnvelopeError};
@@ -56,6 +58,16 @@ pub(crate) async fn load(
     let messages = heads.into_iter().chain(found.into_iter().flatten());
     let messages = messages.map(|message| (message.sequence, message)).collect();
     Ok(Stretch { messages, next: Some(end + 1).filter(|next| *next <= last) })
+}
+
+/// The first message on a subject from a sequence on.
+pub(crate) async fn next(
+    context: &Context,
+    stream: &str,
+    subject: &str,
+    sequence: u64,
+) -> Result<Option<StreamMessage>, Error> {
+    following(&handle(context, stream).await?, subject, sequence).await
 }
 
 /// Follows one subject from message to message.
@@ -115,6 +127,16 @@ impl Source {
 
     pub(crate) fn stream(&self) -> &str {
         &self.stream
+    }
+
+    /// The sequence and the time of the first message that the stream holds, on whatever subject; none when it is empty.
+    pub(crate) async fn oldest(&self) -> Result<Option<(i64, DateTime<Utc>)>, Error> {
+        let Some(context) = &self.context else { return Ok(None) };
+        let stream = handle(context, &self.stream).await?;
+        let first = following(&stream, ">", 1).await?;
+        Ok(first.map(|message| {
+            (i64::try_from(message.sequence).unwrap_or(i64::MAX), SystemTime::from(message.time).into())
+        }))
     }
 
     /// Reads the event at `sequence`; none when the stream no longer holds it.

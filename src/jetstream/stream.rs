@@ -2,8 +2,11 @@
 
 use std::ops::RangeInclusive;
 
+use async_nats::jetstream::consumer::Info;
 use async_nats::jetstream::context::GetStreamErrorKind;
-use async_nats::jetstream::stream::{Info, RawMessageErrorKind};
+use async_nats::jetstream::message::StreamMessage;
+use async_nats::jetstream::response::Response;
+use async_nats::jetstream::stream::{self, RawMessageErrorKind};
 use async_nats::jetstream::{self, Context, ErrorCode};
 use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, TryStreamExt};
@@ -54,6 +57,34 @@ pub(crate) struct ConsumerPosition {
     pub(crate) in_flight: u64,
     /// Those of them that were delivered more than once.
     pub(crate) redelivered: u64,
+    /// Whether it outlives its readers; a subscriber's does.
+    pub(crate) durable: bool,
+    /// The subjects that are delivered; none for all.
+    pub(crate) subjects: Vec<String>,
+    /// The last stream sequence that was delivered.
+    pub(crate) delivered: u64,
+    /// Everything up to this stream sequence is acknowledged.
+    pub(crate) ack_floor: u64,
+    /// Whether the server delivers nothing for now.
+    pub(crate) paused: bool,
+}
+
+impl ConsumerPosition {
+    fn new(info: Info) -> Self {
+        let config = info.config;
+        let single = Some(config.filter_subject).filter(|subject| !subject.is_empty());
+        Self {
+            name: info.name,
+            pending: info.num_pending,
+            in_flight: info.num_ack_pending as u64,
+            redelivered: info.num_redelivered as u64,
+            durable: config.durable_name.is_some(),
+            subjects: config.filter_subjects.into_iter().chain(single).collect(),
+            delivered: info.delivered.stream_sequence,
+            ack_floor: info.ack_floor.stream_sequence,
+            paused: info.paused,
+        }
+    }
 }
 
 impl StreamReader {
@@ -62,7 +93,7 @@ impl StreamReader {
     }
 
     /// The stream's configuration and state.
-    pub(crate) async fn info(&self) -> Result<Info, Error> {
+    pub(crate) async fn info(&self) -> Result<stream::Info, Error> {
         let stream = self.context.get_stream(&self.name).await.map_err(|error| match error.kind() {
             GetStreamErrorKind::JetStream(answer) if answer.error_code() == ErrorCode::STREAM_NOT_FOUND => Error::new(
                 ErrorKind::NotReady,
@@ -98,19 +129,50 @@ impl StreamReader {
         let mut consumers = stream.consumers();
         let mut positions = Vec::new();
         while let Some(info) = consumers.next().await {
-            let info = info.map_err(|error| failed(error.into()))?;
-            positions.push(ConsumerPosition {
-                name: info.name,
-                pending: info.num_pending,
-                in_flight: info.num_ack_pending as u64,
-                redelivered: info.num_redelivered as u64,
-            });
+            positions.push(ConsumerPosition::new(info.map_err(|error| failed(error.into()))?));
         }
         Ok(positions)
     }
 
+    /// Where one consumer stands; none when there is no such consumer.
+    pub(crate) async fn consumer(&self, name: &str) -> Result<Option<ConsumerPosition>, Error> {
+        let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
+            let problem = format!("the consumer {name} of stream {} cannot be looked at", self.name);
+            Error::with_source(ErrorKind::Broker, problem, error)
+        };
+        let subject = format!("CONSUMER.INFO.{}.{name}", self.name);
+        let answer: Response<Info> =
+            self.context.request(subject, &serde_json::Map::new()).await.map_err(|error| failed(error.into()))?;
+        match answer {
+            Response::Ok(info) => Ok(Some(ConsumerPosition::new(info))),
+            Response::Err { error }
+                if matches!(error.error_code(), ErrorCode::CONSUMER_NOT_FOUND | ErrorCode::STREAM_NOT_FOUND) =>
+            {
+                Ok(None)
+            }
+            Response::Err { error } => Err(failed(error.into())),
+        }
+    }
+
     /// The message under a sequence; none when it was deleted or never existed.
     pub(crate) async fn message(&self, sequence: u64) -> Result<Option<Stored>, Error> {
+        Ok(self.raw(sequence).await?.map(|message| {
+            let header = |name: &str| message.headers.get(name).map(|value| value.as_str().to_string());
+            let identity = || {
+                let id = Uuid::parse_str(&header(CE_ID)?).ok()?;
+                Some((id, header(CE_SOURCE)?, header(CE_SEQUENCE)?.parse().ok()?))
+            };
+            Stored {
+                sequence,
+                subject: message.subject.to_string(),
+                identity: identity(),
+                repair: header(REPAIR).is_some(),
+            }
+        }))
+    }
+
+    /// The same as it is.
+    pub(crate) async fn raw(&self, sequence: u64) -> Result<Option<StreamMessage>, Error> {
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
             Error::with_source(
                 ErrorKind::Broker,
@@ -120,19 +182,7 @@ impl StreamReader {
         };
         let stream = self.context.get_stream_no_info(&self.name).await.map_err(|error| failed(error.into()))?;
         match stream.get_raw_message(sequence).await {
-            Ok(message) => {
-                let header = |name: &str| message.headers.get(name).map(|value| value.as_str().to_string());
-                let identity = || {
-                    let id = Uuid::parse_str(&header(CE_ID)?).ok()?;
-                    Some((id, header(CE_SOURCE)?, header(CE_SEQUENCE)?.parse().ok()?))
-                };
-                Ok(Some(Stored {
-                    sequence,
-                    subject: message.subject.to_string(),
-                    identity: identity(),
-                    repair: header(REPAIR).is_some(),
-                }))
-            }
+            Ok(message) => Ok(Some(message)),
             Err(error) => match error.kind() {
                 RawMessageErrorKind::NoMessageFound => Ok(None),
                 _ => Err(failed(error.into())),

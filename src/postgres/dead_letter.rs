@@ -21,11 +21,12 @@ pub(crate) struct DeadLetter<'a> {
     pub(crate) stream_seq: i64,
     pub(crate) event: &'a Envelope,
     pub(crate) reason: &'a str,
+    /// Whether it was a failed run that decided, which then counts as an attempt.
+    pub(crate) attempted: bool,
 }
 
-/// Writes the dead letter, the inbox row that says so, and ends the counting of attempts, all in one statement.
-/// The attempt that
-/// failed last is counted here. False when the tenure is over: nothing was written. An event that is done already stays
+/// Writes the dead letter, the inbox row that says so, and ends the counting of attempts and the redrive, all in one
+/// statement. False when the tenure is over: nothing was written. An event that is done already stays
 /// as it is.
 pub(crate) async fn insert(
     connection: &mut Session,
@@ -37,10 +38,13 @@ pub(crate) async fn insert(
         "with tenure as (
             select from aftercommit.lease where name = $1 and holder = $2 and epoch = $3),
          done as (
-            insert into aftercommit.inbox (subscriber, event_id, stream_seq, outcome)
-            select $4, $5, $6, 'dead' where exists (select from tenure)
+            insert into aftercommit.inbox (subscriber, event_id, stream_seq, sequence, outcome)
+            select $4, $5, $6, $12, 'dead' where exists (select from tenure)
             on conflict do nothing
             returning event_id),
+         redriven as (
+            delete from aftercommit.redrive
+             where subscriber = $4 and event_id = $5 and exists (select from tenure)),
          failed as (
             delete from aftercommit.attempt
              where subscriber = $4 and event_id = $5 and exists (select from done)
@@ -50,7 +54,7 @@ pub(crate) async fn insert(
                 (subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type,
                  stream, stream_seq, attempts, reason, first_failed_at)
             select $4, $5, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $6,
-                   coalesce((select attempts from failed), 0) + 1, $17,
+                   coalesce((select attempts from failed), 0) + $18::int, $17,
                    coalesce((select first_failed_at from failed), clock_timestamp())
               from done
             on conflict (subscriber, event_id) do update
@@ -74,6 +78,7 @@ pub(crate) async fn insert(
     .bind(storable(&event.content_type))
     .bind(letter.stream)
     .bind(storable(letter.reason))
+    .bind(i32::from(letter.attempted))
     .fetch_one(connection)
     .await?;
     row.try_get(0)

@@ -2,52 +2,97 @@
 
 use std::time::Duration;
 
-use sqlx::{Executor, Row};
+use sqlx::{Executor, Row as _};
 use uuid::Uuid;
 
 use super::lease::Tenure;
+use super::running::Marker;
 use super::session::{Session, Tx};
 
-/// Opens a transaction for a batch in which no statement may take longer than `limit`. When this process stops talking
-/// in the middle of it (frozen, or cut off), the server ends it, so that its locks do not keep a successor waiting for
-/// ever; that takes a little longer than `limit`, which a living process enforces itself.
+/// Opens a transaction in which no statement may take longer than `limit`. When this process stops talking in the middle
+/// of it (frozen, or cut off), the server ends it, so that its locks do not keep a successor waiting for ever; that takes
+/// a little longer than `limit`, which a living process enforces itself.
 pub(crate) async fn begin(connection: &mut Session, limit: Duration) -> Result<Tx<'_>, sqlx::Error> {
-    let limit = limit.as_millis().min(1_000_000_000);
-    let idle = limit + 5_000;
-    // One simple query, so one round trip. SET LOCAL ends with the transaction, as transaction pooling wants it.
-    connection
-        .begin_with(format!(
-            "begin; set local statement_timeout = {limit}; set local idle_in_transaction_session_timeout = {idle}"
-        ))
-        .await
+    connection.begin_with(begin_within(limit)).await
 }
 
-/// Writes the inbox rows of `events` (id, stream sequence) and returns those that were new, each with the number of
-/// its failed attempts so far. Waits for another transaction that is handling one of them right now.
+/// The same for a batch of events. The marker that names them is committed before, so that it stays when the process
+/// dies in the middle.
+pub(crate) async fn begin_batch<'s>(
+    connection: &'s mut Session,
+    limit: Duration,
+    marker: Marker<'_>,
+    events: &[Uuid],
+) -> Result<Tx<'s>, sqlx::Error> {
+    // A crash of PostgreSQL empties the table anyway, so nothing has to wait for the disk.
+    let mark = format!("begin; set local synchronous_commit = off; {}; commit", marker.set(events)?);
+    connection.begin_with(format!("{mark}; {}", begin_within(limit))).await
+}
+
+/// One simple query, so one round trip. SET LOCAL ends with the transaction, as transaction pooling wants it.
+fn begin_within(limit: Duration) -> String {
+    let limit = limit.as_millis().min(1_000_000_000);
+    let idle = limit + 5_000;
+    format!("begin; set local statement_timeout = {limit}; set local idle_in_transaction_session_timeout = {idle}")
+}
+
+/// An event that is about to be handled.
+pub(crate) struct Row {
+    pub(crate) event_id: Uuid,
+    pub(crate) stream_seq: i64,
+    /// Its place in the publisher's outbox, if that is known.
+    pub(crate) sequence: Option<i64>,
+}
+
+/// Writes the inbox rows of `events` and removes the marker, both valid with the commit. Returns the events that were
+/// new, each with the number of its failed attempts, if there is something on record about it. Waits for another
+/// transaction that is handling one of them right now. An event that an operator sent back is not new as long as its row
+/// waits: it runs from there.
 pub(crate) async fn insert(
     tx: &mut Tx<'_>,
-    subscriber: &str,
-    events: &[(Uuid, i64)],
-) -> Result<Vec<(Uuid, i32)>, sqlx::Error> {
+    marker: Marker<'_>,
+    events: &[Row],
+) -> Result<Vec<(Uuid, Option<i32>)>, sqlx::Error> {
     let rows = sqlx::query(
         "with fresh as (
-            insert into aftercommit.inbox (subscriber, event_id, stream_seq)
-            select $1, event_id, stream_seq from unnest($2::uuid[], $3::bigint[]) as e(event_id, stream_seq)
+            insert into aftercommit.inbox (subscriber, event_id, stream_seq, sequence)
+            select $1, event_id, stream_seq, sequence
+              from unnest($2::uuid[], $3::bigint[], $4::bigint[]) as e(event_id, stream_seq, sequence)
+             where not exists (select from aftercommit.redrive
+                                where redrive.subscriber = $1 and redrive.event_id = e.event_id)
              order by stream_seq
             on conflict do nothing
-            returning event_id)
-         select fresh.event_id, coalesce(attempt.attempts, 0)
+            returning event_id),
+         unmarked as (
+            delete from aftercommit.running where subscriber = $1 and epoch = $5 and lane = $6)
+         select fresh.event_id, attempt.attempts
            from fresh left join aftercommit.attempt on attempt.subscriber = $1 and attempt.event_id = fresh.event_id",
     )
-    .bind(subscriber)
-    .bind(events.iter().map(|(id, _)| *id).collect::<Vec<_>>())
-    .bind(events.iter().map(|(_, sequence)| *sequence).collect::<Vec<_>>())
+    .bind(marker.subscriber)
+    .bind(events.iter().map(|event| event.event_id).collect::<Vec<_>>())
+    .bind(events.iter().map(|event| event.stream_seq).collect::<Vec<_>>())
+    .bind(events.iter().map(|event| event.sequence).collect::<Vec<_>>())
+    .bind(marker.epoch)
+    .bind(marker.lane)
     .fetch_all(tx)
     .await?;
     rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
 }
 
-/// Forgets the failed attempts of events that are now handled.
+/// Which of `events` the subscriber is done with.
+pub(crate) async fn done(
+    connection: &mut Session,
+    subscriber: &str,
+    events: &[Uuid],
+) -> Result<Vec<Uuid>, sqlx::Error> {
+    sqlx::query_scalar("select event_id from aftercommit.inbox where subscriber = $1 and event_id = any($2)")
+        .bind(subscriber)
+        .bind(events)
+        .fetch_all(connection)
+        .await
+}
+
+/// Forgets the failed attempts and crashes of events that are now handled.
 pub(crate) async fn clear_attempts(tx: &mut Tx<'_>, subscriber: &str, events: &[Uuid]) -> Result<(), sqlx::Error> {
     sqlx::query("delete from aftercommit.attempt where subscriber = $1 and event_id = any($2)")
         .bind(subscriber)

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
+
 use super::session::Session;
 use super::snapshot::Mark;
 
@@ -30,6 +32,43 @@ pub(crate) async fn outbox(
     .bind(settled.snapshot.to_string())
     .bind(limit)
     .bind(settled.floor)
+    .execute(connection)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// Deletes up to `limit` inbox rows of a subscriber that are older than `retention` and that no message can meet any
+/// more: `oldest` is the sequence and the time of the first message that the stream still holds, none when it is empty.
+/// A row's own message is gone when its sequence is lower than that. The time is for a stream that was made anew, whose
+/// sequences began again. The row of a dead letter stays with it.
+pub(crate) async fn inbox(
+    connection: &mut Session,
+    subscriber: &str,
+    retention: Duration,
+    oldest: Option<(i64, DateTime<Utc>)>,
+    limit: i64,
+) -> Result<u64, sqlx::Error> {
+    let (sequence, time) = oldest.unzip();
+    // now(), not clock_timestamp(), so that the index can be used.
+    let done = sqlx::query(
+        "delete from aftercommit.inbox
+          where subscriber = $1 and event_id in (
+                select event_id from aftercommit.inbox i
+                 where subscriber = $1
+                   and handled_at < least(now() - make_interval(secs => $2), coalesce($3, 'infinity'))
+                   and stream_seq < coalesce($4, 9223372036854775807)
+                   and (outcome <> 'dead'
+                        or not exists (select from aftercommit.dead_letter d
+                                        where d.subscriber = $1 and d.event_id = i.event_id)
+                       and not exists (select from aftercommit.redrive r
+                                        where r.subscriber = $1 and r.event_id = i.event_id))
+                 limit $5)",
+    )
+    .bind(subscriber)
+    .bind(retention.as_secs_f64())
+    .bind(time)
+    .bind(sequence)
+    .bind(limit)
     .execute(connection)
     .await?;
     Ok(done.rows_affected())

@@ -118,3 +118,57 @@ pub(crate) async fn dead_letters(connection: &mut Session) -> Result<Vec<(String
         .fetch_all(connection)
         .await
 }
+
+/// A subscriber as its database knows it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct AtWork {
+    pub(crate) subscriber: String,
+    /// The active worker.
+    pub(crate) active: Option<String>,
+    /// Whether an operator has switched it off, alone or with all others.
+    pub(crate) paused: bool,
+    /// Events of which attempts have failed, and which are to be tried again.
+    pub(crate) failing: i64,
+    /// Events that an operator sent back, and which have not run since.
+    pub(crate) redrive: i64,
+    pub(crate) dead_letters: i64,
+}
+
+/// The subscribers that have left anything in this database.
+pub(crate) async fn subscribers(connection: &mut Session) -> Result<Vec<AtWork>, sqlx::Error> {
+    let rows = sqlx::query(
+        "with failing as (select subscriber, count(*) from aftercommit.attempt group by 1),
+         redrive as (select subscriber, count(*) from aftercommit.redrive group by 1),
+         letters as (select subscriber, count(*) from aftercommit.dead_letter group by 1),
+         lease as (
+            select substr(name, length('subscriber:') + 1) as subscriber,
+                   case when expires_at > clock_timestamp() then holder end as holder
+              from aftercommit.lease where name like 'subscriber:%'),
+         off as (
+            select substr(name, length('subscriber:') + 1) as subscriber
+              from aftercommit.pause where name like 'subscriber:%')
+         select subscriber, lease.holder,
+                exists (select from off where off.subscriber in (all_names.subscriber, '*')),
+                coalesce(failing.count, 0), coalesce(redrive.count, 0), coalesce(letters.count, 0)
+           from (select subscriber from failing union select subscriber from redrive
+                 union select subscriber from letters union select subscriber from lease
+                 union select subscriber from off where subscriber <> '*') as all_names
+           left join failing using (subscriber) left join redrive using (subscriber)
+           left join letters using (subscriber) left join lease using (subscriber)
+          order by subscriber",
+    )
+    .fetch_all(connection)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(AtWork {
+                subscriber: row.try_get(0)?,
+                active: row.try_get(1)?,
+                paused: row.try_get(2)?,
+                failing: row.try_get(3)?,
+                redrive: row.try_get(4)?,
+                dead_letters: row.try_get(5)?,
+            })
+        })
+        .collect()
+}

@@ -207,7 +207,6 @@ impl Library {
     }
 
     /// These events whole, the first at least, and those that were too much.
-    #[expect(clippy::type_complexity, reason = "used twice, right here")]
     async fn events(&mut self, ids: &[i64]) -> Result<(Vec<(String, Envelope)>, Vec<(i64, Uuid)>), Refusal> {
         let rows = window::some(&mut self.session, ids).await?;
         let (mut events, mut left_out, mut bytes) = (Vec::new(), Vec::new(), 0);

@@ -114,8 +114,7 @@ impl Environment {
     /// # Errors
     /// When the subscribers contradict each other or a server cannot be reached.
     pub async fn worker(&self, subscribers: impl Into<Registry>) -> Result<Running, Error> {
-        let worker = Worker::new(self.postgres.clone(), self.nats.clone(), self.naming.clone());
-        let worker = worker.registry(subscribers);
+        let worker = Worker::new(self.postgres.clone(), self.nats.clone(), self.naming.clone()).registry(subscribers);
         worker.provision().await?;
         Ok(Running::start(|stop| worker.run(stop)))
     }

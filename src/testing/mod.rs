@@ -6,6 +6,7 @@
 //! | what subscribers make of committed events | [`drain`] | PostgreSQL |
 //! | that a handler does no harm when it runs again | [`run_twice`] | PostgreSQL |
 //! | the whole way, relay and worker included | [`Environment`] | PostgreSQL and nats-server |
+//! | that every subscriber has a publisher | [`coverage`] | nothing |
 //! | crashes and outages | [`servers`] | PostgreSQL and nats-server |
 //!
 //! The assertions panic, as assertions do; everything else returns errors. The guide `docs/guides/test-your-events.md`

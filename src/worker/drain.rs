@@ -14,7 +14,9 @@ use crate::postgres::connections::Connections;
 use crate::postgres::lease::{self, Tenure};
 use crate::postgres::{database_error, function, testing};
 
-use super::lane::{Item, Lane, Verdict};
+use super::lane::{Lane, Verdict};
+use super::load::Item;
+use super::scheduler::Place;
 use super::serve::{LEASE, lease_name};
 use super::subscriber::{Subscriber, Work};
 
@@ -71,6 +73,7 @@ pub(crate) async fn drain(
         connections: Arc::clone(connections),
         source: Source::none(SOURCE),
         tenure: Arc::new(tenure.clone()),
+        number: 0,
     };
     let mut run = Run { lane, left: Vec::new(), attempts: HashMap::new(), outcome: Outcome::default() };
     let drained = match run.begin(events).await {
@@ -144,7 +147,7 @@ impl Run {
 
     /// Runs batch after batch until nothing is left that may run now.
     async fn run(&mut self) -> Result<(), Error> {
-        let mut snoozed: HashSet<u64> = HashSet::new();
+        let mut snoozed: HashSet<Place> = HashSet::new();
         loop {
             let mut blocked: HashSet<&str> = HashSet::new();
             let mut batch = Vec::new();
@@ -167,14 +170,15 @@ impl Run {
     }
 
     /// Runs one batch and returns the places of the events that were snoozed.
-    async fn run_batch(&mut self, batch: Vec<Arc<Envelope>>) -> Result<Vec<u64>, Error> {
+    async fn run_batch(&mut self, batch: Vec<Arc<Envelope>>) -> Result<Vec<Place>, Error> {
         let name = &self.lane.subscriber.name;
         let items = batch.iter().map(|event| {
             let failed = self.attempts.get(&event.id.as_uuid()).copied().unwrap_or(0);
             Item {
-                sequence: place(event),
+                place: place(event),
                 event: Some(Arc::clone(event)),
                 deliveries: u64::from(failed.unsigned_abs()) + 1,
+                crashes: 0,
             }
         });
         let report = self.lane.clone().run(items.collect()).await;
@@ -187,13 +191,13 @@ impl Run {
         if report.fenced {
             return Err(Error::new(ErrorKind::Fenced, format!("a worker took over the subscriber {name}")));
         }
-        let mut verdicts: HashMap<u64, Verdict> = report.verdicts.into_iter().collect();
+        let mut verdicts: HashMap<Place, Verdict> = report.verdicts.into_iter().collect();
         let mut later = Vec::new();
         for event in batch {
             match verdicts.remove(&place(&event)) {
                 Some(Verdict::Done) => self.outcome.handled.push(event.id),
                 Some(Verdict::Dead(reason)) => self.outcome.dead.push(Dead { id: event.id, reason }),
-                Some(Verdict::Later(wait)) => {
+                Some(Verdict::Failed(wait) | Verdict::Later(wait)) => {
                     later.push((event, wait));
                     continue;
                 }
@@ -209,7 +213,7 @@ impl Run {
     }
 
     /// A failed attempt is on record, snoozing leaves no trace.
-    async fn tell_snoozed_from_failed(&mut self, later: Vec<(Arc<Envelope>, Duration)>) -> Result<Vec<u64>, Error> {
+    async fn tell_snoozed_from_failed(&mut self, later: Vec<(Arc<Envelope>, Duration)>) -> Result<Vec<Place>, Error> {
         if later.is_empty() {
             return Ok(Vec::new());
         }
@@ -242,8 +246,8 @@ impl Run {
 }
 
 /// The event's place in the outbox, which stands for its place in a stream.
-fn place(event: &Envelope) -> u64 {
-    event.sequence.unsigned_abs()
+fn place(event: &Envelope) -> Place {
+    Place::Stream(event.sequence.unsigned_abs())
 }
 
 impl Subscriber {

@@ -7,10 +7,14 @@
 //! sql = { function = "demo.apply_history" }
 //! concurrency = 16                   # transactions at the same time
 //! max_attempts = 10                  # then the event becomes a dead letter
+//! max_crashes = 3                    # of the process while an event runs; then the same
 //! max_batch = 100                    # events in one transaction
 //! ack_wait = "30s"                   # set on the consumer by `aftercommit provision`
 //! time_limit = "1m"                  # of one handler
+//! inbox_retention = "30d"            # how long the inbox remembers what is done, at least
 //! backoff = { first = "1s", max = "5m" }
+//! debounce = "30s"                   # wait for more events of a key; not when left out
+//! failure_policy = "block"           # "skip": a failed event lets the later ones of its key pass
 //! queue = "heavy"                    # "default" when not given
 //! stream = "ORDERS"                  # the worker's stream when not given
 //! prefix = "orders"                  # the worker's subject prefix when not given
@@ -28,7 +32,7 @@ use crate::error::{Error, ErrorKind};
 use crate::postgres::function::FunctionName;
 use crate::subject::SubjectPrefix;
 
-use super::subscriber::{Subscriber, check_name, check_types};
+use super::subscriber::{FailurePolicy, Subscriber, check_name, check_types};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -45,13 +49,25 @@ struct Entry {
     sql: Sql,
     concurrency: Option<usize>,
     max_attempts: Option<u32>,
+    max_crashes: Option<u32>,
     max_batch: Option<usize>,
     ack_wait: Option<Wait>,
     time_limit: Option<Wait>,
+    inbox_retention: Option<Wait>,
     backoff: Option<Waits>,
     queue: Option<String>,
     stream: Option<String>,
     prefix: Option<Prefix>,
+    failure_policy: Option<Policy>,
+    debounce: Option<Wait>,
+}
+
+/// See [`FailurePolicy`].
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Policy {
+    Block,
+    Skip,
 }
 
 #[derive(Deserialize)]
@@ -151,14 +167,22 @@ impl Entry {
             first: backoff.first.map_or(settings.backoff.first, |wait| wait.0),
             max: backoff.max.map_or(settings.backoff.max, |wait| wait.0),
         };
+        settings.failure_policy = match self.failure_policy {
+            None => settings.failure_policy,
+            Some(Policy::Block) => FailurePolicy::Block,
+            Some(Policy::Skip) => FailurePolicy::Skip,
+        };
+        settings.debounce = self.debounce.map(|window| window.0);
         settings.queue = self.queue.unwrap_or_else(|| settings.queue.clone());
         settings.stream = self.stream;
         settings.prefix = self.prefix.map(|prefix| prefix.0);
         settings.concurrency = self.concurrency.unwrap_or(settings.concurrency);
         settings.max_attempts = self.max_attempts.unwrap_or(settings.max_attempts);
+        settings.max_crashes = self.max_crashes.unwrap_or(settings.max_crashes);
         settings.max_batch = self.max_batch.unwrap_or(settings.max_batch);
         settings.ack_wait = self.ack_wait.map_or(settings.ack_wait, |wait| wait.0);
         settings.time_limit = self.time_limit.map_or(settings.time_limit, |wait| wait.0);
+        settings.inbox_retention = self.inbox_retention.map_or(settings.inbox_retention, |wait| wait.0);
         Ok(subscriber)
     }
 }
@@ -182,6 +206,8 @@ backoff = { first = "250ms" }
 queue = "heavy"
 stream = "ORDERS"
 prefix = "orders"
+failure_policy = "skip"
+debounce = "2s"
 "#;
 
     #[test]
@@ -191,6 +217,7 @@ prefix = "orders"
         assert_eq!(subscribers[0].name, "branch-balance");
         assert_eq!((settings.concurrency, settings.max_attempts), (16, 10));
         assert_eq!(settings.ack_wait, Duration::from_secs(10));
+        assert_eq!((settings.failure_policy, settings.debounce), (FailurePolicy::Skip, Some(Duration::from_secs(2))));
         assert_eq!((settings.queue.as_str(), settings.stream.as_deref()), ("heavy", Some("ORDERS")));
         let spec = subscribers[0].spec(&crate::config::Naming::default());
         assert_eq!((spec.stream, spec.subjects), ("ORDERS".into(), vec!["orders.pgbench.history".into()]));
@@ -208,7 +235,9 @@ prefix = "orders"
             ("concurrency = 16", "concurrency = -1", ":5: "),
             ("demo.apply_history", "demo.apply history", ":6: function:"),
             ("\"10s\"", "\"10 parsecs\"", ":7: \"10 parsecs\" is not a duration"),
+            ("\"skip\"", "\"jump\"", ":12: unknown variant `jump`"),
             ("concurrency = 16", "concurrency = 0", "concurrency must be at least 1"),
+            ("concurrency = 16", "max_crashes = 1", "max_crashes must be at least 2"),
             ("\"heavy\"", "\"too heavy\"", "\"too heavy\" is not the name of a queue"),
             ("\"ORDERS\"", "\"ORDERS.NEW\"", "\"ORDERS.NEW\" cannot be the name of a stream"),
             ("\"orders\"", "\"orders.>\"", ":11: \"orders.>\" is not a subject"),

@@ -3,28 +3,30 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use futures_util::future::join_all;
 use tokio::time::timeout;
 use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use crate::backoff::Backoff;
-use crate::envelope::Envelope;
 use crate::fault;
 use crate::jetstream::stored::Source;
 use crate::postgres::connections::Connections;
 use crate::postgres::dead_letter::{self, DeadLetter};
 use crate::postgres::lease::Tenure;
+use crate::postgres::running::{self, Marker};
 use crate::postgres::session::{Session, Tx};
-use crate::postgres::{self, function, inbox};
+use crate::postgres::{self, function, inbox, redrive};
 
+use super::batch::{self, BatchError};
 use super::handler::HandlerError;
+use super::load::{Item, Queued, redrive_ids};
+use super::scheduler::Place;
 use super::span;
-use super::subscriber::{Subscriber, Try, Work};
+use super::subscriber::{FailurePolicy, Subscriber, Work};
 use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_out, trouble};
 
 /// How often a conflict with other transactions is answered with another run before it counts as a failure.
@@ -39,14 +41,8 @@ pub(super) struct Lane {
     pub(super) connections: Arc<Connections>,
     pub(super) source: Source,
     pub(super) tenure: Arc<Tenure>,
-}
-
-/// One event to run.
-pub(super) struct Item {
-    pub(super) sequence: u64,
-    /// None when it has to be read from the stream again.
-    pub(super) event: Option<Arc<Envelope>>,
-    pub(super) deliveries: u64,
+    /// Tells it from the lanes beside it.
+    pub(super) number: i64,
 }
 
 /// What became of an event.
@@ -56,7 +52,9 @@ pub(super) enum Verdict {
     Done,
     /// Given up.
     Dead(String),
-    /// It failed, or asked for it: not before this time has passed.
+    /// It failed: not before this time has passed.
+    Failed(Duration),
+    /// It asked for it: not before this time has passed.
     Later(Duration),
     /// Something that its handler needs is away, for this reason.
     Interrupted(String),
@@ -67,7 +65,7 @@ pub(super) enum Verdict {
 /// What became of a batch.
 #[derive(Default)]
 pub(super) struct Report {
-    pub(super) verdicts: Vec<(u64, Verdict)>,
+    pub(super) verdicts: Vec<(Place, Verdict)>,
     /// The subscriber's database is away, for this reason.
     pub(super) outage: Option<String>,
     /// Another instance has taken over.
@@ -77,53 +75,42 @@ pub(super) struct Report {
 }
 
 /// The lane cannot go on with its batch.
-enum Halt {
+pub(super) enum Halt {
     Outage(String),
     Fenced,
 }
 
 impl Lane {
-    /// Runs the events, which are in stream order.
+    /// Runs the events, which are in order.
     pub(super) async fn run(self, items: Vec<Item>) -> Report {
         let mut report = Report::default();
-        let mut events = Vec::with_capacity(items.len());
-        for completed in join_all(items.into_iter().map(|item| self.complete(item))).await {
-            match completed {
-                Ok(event) => events.push(event),
-                Err(verdict) => report.verdicts.push(verdict),
+        let result = match self.load(items, &mut report).await {
+            Ok(events) => {
+                let result = self.run_events(&events, &mut report).await;
+                let settled: HashSet<Place> = report.verdicts.iter().map(|(place, _)| *place).collect();
+                let rest = events.iter().map(|event| event.place).filter(|place| !settled.contains(place));
+                report.verdicts.extend(rest.map(|place| (place, Verdict::NotRun)));
+                result
             }
+            Err(halt) => Err(halt),
+        };
+        match result {
+            Ok(()) => {}
+            Err(Halt::Outage(reason)) => report.outage = Some(reason),
+            Err(Halt::Fenced) => report.fenced = true,
         }
-        if let Err(halt) = self.run_events(&events, &mut report).await {
-            match halt {
-                Halt::Outage(reason) => report.outage = Some(reason),
-                Halt::Fenced => report.fenced = true,
+        // A commit has removed it; after an outage it cannot be, and the next batch of this lane replaces it.
+        if report.outage.is_none() && report.verdicts.iter().any(|(_, verdict)| *verdict != Verdict::Done) {
+            let cleared = self.connections.run(async |connection| running::clear(connection, self.marker()).await);
+            if let Err(error) = self.own(cleared).await {
+                tracing::debug!(subscriber = self.subscriber.name, error, "a marker stays behind");
             }
-            let settled: HashSet<u64> = report.verdicts.iter().map(|(sequence, _)| *sequence).collect();
-            let rest = events.iter().map(|event| event.sequence).filter(|sequence| !settled.contains(sequence));
-            let rest: Vec<_> = rest.map(|sequence| (sequence, Verdict::NotRun)).collect();
-            report.verdicts.extend(rest);
         }
         report
     }
 
-    /// Reads an event again whose payload was let go to save memory.
-    async fn complete(&self, item: Item) -> Result<Queued, (u64, Verdict)> {
-        let Item { sequence, event, deliveries } = item;
-        if let Some(event) = event {
-            return Ok(Queued::new(sequence, event, deliveries));
-        }
-        match self.source.read(sequence).await {
-            Ok(Some(event)) => Ok(Queued::new(sequence, Arc::new(event), deliveries)),
-            Ok(None) => {
-                tracing::error!(
-                    subscriber = self.subscriber.name,
-                    sequence,
-                    "the stream dropped an event before it could be handled: its retention is too short"
-                );
-                Err((sequence, Verdict::Dead("the stream dropped it before it could be handled".into())))
-            }
-            Err(error) => Err((sequence, Verdict::Interrupted(error.report()))),
-        }
+    fn marker(&self) -> Marker<'_> {
+        Marker { subscriber: &self.subscriber.name, epoch: self.tenure.epoch, lane: self.number }
     }
 
     async fn run_events(&self, events: &[Queued], report: &mut Report) -> Result<(), Halt> {
@@ -133,7 +120,7 @@ impl Lane {
             group.retain(|queued| {
                 let free = queued.event.key.as_deref().is_none_or(|key| !blocked.contains(key));
                 if !free {
-                    report.verdicts.push((queued.sequence, Verdict::NotRun));
+                    report.verdicts.push((queued.place, Verdict::NotRun));
                 }
                 free
             });
@@ -142,15 +129,15 @@ impl Lane {
                 [] => {}
                 [single] => {
                     let verdict = self.run_alone(single).await?;
-                    if verdict != Verdict::Done {
-                        blocked.extend(single.event.key.as_deref().filter(|_| !matches!(verdict, Verdict::Dead(_))));
+                    if self.holds_key(&verdict) {
+                        blocked.extend(single.event.key.as_deref());
                     }
-                    report.verdicts.push((single.sequence, verdict));
+                    report.verdicts.push((single.place, verdict));
                     report.pace = Some(started.elapsed());
                 }
                 many => match self.transact(many).await {
                     Ok(()) => {
-                        report.verdicts.extend(many.iter().map(|queued| (queued.sequence, Verdict::Done)));
+                        report.verdicts.extend(many.iter().map(|queued| (queued.place, Verdict::Done)));
                         report.pace = Some(started.elapsed() / u32::try_from(many.len()).unwrap_or(u32::MAX));
                     }
                     Err(Trouble::Outage(reason)) => return Err(Halt::Outage(reason)),
@@ -161,8 +148,21 @@ impl Lane {
         Ok(())
     }
 
+    /// Whether the later events of the key wait.
+    fn holds_key(&self, verdict: &Verdict) -> bool {
+        match verdict {
+            Verdict::Done | Verdict::Dead(_) => false,
+            Verdict::Failed(_) => self.subscriber.settings.failure_policy == FailurePolicy::Block,
+            Verdict::Later(_) | Verdict::Interrupted(_) | Verdict::NotRun => true,
+        }
+    }
+
     /// Runs one event in a transaction of its own; this run decides about it.
     async fn run_alone(&self, queued: &Queued) -> Result<Verdict, Halt> {
+        if queued.crashes > self.subscriber.settings.max_crashes {
+            let reason = format!("the worker's process died {} times while this event ran", queued.crashes);
+            return self.give_up(queued, &reason, false).await;
+        }
         let started = Instant::now();
         let mut conflicts = 0;
         loop {
@@ -185,11 +185,11 @@ impl Lane {
     async fn decide(&self, queued: &Queued, error: HandlerError, took: Duration) -> Result<Verdict, Halt> {
         match error {
             HandlerError::Snooze(wait) => Ok(Verdict::Later(wait)),
-            HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason)).await,
+            HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason), true).await,
             HandlerError::Retry { after, .. } => {
                 let text = describe(&error);
                 if queued.failures.load(Ordering::Relaxed) + 1 >= self.subscriber.settings.max_attempts {
-                    return self.give_up(queued, &text).await;
+                    return self.give_up(queued, &text, true).await;
                 }
                 let attempts = self.count_failure(queued, &text).await?;
                 let wait = after.unwrap_or_else(|| self.subscriber.settings.backoff.after(attempts));
@@ -204,7 +204,7 @@ impl Lane {
                     error = text,
                     "event failed"
                 );
-                Ok(Verdict::Later(wait))
+                Ok(Verdict::Failed(wait))
             }
         }
     }
@@ -219,13 +219,14 @@ impl Lane {
         attempts.map(|attempts| attempts.unsigned_abs()).ok_or(Halt::Fenced)
     }
 
-    async fn give_up(&self, queued: &Queued, reason: &str) -> Result<Verdict, Halt> {
+    async fn give_up(&self, queued: &Queued, reason: &str, attempted: bool) -> Result<Verdict, Halt> {
         let letter = DeadLetter {
             subscriber: &self.subscriber.name,
-            stream: self.source.stream(),
-            stream_seq: queued.position(),
+            stream: &queued.stream,
+            stream_seq: queued.stream_seq,
             event: &queued.event,
             reason,
+            attempted,
         };
         let written =
             self.connections.run(async |connection| dead_letter::insert(connection, &self.tenure, &letter).await);
@@ -258,7 +259,9 @@ impl Lane {
 
     async fn transact_on(&self, connection: &mut Session, group: &[&Queued]) -> Result<(), Trouble> {
         let limit = self.subscriber.settings.time_limit;
-        let mut tx = self.own(inbox::begin(connection, limit)).await.map_err(Trouble::Outage)?;
+        let events: Vec<Uuid> = group.iter().map(|queued| queued.event.id.as_uuid()).collect();
+        let begun = inbox::begin_batch(connection, limit, self.marker(), &events);
+        let mut tx = self.own(begun).await.map_err(Trouble::Outage)?;
         match self.fill(&mut tx, group).await {
             Ok(()) => {
                 fault::point("worker-handled");
@@ -277,9 +280,7 @@ impl Lane {
     }
 
     async fn fill(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<(), Trouble> {
-        let rows: Vec<(Uuid, i64)> =
-            group.iter().map(|queued| (queued.event.id.as_uuid(), queued.position())).collect();
-        let fresh = self.own_or_conflict(inbox::insert(tx, &self.subscriber.name, &rows)).await;
+        let fresh = self.own_or_conflict(self.enter(tx, group)).await;
         // Nothing of the events has run yet, so none of them is to blame.
         let fresh = fresh.map_err(|trouble| match trouble {
             Trouble::Failed { at, error } if timed_out(&error) => Trouble::Interrupted { at, error },
@@ -287,12 +288,12 @@ impl Lane {
             other => other,
         })?;
         fault::point("worker-inserted");
-        let mut fresh: HashMap<Uuid, i32> = fresh.into_iter().collect();
+        let mut fresh: HashMap<Uuid, Option<i32>> = fresh.into_iter().collect();
         for queued in group {
-            let failures = fresh.get(&queued.event.id.as_uuid()).map_or(0, |failures| failures.unsigned_abs());
-            queued.failures.store(failures, Ordering::Relaxed);
+            let failures = fresh.get(&queued.event.id.as_uuid()).copied().flatten();
+            queued.failures.store(failures.map_or(0, i32::unsigned_abs), Ordering::Relaxed);
         }
-        let failed: Vec<Uuid> = fresh.iter().filter(|(_, attempts)| **attempts > 0).map(|(id, _)| *id).collect();
+        let on_record: Vec<Uuid> = fresh.iter().filter(|(_, record)| record.is_some()).map(|(id, _)| *id).collect();
         match &self.subscriber.work {
             Work::Function { function, .. } => {
                 // `remove`, because one event may be in the stream twice.
@@ -304,33 +305,68 @@ impl Lane {
                     call.instrument(self.span(&new)).await.map_err(|error| trouble(None, error))?;
                 }
             }
-            Work::Handlers(_) => {
-                for (at, queued) in group.iter().enumerate() {
-                    if fresh.remove(&queued.event.id.as_uuid()).is_some() {
-                        let run = span::told(self.handle(tx, queued, queued.this_try()));
-                        run.instrument(self.span(&[queued])).await.map_err(|error| trouble(Some(at), error))?;
-                    }
+            Work::Handlers(routes) => {
+                let new = group.iter().enumerate();
+                let new = new.filter(|(_, queued)| fresh.remove(&queued.event.id.as_uuid()).is_some());
+                let (places, new): (Vec<usize>, Vec<&Queued>) = new.map(|(at, queued)| (at, *queued)).unzip();
+                let in_batches = |name: &str| routes.get(name).is_some_and(|route| route.in_batches);
+                let runs = batch::runs(new.iter().map(|queued| {
+                    let event_type = queued.event.event_type.as_str();
+                    (Some(event_type).filter(|name| in_batches(name)), queued.event.key.as_deref())
+                }));
+                for run in runs {
+                    let queued: Vec<&Queued> = run.iter().map(|at| new[*at]).collect();
+                    let at = |culprit: usize| run.get(culprit).map(|at| places[*at]);
+                    let mut culprit = None;
+                    let handled = async {
+                        self.handle(tx, &queued).await.map_err(|failed| {
+                            culprit = failed.culprit;
+                            failed.error
+                        })
+                    };
+                    let handled = span::told(handled).instrument(self.span(&queued)).await;
+                    handled.map_err(|error| trouble(culprit.and_then(at), error))?;
                 }
                 self.own_or_conflict(inbox::check_alive(tx)).await?;
             }
         }
-        if !failed.is_empty() {
-            self.own_or_conflict(inbox::clear_attempts(tx, &self.subscriber.name, &failed)).await?;
+        if !on_record.is_empty() {
+            self.own_or_conflict(inbox::clear_attempts(tx, &self.subscriber.name, &on_record)).await?;
         }
         Ok(())
     }
 
-    async fn handle(&self, tx: &mut Tx<'_>, queued: &Queued, this: Try) -> Result<(), HandlerError> {
-        let Work::Handlers(routes) = &self.subscriber.work else { return Ok(()) };
-        let Some(route) = routes.get(queued.event.event_type.as_str()) else {
-            return Err(HandlerError::reject(format!("the subscriber has no handler for {}", queued.event.event_type)));
+    /// Writes the inbox rows and returns the events that were new. Of those that were sent back only the ones whose rows
+    /// are still there may run; the rows go with this transaction.
+    async fn enter(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<Vec<(Uuid, Option<i32>)>, sqlx::Error> {
+        let ids = redrive_ids(group.iter().map(|queued| queued.place));
+        let taken: HashSet<i64> = match ids.is_empty() {
+            true => HashSet::new(),
+            false => redrive::take(tx, &ids).await?.into_iter().collect(),
         };
-        let run = AssertUnwindSafe((route.run)(tx.for_others(), &queued.event, this)).catch_unwind();
-        match timeout(self.subscriber.settings.time_limit, run).await {
+        let gone = |place| matches!(place, Place::Redrive(id) if !taken.contains(&id));
+        let present = group.iter().filter(|queued| !gone(queued.place));
+        let rows: Vec<inbox::Row> = present.map(|queued| queued.row()).collect();
+        inbox::insert(tx, self.marker(), &rows).await
+    }
+
+    /// Runs the handler of events that have the same type.
+    async fn handle(&self, tx: &mut Tx<'_>, events: &[&Queued]) -> Result<(), BatchError> {
+        let Work::Handlers(routes) = &self.subscriber.work else { return Ok(()) };
+        let event_type = events.first().map_or("", |queued| queued.event.event_type.as_str());
+        let Some(route) = routes.get(event_type) else {
+            let reason = format!("the subscriber has no handler for {event_type}");
+            return Err(BatchError::at(0, HandlerError::reject(reason)));
+        };
+        let tries: Vec<_> = events.iter().map(|queued| (&*queued.event, queued.this_try())).collect();
+        let run = AssertUnwindSafe((route.run)(tx.for_others(), &tries)).catch_unwind();
+        let result = match timeout(self.subscriber.settings.time_limit, run).await {
             Ok(Ok(result)) => result,
-            Ok(Err(panic)) => Err(HandlerError::retry(format!("the handler panicked: {}", panic_text(&*panic)))),
-            Err(_) => Err(self.too_slow()),
-        }
+            Ok(Err(panic)) => Err(HandlerError::retry(format!("the handler panicked: {}", panic_text(&*panic))).into()),
+            Err(_) => Err(self.too_slow().into()),
+        };
+        // Of a single event there is no doubt.
+        result.map_err(|error| BatchError { culprit: error.culprit.or((events.len() == 1).then_some(0)), ..error })
     }
 
     fn span(&self, events: &[&Queued]) -> Span {
@@ -356,7 +392,7 @@ impl Lane {
     }
 
     /// Runs a statement of our own that no event can be blamed for.
-    async fn own<T>(&self, statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, String> {
+    pub(super) async fn own<T>(&self, statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, String> {
         match timeout(self.subscriber.settings.time_limit + GRACE, statement).await {
             Ok(result) => result.map_err(|error| database_text(&error)),
             Err(_) => Err("PostgreSQL does not answer".into()),
@@ -371,30 +407,6 @@ impl Lane {
             Ok(Err(error)) => Err(trouble(None, error.into())),
             Err(_) => Err(Trouble::Outage("PostgreSQL does not answer".into())),
         }
-    }
-}
-
-/// An event with its payload.
-struct Queued {
-    sequence: u64,
-    event: Arc<Envelope>,
-    deliveries: u64,
-    /// The attempts that had failed when it was looked at last.
-    failures: AtomicU32,
-}
-
-impl Queued {
-    fn new(sequence: u64, event: Arc<Envelope>, deliveries: u64) -> Self {
-        Self { sequence, event, deliveries, failures: AtomicU32::new(0) }
-    }
-
-    /// As of when it was looked at last.
-    fn this_try(&self) -> Try {
-        Try { attempt: self.failures.load(Ordering::Relaxed) + 1, delivery_count: self.deliveries.max(1) }
-    }
-
-    fn position(&self) -> i64 {
-        i64::try_from(self.sequence).unwrap_or(i64::MAX)
     }
 }
 
@@ -421,17 +433,19 @@ fn split<'a>(mut group: Vec<&'a Queued>, culprit: Option<usize>, groups: &mut Ve
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::envelope::Envelope;
 
-    fn parts(culprit: Option<usize>) -> Vec<Vec<u64>> {
+    fn parts(culprit: Option<usize>) -> Vec<Vec<i64>> {
         let event = Envelope::from_headers(
             [("ce-id", "01a1fbb7-bafe-75ab-a111-dc3a330bc524"), ("ce-type", "a"), ("ce-source", "/")].into_iter(),
             bytes::Bytes::new(),
         );
         let event = Arc::new(event.unwrap());
-        let events: Vec<_> = (1..=5).map(|sequence| Queued::new(sequence, Arc::clone(&event), 1)).collect();
+        let item = |n| Item { place: Place::Redrive(n), event: None, deliveries: 1, crashes: 0 };
+        let events: Vec<_> = (1..=5).map(|n| item(n).queued("s", n, Arc::clone(&event))).collect();
         let mut groups = VecDeque::new();
         split(events.iter().collect(), culprit, &mut groups);
-        groups.iter().map(|group| group.iter().map(|queued| queued.sequence).collect()).collect()
+        groups.iter().map(|group| group.iter().map(|queued| queued.stream_seq).collect()).collect()
     }
 
     #[test]

@@ -48,12 +48,16 @@
 //! acked. A message that comes again finds its row. Several events may share a transaction; when one of them fails, it
 //! is undone as a whole and they run again, the failing one alone.
 
+mod batch;
 #[cfg(feature = "testing")]
 pub(crate) mod drain;
 #[cfg(feature = "cli")]
 mod file;
 mod handler;
 mod lane;
+mod load;
+mod pruner;
+mod redrive;
 mod registry;
 mod scheduler;
 mod serve;
@@ -75,12 +79,13 @@ use crate::jetstream::Client;
 use crate::jetstream::consumer;
 use crate::postgres::connections::Connections;
 
+pub use batch::{BatchError, BatchHandler};
 #[cfg(feature = "cli")]
 pub use file::read_file;
 pub use handler::{Delivery, Handler, HandlerError};
 pub use registry::{FailedModule, Module, Queues, Registry};
 pub use span::set_span_parent;
-pub use subscriber::Subscriber;
+pub use subscriber::{FailurePolicy, Subscriber};
 #[cfg(feature = "testing")]
 pub(crate) use trouble::describe;
 

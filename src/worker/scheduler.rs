@@ -1,27 +1,76 @@
 //! Which events may run now. A pure state machine: no IO, no clock of its own.
 //!
-//! Per key only the event with the lowest stream sequence that is not done may run; events without a key run freely.
-//! Events are known here by their stream sequence alone, from the moment they arrive until they are done.
+//! Per key only the event with the lowest place that is not done may run; events without a key run freely. Events are
+//! known here by their place alone, from the moment they arrive until they are done.
 
 use std::collections::{BTreeSet, HashMap};
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Instant;
+
+/// Where an event comes from, and its place in the order there. What an operator sends back goes before live events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Place {
+    /// The id of a row of `aftercommit.redrive`.
+    Redrive(i64),
+    /// A sequence of the stream.
+    Stream(u64),
+}
+
+const FIRST_LIVE: Place = Place::Stream(0);
+
+/// The oldest live event, or the oldest of the others.
+fn first(events: &BTreeSet<Place>, live: bool) -> Option<Place> {
+    match live {
+        true => events.range(FIRST_LIVE..).next().copied(),
+        false => events.first().copied().filter(|event| *event < FIRST_LIVE),
+    }
+}
 
 /// All events of one subscriber that are not done.
 #[derive(Debug, Default)]
 pub(super) struct Scheduler {
-    events: HashMap<u64, Slot>,
+    events: HashMap<Place, Slot>,
     keys: HashMap<Arc<str>, Queue>,
     /// Events that may start: those without a key, and the oldest of each key that nothing runs of.
-    ready: BTreeSet<u64>,
+    ready: BTreeSet<Place>,
+    /// The same of those that do not bear any company, in the order in which they get their turn.
+    suspects: BTreeSet<(Company, Place)>,
+    /// How many events run.
+    running: usize,
+    /// The company that the suspect which runs bears: there is never more than one.
+    suspect: Option<Company>,
     /// Events that wait for a point in time.
-    held: BTreeSet<(Instant, u64)>,
+    held: BTreeSet<(Instant, Place)>,
+    /// Whether a live event is next, if there is one.
+    live_next: bool,
+}
+
+/// Beside which others an event may run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Company {
+    /// Beside none. While such an event is ready, nothing else starts.
+    None,
+    /// In a batch of its own, beside others that bear any company.
+    Unsuspected,
+    /// In a batch with others, beside any.
+    Any,
 }
 
 #[derive(Debug)]
 struct Slot {
     key: Option<Arc<str>>,
     state: State,
+    company: Company,
+    /// Not before this time may it start; behind another one of its key it may.
+    due: Option<Instant>,
+}
+
+/// What may start next.
+enum Turn {
+    Suspect(Place),
+    Ready,
+    Nothing,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,13 +83,13 @@ enum State {
 /// The events of one key.
 #[derive(Debug, Default)]
 struct Queue {
-    events: BTreeSet<u64>,
+    events: BTreeSet<Place>,
     running: usize,
 }
 
 impl Scheduler {
     /// Takes note of an event. False when it is known already.
-    pub(super) fn add(&mut self, event: u64, key: Option<&str>) -> bool {
+    pub(super) fn add(&mut self, event: Place, key: Option<&str>) -> bool {
         if self.events.contains_key(&event) {
             return false;
         }
@@ -48,105 +97,202 @@ impl Scheduler {
             Some((known, _)) => Arc::clone(known),
             None => Arc::from(key),
         });
-        self.events.insert(event, Slot { key: key.clone(), state: State::Waiting });
+        self.events.insert(event, Slot { key: key.clone(), state: State::Waiting, company: Company::Any, due: None });
         match key {
-            None => {
-                self.ready.insert(event);
-            }
-            Some(key) => {
-                let queue = self.keys.entry(Arc::clone(&key)).or_default();
-                if let Some(overtaken) = queue.events.first().filter(|oldest| event < **oldest) {
-                    self.ready.remove(overtaken);
-                }
-                queue.events.insert(event);
-                self.promote(&key);
-            }
+            None => self.let_start(event),
+            Some(key) => self.enqueue(event, &key),
         }
         true
     }
 
+    fn enqueue(&mut self, event: Place, key: &Arc<str>) {
+        let queue = self.keys.entry(Arc::clone(key)).or_default();
+        let overtaken = queue.events.first().filter(|oldest| event < **oldest).copied();
+        queue.events.insert(event);
+        if let Some(overtaken) = overtaken {
+            self.let_wait(overtaken);
+        }
+        self.promote(key);
+    }
+
+    /// A waiting event must not start before `until`, so that others of its key gather behind it. When an older one of
+    /// the key starts before, it goes with that one.
+    pub(super) fn delay(&mut self, event: Place, until: Instant) {
+        let Some(slot) = self.events.get_mut(&event).filter(|slot| slot.state == State::Waiting) else { return };
+        slot.due = Some(until);
+        if self.let_wait(event) {
+            self.held.insert((until, event));
+        }
+    }
+
+    /// Says what company an event bears that does not run. Without this it is any.
+    pub(super) fn bears(&mut self, event: Place, company: Company) {
+        let was_ready = self.let_wait(event);
+        if let Some(slot) = self.events.get_mut(&event) {
+            slot.company = company;
+        }
+        if was_ready {
+            self.let_start(event);
+        }
+    }
+
+    fn company(&self, event: Place) -> Company {
+        self.events.get(&event).map_or(Company::Any, |slot| slot.company)
+    }
+
+    fn let_start(&mut self, event: Place) {
+        match self.company(event) {
+            Company::Any => self.ready.insert(event),
+            company => self.suspects.insert((company, event)),
+        };
+    }
+
+    fn let_wait(&mut self, event: Place) -> bool {
+        self.ready.remove(&event) || self.suspects.remove(&(self.company(event), event))
+    }
+
+    fn turn(&self) -> Turn {
+        match (self.suspect, self.suspects.first()) {
+            (Some(Company::None), _) => Turn::Nothing,
+            (_, Some((Company::None, _))) if self.running > 0 => Turn::Nothing,
+            (None, Some((_, event))) => Turn::Suspect(*event),
+            _ => Turn::Ready,
+        }
+    }
+
     /// How many lanes could be given something at the same time.
     pub(super) fn ready(&self) -> usize {
-        self.ready.len()
+        match self.turn() {
+            Turn::Nothing => 0,
+            Turn::Suspect(event) if self.company(event) == Company::None => 1,
+            Turn::Suspect(_) => 1 + self.ready.len(),
+            Turn::Ready => self.ready.len(),
+        }
     }
 
     /// Gives out up to `max` events for one lane, oldest first: the first `heads` ready ones and what follows them
-    /// with the same key. Until all events of a key are settled no other lane gets one of it.
-    pub(super) fn take(&mut self, heads: usize, max: usize) -> Vec<u64> {
+    /// with the same key. Until all events of a key are settled no other lane gets one of it. A suspect comes first.
+    /// Live events and those that were sent back take turns, so that many of the latter do not keep other keys waiting.
+    pub(super) fn take(&mut self, heads: usize, max: usize) -> Vec<Place> {
+        match self.turn() {
+            Turn::Nothing => Vec::new(),
+            Turn::Suspect(event) => {
+                self.let_wait(event);
+                self.start(event);
+                vec![event]
+            }
+            Turn::Ready => self.take_ready(heads, max),
+        }
+    }
+
+    fn take_ready(&mut self, heads: usize, max: usize) -> Vec<Place> {
         let mut batch = Vec::new();
         let mut heads = heads.min(self.ready.len());
         // The successors of events in this batch: only this lane may have them.
-        let mut next: BTreeSet<u64> = BTreeSet::new();
+        let mut next: BTreeSet<Place> = BTreeSet::new();
         while batch.len() < max {
-            let head = self.ready.first().copied().filter(|_| heads > 0);
-            let event = match (head, next.first().copied()) {
-                (Some(head), follower) if follower.is_none_or(|follower| head < follower) => {
-                    heads -= 1;
-                    self.ready.remove(&head);
-                    head
-                }
-                (_, Some(follower)) => {
-                    next.remove(&follower);
-                    follower
-                }
-                _ => break,
-            };
-            let Some(slot) = self.events.get_mut(&event) else { continue };
-            slot.state = State::Running;
-            batch.push(event);
-            if let Some(queue) = slot.key.as_ref().and_then(|key| self.keys.get_mut(key)) {
-                queue.running += 1;
-                let waits = |event: &&u64| self.events.get(*event).is_some_and(|slot| slot.state == State::Waiting);
-                next.extend(queue.events.range(event + 1..).next().filter(waits));
+            let ready = if heads > 0 { &self.ready } else { &BTreeSet::new() };
+            let oldest = |live| first(ready, live).into_iter().chain(first(&next, live)).min();
+            let Some(event) = oldest(self.live_next).or_else(|| oldest(!self.live_next)) else { break };
+            self.live_next = event < FIRST_LIVE;
+            if !next.remove(&event) {
+                self.ready.remove(&event);
+                heads -= 1;
             }
+            batch.push(event);
+            next.extend(self.start(event));
         }
         batch
     }
 
-    /// A given-out event is done for good.
-    pub(super) fn done(&mut self, event: u64) {
-        let Some(slot) = self.events.remove(&event) else { return };
-        if let Some(key) = slot.key {
-            if let Some(queue) = self.keys.get_mut(&key) {
-                queue.events.remove(&event);
-                queue.running -= usize::from(slot.state == State::Running);
-                if queue.events.is_empty() {
-                    self.keys.remove(&key);
-                }
-            }
-            self.promote(&key);
+    /// Lets an event run, and returns the next one of its key if that may run in the same batch.
+    fn start(&mut self, event: Place) -> Option<Place> {
+        let slot = self.events.get_mut(&event)?;
+        slot.state = State::Running;
+        slot.due = None;
+        self.running += 1;
+        if slot.company != Company::Any {
+            self.suspect = Some(slot.company);
+        }
+        let queue = self.keys.get_mut(slot.key.as_ref()?)?;
+        queue.running += 1;
+        let follower = queue.events.range((Bound::Excluded(event), Bound::Unbounded)).next().copied()?;
+        let fits = |slot: &Slot| slot.state == State::Waiting && slot.company == Company::Any;
+        self.events.get(&follower).is_some_and(fits).then_some(follower)
+    }
+
+    /// The opposite, for its slot.
+    fn ended(&mut self, company: Company) {
+        self.running -= 1;
+        if company != Company::Any {
+            self.suspect = None;
         }
     }
 
+    /// A given-out event is done for good.
+    pub(super) fn done(&mut self, event: Place) {
+        if self.events.get(&event).is_none_or(|slot| slot.state != State::Running) {
+            return;
+        }
+        let Some(slot) = self.events.remove(&event) else { return };
+        self.ended(slot.company);
+        if let Some(key) = slot.key {
+            self.dequeue(event, &key);
+        }
+    }
+
+    fn dequeue(&mut self, event: Place, key: &Arc<str>) {
+        if let Some(queue) = self.keys.get_mut(key) {
+            queue.events.remove(&event);
+            queue.running -= 1;
+            if queue.events.is_empty() {
+                self.keys.remove(key);
+            }
+        }
+        self.promote(key);
+    }
+
     /// A given-out event was not run, or must run again at once.
-    pub(super) fn put_back(&mut self, event: u64) {
+    pub(super) fn put_back(&mut self, event: Place) {
         self.settle(event, State::Waiting);
     }
 
     /// A given-out event must not run again before `until`; its key waits with it.
-    pub(super) fn hold(&mut self, event: u64, until: Instant) {
+    pub(super) fn hold(&mut self, event: Place, until: Instant) {
         self.settle(event, State::Held(until));
     }
 
-    fn settle(&mut self, event: u64, state: State) {
+    /// A given-out event must not run again before `until`; its key goes on without it.
+    pub(super) fn set_aside(&mut self, event: Place, until: Instant) {
+        let Some(slot) = self.events.get_mut(&event).filter(|slot| slot.state == State::Running) else { return };
+        slot.state = State::Held(until);
+        let (key, company) = (slot.key.clone(), slot.company);
+        self.ended(company);
+        self.held.insert((until, event));
+        if let Some(key) = key {
+            self.dequeue(event, &key);
+        }
+    }
+
+    fn settle(&mut self, event: Place, state: State) {
         let Some(slot) = self.events.get_mut(&event) else { return };
         if slot.state != State::Running {
             return;
         }
         slot.state = state;
+        let (key, company) = (slot.key.clone(), slot.company);
+        self.ended(company);
         if let State::Held(until) = state {
             self.held.insert((until, event));
         }
-        match slot.key.clone() {
+        match key {
             Some(key) => {
                 if let Some(queue) = self.keys.get_mut(&key) {
                     queue.running -= 1;
                 }
                 self.promote(&key);
             }
-            None if state == State::Waiting => {
-                self.ready.insert(event);
-            }
+            None if state == State::Waiting => self.let_start(event),
             None => {}
         }
     }
@@ -157,8 +303,14 @@ impl Scheduler {
         if queue.running > 0 {
             return;
         }
-        let waits = |event: &&u64| self.events.get(*event).is_some_and(|slot| slot.state == State::Waiting);
-        self.ready.extend(queue.events.first().filter(waits));
+        let Some(oldest) = queue.events.first().copied() else { return };
+        match self.events.get(&oldest) {
+            Some(Slot { state: State::Waiting, due: None, .. }) => self.let_start(oldest),
+            Some(Slot { state: State::Waiting, due: Some(due), .. }) => {
+                self.held.insert((*due, oldest));
+            }
+            _ => {}
+        }
     }
 
     /// When the next held event may run.
@@ -174,22 +326,24 @@ impl Scheduler {
             }
             self.held.pop_first();
             let Some(slot) = self.events.get_mut(&event) else { continue };
-            if slot.state != State::Held(until) {
+            let delayed = slot.state == State::Waiting && slot.due == Some(until);
+            if slot.state != State::Held(until) && !delayed {
                 continue;
             }
             slot.state = State::Waiting;
+            slot.due = None;
             match slot.key.clone() {
-                Some(key) => self.promote(&key),
-                None => {
-                    self.ready.insert(event);
-                }
+                Some(key) => self.enqueue(event, &key),
+                None => self.let_start(event),
             }
         }
     }
 
     /// The events that neither run nor could be given out now: held ones, and those behind another of their key.
-    pub(super) fn idle(&self) -> Vec<u64> {
-        let resting = |(event, slot): &(&u64, &Slot)| slot.state != State::Running && !self.ready.contains(*event);
+    pub(super) fn idle(&self) -> Vec<Place> {
+        let ready =
+            |event: Place, slot: &Slot| self.ready.contains(&event) || self.suspects.contains(&(slot.company, event));
+        let resting = |(event, slot): &(&Place, &Slot)| slot.state != State::Running && !ready(**event, slot);
         self.events.iter().filter(resting).map(|(event, _)| *event).collect()
     }
 }
@@ -200,12 +354,17 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::Place::{Redrive, Stream};
     use super::*;
+
+    fn stream<const N: usize>(sequences: [u64; N]) -> [Place; N] {
+        sequences.map(Stream)
+    }
 
     fn scheduler(events: &[(u64, &str)]) -> Scheduler {
         let mut scheduler = Scheduler::default();
         for (event, key) in events {
-            assert!(scheduler.add(*event, Some(key).filter(|key| !key.is_empty()).copied()));
+            assert!(scheduler.add(Stream(*event), Some(key).filter(|key| !key.is_empty()).copied()));
         }
         scheduler
     }
@@ -213,12 +372,12 @@ mod tests {
     #[test]
     fn a_key_is_never_in_two_lanes() {
         let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "b"), (4, "a")]);
-        assert_eq!(scheduler.take(9, 2), [1, 2]);
-        assert_eq!(scheduler.take(9, 9), [3]);
-        scheduler.done(1);
+        assert_eq!(scheduler.take(9, 2), stream([1, 2]));
+        assert_eq!(scheduler.take(9, 9), stream([3]));
+        scheduler.done(Stream(1));
         assert!(scheduler.take(9, 9).is_empty(), "2 still runs");
-        scheduler.done(2);
-        assert_eq!(scheduler.take(9, 9), [4]);
+        scheduler.done(Stream(2));
+        assert_eq!(scheduler.take(9, 9), stream([4]));
     }
 
     #[test]
@@ -226,38 +385,133 @@ mod tests {
         let now = Instant::now();
         let later = now + Duration::from_secs(1);
         let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "b"), (4, "")]);
-        assert_eq!(scheduler.take(9, 1), [1]);
-        scheduler.hold(1, later);
+        assert_eq!(scheduler.take(9, 1), stream([1]));
+        scheduler.hold(Stream(1), later);
         let mut idle = scheduler.idle();
         idle.sort_unstable();
-        assert_eq!(idle, [1, 2]);
-        assert_eq!(scheduler.take(9, 9), [3, 4]);
+        assert_eq!(idle, stream([1, 2]));
+        assert_eq!(scheduler.take(9, 9), stream([3, 4]));
         assert_eq!(scheduler.next_wake(), Some(later));
         scheduler.wake(now);
         assert!(scheduler.take(9, 9).is_empty());
         scheduler.wake(later);
-        assert_eq!(scheduler.take(9, 9), [1, 2]);
+        assert_eq!(scheduler.take(9, 9), stream([1, 2]));
     }
 
     #[test]
     fn an_older_event_that_comes_late_goes_first() {
         let now = Instant::now();
         let mut scheduler = scheduler(&[(5, "a"), (6, "a")]);
-        assert!(scheduler.add(4, Some("a")));
-        assert_eq!(scheduler.take(9, 1), [4]);
-        assert!(scheduler.add(3, Some("a")));
+        assert!(scheduler.add(Stream(4), Some("a")));
+        assert_eq!(scheduler.take(9, 1), stream([4]));
+        assert!(scheduler.add(Stream(3), Some("a")));
         assert!(scheduler.take(9, 9).is_empty(), "4 runs already");
-        scheduler.hold(4, now);
-        assert_eq!(scheduler.take(9, 9), [3], "it does not wait with 4");
+        scheduler.hold(Stream(4), now);
+        assert_eq!(scheduler.take(9, 9), stream([3]), "it does not wait with 4");
         scheduler.wake(now);
         assert!(scheduler.take(9, 9).is_empty());
-        scheduler.done(3);
-        assert_eq!(scheduler.take(9, 9), [4, 5, 6]);
+        scheduler.done(Stream(3));
+        assert_eq!(scheduler.take(9, 9), stream([4, 5, 6]));
+    }
+
+    #[test]
+    fn what_is_sent_back_goes_before_live_events_and_never_beside_one() {
+        let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "b")]);
+        assert!(scheduler.add(Redrive(8), Some("a")));
+        assert!(scheduler.add(Redrive(7), Some("a")));
+        assert_eq!(scheduler.take(1, 2), [Redrive(7), Redrive(8)]);
+        assert_eq!(scheduler.take(9, 9), [Stream(3)], "the live ones of the key wait");
+        assert!(scheduler.add(Redrive(9), Some("b")));
+        assert!(scheduler.take(9, 9).is_empty(), "one of b runs already");
+        scheduler.put_back(Stream(3));
+        scheduler.done(Redrive(7));
+        scheduler.done(Redrive(8));
+        assert_eq!(scheduler.take(9, 9), [Redrive(9), Stream(1), Stream(2), Stream(3)]);
+    }
+
+    #[test]
+    fn an_event_that_is_set_aside_lets_its_key_pass_and_comes_back_first() {
+        let now = Instant::now();
+        let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "a"), (4, "a")]);
+        assert_eq!(scheduler.take(9, 1), stream([1]));
+        scheduler.set_aside(Stream(1), now);
+        assert_eq!(scheduler.take(9, 1), stream([2]));
+        scheduler.wake(now);
+        assert!(scheduler.take(9, 9).is_empty(), "2 still runs");
+        scheduler.done(Stream(2));
+        assert_eq!(scheduler.take(9, 2), stream([1, 3]));
+        scheduler.set_aside(Stream(3), now);
+        scheduler.done(Stream(1));
+        assert_eq!(scheduler.ready(), 1, "4");
+        scheduler.wake(now);
+        assert_eq!(scheduler.take(9, 9), stream([3, 4]));
+    }
+
+    #[test]
+    fn a_delayed_event_waits_until_others_of_its_key_have_gathered() {
+        let now = Instant::now();
+        let later = |seconds| now + Duration::from_secs(seconds);
+        let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "b"), (4, "c")]);
+        for (event, seconds) in [(1, 1), (2, 2), (3, 3)] {
+            scheduler.delay(Stream(event), later(seconds));
+        }
+        assert_eq!(scheduler.take(9, 9), stream([4]), "others do not wait");
+        assert_eq!(scheduler.next_wake(), Some(later(1)));
+        scheduler.wake(later(1));
+        assert_eq!(scheduler.take(9, 9), stream([1, 2]), "2 goes with 1");
+        assert!(scheduler.add(Stream(5), Some("a")));
+        scheduler.delay(Stream(5), later(5));
+        scheduler.done(Stream(1));
+        scheduler.done(Stream(2));
+        scheduler.wake(later(3));
+        assert_eq!(scheduler.take(9, 9), stream([3]), "5 waits anew");
+        scheduler.wake(later(5));
+        assert_eq!(scheduler.take(9, 9), stream([5]));
+    }
+
+    #[test]
+    fn a_suspect_runs_in_a_batch_of_its_own_and_one_at_a_time() {
+        let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "a"), (4, "b"), (5, "c")]);
+        scheduler.bears(Stream(2), Company::Unsuspected);
+        scheduler.bears(Stream(5), Company::Unsuspected);
+        assert_eq!(scheduler.ready(), 3);
+        assert_eq!(scheduler.take(9, 9), stream([5]));
+        assert_eq!(scheduler.take(9, 9), stream([1, 4]), "2 is not one of a batch");
+        scheduler.done(Stream(1));
+        assert_eq!(scheduler.ready(), 0, "5 still runs");
+        scheduler.done(Stream(5));
+        assert_eq!(scheduler.take(9, 9), stream([2]));
+        scheduler.done(Stream(2));
+        assert_eq!(scheduler.take(9, 9), stream([3]));
+    }
+
+    #[test]
+    fn nothing_runs_beside_an_event_that_bears_no_company() {
+        let now = Instant::now();
+        let mut scheduler = scheduler(&[(1, ""), (2, ""), (3, ""), (4, "")]);
+        assert_eq!(scheduler.take(1, 1), stream([1]));
+        scheduler.bears(Stream(2), Company::Unsuspected);
+        scheduler.bears(Stream(3), Company::None);
+        assert_eq!((scheduler.ready(), scheduler.take(9, 9)), (0, Vec::new()), "1 still runs");
+        scheduler.done(Stream(1));
+        assert_eq!((scheduler.ready(), scheduler.take(9, 9)), (1, vec![Stream(3)]));
+        assert_eq!((scheduler.ready(), scheduler.take(9, 9)), (0, Vec::new()));
+        // One that waits for its time keeps nobody waiting, and one that is gone neither.
+        scheduler.hold(Stream(3), now);
+        scheduler.bears(Stream(77), Company::None);
+        assert_eq!((scheduler.take(9, 9), scheduler.take(9, 9)), (vec![Stream(2)], vec![Stream(4)]));
+        scheduler.wake(now);
+        scheduler.done(Stream(2));
+        assert!(scheduler.take(9, 9).is_empty(), "4 still runs");
+        scheduler.put_back(Stream(4));
+        assert_eq!(scheduler.take(9, 9), stream([3]));
+        scheduler.done(Stream(3));
+        assert_eq!(scheduler.take(9, 9), stream([4]));
     }
 
     #[derive(Debug, Clone)]
     enum Step {
-        Add(u64, Option<u8>),
+        Add(Place, Option<u8>, bool, Company),
         Take(usize, usize),
         Settle(usize, Verdict),
         Wake,
@@ -268,12 +522,16 @@ mod tests {
         Done,
         PutBack,
         Hold,
+        SetAside,
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
-        let verdict = prop_oneof![3 => Just(Verdict::Done), 1 => Just(Verdict::PutBack), 1 => Just(Verdict::Hold)];
+        let verdict = prop_oneof![3 => Just(Verdict::Done), 1 => Just(Verdict::PutBack), 1 => Just(Verdict::Hold), 1 => Just(Verdict::SetAside)];
+        let company = prop_oneof![8 => Just(Company::Any), 1 => Just(Company::Unsuspected), 1 => Just(Company::None)];
+        let place = prop_oneof![3 => (0..200u64).prop_map(Stream), 1 => (0..60i64).prop_map(Redrive)];
         let step = prop_oneof![
-            4 => (0..200u64, proptest::option::of(0..4u8)).prop_map(|(event, key)| Step::Add(event, key)),
+            4 => (place, proptest::option::of(0..4u8), proptest::bool::ANY, company)
+                .prop_map(|(event, key, delayed, company)| Step::Add(event, key, delayed, company)),
             3 => (1..4usize, 1..6usize).prop_map(|(heads, max)| Step::Take(heads, max)),
             3 => (0..8usize, verdict).prop_map(|(lane, verdict)| Step::Settle(lane, verdict)),
             1 => Just(Step::Wake),
@@ -283,7 +541,7 @@ mod tests {
 
     /// What lanes do: they settle their events in order, and after one of a key that is not done they put back the rest
     /// of that key.
-    fn settle(scheduler: &mut Scheduler, model: &mut Model, batch: Vec<u64>, verdict: Verdict, now: Instant) {
+    fn settle(scheduler: &mut Scheduler, model: &mut Model, batch: Vec<Place>, verdict: Verdict, now: Instant) {
         let mut blocked: Vec<u8> = Vec::new();
         for (n, event) in batch.iter().enumerate() {
             let key = model.keys[event];
@@ -302,8 +560,12 @@ mod tests {
                 }
                 Verdict::PutBack => scheduler.put_back(*event),
                 Verdict::Hold => scheduler.hold(*event, now + Duration::from_secs(1)),
+                Verdict::SetAside => {
+                    scheduler.set_aside(*event, now + Duration::from_secs(1));
+                    model.aside.insert(*event);
+                }
             }
-            if let (Some(key), false) = (key, matches!(verdict, Verdict::Done)) {
+            if let (Some(key), false) = (key, matches!(verdict, Verdict::Done | Verdict::SetAside)) {
                 blocked.push(key);
             }
         }
@@ -311,21 +573,38 @@ mod tests {
 
     #[derive(Default)]
     struct Model {
-        keys: HashMap<u64, Option<u8>>,
-        open: BTreeSet<u64>,
-        running: BTreeSet<u64>,
+        keys: HashMap<Place, Option<u8>>,
+        suspects: HashMap<Place, Company>,
+        open: BTreeSet<Place>,
+        running: BTreeSet<Place>,
+        /// Those that others of their key may overtake at present.
+        aside: BTreeSet<Place>,
     }
 
     impl Model {
-        fn check_taken(&self, batch: &[u64]) {
+        fn check_company(&self, batch: &[Place]) {
+            let suspects: Vec<_> = self.running.iter().filter_map(|event| self.suspects.get(event)).collect();
+            assert!(suspects.is_empty() || !suspects.contains(&&Company::None), "{batch:?} beside {suspects:?}");
+            match batch.iter().filter_map(|event| self.suspects.get(event)).collect::<Vec<_>>()[..] {
+                [] => {}
+                [Company::None] => assert!(batch.len() == 1 && self.running.is_empty(), "{batch:?}"),
+                [_] => assert!(batch.len() == 1 && suspects.is_empty(), "{batch:?} beside {suspects:?}"),
+                _ => panic!("several suspects in {batch:?}"),
+            }
+        }
+
+        fn check_taken(&self, batch: &[Place]) {
+            if !batch.is_empty() {
+                self.check_company(batch);
+            }
             for (n, event) in batch.iter().enumerate() {
-                assert!(self.open.contains(event) && !self.running.contains(event), "{event} given out twice");
+                assert!(self.open.contains(event) && !self.running.contains(event), "{event:?} given out twice");
                 if let Some(key) = self.keys[event] {
-                    let same = |other: &&u64| self.keys[*other] == Some(key);
-                    assert_eq!(self.running.iter().find(same), None, "the key of {event} runs elsewhere");
-                    let older = self.open.iter().filter(|other| *other < event).filter(same);
+                    let same = |other: &&Place| self.keys[*other] == Some(key);
+                    assert_eq!(self.running.iter().find(same), None, "the key of {event:?} runs elsewhere");
+                    let older = self.open.difference(&self.aside).filter(|other| *other < event).filter(same);
                     for older in older {
-                        assert!(batch[..n].contains(older), "{event} overtakes {older}");
+                        assert!(batch[..n].contains(older), "{event:?} overtakes {older:?}");
                     }
                 }
             }
@@ -337,12 +616,12 @@ mod tests {
         fn keys_are_serial_and_everything_ends(steps in steps()) {
             let mut scheduler = Scheduler::default();
             let mut model = Model::default();
-            let mut lanes: Vec<Vec<u64>> = Vec::new();
+            let mut lanes: Vec<Vec<Place>> = Vec::new();
             let mut now = Instant::now();
             for step in steps {
                 match step {
-                    Step::Add(event, key) => {
-                        // A sequence belongs to one message for ever.
+                    Step::Add(event, key, delayed, company) => {
+                        // A place belongs to one event for ever.
                         if model.keys.contains_key(&event) && !model.open.contains(&event) {
                             continue;
                         }
@@ -350,6 +629,13 @@ mod tests {
                         prop_assert_eq!(new, model.open.insert(event));
                         if new {
                             model.keys.insert(event, key);
+                            if company != Company::Any {
+                                model.suspects.insert(event, company);
+                                scheduler.bears(event, company);
+                            }
+                            if delayed {
+                                scheduler.delay(event, now + Duration::from_secs(1));
+                            }
                         }
                     }
                     Step::Take(heads, max) => {
@@ -371,6 +657,7 @@ mod tests {
                     Step::Wake => {
                         now += Duration::from_secs(2);
                         scheduler.wake(now);
+                        model.aside.clear();
                     }
                 }
                 prop_assert_eq!(scheduler.events.len(), model.open.len());
@@ -378,8 +665,9 @@ mod tests {
             for batch in lanes {
                 settle(&mut scheduler, &mut model, batch, Verdict::Hold, now);
             }
-            scheduler.wake(now + Duration::from_secs(2));
+            model.aside.clear();
             loop {
+                scheduler.wake(now + Duration::from_secs(2));
                 let batch = scheduler.take(2, 3);
                 if batch.is_empty() {
                     break;
@@ -389,6 +677,7 @@ mod tests {
             }
             prop_assert!(model.open.is_empty() && scheduler.events.is_empty(), "left over: {:?}", model.open);
             prop_assert!(scheduler.keys.is_empty() && scheduler.held.is_empty() && scheduler.ready.is_empty());
+            prop_assert!(scheduler.suspects.is_empty() && scheduler.suspect.is_none() && scheduler.running == 0);
         }
     }
 }

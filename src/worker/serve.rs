@@ -1,13 +1,16 @@
 //! The life of one subscriber in one process: stand by, take over, work, hand over.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
 
 use crate::backoff::Backoff;
 use crate::error::{Error, ErrorKind};
+use crate::event::EventId;
 use crate::jetstream::ack::Answers;
 use crate::jetstream::consumer::{self, ConsumerSpec, Position};
 use crate::jetstream::stored::Source;
@@ -16,8 +19,10 @@ use crate::postgres;
 use crate::postgres::connections::Connections;
 use crate::postgres::function::{self, FunctionName};
 use crate::postgres::lease::{self, Tenure};
+use crate::postgres::{inbox, running};
 
 use super::lane::Lane;
+use super::pruner::Pruner;
 use super::session::{self, End, Session};
 use super::subscriber::{Subscriber, Work};
 
@@ -88,6 +93,7 @@ impl Service {
         let lost = CancellationToken::new();
         let keeper = keep(Arc::clone(&self.connections), Arc::clone(&tenure), lost.clone());
         let keeper = AbortOnDropHandle::new(tokio::spawn(keeper));
+        let pruner = AbortOnDropHandle::new(tokio::spawn(self.pruner().run()));
         while !stop.is_cancelled() && !lost.is_cancelled() {
             let Some(position) = self.wait_until_ready(stop, &lost).await else { break };
             match self.work(&tenure, position, stop, &lost).await {
@@ -99,12 +105,20 @@ impl Service {
                 }
             }
         }
-        drop(keeper);
+        drop((keeper, pruner));
         if lost.is_cancelled() {
             tracing::warn!(subscriber = self.name(), epoch = tenure.epoch, "another instance has taken over");
             return;
         }
         self.hand_over(&tenure).await;
+    }
+
+    fn pruner(&self) -> Pruner {
+        Pruner {
+            subscriber: Arc::clone(&self.subscriber),
+            connections: Arc::clone(&self.connections),
+            source: Source::new(&jetstream::context(&self.client), &self.spec.stream),
+        }
     }
 
     async fn hand_over(&self, tenure: &Tenure) {
@@ -164,6 +178,35 @@ impl Service {
         }
     }
 
+    /// Finds out which events ran when the process of a predecessor died, and how often that happened to them.
+    async fn take_over(&self, tenure: &Tenure) -> Result<HashMap<Uuid, u32>, Error> {
+        let found =
+            self.connections.run(async |connection| running::take_over(connection, tenure, self.name()).await).await;
+        let found =
+            found.map_err(|error| postgres::database_error("what a predecessor ran cannot be looked at", error))?;
+        for (event_id, crashes) in &found {
+            tracing::warn!(subscriber = self.name(), %event_id, crashes, "the worker's process died while an event ran");
+        }
+        Ok(found.into_iter().map(|(event, crashes)| (event, crashes.unsigned_abs())).collect())
+    }
+
+    /// Asks the inbox which events are done. When it cannot be asked, none: a lane will find out.
+    fn done(&self) -> feed::Done {
+        let (connections, subscriber) = (Arc::clone(&self.connections), Arc::clone(&self.subscriber));
+        Box::new(move |events| {
+            let (connections, subscriber) = (Arc::clone(&connections), Arc::clone(&subscriber));
+            Box::pin(async move {
+                let events: Vec<Uuid> = events.into_iter().map(EventId::as_uuid).collect();
+                let found =
+                    connections.run(async |connection| inbox::done(connection, &subscriber.name, &events).await);
+                match tokio::time::timeout(LEASE, found).await {
+                    Ok(Ok(found)) => found.into_iter().map(EventId::from).collect(),
+                    _ => HashSet::new(),
+                }
+            })
+        })
+    }
+
     async fn work(
         &self,
         tenure: &Arc<Tenure>,
@@ -171,17 +214,22 @@ impl Service {
         stop: &CancellationToken,
         lost: &CancellationToken,
     ) -> End {
+        let suspects = match self.take_over(tenure).await {
+            Ok(suspects) => suspects,
+            Err(error) => return End::Broken(error.report()),
+        };
         let context = jetstream::context(&self.client);
         let lane = Lane {
             subscriber: Arc::clone(&self.subscriber),
             connections: Arc::clone(&self.connections),
             source: Source::new(&context, &self.spec.stream),
             tenure: Arc::clone(tenure),
+            number: 0,
         };
         let budget = session::budget(&lane);
         let ack_wait = position.ack_wait;
-        let feed = feed::start(&self.client, &context, &self.spec, position, &budget);
-        Session::new(lane, Answers::start(&self.client), budget).run(feed, ack_wait, stop, lost).await
+        let feed = feed::start(&self.client, &context, &self.spec, position, &budget, self.done());
+        Session::new(lane, suspects, Answers::start(&self.client), budget).run(feed, ack_wait, stop, lost).await
     }
 }
 

@@ -1,6 +1,6 @@
 //! The main loop of a subscriber's active instance: takes messages from the feed, gives events to lanes, answers.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,15 +8,21 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
 
 use crate::backoff::Backoff;
 use crate::envelope::Envelope;
+use crate::event::EventId;
 use crate::fault;
 use crate::jetstream::ack::{Answer, Answers, Reply};
 use crate::jetstream::feed::{Budget, Fed, Incoming, Permit};
+use crate::postgres::redrive::Waiting;
 
-use super::lane::{Item, Lane, Report, Verdict};
-use super::scheduler::Scheduler;
+use super::lane::{Lane, Report, Verdict};
+use super::load::Item;
+use super::redrive::Redrives;
+use super::scheduler::{Company, Place, Scheduler};
+use super::subscriber::FailurePolicy;
 
 /// The most payload bytes in memory, beside what is on its way.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
@@ -40,8 +46,13 @@ pub(super) enum End {
 pub(super) struct Session {
     lane: Lane,
     scheduler: Scheduler,
-    pending: HashMap<u64, Pending>,
-    lanes: JoinSet<Report>,
+    pending: HashMap<Place, Pending>,
+    redrives: Redrives,
+    lanes: JoinSet<(i64, Report)>,
+    /// The numbers of the lanes that run.
+    numbers: BTreeSet<i64>,
+    /// Events that ran when the process of a predecessor died, with how often it did.
+    suspects: HashMap<Uuid, u32>,
     answers: Answers,
     budget: Arc<Budget>,
     gate: Gate,
@@ -51,7 +62,8 @@ pub(super) struct Session {
 
 /// What is known of an event that is not done.
 struct Pending {
-    /// The event and its share of the memory; none when it was let go.
+    id: EventId,
+    /// The event and its share of the memory; none when it was let go, or waits in the table of redriven events.
     event: Option<(Arc<Envelope>, Permit)>,
     reply: Option<Reply>,
     deliveries: u64,
@@ -59,6 +71,8 @@ struct Pending {
     alive: bool,
     /// How often in a row its handler was interrupted by an outage.
     interruptions: u32,
+    /// How often the process died while it ran.
+    crashes: u32,
 }
 
 /// Closed while the database is away.
@@ -75,12 +89,15 @@ pub(super) fn budget(lane: &Lane) -> Arc<Budget> {
 }
 
 impl Session {
-    pub(super) fn new(lane: Lane, answers: Answers, budget: Arc<Budget>) -> Self {
+    pub(super) fn new(lane: Lane, suspects: HashMap<Uuid, u32>, answers: Answers, budget: Arc<Budget>) -> Self {
         Self {
+            redrives: Redrives::new(Arc::clone(&lane.connections), &lane.subscriber.name),
             lane,
             scheduler: Scheduler::default(),
             pending: HashMap::new(),
             lanes: JoinSet::new(),
+            numbers: BTreeSet::new(),
+            suspects,
             answers,
             budget,
             gate: Gate::default(),
@@ -113,6 +130,7 @@ impl Session {
                 }
                 _ = signs.tick() => self.send_signs(),
                 () = sleep_until(wake), if wake.is_some() => self.scheduler.wake(Instant::now()),
+                rows = self.redrives.next() => self.take_redriven(rows),
                 fed = feed.recv() => match fed {
                     Some(Fed::Message(incoming)) => self.take_in(*incoming),
                     Some(Fed::Ended(reason)) => break End::Broken(reason),
@@ -144,10 +162,13 @@ impl Session {
                 return;
             }
         };
-        if self.scheduler.add(sequence, event.key.as_deref()) {
+        let place = Place::Stream(sequence);
+        let id = event.id;
+        if let Some(crashes) = self.schedule(place, id, event.key.as_deref()) {
             let event = Some((Arc::new(event), permit));
-            self.pending.insert(sequence, Pending { event, reply, deliveries, alive: true, interruptions: 0 });
-        } else if let Some(known) = self.pending.get_mut(&sequence) {
+            let pending = Pending { id, event, reply, deliveries, alive: true, interruptions: 0, crashes };
+            self.pending.insert(place, pending);
+        } else if let Some(known) = self.pending.get_mut(&place) {
             // It came again while it waits or runs: never a second run, but a fresh place for the answer.
             if reply.is_some() {
                 known.reply = reply;
@@ -160,6 +181,40 @@ impl Session {
         }
     }
 
+    /// Takes note of events that were sent back. They stay in their table until a lane reads them.
+    fn take_redriven(&mut self, rows: Vec<Waiting>) {
+        for Waiting { id, event_id, key } in rows {
+            let place = Place::Redrive(id);
+            let id = event_id.into();
+            if let Some(crashes) = self.schedule(place, id, key.as_deref()) {
+                self.redrives.added();
+                let (event, reply) = (None, None);
+                let pending = Pending { id, event, reply, deliveries: 0, alive: false, interruptions: 0, crashes };
+                self.pending.insert(place, pending);
+            }
+        }
+    }
+
+    /// Gives an event to the scheduler and returns how often the process died while it ran; none when it is known
+    /// already.
+    fn schedule(&mut self, place: Place, id: EventId, key: Option<&str>) -> Option<u32> {
+        if !self.scheduler.add(place, key) {
+            return None;
+        }
+        // Once: an event that an operator sends back after it was given up begins anew.
+        let crashes = self.suspects.remove(&id.as_uuid()).unwrap_or(0);
+        match crashes {
+            0 => {}
+            // The first time it may well have been another one.
+            1 => self.scheduler.bears(place, Company::Unsuspected),
+            _ => self.scheduler.bears(place, Company::None),
+        }
+        if let (Some(_), Some(window)) = (key, self.lane.subscriber.settings.debounce) {
+            self.scheduler.delay(place, Instant::now() + window);
+        }
+        Some(crashes)
+    }
+
     /// When the memory is full of events that cannot run now and lanes have nothing to do: keeps the places of those
     /// events and lets their payloads go, so that others can come in. Lanes read them again when their time comes.
     fn make_room(&mut self) {
@@ -167,8 +222,8 @@ impl Session {
         if busy || !self.budget.is_full() || self.scheduler.ready() > 0 {
             return;
         }
-        for sequence in self.scheduler.idle() {
-            let Some(pending) = self.pending.get_mut(&sequence) else { continue };
+        for place in self.scheduler.idle() {
+            let Some(pending) = self.pending.get_mut(&place) else { continue };
             if pending.event.take().is_some() && pending.alive {
                 pending.alive = false;
                 if let Some(reply) = &pending.reply {
@@ -180,30 +235,42 @@ impl Session {
 
     /// Gives free lanes something to do.
     fn give_out(&mut self) {
-        if self.gate.closed_until.is_some_and(|until| until > Instant::now()) {
+        if !self.redrives.begun() || self.gate.closed_until.is_some_and(|until| until > Instant::now()) {
             return;
         }
         // After an outage one lane looks whether it is over.
         let lanes = if self.gate.failures > 0 { 1 } else { self.lane.subscriber.settings.concurrency };
         while self.lanes.len() < lanes && self.scheduler.ready() > 0 {
-            let heads = self.scheduler.ready().div_ceil(lanes - self.lanes.len());
-            let items = self.scheduler.take(heads, self.batch_limit()).into_iter().map(|sequence| {
-                let pending = self.pending.get(&sequence);
+            let heads = match self.lane.subscriber.settings.debounce {
+                // All that has gathered of one key, and nothing else, fits best into one transaction.
+                Some(_) => 1,
+                None => self.scheduler.ready().div_ceil(lanes - self.lanes.len()),
+            };
+            let items = self.scheduler.take(heads, self.batch_limit()).into_iter().map(|place| {
+                let pending = self.pending.get(&place);
                 Item {
-                    sequence,
+                    place,
                     event: pending.and_then(|pending| pending.event.as_ref()).map(|(event, _)| Arc::clone(event)),
                     deliveries: pending.map_or(0, |pending| pending.deliveries),
+                    crashes: pending.map_or(0, |pending| pending.crashes),
                 }
             });
             let items = items.collect();
-            self.lanes.spawn(self.lane.clone().run(items));
+            let number = (0..).find(|number| !self.numbers.contains(number)).unwrap_or_default();
+            self.numbers.insert(number);
+            let lane = Lane { number, ..self.lane.clone() };
+            self.lanes.spawn(async move { (number, lane.run(items).await) });
         }
     }
 
-    /// As many events as should fit into one transaction of the targeted length.
+    /// As many events as should fit into one transaction of the targeted length; what was gathered is not torn apart.
     fn batch_limit(&self) -> usize {
+        let settings = &self.lane.subscriber.settings;
+        if settings.debounce.is_some() {
+            return settings.max_batch;
+        }
         let fit = TARGET.as_nanos() / self.pace.as_nanos().max(1);
-        usize::try_from(fit).unwrap_or(usize::MAX).clamp(1, self.lane.subscriber.settings.max_batch)
+        usize::try_from(fit).unwrap_or(usize::MAX).clamp(1, settings.max_batch)
     }
 
     fn next_wake(&self) -> Option<Instant> {
@@ -216,14 +283,17 @@ impl Session {
     }
 
     /// Takes the outcome of a batch, and says when the session cannot go on.
-    fn settle(&mut self, report: Result<Report, JoinError>) -> Option<End> {
+    fn settle(&mut self, report: Result<(i64, Report), JoinError>) -> Option<End> {
         let report = match report {
-            Ok(report) => report,
+            Ok((number, report)) => {
+                self.numbers.remove(&number);
+                report
+            }
             // Handlers' panics are caught in the lane: this is a defect of ours, and its events are still given out.
             Err(error) => return Some(End::Broken(format!("a lane broke down: {error}"))),
         };
-        for (sequence, verdict) in report.verdicts {
-            self.settle_event(sequence, verdict);
+        for (place, verdict) in report.verdicts {
+            self.settle_event(place, verdict);
         }
         if let Some(pace) = report.pace {
             self.pace = (self.pace * 7 + pace) / 8;
@@ -235,30 +305,34 @@ impl Session {
         report.fenced.then_some(End::Fenced)
     }
 
-    fn settle_event(&mut self, sequence: u64, verdict: Verdict) {
-        let Some(pending) = self.pending.get_mut(&sequence) else { return };
+    fn settle_event(&mut self, place: Place, verdict: Verdict) {
+        let Some(pending) = self.pending.get_mut(&place) else { return };
         let answer = match verdict {
-            Verdict::NotRun => return self.scheduler.put_back(sequence),
+            Verdict::NotRun => return self.scheduler.put_back(place),
             Verdict::Interrupted(reason) => {
                 pending.interruptions += 1;
                 // The first one and then ever more rarely.
                 if pending.interruptions.is_power_of_two() {
                     tracing::warn!(
                         subscriber = self.lane.subscriber.name,
-                        event_id = pending.event.as_ref().map(|(event, _)| tracing::field::display(event.id)),
-                        sequence,
+                        event_id = %pending.id,
+                        ?place,
                         times = pending.interruptions,
                         error = reason,
                         "what an event needs is away, waiting"
                     );
                 }
                 let wait = Backoff::RECONNECT.after(pending.interruptions);
-                return self.scheduler.hold(sequence, Instant::now() + wait);
+                return self.scheduler.hold(place, Instant::now() + wait);
             }
-            Verdict::Later(wait) => {
+            Verdict::Failed(wait) | Verdict::Later(wait) => {
                 pending.alive = false;
                 pending.interruptions = 0;
-                self.scheduler.hold(sequence, Instant::now() + wait);
+                let until = Instant::now() + wait;
+                match (&verdict, self.lane.subscriber.settings.failure_policy) {
+                    (Verdict::Failed(_), FailurePolicy::Skip) => self.scheduler.set_aside(place, until),
+                    _ => self.scheduler.hold(place, until),
+                }
                 Answer::Later(wait)
             }
             Verdict::Done => Answer::Done,
@@ -269,8 +343,11 @@ impl Session {
         }
         fault::point("worker-answered");
         if !matches!(answer, Answer::Later(_)) {
-            self.scheduler.done(sequence);
-            self.pending.remove(&sequence);
+            self.scheduler.done(place);
+            self.pending.remove(&place);
+            if let Place::Redrive(_) = place {
+                self.redrives.done();
+            }
         }
     }
 

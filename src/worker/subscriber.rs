@@ -19,6 +19,7 @@ use crate::jetstream::consumer::ConsumerSpec;
 use crate::postgres::function::FunctionName;
 use crate::subject::{SubjectPrefix, check_tokens};
 
+use super::batch::{BatchError, BatchHandler};
 use super::handler::{Delivery, Handler, HandlerError};
 
 /// A named, durable reader of events with its own progress, retries and dead letters.
@@ -48,10 +49,14 @@ pub(super) struct Settings {
     pub(super) prefix: Option<SubjectPrefix>,
     pub(super) concurrency: usize,
     pub(super) max_attempts: u32,
+    pub(super) max_crashes: u32,
     pub(super) max_batch: usize,
     pub(super) backoff: Backoff,
+    pub(super) failure_policy: FailurePolicy,
+    pub(super) debounce: Option<Duration>,
     pub(super) ack_wait: Duration,
     pub(super) time_limit: Duration,
+    pub(super) inbox_retention: Duration,
 }
 
 impl Default for Settings {
@@ -62,12 +67,27 @@ impl Default for Settings {
             prefix: None,
             concurrency: 8,
             max_attempts: 10,
+            max_crashes: 3,
             max_batch: 100,
             backoff: Backoff::default(),
+            failure_policy: FailurePolicy::default(),
+            debounce: None,
             ack_wait: Duration::from_secs(30),
             time_limit: Duration::from_secs(60),
+            inbox_retention: Duration::from_hours(30 * 24),
         }
     }
+}
+
+/// What becomes of the later events of a key while one of it waits for its next attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FailurePolicy {
+    /// They wait, so the order of the key holds.
+    #[default]
+    Block,
+    /// They go on, and the failed one comes behind those that ran meanwhile. Never do two of a key run at once. An event
+    /// that was snoozed, or waits for the end of an outage, still holds back its key.
+    Skip,
 }
 
 /// What is done with the events.
@@ -81,12 +101,14 @@ pub(super) enum Work {
 /// A handler behind its event type.
 pub(super) struct Route {
     handler: &'static str,
+    /// Whether it takes more than one event at a time.
+    pub(super) in_batches: bool,
     place: &'static Location<'static>,
     pub(super) run: Run,
 }
 
 type Run = Arc<
-    dyn for<'a, 't> Fn(&'a mut PgTransaction<'t>, &'a Envelope, Try) -> BoxFuture<'a, Result<(), HandlerError>>
+    dyn for<'a, 't> Fn(&'a mut PgTransaction<'t>, &'a [(&'a Envelope, Try)]) -> BoxFuture<'a, Result<(), BatchError>>
         + Send
         + Sync,
 >;
@@ -134,23 +156,30 @@ impl Subscriber {
     /// Handles events of type `E` with `handler`. One handler per type.
     #[must_use]
     #[track_caller]
-    pub fn on<E: Event>(mut self, handler: impl Handler<E>) -> Self {
-        let route = Route::new(handler);
+    pub fn on<E: Event>(self, handler: impl Handler<E>) -> Self {
+        self.route(E::TYPE, Route::new(handler))
+    }
+
+    /// Handles events of type `E` with `handler`, which gets all of a transaction at once. One handler per type; others
+    /// of the subscriber may get theirs one by one.
+    #[must_use]
+    #[track_caller]
+    pub fn on_batch<E: Event>(self, handler: impl BatchHandler<E>) -> Self {
+        self.route(E::TYPE, Route::batch(handler))
+    }
+
+    fn route(mut self, event_type: &'static str, route: Route) -> Self {
         match &mut self.work {
             Work::Function { function, .. } => {
                 self.problems.push(format!("it calls {function} and cannot have the handler {} too", route.handler))
             }
-            Work::Handlers(routes) => match routes.get(E::TYPE) {
+            Work::Handlers(routes) => match routes.get(event_type) {
                 Some(other) => self.problems.push(format!(
                     "it has two handlers for {}: {} ({}) and {} ({}); make one of them a subscriber of its own",
-                    E::TYPE,
-                    other.handler,
-                    other.place,
-                    route.handler,
-                    route.place
+                    event_type, other.handler, other.place, route.handler, route.place
                 )),
                 None => {
-                    routes.insert(E::TYPE, route);
+                    routes.insert(event_type, route);
                 }
             },
         }
@@ -195,10 +224,37 @@ impl Subscriber {
         self
     }
 
+    /// How often the worker's process may die (abort, out of memory) while an event runs; the next time the event becomes
+    /// a dead letter. An event that ran when the process died runs again in a transaction of its own, from the second
+    /// time on with nothing beside it; so at least 2. Defaults to 3.
+    #[must_use]
+    pub fn max_crashes(mut self, crashes: u32) -> Self {
+        self.settings.max_crashes = crashes;
+        self
+    }
+
     /// The wait between attempts. Defaults to 1 second, doubling up to 5 minutes, plus jitter.
     #[must_use]
     pub fn backoff(mut self, backoff: Backoff) -> Self {
         self.settings.backoff = backoff;
+        self
+    }
+
+    /// Whether a failed event holds back the later ones of its key until it is handled or given up. Defaults to
+    /// [`FailurePolicy::Block`].
+    #[must_use]
+    pub fn failure_policy(mut self, policy: FailurePolicy) -> Self {
+        self.settings.failure_policy = policy;
+        self
+    }
+
+    /// Lets the first event of a key wait for `window`, and then runs all events of the key that have arrived meanwhile
+    /// in one transaction, up to `max_batch` of them: so that a [`BatchHandler`] recomputes once per key and window
+    /// instead of once per event. Each transaction has events of one key only. Events without a key do not wait.
+    /// Defaults to no waiting.
+    #[must_use]
+    pub fn debounce(mut self, window: Duration) -> Self {
+        self.settings.debounce = Some(window);
         self
     }
 
@@ -223,6 +279,16 @@ impl Subscriber {
     #[must_use]
     pub fn time_limit(mut self, limit: Duration) -> Self {
         self.settings.time_limit = limit;
+        self
+    }
+
+    /// How long the inbox remembers an event that is done, at least; the active instance removes older rows. A row stays
+    /// as long as the stream holds the event's message, and as long as its dead letter exists. It must be longer than
+    /// the outbox's retention and the stream's `max_age` together, because a stream that was lost is filled again from
+    /// the outbox. Defaults to 30 days.
+    #[must_use]
+    pub fn inbox_retention(mut self, retention: Duration) -> Self {
+        self.settings.inbox_retention = retention;
         self
     }
 
@@ -297,9 +363,11 @@ impl Settings {
         match self {
             Self { concurrency: 0, .. } => at_least("concurrency", "1"),
             Self { max_attempts: 0, .. } => at_least("max_attempts", "1"),
+            Self { max_crashes: 0 | 1, .. } => at_least("max_crashes", "2"),
             Self { max_batch: 0, .. } => at_least("max_batch", "1"),
             Self { ack_wait, .. } if *ack_wait < second => at_least("ack_wait", "1s"),
             Self { time_limit, .. } if *time_limit < second => at_least("time_limit", "1s"),
+            Self { inbox_retention, .. } if *inbox_retention < second => at_least("inbox_retention", "1s"),
             Self { queue, .. } if !is_name(queue) => {
                 Some(format!("{queue:?} is not the name of a queue: use 1 to 64 letters, digits, '_' and '-'"))
             }
@@ -319,12 +387,39 @@ impl Route {
         Self {
             handler: type_name::<H>(),
             place: Location::caller(),
-            run: Arc::new(move |tx, envelope, this| {
+            in_batches: false,
+            run: Arc::new(move |tx, events| {
                 let handler = Arc::clone(&handler);
-                Box::pin(async move { handler.handle(tx, &read::<E>(envelope, this)?).await })
+                Box::pin(async move {
+                    for (n, delivery) in read_all::<E>(events)?.iter().enumerate() {
+                        handler.handle(tx, delivery).await.map_err(|error| BatchError::at(n, error))?;
+                    }
+                    Ok(())
+                })
             }),
         }
     }
+
+    #[track_caller]
+    fn batch<E: Event, H: BatchHandler<E>>(handler: H) -> Self {
+        let handler = Arc::new(handler);
+        Self {
+            handler: type_name::<H>(),
+            place: Location::caller(),
+            in_batches: true,
+            run: Arc::new(move |tx, events| {
+                let handler = Arc::clone(&handler);
+                Box::pin(async move { handler.handle(tx, &read_all::<E>(events)?).await })
+            }),
+        }
+    }
+}
+
+fn read_all<E: Event>(events: &[(&Envelope, Try)]) -> Result<Vec<Delivery<E>>, BatchError> {
+    let read = |(n, (envelope, this)): (usize, &(&Envelope, Try))| {
+        read::<E>(envelope, *this).map_err(|error| BatchError::at(n, error))
+    };
+    events.iter().enumerate().map(read).collect()
 }
 
 /// The typed event. What cannot be read now can never be read, so it is rejected.

@@ -208,9 +208,8 @@ impl Leg<'_> {
     async fn advance(&mut self, sweeping: bool) -> Result<Place, Error> {
         let stream = self.leg.naming.stream.clone();
         let newest = self.ask(async |session| relay_log::newest(session).await).await?;
-        match &newest.base {
-            Some(base) if base.stream == stream => _ = self.as_the_log_says(base).await?,
-            _ => {}
+        if let Some(base) = newest.base.as_ref().filter(|base| base.stream == stream) {
+            self.as_the_log_says(base).await?;
         }
         let sweep = self.position.sweep.as_ref().filter(|_| sweeping).map(|sweep| &sweep.place);
         let mut place = sweep.or(self.position.new.as_ref()).cloned().unwrap_or_else(Place::beginning);

@@ -1,0 +1,101 @@
+//! Which events run at present, written down before they do, so that a successor knows what was running when the
+//! process died.
+
+use sqlx::{Executor, Row};
+use uuid::Uuid;
+
+use super::lease::Tenure;
+use super::session::Session;
+
+/// Where one lane of a tenure writes down what it runs.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Marker<'a> {
+    pub(crate) subscriber: &'a str,
+    pub(crate) epoch: i64,
+    pub(crate) lane: i64,
+}
+
+impl Marker<'_> {
+    /// The statement that sets the marker, as text: it is sent together with others, which leaves no room for
+    /// parameters. So the subscriber's name is checked here once more.
+    pub(super) fn set(&self, events: &[Uuid]) -> Result<String, sqlx::Error> {
+        let Self { subscriber, epoch, lane } = self;
+        if !subscriber.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-') {
+            return Err(sqlx::Error::Configuration(format!("{subscriber:?} is not a subscriber name").into()));
+        }
+        let events: Vec<String> = events.iter().map(Uuid::to_string).collect();
+        let events = events.join(",");
+        Ok(format!(
+            "insert into aftercommit.running (subscriber, epoch, lane, events)
+             values ('{subscriber}', {epoch}, {lane}, '{{{events}}}')
+             on conflict (subscriber, epoch, lane) do update set events = excluded.events"
+        ))
+    }
+}
+
+/// Removes a marker whose lane has ended without a commit.
+pub(crate) async fn clear(connection: &mut Session, marker: Marker<'_>) -> Result<(), sqlx::Error> {
+    connection
+        .execute(
+            sqlx::query("delete from aftercommit.running where subscriber = $1 and epoch = $2 and lane = $3")
+                .bind(marker.subscriber)
+                .bind(marker.epoch)
+                .bind(marker.lane),
+        )
+        .await
+        .map(drop)
+}
+
+/// Takes over what earlier tenures left behind: counts a crash for each event that was running when they ended and that
+/// is not done. Returns all events of the subscriber that have such a count. Markers that are locked stay for the next
+/// time: their transaction is still open, because its process is frozen or its end has not been noticed yet.
+pub(crate) async fn take_over(
+    connection: &mut Session,
+    tenure: &Tenure,
+    subscriber: &str,
+) -> Result<Vec<(Uuid, i32)>, sqlx::Error> {
+    let rows = sqlx::query(
+        "with behind as (
+            select epoch, lane from aftercommit.running
+             where subscriber = $1 and epoch < $2
+               for update skip locked),
+         taken as (
+            delete from aftercommit.running as r using behind
+             where r.subscriber = $1 and r.epoch = behind.epoch and r.lane = behind.lane
+            returning r.events),
+         suspect as (
+            select distinct ran.event_id from taken, unnest(events) as ran(event_id)
+             where not exists (select from aftercommit.inbox as done
+                                where done.subscriber = $1 and done.event_id = ran.event_id)),
+         counted as (
+            insert into aftercommit.attempt as attempt (subscriber, event_id, crashes, last_error)
+            select $1, event_id, 1, 'the worker''s process died while this event ran' from suspect order by event_id
+            on conflict (subscriber, event_id) do update
+               set crashes = attempt.crashes + 1, last_error = excluded.last_error, last_failed_at = clock_timestamp()
+            returning event_id, crashes)
+         select event_id, crashes from counted
+         union all
+         select event_id, crashes from aftercommit.attempt as before
+          where subscriber = $1 and crashes > 0
+            and not exists (select from suspect where suspect.event_id = before.event_id)",
+    )
+    .bind(subscriber)
+    .bind(tenure.epoch)
+    .fetch_all(connection)
+    .await?;
+    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_subscriber_name_gets_into_the_statement() {
+        let set = |subscriber| Marker { subscriber, epoch: 7, lane: 2 }.set(&[Uuid::nil(), Uuid::nil()]);
+        assert!(set("branch-balance_2").unwrap().contains(
+            "('branch-balance_2', 7, 2, '{00000000-0000-0000-0000-000000000000,00000000-0000-0000-0000-000000000000}')"
+        ));
+        assert!(set("x', 1, 1, '{}'); drop table inbox; --").is_err());
+    }
+}

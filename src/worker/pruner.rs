@@ -1,0 +1,66 @@
+//! Removes inbox rows that no message can need any more, while the worker works.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::error::Error;
+use crate::jetstream::stored::Source;
+use crate::postgres::connections::Connections;
+use crate::postgres::{self, prune};
+
+use super::subscriber::Subscriber;
+
+/// How often to look, unless the retention is shorter.
+const INTERVAL: Duration = Duration::from_mins(1);
+/// Rows that are removed at a time.
+const BATCH: u32 = 1000;
+/// How many times as long as a batch took the pruner rests after it.
+const REST: u32 = 10;
+
+/// Prunes the inbox of a subscriber.
+pub(super) struct Pruner {
+    pub(super) subscriber: Arc<Subscriber>,
+    pub(super) connections: Arc<Connections>,
+    pub(super) source: Source,
+}
+
+impl Pruner {
+    /// Prunes until it is dropped.
+    pub(super) async fn run(self) {
+        let name = &self.subscriber.name;
+        let mut ticks =
+            tokio::time::interval(self.subscriber.settings.inbox_retention.clamp(Duration::from_secs(1), INTERVAL));
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            match self.prune().await {
+                Ok(0) => {}
+                Ok(rows) => tracing::info!(subscriber = name, rows, "pruned the inbox"),
+                // When a server is away, others say so.
+                Err(error) => tracing::debug!(subscriber = name, error = error.report(), "pruning failed"),
+            }
+        }
+    }
+
+    async fn prune(&self) -> Result<u64, Error> {
+        // What the stream drops from now on is for the next time.
+        let oldest = self.source.oldest().await?;
+        let Subscriber { name, settings, .. } = &*self.subscriber;
+        let mut rows = 0;
+        loop {
+            let started = Instant::now();
+            let batch = self
+                .connections
+                .run(async |connection| {
+                    prune::inbox(connection, name, settings.inbox_retention, oldest, BATCH.into()).await
+                })
+                .await
+                .map_err(|error| postgres::database_error("pruning the inbox failed", error))?;
+            rows += batch;
+            if batch < BATCH.into() {
+                return Ok(rows);
+            }
+            tokio::time::sleep(started.elapsed() * REST).await;
+        }
+    }
+}
