@@ -7,6 +7,7 @@ mod explain;
 mod findings;
 mod parked;
 mod peek;
+mod reconcile;
 mod relay;
 mod selection;
 mod terminal;
@@ -20,7 +21,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use serde::de::IgnoredAny;
 
-use super::{NamingArgs, NatsArgs, PostgresArgs, fail};
+use super::{NamingArgs, NatsArgs, PostgresArgs, fail, start_logging};
 use crate::admin;
 use crate::envelope::is_json;
 use crate::error::{Error, ErrorKind};
@@ -58,6 +59,8 @@ enum Command {
     Provision(Provision),
     /// Write one event in a transaction of its own and print its id
     Publish(Publish),
+    /// Compare what should be the same, report what is not, and repair it
+    Reconcile(Box<reconcile::Reconcile>),
     /// Pause or resume publishing, whichever relay leads
     #[command(subcommand)]
     Relay(relay::Relay),
@@ -164,6 +167,12 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Peek(command) => runtime.block_on(peek::run(*command))?,
         Command::Provision(command) => runtime.block_on(provision(command))?,
         Command::Publish(command) => runtime.block_on(publish(command))?,
+        Command::Reconcile(command) => {
+            start_logging();
+            let (text, status) = runtime.block_on(reconcile::run(*command))?;
+            exit = status;
+            text
+        }
         Command::Relay(command) => runtime.block_on(relay::run(command))?,
         Command::Runs(command) => runtime.block_on(findings::runs(command))?,
         Command::Status(command) => runtime.block_on(status(command))?,

@@ -5,11 +5,14 @@ use std::time::Duration;
 
 use clap::Parser;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::http::{self, HttpArgs};
 use super::{NamingArgs, NatsArgs, PostgresArgs, fail, run_role};
 use crate::error::Error;
-use crate::relay::{Mode, ParkPolicy, PublishMethod, Relay, RelayConfig};
+use crate::health::{Check, Health};
+use crate::reconciler::{self, OutboxLeg, Runner};
+use crate::relay::{self, Mode, ParkPolicy, PublishMethod, Relay, RelayConfig};
 
 const NAME: &str = "aftercommit-relay";
 
@@ -38,6 +41,15 @@ struct Cli {
     /// How many days events stay in the outbox after they were published
     #[arg(long, env = "AFTERCOMMIT_RETENTION_DAYS", value_name = "DAYS", default_value_t = 7.0, value_parser = days)]
     retention_days: f64,
+    /// How many events that were found missing in the stream are published again in a second at most
+    #[arg(long, env = "AFTERCOMMIT_REPAIR_RATE", value_name = "EVENTS", default_value_t = 5000)]
+    repair_rate: u32,
+    /// Compare outbox and stream so often, in the relays that have this, one at a time
+    #[arg(long, env = "AFTERCOMMIT_RECONCILE_EVERY", value_name = "DURATION", value_parser = humantime::parse_duration)]
+    reconcile_every: Option<Duration>,
+    /// Publish again what is missing in the stream
+    #[arg(long, env = "AFTERCOMMIT_RECONCILE_REPAIR", requires = "reconcile_every")]
+    reconcile_repair: bool,
     #[command(flatten)]
     http: HttpArgs,
 }
@@ -98,10 +110,24 @@ impl Cli {
                 Publish::Chained => PublishMethod::Chained,
                 Publish::Batched => PublishMethod::Batched,
             },
+            repair_rate: self.repair_rate,
             retention: Duration::from_secs_f64(self.retention_days * 86_400.0),
             unhealthy_after: self.http.unhealthy_after,
             ..RelayConfig::new(self.postgres.config()?, self.nats.config()?, self.naming.config()?)
         })
+    }
+}
+
+impl Cli {
+    fn reconciler(&self, config: &RelayConfig) -> Option<Runner> {
+        let interval = self.reconcile_every?;
+        let leg = OutboxLeg {
+            interval,
+            mode: if self.reconcile_repair { reconciler::Mode::Repair } else { reconciler::Mode::Report },
+            shared: config.mode == Mode::Shared,
+            ..OutboxLeg::new(config.nats.clone(), config.naming.clone())
+        };
+        Some(Runner::new(config.postgres.clone()).outbox(leg))
     }
 }
 
@@ -110,15 +136,60 @@ impl Cli {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli.config() {
-        Ok(config) => run_role(NAME, |shutdown| run(config, cli.http, shutdown)),
+        Ok(config) => {
+            let runner = cli.reconciler(&config);
+            run_role(NAME, |shutdown| run(config, runner, cli.http, shutdown))
+        }
         Err(error) => fail(NAME, &error),
     }
 }
 
-async fn run(config: RelayConfig, http: HttpArgs, shutdown: CancellationToken) -> Result<(), Error> {
+async fn run(
+    config: RelayConfig,
+    runner: Option<Runner>,
+    http: HttpArgs,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
     let server = http.open().await?;
     let relay = Relay::new(config);
-    Box::pin(http::beside(server, relay.monitor(), relay.run(shutdown))).await
+    let checks = Checks { relay: relay.monitor(), reconciler: runner.as_ref().map(Runner::monitor) };
+    let _runner = runner.map(|runner| {
+        let reconciling = runner.run(shutdown.clone());
+        AbortOnDropHandle::new(tokio::spawn(async {
+            if let Err(error) = reconciling.await {
+                tracing::error!(error = error.report(), "outbox and stream are not compared");
+            }
+        }))
+    });
+    Box::pin(http::beside(server, checks, relay.run(shutdown))).await
+}
+
+/// The relay's health. A comparison that fails is told, but to start the relay again would not help.
+struct Checks {
+    relay: relay::Monitor,
+    reconciler: Option<reconciler::Monitor>,
+}
+
+impl Check for Checks {
+    fn health(&self) -> Health {
+        let mut health = self.relay.health();
+        let trouble = self.reconciler.as_ref().map(Check::health).filter(|reconciler| !reconciler.ok);
+        if let Some(trouble) = trouble {
+            health.text = format!("{}; {}", health.text, trouble.text);
+        }
+        health
+    }
+
+    fn readiness(&self) -> Health {
+        self.relay.readiness()
+    }
+
+    fn refresh_metrics(&self) {
+        self.relay.refresh_metrics();
+        if let Some(reconciler) = &self.reconciler {
+            reconciler.refresh_metrics();
+        }
+    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,11 @@ pub(crate) mod ack;
 pub(crate) mod consumer;
 pub(crate) mod doctor;
 pub(crate) mod feed;
+pub(crate) mod history;
 pub(crate) mod monitoring;
+#[cfg_attr(not(test), expect(dead_code, reason = "for the reconcilers of subscribers"))]
+pub(crate) mod outbox_client;
+pub(crate) mod outbox_service;
 pub(crate) mod publisher;
 pub(crate) mod search;
 pub(crate) mod service;

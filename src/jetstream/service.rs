@@ -142,7 +142,7 @@ fn nanoseconds(duration: Duration) -> u64 {
 }
 
 /// Whether an answer may go there: `_INBOX.…`, or an inbox with a prefix such as `_INBOX_operator`.
-fn is_inbox(reply: &Subject) -> bool {
+pub(super) fn is_inbox(reply: &Subject) -> bool {
     reply.starts_with("_INBOX")
 }
 
@@ -150,6 +150,13 @@ fn is_inbox(reply: &Subject) -> bool {
 /// such error is reported here.
 pub(super) fn explains(error: &str) -> bool {
     static REPORTED: Once = Once::new();
+    if error.contains("Permissions Violation for Subscription to \"aftercommit.outbox.") {
+        tracing::warn!(
+            error,
+            "the NATS user may not answer questions about the outbox; reconcilers of subscribers cannot ask"
+        );
+        return true;
+    }
     let denied = ["Subscription to \"$SRV.", "Subscription to \"aftercommit.", "Publish to \"_INBOX"];
     let ours = denied.iter().any(|denied| error.contains(&format!("Permissions Violation for {denied}")));
     if ours {

@@ -12,6 +12,7 @@ mod execute;
 mod item;
 mod job;
 mod monitor;
+mod outbox;
 mod runner;
 
 use std::fmt;
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 pub use item::{Drift, ItemError, Reconciler};
 pub use monitor::Monitor;
+pub use outbox::OutboxLeg;
 pub use runner::Runner;
 
 /// What a run does about what it finds.
