@@ -17,6 +17,7 @@ use crate::error::{Error, ErrorKind};
 use crate::event::Event;
 use crate::jetstream::consumer::ConsumerSpec;
 use crate::postgres::function::FunctionName;
+use crate::reconciler::Subscription;
 use crate::subject::{SubjectPrefix, check_tokens};
 
 use super::batch::{BatchError, BatchHandler};
@@ -303,6 +304,17 @@ impl Subscriber {
             Work::Handlers(routes) => routes.keys().copied().collect(),
             Work::Function { types, .. } if types.is_empty() => vec!["*"],
             Work::Function { types, .. } => types.iter().map(String::as_str).collect(),
+        }
+    }
+
+    /// What its reconcilers need to know of it, in a worker with that naming.
+    pub fn subscription(&self, naming: &Naming) -> Subscription {
+        let types = self.types().into_iter().filter(|event_type| *event_type != "*").map(str::to_string);
+        Subscription {
+            spec: self.spec(naming),
+            types: types.collect(),
+            inbox_retention: self.settings.inbox_retention,
+            remedy: "run `aftercommit provision --config worker.toml`, or the service with --provision".into(),
         }
     }
 
