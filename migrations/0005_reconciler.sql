@@ -78,5 +78,6 @@ create table aftercommit.repair (
     constraint repair_state_is_known check (state in ('queued', 'published', 'refused'))
 );
 create index repair_queued on aftercommit.repair (outbox_id) where state = 'queued';
+create index repair_refused on aftercommit.repair (key, outbox_id) where state = 'refused';
 create index repair_sequence on aftercommit.repair (sequence);
 create index repair_queued_at on aftercommit.repair (queued_at, outbox_id);

@@ -9,6 +9,7 @@ pub mod peek;
 pub mod reconciler;
 pub mod relay;
 pub mod status;
+pub mod worker;
 
 use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::{Error, ErrorKind};

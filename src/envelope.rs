@@ -152,16 +152,34 @@ impl Envelope {
         })
     }
 
+    /// The headers of an HTTP request in CloudEvents' binary mode, without `content-type`. The publisher's headers are
+    /// extension attributes, named as in [`Envelope::to_json`].
+    #[cfg(feature = "cli")]
+    pub(crate) fn to_http_headers(&self) -> BTreeMap<String, String> {
+        let extensions = self.extensions().map(|(name, value)| (format!("ce-{name}"), encode(value).into_owned()));
+        let mut headers: BTreeMap<String, String> = extensions.collect();
+        let own = self.to_headers().into_iter().filter(|(name, _)| name.starts_with("ce-"));
+        headers.extend(own.map(|(name, value)| (name.into_owned(), value.into_owned())));
+        headers.remove(CE_DATACONTENTTYPE);
+        headers
+    }
+
+    /// The publisher's headers as attributes of a CloudEvent.
+    fn extensions(&self) -> impl Iterator<Item = (String, &str)> {
+        let attribute = |name: &String| {
+            let name: String = name.chars().filter(char::is_ascii_alphanumeric).collect();
+            Some(name.to_ascii_lowercase()).filter(|name| !name.is_empty() && name != "data")
+        };
+        self.headers.iter().filter_map(move |(name, value)| Some((attribute(name)?, value.as_str())))
+    }
+
     /// The event in the CloudEvents JSON format. JSON payloads are embedded as they were written, so that no digit of
     /// a number is lost; text becomes a string, anything else `data_base64`. The publisher's headers become extension
     /// attributes, their names in lower case without `-` and `_`, as CloudEvents wants attribute names.
     pub fn to_json(&self) -> String {
         let mut event = serde_json::Map::new();
-        for (name, value) in &self.headers {
-            let name: String = name.chars().filter(char::is_ascii_alphanumeric).collect();
-            if !name.eq_ignore_ascii_case("data") {
-                event.insert(name.to_ascii_lowercase(), value.as_str().into());
-            }
+        for (name, value) in self.extensions() {
+            event.insert(name, value.into());
         }
         event.insert("specversion".into(), "1.0".into());
         event.insert("id".into(), self.id.to_string().into());

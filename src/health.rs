@@ -43,10 +43,12 @@ pub enum Phase {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Facts<'a> {
     pub(crate) phase: Phase,
-    /// What it does or waits for.
+    /// What it does or waits for; of a paused one, that it is paused.
     pub(crate) state: &'a str,
     /// Events that wait for it; none when nobody knows.
     pub(crate) waiting: Option<i64>,
+    /// Whether it could not work if something waited.
+    pub(crate) blocked: bool,
     /// Whether the connection to NATS stands.
     pub(crate) nats: bool,
     /// When it last got on: published something, found nothing to do, or found another one leading.
@@ -58,9 +60,9 @@ impl Facts<'_> {
     pub(crate) fn health(&self, patience: Duration, now: Instant) -> Health {
         let stalled = now.saturating_duration_since(self.progressed);
         if self.phase == Phase::Paused {
-            return Health { ok: true, text: format!("paused, {}", self.waiting()) };
+            return Health { ok: true, text: format!("{}, {}", self.state, self.waiting()) };
         }
-        if stalled <= patience || (self.phase == Phase::Leading && self.waiting == Some(0)) {
+        if stalled <= patience || (self.phase == Phase::Leading && self.waiting == Some(0) && !self.blocked) {
             return Health { ok: true, text: self.describe() };
         }
         let text = format!("no progress for {} s, {}; {}", stalled.as_secs(), self.waiting(), self.describe());
@@ -69,7 +71,7 @@ impl Facts<'_> {
 
     /// Ready is who is connected to both servers, and leads or could take over.
     pub(crate) fn readiness(&self) -> Health {
-        Health { ok: self.nats && self.phase != Phase::Connecting, text: self.describe() }
+        Health { ok: self.nats && !self.blocked && self.phase != Phase::Connecting, text: self.describe() }
     }
 
     fn describe(&self) -> String {
@@ -77,11 +79,12 @@ impl Facts<'_> {
             Phase::Connecting => "connecting",
             Phase::StandingBy => "standing by",
             Phase::Leading => "leading",
-            Phase::Paused => "paused",
+            // The state tells it, and by whom.
+            Phase::Paused => self.state,
         };
         let nats = if self.nats { "" } else { "; not connected to NATS" };
         match self.state {
-            "" => format!("{phase}{nats}"),
+            state if state.is_empty() || self.phase == Phase::Paused => format!("{phase}{nats}"),
             state => format!("{phase}: {state}{nats}"),
         }
     }
@@ -103,7 +106,7 @@ mod tests {
 
     fn after(seconds: u64, phase: Phase, waiting: Option<i64>) -> Health {
         let start = Instant::now();
-        let facts = Facts { phase, state: "doing", waiting, nats: true, progressed: start };
+        let facts = Facts { phase, state: "doing", waiting, blocked: false, nats: true, progressed: start };
         facts.health(PATIENCE, start + Duration::from_secs(seconds))
     }
 
@@ -114,6 +117,22 @@ mod tests {
         let stuck = after(31, Phase::Leading, Some(7));
         assert_eq!(stuck, Health { ok: false, text: "no progress for 31 s, 7 events waiting; leading: doing".into() });
         assert!(!after(31, Phase::Leading, None).ok, "work may wait");
+    }
+
+    #[test]
+    fn a_leader_that_could_not_work_is_unhealthy_even_if_nothing_waits() {
+        let start = Instant::now();
+        let facts = Facts {
+            phase: Phase::Leading,
+            state: "no function",
+            waiting: Some(0),
+            blocked: true,
+            nats: true,
+            progressed: start,
+        };
+        assert!(facts.health(PATIENCE, start + PATIENCE).ok);
+        assert!(!facts.health(PATIENCE, start + PATIENCE * 2).ok);
+        assert!(!facts.readiness().ok);
     }
 
     #[test]
@@ -131,8 +150,18 @@ mod tests {
 
     #[test]
     fn a_paused_one_is_healthy_and_says_so() {
-        let paused = after(3600, Phase::Paused, Some(1));
-        assert_eq!(paused, Health { ok: true, text: "paused, 1 event waiting".into() });
+        let start = Instant::now();
+        let facts = Facts {
+            phase: Phase::Paused,
+            state: "paused by me",
+            waiting: Some(1),
+            blocked: false,
+            nats: true,
+            progressed: start,
+        };
+        let paused = facts.health(PATIENCE, start + Duration::from_secs(3600));
+        assert_eq!(facts.readiness().text, "paused by me");
+        assert_eq!(paused, Health { ok: true, text: "paused by me, 1 event waiting".into() });
     }
 
     #[test]
@@ -142,6 +171,7 @@ mod tests {
             phase: Phase::Leading,
             state: "waiting for the stream: no answer",
             waiting: Some(3),
+            blocked: false,
             nats: false,
             progressed: start,
         };
@@ -152,7 +182,7 @@ mod tests {
     #[test]
     fn ready_needs_both_servers_and_a_role() {
         let now = Instant::now();
-        let facts = |phase, nats| Facts { phase, state: "", waiting: None, nats, progressed: now };
+        let facts = |phase, nats| Facts { phase, state: "", waiting: None, blocked: false, nats, progressed: now };
         assert!(facts(Phase::Leading, true).readiness().ok);
         assert!(facts(Phase::StandingBy, true).readiness().ok);
         assert!(facts(Phase::Paused, true).readiness().ok);

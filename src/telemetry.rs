@@ -42,6 +42,7 @@ impl fmt::Display for Metric {
 }
 
 const STREAM: &[&str] = &["stream"];
+const SUBSCRIBER: &[&str] = &["subscriber"];
 
 /// Events that are committed and not in the stream.
 pub const RELAY_BACKLOG_EVENTS: Metric = Metric {
@@ -168,6 +169,135 @@ pub const RELAY_OLDEST_TRANSACTION_SECONDS: Metric = Metric {
               `NaN` when the relay's role may not see other roles' transactions (`grant pg_read_all_stats`).",
 };
 
+/// What became of events.
+pub const WORKER_EVENTS_TOTAL: Metric = Metric {
+    name: "aftercommit_worker_events_total",
+    kind: Kind::Counter,
+    labels: &["subscriber", "outcome"],
+    meaning: "What became of events at this process, by outcome.",
+};
+
+/// How long handlers take.
+pub const WORKER_HANDLER_SECONDS: Metric = Metric {
+    name: "aftercommit_worker_handler_seconds",
+    kind: Kind::Histogram,
+    labels: SUBSCRIBER,
+    meaning: "How long a handler ran, whatever came of it; of an SQL function, one call for all events of a \
+              transaction.",
+};
+
+/// Events per transaction.
+pub const WORKER_BATCH_EVENTS: Metric = Metric {
+    name: "aftercommit_worker_batch_events",
+    kind: Kind::Histogram,
+    labels: SUBSCRIBER,
+    meaning: "Events per committed transaction.",
+};
+
+/// From writing an event to its effect.
+pub const WORKER_LATENCY_SECONDS: Metric = Metric {
+    name: "aftercommit_worker_latency_seconds",
+    kind: Kind::Histogram,
+    labels: SUBSCRIBER,
+    meaning: "From the time at which the event was written (`ce-time`) until its effects were committed here; it \
+              holds the difference between the clocks of the publisher's database and of the worker.",
+};
+
+/// Messages that came once more.
+pub const WORKER_REDELIVERED_TOTAL: Metric = Metric {
+    name: "aftercommit_worker_redelivered_total",
+    kind: Kind::Counter,
+    labels: SUBSCRIBER,
+    meaning: "Messages that JetStream delivered to this process and not for the first time.",
+};
+
+/// Events that were not delivered yet.
+pub const WORKER_PENDING: Metric = Metric {
+    name: "aftercommit_worker_pending",
+    kind: Kind::Gauge,
+    labels: SUBSCRIBER,
+    meaning: "Events that JetStream has not delivered yet, looked at every few seconds by every instance, active \
+              or not. `NaN` while NATS does not answer or the consumer is missing.",
+};
+
+/// Events that were delivered and not answered.
+pub const WORKER_IN_FLIGHT: Metric = Metric {
+    name: "aftercommit_worker_in_flight",
+    kind: Kind::Gauge,
+    labels: SUBSCRIBER,
+    meaning: "Events that were delivered and are not done: running, waiting for the next attempt, or waiting \
+              behind another event of their key. `NaN` as above.",
+};
+
+/// Events that wait for a point in time.
+pub const WORKER_HELD: Metric = Metric {
+    name: "aftercommit_worker_held",
+    kind: Kind::Gauge,
+    labels: SUBSCRIBER,
+    meaning: "Events that wait at this process for their next attempt, for the end of a snooze, or of an outage.",
+};
+
+/// Events whose attempts failed.
+pub const WORKER_FAILING: Metric = Metric {
+    name: "aftercommit_worker_failing",
+    kind: Kind::Gauge,
+    labels: SUBSCRIBER,
+    meaning: "Events with failed attempts that are still to be retried (`aftercommit.attempt`). `NaN` while the \
+              database does not answer.",
+};
+
+/// Dead letters.
+pub const WORKER_DEAD_LETTERS: Metric = Metric {
+    name: "aftercommit_worker_dead_letters",
+    kind: Kind::Gauge,
+    labels: SUBSCRIBER,
+    meaning: "Events that the subscriber gave up on (`aftercommit.dead_letter`), until an operator decides. \
+              `NaN` as above.",
+};
+
+/// Events that run again.
+pub const WORKER_REDRIVE: Metric = Metric {
+    name: "aftercommit_worker_redrive",
+    kind: Kind::Gauge,
+    labels: SUBSCRIBER,
+    meaning: "Events that an operator has sent back and that are not done yet (`aftercommit.redrive`). `NaN` as \
+              above.",
+};
+
+/// Whether this instance is active.
+pub const WORKER_ACTIVE: Metric = Metric {
+    name: "aftercommit_worker_active",
+    kind: Kind::Gauge,
+    labels: SUBSCRIBER,
+    meaning: "1 for the instance that is active for the subscriber, paused or not, 0 for one that stands by or \
+              connects.",
+};
+
+/// The epoch of this instance.
+pub const WORKER_EPOCH: Metric = Metric {
+    name: "aftercommit_worker_epoch",
+    kind: Kind::Gauge,
+    labels: SUBSCRIBER,
+    meaning: "The epoch in which this instance is active or last was; it grows with every change of hands.",
+};
+
+/// Whether the subscriber is paused.
+pub const WORKER_PAUSED: Metric = Metric {
+    name: "aftercommit_worker_paused",
+    kind: Kind::Gauge,
+    labels: SUBSCRIBER,
+    meaning: "1 at the active instance while an operator has paused the subscriber, or all of them.",
+};
+
+/// Since the subscriber last got on.
+pub const WORKER_SECONDS_SINCE_PROGRESS: Metric = Metric {
+    name: "aftercommit_worker_seconds_since_progress",
+    kind: Kind::Gauge,
+    labels: SUBSCRIBER,
+    meaning: "Since this instance last decided about an event, found nothing to do, or found another instance \
+              active. `/healthz` goes by it.",
+};
+
 const RECONCILER: &[&str] = &["reconciler"];
 
 /// Runs of reconcilers by result.
@@ -260,6 +390,21 @@ pub const METRICS: &[Metric] = &[
     RECONCILER_DRIFT_TOTAL,
     RECONCILER_REPAIRED_TOTAL,
     RECONCILER_FAILED_ITEMS_TOTAL,
+    WORKER_EVENTS_TOTAL,
+    WORKER_HANDLER_SECONDS,
+    WORKER_BATCH_EVENTS,
+    WORKER_LATENCY_SECONDS,
+    WORKER_REDELIVERED_TOTAL,
+    WORKER_PENDING,
+    WORKER_IN_FLIGHT,
+    WORKER_HELD,
+    WORKER_FAILING,
+    WORKER_DEAD_LETTERS,
+    WORKER_REDRIVE,
+    WORKER_ACTIVE,
+    WORKER_EPOCH,
+    WORKER_PAUSED,
+    WORKER_SECONDS_SINCE_PROGRESS,
 ];
 
 /// Gives the installed recorder the meaning of every metric.

@@ -298,7 +298,7 @@ async fn a_busy_relay_is_never_accused() {
 async fn killed_at_every_step_and_raced() {
     let outbox = shared().await;
     let relay = outbox.relay_process();
-    let writers = Writers::start(&outbox.pool, 4, 10).await;
+    let writers = Writers::start(&outbox.pool, 2, 10).await;
     writers.more(150).await;
     let mut random = Random(7);
     let mut relay = Some(relay);

@@ -12,6 +12,7 @@ use aftercommit::config::PostgresConfig;
 use aftercommit::health::Check;
 use aftercommit::reconciler::{Drift, ItemError, Mode, Outcome, Reconciler, Runner, Scope, Summary};
 use aftercommit::testing::eventually;
+use futures_util::future::join_all;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use sqlx::{PgPool, PgTransaction};
 use support::{Database, SOON, succeeded};
@@ -425,14 +426,39 @@ async fn sweeps_and_dies() {
     runner.reconciler(doubles).run(CancellationToken::new()).await.unwrap();
 }
 
+/// A sweep in a process of its own that dies at this step.
+async fn dies_at(stage: &Stage, fault: &str) {
+    let mut process = Command::new(std::env::current_exe().unwrap());
+    process.args(["--ignored", "--exact", "sweeps_and_dies"]).env("DATABASE_URL", &stage.database.config.url);
+    process.env("AFTERCOMMIT_FAULT", fault);
+    let died = tokio::task::spawn_blocking(move || process.output().unwrap()).await.unwrap();
+    assert!(!died.status.success(), "{fault} was not passed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_every_step() {
+    let steps = ["begun:1", "item:3", "committed:4", "page:1", "saved:2", "page:4", "saved:4", "done:1", "recorded:1"];
+    let kills = steps.map(async |step| {
+        let stage = Stage::new(&["a", "b", "c", "d", "e", "f", "g"]).await;
+        dies_at(&stage, &format!("reconciler-{step}")).await;
+        let running = stage.start(&Doubles { page_size: 2, ..Doubles::every(HOUR) });
+        stage.until("a success", "select last_success_at is not null from aftercommit.reconciler").await;
+        running.stop().await;
+        assert_eq!(stage.wrong().await, [""; 0], "{step}");
+        let expected: &[&str] = if step == "recorded:1" { &["ok"] } else { &["failed", "ok"] };
+        assert_eq!(stage.results().await, expected, "{step}");
+        // The open page comes again at most.
+        let visits = stage.count("select count(*) from visit").await;
+        assert!((7..=9).contains(&visits), "{step}: {visits} visits");
+    });
+    join_all(kills).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_run_is_closed_as_failed_and_its_sweep_goes_on() {
     let stage = Stage::new(&["a", "b", "c", "d", "e", "f", "g"]).await;
-    let mut process = Command::new(std::env::current_exe().unwrap());
-    process.args(["--ignored", "--exact", "sweeps_and_dies"]).env("DATABASE_URL", &stage.database.config.url);
     // The items of the second page are done, its position is not saved.
-    let died = process.env("AFTERCOMMIT_FAULT", "reconciler-page:2").output().unwrap();
-    assert!(!died.status.success());
+    dies_at(&stage, "reconciler-page:2").await;
     assert_eq!(
         (stage.results().await, stage.wrong().await),
         (vec!["open".into()], ["e", "f", "g"].map(Into::into).into())

@@ -89,6 +89,12 @@ impl Stage {
         sqlx::query_scalar(sql).bind(user).fetch_one(&self.pool).await.unwrap()
     }
 
+    /// How many messages the stream holds.
+    async fn stored(&self) -> Result<u64, Error> {
+        let context = async_nats::jetstream::new(async_nats::connect(&self.nats.url).await?);
+        Ok(context.get_stream(&self.naming.stream).await?.cached_info().state.messages)
+    }
+
     async fn converge(&self, monitor: &str) -> u64 {
         step(self, async |tx| Ok(converge(tx, monitor).await?)).await
     }
@@ -233,4 +239,27 @@ async fn a_deletion_publishes_what_it_deletes_or_nothing() {
     step(&stage, async |tx| repo::delete_system(tx, "a").await).await;
     let expected = r#"{"stewards": [1, 2], "system_id": "a", "connections": ["c"]}"#;
     assert_eq!(stage.published().await, [expected]);
+}
+
+/// Another monitor's operation does not wait for the burst.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_burst_of_operations_is_counted_once() {
+    let stage = small().await;
+    for _ in 0..30 {
+        step(&stage, async |tx| repo::complete_operation(tx, "on", "classified").await).await;
+    }
+    step(&stage, async |tx| repo::complete_operation(tx, "off", "classified").await).await;
+    // All of them are in the stream before the subscriber comes: four events made the monitors.
+    let _relay = stage.relay();
+    let stored = async || stage.stored().await.is_ok_and(|stored| stored >= 35);
+    aftercommit::testing::eventually(support::SOON, "the events are in the stream", stored).await.unwrap();
+    let _worker = stage.worker().await.unwrap();
+    assert_eq!(stage.drained(&stage.pool).await.unwrap(), 0);
+    let counted = "select concat_ws(' ', monitor_key, operations) from monitor_stat order by 1";
+    assert_eq!(stage.rows(counted).await, ["off 1", "on 30"]);
+    // Rows of one transaction have one xmin.
+    let transactions = "select key || ' ' || count(distinct inbox.xmin::text)
+        from aftercommit.inbox join aftercommit.outbox using (event_id)
+        where subscriber = 'stewardship-stats' group by key order by 1";
+    assert_eq!(stage.rows(transactions).await, ["monitor-off 1", "monitor-on 1"]);
 }

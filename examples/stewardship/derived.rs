@@ -1,11 +1,12 @@
 //! What is derived, and the two that keep it: the subscriber, which is fast, and the reconciler, which is sure.
 
+use std::collections::BTreeSet;
 use std::slice;
 use std::time::Duration;
 
 use aftercommit::backoff::Backoff;
 use aftercommit::reconciler::{Drift, ItemError, Reconciler};
-use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
+use aftercommit::worker::{BatchError, BatchHandler, Delivery, Handler, HandlerError, Subscriber};
 use sqlx::PgTransaction;
 
 use super::events::{
@@ -13,7 +14,7 @@ use super::events::{
     SystemDeleted,
 };
 
-/// Brings everything that is derived for a monitor into line with the state as it is now, and returns how many rows
+/// Brings the stewards of a monitor and the users' lists into line with the state as it is now, and returns how many rows
 /// were not. It never looks at what an event says, and never touches explicit rows. A monitor that is gone is fine.
 pub async fn converge(tx: &mut PgTransaction<'_>, monitor: &str) -> Result<u64, sqlx::Error> {
     // One at a time: of two that looked at different moments the one with the older picture could write last.
@@ -27,9 +28,6 @@ pub async fn converge(tx: &mut PgTransaction<'_>, monitor: &str) -> Result<u64, 
         "insert into monitor_steward
          select monitor_key, user_id, 'inherited', source_system from inheritance where monitor_key = $1
          on conflict do nothing",
-        "insert into monitor_stat as s select monitor_key, count(*) from operation where monitor_key = $1 group by 1
-         on conflict (monitor_key) do update set operations = excluded.operations
-          where s.operations <> excluded.operations",
     ] {
         changed += sqlx::query(sql).bind(monitor).execute(&mut **tx).await?.rows_affected();
     }
@@ -59,7 +57,18 @@ async fn converge_clients(tx: &mut PgTransaction<'_>, monitor: &str) -> Result<u
     Ok(done.bind(monitor).bind(users).execute(&mut **tx).await?.rows_affected())
 }
 
-/// Handles all five events by having the monitors converge that they concern.
+/// Counts a monitor's operations, and returns how many rows were wrong.
+async fn count_operations(tx: &mut PgTransaction<'_>, monitor: &str) -> Result<u64, sqlx::Error> {
+    sqlx::query("select from monitor where key = $1 for update").bind(monitor).execute(&mut **tx).await?;
+    let count = sqlx::query(
+        "insert into monitor_stat as s select monitor_key, count(*) from operation where monitor_key = $1 group by 1
+         on conflict (monitor_key) do update set operations = excluded.operations
+          where s.operations <> excluded.operations",
+    );
+    Ok(count.bind(monitor).execute(&mut **tx).await?.rows_affected())
+}
+
+/// Has the monitors converge that events concern, as soon as they arrive.
 #[derive(Debug, Clone, Copy)]
 pub struct Stewardship;
 
@@ -73,7 +82,6 @@ impl Stewardship {
             .on::<SystemConnectionLinkChanged>(Self)
             .on::<MonitorInheritanceFlagChanged>(Self)
             .on::<SystemDeleted>(Self)
-            .on::<MonitorOperationCompleted>(Self)
             .max_attempts(3)
             .backoff(Backoff { first: Duration::from_millis(20), max: Duration::from_millis(100) })
     }
@@ -133,13 +141,31 @@ impl Handler<MonitorInheritanceFlagChanged> for Stewardship {
     }
 }
 
-impl Handler<MonitorOperationCompleted> for Stewardship {
+/// Counts operations once for all that come within a window: a monitor completes many of them in a burst.
+#[derive(Debug, Clone, Copy)]
+pub struct Stats;
+
+impl Stats {
+    pub fn subscriber() -> Subscriber {
+        Subscriber::new("stewardship-stats")
+            .on_batch::<MonitorOperationCompleted>(Self)
+            .debounce(Duration::from_secs(1))
+            .max_attempts(3)
+            .backoff(Backoff { first: Duration::from_millis(20), max: Duration::from_millis(100) })
+    }
+}
+
+impl BatchHandler<MonitorOperationCompleted> for Stats {
     async fn handle(
         &self,
         tx: &mut PgTransaction<'_>,
-        completed: &Delivery<MonitorOperationCompleted>,
-    ) -> Result<(), HandlerError> {
-        converge(tx, &completed.event.monitor_config_key).await?;
+        completed: &[Delivery<MonitorOperationCompleted>],
+    ) -> Result<(), BatchError> {
+        let monitors: BTreeSet<&str> =
+            completed.iter().map(|delivery| delivery.event.monitor_config_key.as_str()).collect();
+        for monitor in monitors {
+            count_operations(tx, monitor).await?;
+        }
         Ok(())
     }
 }
@@ -164,6 +190,6 @@ impl Reconciler for Stewardship {
     }
 
     async fn reconcile(&self, tx: &mut PgTransaction<'_>, monitor: &str) -> Result<Drift, ItemError> {
-        Ok(Drift::of(converge(tx, monitor).await?))
+        Ok(Drift::of(converge(tx, monitor).await? + count_operations(tx, monitor).await?))
     }
 }

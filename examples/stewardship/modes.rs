@@ -185,15 +185,25 @@ async fn delete_doomed(pool: &PgPool) -> Result<SystemDeleted, Error> {
     step(pool, async |tx| repo::delete_system(tx, DOOMED).await).await
 }
 
-/// One change in a transaction of its own.
-async fn step<T>(
-    pool: &PgPool,
-    change: impl AsyncFnOnce(&mut PgTransaction<'_>) -> Result<T, Error>,
-) -> Result<T, Error> {
-    let mut tx = pool.begin().await?;
-    let done = change(&mut tx).await?;
-    tx.commit().await?;
-    Ok(done)
+/// One change in a transaction of its own. Handlers lock several users at a time: one of two that wait for each other is
+/// undone by PostgreSQL, and tried again, as worker and reconciler do it, too.
+async fn step<T>(pool: &PgPool, change: impl AsyncFn(&mut PgTransaction<'_>) -> Result<T, Error>) -> Result<T, Error> {
+    loop {
+        let mut tx = pool.begin().await?;
+        match change(&mut tx).await {
+            Ok(done) => {
+                tx.commit().await?;
+                return Ok(done);
+            }
+            Err(error) if is_deadlock(&error) => tx.rollback().await?,
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn is_deadlock(error: &Error) -> bool {
+    let error = error.downcast_ref().and_then(sqlx::Error::as_database_error);
+    error.is_some_and(|error| error.code().as_deref() == Some("40P01"))
 }
 
 /// All changes but the last: several systems and stewards per monitor, explicit stewards beside inherited ones, flags that

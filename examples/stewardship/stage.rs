@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Error;
-use super::derived::Stewardship;
+use super::derived::{Stats, Stewardship};
 
 /// Long enough for a slow machine, short enough to tell that something hangs.
 const SOON: Duration = Duration::from_secs(60);
@@ -29,8 +29,8 @@ pub type Running = AbortOnDropHandle<Result<(), aftercommit::Error>>;
 pub struct Stage {
     pub pool: PgPool,
     pub config: PostgresConfig,
-    nats: NatsConfig,
-    naming: Naming,
+    pub nats: NatsConfig,
+    pub naming: Naming,
 }
 
 impl Stage {
@@ -60,7 +60,7 @@ impl Stage {
 
     pub async fn worker(&self) -> Result<Running, Error> {
         let worker = Worker::new(self.config.clone(), self.nats.clone(), self.naming.clone());
-        let worker = worker.subscriber(Stewardship::subscriber());
+        let worker = worker.subscriber(Stewardship::subscriber()).subscriber(Stats::subscriber());
         worker.provision().await?;
         Ok(AbortOnDropHandle::new(tokio::spawn(worker.run(CancellationToken::new()))))
     }

@@ -220,7 +220,7 @@ async fn look_at_work(connection: &mut Session) -> Result<Work, Error> {
     Ok(Work {
         backlog: positions::backlog(connection, &state, last_id).await.map_err(failed)?,
         leader,
-        paused: pause::list(connection).await.map_err(failed)?,
+        paused: pause::list(&mut *connection).await.map_err(failed)?,
         parked: parked::count(connection).await.map_err(failed)?,
         oldest_event: facts::oldest_event(connection).await.map_err(failed)?,
     })

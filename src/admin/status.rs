@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use chrono::{DateTime, SecondsFormat, Utc};
 use serde::Serialize;
 
 use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::Error;
 use crate::jetstream::stream::{ConsumerPosition, StreamReader};
+use crate::postgres::pause::{self, Pause};
 use crate::postgres::status::{self, AtWork, COUNT_LIMIT};
 use crate::postgres::{database_error, relay_log};
 use crate::{jetstream, postgres, relay};
@@ -23,8 +25,23 @@ pub struct Status {
     pub stream: Option<StreamStatus>,
     /// Why there is no stream to show.
     pub stream_error: Option<String>,
+    /// What operators have paused in this database: `relay`, `subscriber:<name>`, `subscriber:*` for all of them.
+    pub paused: Vec<Paused>,
     /// The stream's consumers and the subscribers that this database knows, by name.
     pub subscribers: BTreeMap<String, SubscriberStatus>,
+}
+
+/// Something that is paused.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Paused {
+    /// What.
+    pub name: String,
+    /// Since when.
+    pub since: DateTime<Utc>,
+    /// The database's role that paused it.
+    pub by: String,
+    /// Why.
+    pub reason: Option<String>,
 }
 
 /// Events waiting for the relay.
@@ -106,6 +123,8 @@ pub async fn status(database: &PostgresConfig, nats: &NatsConfig, naming: &Namin
         let entry = SubscriberStatus { failing, redrive, dead_letters, active, paused, ..SubscriberStatus::default() };
         subscribers.insert(subscriber, entry);
     }
+    let paused = pause::list(&mut connection).await.map_err(failed)?.into_iter();
+    let paused = paused.map(|Pause { name, since, by, reason }| Paused { name, since, by, reason }).collect();
     let (stream, stream_error) = match stream(nats, naming).await {
         Ok((stream, consumers)) => {
             for consumer in consumers {
@@ -130,6 +149,7 @@ pub async fn status(database: &PostgresConfig, nats: &NatsConfig, naming: &Namin
         }),
         stream,
         stream_error,
+        paused,
         subscribers,
     })
 }
@@ -173,6 +193,11 @@ impl fmt::Display for Status {
                 stream.name, stream.messages, stream.first_sequence, stream.last_sequence
             )?,
             (None, error) => writeln!(f, "stream       unknown: {}", error.as_deref().unwrap_or("not asked"))?,
+        }
+        for Paused { name, since, by, reason } in &self.paused {
+            let since = since.to_rfc3339_opts(SecondsFormat::Secs, true);
+            let reason = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+            writeln!(f, "paused       {name} at {since} by {by}{reason}")?;
         }
         if self.subscribers.is_empty() {
             return Ok(());

@@ -12,6 +12,7 @@ mod relay;
 mod selection;
 mod terminal;
 mod who;
+mod worker;
 
 use std::io::{Read, Write};
 use std::path::PathBuf;
@@ -25,7 +26,6 @@ use crate::admin;
 use crate::envelope::is_json;
 use crate::error::{Error, ErrorKind};
 use crate::outbox::RawEvent;
-use crate::worker;
 
 /// The operator's tool of aftercommit
 #[derive(Parser)]
@@ -68,6 +68,9 @@ enum Command {
     Runs(findings::Runs),
     /// Show the backlog, the leading relay, the stream and the subscribers
     Status(Status),
+    /// Pause or resume subscribers, whichever instance is active
+    #[command(subcommand)]
+    Worker(worker::Worker),
 }
 
 #[derive(Args)]
@@ -173,6 +176,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Relay(command) => runtime.block_on(relay::run(command))?,
         Command::Runs(command) => runtime.block_on(findings::runs(command))?,
         Command::Status(command) => runtime.block_on(status(command))?,
+        Command::Worker(command) => runtime.block_on(worker::run(command))?,
     };
     // A reader that went away early, such as `head`, has what it wanted.
     let _ = std::io::stdout().write_all(text.as_bytes());
@@ -194,11 +198,11 @@ fn as_json(value: &impl serde::Serialize) -> Result<String, Error> {
 }
 
 async fn provision(command: Provision) -> Result<String, Error> {
-    let subscribers = command.config.as_deref().map(worker::read_file).transpose()?;
+    let subscribers = command.config.as_deref().map(crate::worker::read_file).transpose()?;
     let (nats, naming) = (command.nats.config()?, command.naming.config()?);
     let mut changes = admin::provision(&nats, &naming).await?;
     if let Some(subscribers) = subscribers {
-        changes.extend(worker::provision(&nats, &naming, &subscribers.into()).await?);
+        changes.extend(crate::worker::provision(&nats, &naming, &subscribers.into()).await?);
     }
     if changes.is_empty() {
         return Ok("everything is as it should be\n".into());

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use tokio_util::sync::CancellationToken;
 
+use super::http::{self, HttpArgs};
 use super::{NamingArgs, NatsArgs, PostgresArgs, fail, run_role};
 use crate::error::{Error, ErrorKind};
 use crate::worker::{Queues, Registry, Worker, read_file};
@@ -26,12 +28,15 @@ struct Cli {
     nats: NatsArgs,
     #[command(flatten)]
     naming: NamingArgs,
+    #[command(flatten)]
+    http: HttpArgs,
 }
 
 impl Cli {
     fn worker(&self) -> Result<Worker, Error> {
         let remedy = format!("run `aftercommit provision --config {}`", self.config.display());
         let worker = Worker::new(self.postgres.config()?, self.nats.config()?, self.naming.config()?).remedy(remedy);
+        let worker = worker.unhealthy_after(self.http.unhealthy_after);
         Ok(worker.queues(self.queues.config()?).registry(read_file(&self.config)?))
     }
 }
@@ -78,6 +83,8 @@ struct Service {
     nats: NatsArgs,
     #[command(flatten)]
     naming: NamingArgs,
+    #[command(flatten)]
+    http: HttpArgs,
 }
 
 /// See [`crate::worker::main`].
@@ -86,6 +93,7 @@ pub(crate) fn serve(registry: Registry) -> ExitCode {
     let worker = || -> Result<Worker, Error> {
         let worker = Worker::new(cli.postgres.config()?, cli.nats.config()?, cli.naming.config()?);
         let worker = worker.remedy("run this program with --provision".into());
+        let worker = worker.unhealthy_after(cli.http.unhealthy_after);
         Ok(worker.queues(cli.queues.config()?).registry(registry))
     };
     match worker() {
@@ -95,16 +103,22 @@ pub(crate) fn serve(registry: Registry) -> ExitCode {
             }
             Ok(())
         }),
-        Ok(worker) => run_role(NAME, |shutdown| worker.run(shutdown)),
+        Ok(worker) => run_role(NAME, |shutdown| run(worker, cli.http, shutdown)),
         Err(error) => fail(NAME, &error),
     }
+}
+
+async fn run(worker: Worker, http: HttpArgs, shutdown: CancellationToken) -> Result<(), Error> {
+    let server = http.open().await?;
+    Box::pin(http::beside(server, worker.monitor(), worker.run(shutdown))).await
 }
 
 /// Runs the worker of this process until a signal ends it. The exit status is 0 after an orderly stop, 2 when the
 /// command line, the file or a setting is at fault, 1 when the stop was a hard one.
 pub fn main() -> ExitCode {
-    match Cli::parse().worker() {
-        Ok(worker) => run_role(NAME, |shutdown| worker.run(shutdown)),
+    let cli = Cli::parse();
+    match cli.worker() {
+        Ok(worker) => run_role(NAME, |shutdown| run(worker, cli.http, shutdown)),
         Err(error) => fail(NAME, &error),
     }
 }

@@ -190,6 +190,30 @@ pub(crate) async fn locate(context: &Context, spec: &ConsumerSpec) -> Result<Opt
     Ok(info(context, spec).await?.as_ref().map(position))
 }
 
+/// What waits at a consumer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Load {
+    /// Messages that were not delivered yet.
+    pub(crate) pending: u64,
+    /// Messages that were delivered and not acked.
+    pub(crate) in_flight: u64,
+    /// Whether so many are not acked that no more are delivered.
+    pub(crate) full: bool,
+    /// Whether somebody has paused it in JetStream.
+    pub(crate) paused: bool,
+}
+
+/// What waits at the consumer; none when it does not exist.
+pub(crate) async fn load(context: &Context, spec: &ConsumerSpec) -> Result<Option<Load>, Error> {
+    let load = |info: Info| Load {
+        pending: info.num_pending,
+        in_flight: info.num_ack_pending as u64,
+        full: i64::try_from(info.num_ack_pending).is_ok_and(|waiting| waiting >= MAX_ACK_PENDING),
+        paused: info.paused,
+    };
+    Ok(info(context, spec).await?.map(load))
+}
+
 async fn info(context: &Context, spec: &ConsumerSpec) -> Result<Option<Info>, Error> {
     let subject = format!("CONSUMER.INFO.{}.{}", spec.stream, spec.name);
     let nothing = serde_json::Map::new();

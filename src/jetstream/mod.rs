@@ -7,7 +7,6 @@ pub(crate) mod doctor;
 pub(crate) mod feed;
 pub(crate) mod history;
 pub(crate) mod monitoring;
-#[cfg_attr(not(test), expect(dead_code, reason = "for the reconcilers of subscribers"))]
 pub(crate) mod outbox_client;
 pub(crate) mod outbox_service;
 pub(crate) mod publisher;
@@ -17,6 +16,7 @@ pub(crate) mod stored;
 pub(crate) mod stream;
 pub(crate) mod topology;
 
+use std::fmt;
 use std::time::{Duration, Instant};
 
 use async_nats::connection::State;
@@ -70,6 +70,12 @@ impl Connection {
         while !self.is_up() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection").field("up", &self.is_up()).finish_non_exhaustive()
     }
 }
 

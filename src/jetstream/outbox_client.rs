@@ -159,7 +159,7 @@ mod tests {
             key: Some("k".into()),
             source: "/test".into(),
             time: chrono::DateTime::UNIX_EPOCH,
-            sequence: i64::try_from(n).unwrap(),
+            sequence: i64::try_from(n).unwrap_or_default(),
             headers: [("x".to_string(), "y".to_string())].into(),
             content_type: "application/json".into(),
             payload: Bytes::from_static(b"{}"),
@@ -181,6 +181,7 @@ mod tests {
             digest,
             next: json!("token"),
             more: true,
+            complete_to: None,
         };
         let send = |ids: &[u128], rest| Answer::Events(ids.iter().map(|n| ("e.a".into(), event(*n))).collect(), rest);
         match question {

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use sqlx::PgExecutor;
+
 use super::session::Session;
 
 /// Takes a lease that is free, has expired, or is already the holder's own. Returns the new epoch, or none while
@@ -59,6 +61,14 @@ pub(crate) async fn release(connection: &mut Session, name: &str, holder: &str, 
     .execute(connection)
     .await
     .map(drop)
+}
+
+/// Whether anybody has ever held the lease.
+pub(crate) async fn exists(connection: impl PgExecutor<'_>, name: &str) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("select exists (select from aftercommit.lease where name = $1)")
+        .bind(name)
+        .fetch_one(connection)
+        .await
 }
 
 /// A lease that somebody holds, or held: other writes can be made conditional on it.

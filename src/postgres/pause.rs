@@ -1,6 +1,7 @@
 //! What operators have switched off.
 
 use chrono::{DateTime, Utc};
+use sqlx::postgres::PgRow;
 use sqlx::{PgExecutor, Row};
 
 use super::session::Session;
@@ -42,14 +43,25 @@ pub(crate) struct Pause {
     pub(crate) reason: Option<String>,
 }
 
+/// The first of these names that is paused.
+pub(crate) async fn first(connection: &mut Session, names: &[&str]) -> Result<Option<Pause>, sqlx::Error> {
+    let row = sqlx::query(
+        "select name, paused_at, paused_by, reason from aftercommit.pause where name = any($1) order by name limit 1",
+    )
+    .bind(names)
+    .fetch_optional(connection)
+    .await?;
+    row.as_ref().map(read).transpose()
+}
+
 /// All that is switched off, by name.
-pub(crate) async fn list(connection: &mut Session) -> Result<Vec<Pause>, sqlx::Error> {
+pub(crate) async fn list(connection: impl PgExecutor<'_>) -> Result<Vec<Pause>, sqlx::Error> {
     let rows = sqlx::query("select name, paused_at, paused_by, reason from aftercommit.pause order by name")
         .fetch_all(connection)
         .await?;
-    rows.iter()
-        .map(|row| {
-            Ok(Pause { name: row.try_get(0)?, since: row.try_get(1)?, by: row.try_get(2)?, reason: row.try_get(3)? })
-        })
-        .collect()
+    rows.iter().map(read).collect()
+}
+
+fn read(row: &PgRow) -> Result<Pause, sqlx::Error> {
+    Ok(Pause { name: row.try_get(0)?, since: row.try_get(1)?, by: row.try_get(2)?, reason: row.try_get(3)? })
 }

@@ -80,6 +80,7 @@ pub(crate) struct Ending<'a> {
     pub(crate) result: &'a str,
     pub(crate) error: Option<&'a str>,
     pub(crate) counts: Counts,
+    pub(crate) position: Option<&'a Value>,
     pub(crate) detail: Option<&'a Value>,
     /// Whether it counts as a success of the schedule.
     pub(crate) counts_as_success: bool,
@@ -320,7 +321,8 @@ pub(crate) async fn end(session: &mut Session, name: &str, run: i64, ending: &En
                 full_sweep_at = case when $4 then clock_timestamp() else full_sweep_at end,
                 last_success_at = case when $5 then clock_timestamp() else last_success_at end,
                 failures = case when $5 then 0 else failures end,
-                retry_at = case when $5 then null else retry_at end
+                retry_at = case when $5 then null else retry_at end,
+                position = coalesce($6, position)
           where name = $1",
     )
     .bind(name)
@@ -328,6 +330,7 @@ pub(crate) async fn end(session: &mut Session, name: &str, run: i64, ending: &En
     .bind(ending.reconciled_up_to)
     .bind(ending.swept_since.is_some())
     .bind(ending.counts_as_success)
+    .bind(ending.position.map(Json))
     .execute(&mut tx)
     .await?;
     if let Some(since) = ending.swept_since {

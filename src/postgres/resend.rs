@@ -82,6 +82,11 @@ pub(crate) struct Order {
     pub(crate) again: bool,
 }
 
+/// Begins a transaction that may wait for a server between two statements.
+pub(crate) async fn begin(session: &mut Session) -> Result<Tx<'_>, sqlx::Error> {
+    session.begin_with("begin; set local idle_in_transaction_session_timeout = 0".into()).await
+}
+
 /// Sends events back in this order, behind what waits already, and returns the ids of the rows that it wrote. What is
 /// done stays done, unless it is to run again; what waits already stays where it is.
 pub(crate) async fn send(tx: &mut Tx<'_>, order: &Order, events: &[Event]) -> Result<Vec<i64>, sqlx::Error> {
@@ -136,20 +141,21 @@ pub(crate) async fn send(tx: &mut Tx<'_>, order: &Order, events: &[Event]) -> Re
     .await
 }
 
-/// Brings the rows of each key into the order of the outbox, where rows from `first` on, which came now, belong before
-/// rows that have waited.
+/// Brings the rows of each key that has new ones, from the row `first` on, into the order of the outbox.
 pub(crate) async fn sort(tx: &mut Tx<'_>, subscriber: &str, first: i64) -> Result<u64, sqlx::Error> {
     let done = sqlx::query(
-        "with late as (
-            select distinct new.source, new.key
-              from (select source, key, min(sequence) as sequence from aftercommit.redrive
-                     where subscriber = $1 and id >= $2 group by source, key) as new
-              join aftercommit.redrive old
-                on old.subscriber = $1 and old.id < $2 and old.key = new.key and old.source = new.source
-               and old.sequence > new.sequence),
+        "with touched as (
+            select distinct source, key from aftercommit.redrive
+             where subscriber = $1 and id >= $2 and key is not null),
+         unsorted as (
+            select distinct source, key
+              from (select source, key,
+                           sequence < lag(sequence) over (partition by source, key order by id) as early
+                      from aftercommit.redrive join touched using (source, key) where subscriber = $1) as row
+             where early),
          moved as (
-            delete from aftercommit.redrive r using late
-             where r.subscriber = $1 and r.key = late.key and r.source = late.source returning r.*)
+            delete from aftercommit.redrive r using unsorted u
+             where r.subscriber = $1 and r.key = u.key and r.source = u.source returning r.*)
          insert into aftercommit.redrive
                 (subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type,
                  stream, stream_seq, requested_at, requested_by)
@@ -260,6 +266,26 @@ pub(crate) async fn settle_lost(
     .execute(session)
     .await
     .map(drop)
+}
+
+/// The events of findings that nothing was done about, behind an outbox id and in its order.
+pub(crate) async fn open(
+    session: &mut Session,
+    name: &str,
+    kind: &str,
+    after: i64,
+    limit: i64,
+) -> Result<Vec<(i64, Uuid)>, sqlx::Error> {
+    sqlx::query_as(
+        "select outbox_id, event_id from aftercommit.finding
+          where name = $1 and kind = $2 and state = 'open' and outbox_id > $3 order by outbox_id limit $4",
+    )
+    .bind(name)
+    .bind(kind)
+    .bind(after)
+    .bind(limit)
+    .fetch_all(session)
+    .await
 }
 
 /// A dead letter that nobody has decided about.

@@ -172,3 +172,34 @@ pub(crate) async fn subscribers(connection: &mut Session) -> Result<Vec<AtWork>,
         })
         .collect()
 }
+
+/// What waits in a subscriber's tables, each counted up to [`COUNT_LIMIT`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// Events with failed attempts that are still to be retried.
+    pub(crate) failing: u64,
+    pub(crate) dead_letters: u64,
+    /// Events that an operator has sent back.
+    pub(crate) redrive: u64,
+}
+
+/// What waits in the tables of these subscribers, in their order.
+pub(crate) async fn counts(connection: &mut Session, names: &[&str]) -> Result<Vec<Counts>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select (select count(*) from (select from aftercommit.attempt
+                                        where subscriber = s.name and attempts > 0 limit $2) as t),
+                (select count(*) from (select from aftercommit.dead_letter where subscriber = s.name limit $2) as t),
+                (select count(*) from (select from aftercommit.redrive where subscriber = s.name limit $2) as t)
+           from unnest($1::text[]) with ordinality as s(name, place) order by place",
+    )
+    .bind(names)
+    .bind(COUNT_LIMIT)
+    .fetch_all(connection)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            let count = |at: usize| row.try_get::<i64, _>(at).map(i64::unsigned_abs);
+            Ok(Counts { failing: count(0)?, dead_letters: count(1)?, redrive: count(2)? })
+        })
+        .collect()
+}

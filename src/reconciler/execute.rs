@@ -12,6 +12,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::job::{Done, Job, Run, Tally};
 use super::{Mode, Outcome, Scope, Summary};
 use crate::error::{Error, ErrorKind};
+use crate::fault;
 use crate::postgres::connections::Connections;
 use crate::postgres::reconcile::{self, Begun, Counts, Ending, NewRun, RunRow};
 use crate::postgres::{self, finding};
@@ -108,6 +109,7 @@ impl Executor {
     }
 
     async fn execute(&self, job: &dyn Job, order: Order, row: RunRow, stop: &CancellationToken) -> Summary {
+        fault::point("reconciler-begun");
         let started = Instant::now();
         let scope = if row.scope == "full" { Scope::Full } else { order.scope.clone() };
         tracing::info!(reconciler = job.name(), run = row.id, scope = row.scope, mode = order.mode.as_str(), "running");
@@ -124,6 +126,7 @@ impl Executor {
             named: 0,
         };
         let end = self.work(job, &mut run, stop).await;
+        fault::point("reconciler-done");
         let counts = run.tally.counts();
         let end = match end {
             End::Done(_) if counts.failed > 0 && counts.failed >= counts.scanned => {
@@ -139,6 +142,7 @@ impl Executor {
             End::Stopped => Outcome::Stopped,
         };
         self.record(job, &order, row.id, row.failures, &end, counts).await;
+        fault::point("reconciler-recorded");
         let amount = |count: i64| count.unsigned_abs();
         let summary = Summary {
             reconciler: job.name().into(),
@@ -187,6 +191,7 @@ impl Executor {
             }
             End::Done(done) => {
                 ending.result = "ok";
+                ending.position = done.position.as_ref();
                 ending.detail = done.detail.as_ref();
                 ending.reconciled_up_to = done.reconciled_up_to;
                 ending.swept_since = done.swept_since;

@@ -175,12 +175,12 @@ impl<R: Reconciler> ItemJob<R> {
             fault::point("reconciler-page");
             if run.mode == Mode::Repair {
                 run.save_position(serde_json::to_value(&sweep).unwrap_or_default()).await?;
+                fault::point("reconciler-saved");
             }
         }
-        if run.mode == Mode::Repair {
-            run.save_position(Value::Object(serde_json::Map::new())).await?;
-        }
-        Ok(Done { swept_since: Some(sweep.since), ..Done::default() })
+        // The next sweep begins at the beginning.
+        let position = (run.mode == Mode::Repair).then(|| Value::Object(serde_json::Map::new()));
+        Ok(Done { swept_since: Some(sweep.since), position, ..Done::default() })
     }
 
     /// Reconciles these items, and writes down what the run found.
@@ -274,7 +274,12 @@ impl<R: Reconciler> ItemJob<R> {
         };
         match result {
             Ok(value) if undo => self.own(tx.rollback()).await.map(|()| value),
-            Ok(value) => self.commit(tx).await.map(|()| value),
+            Ok(value) => {
+                fault::point("reconciler-item");
+                self.commit(tx).await?;
+                fault::point("reconciler-committed");
+                Ok(value)
+            }
             // Waits for a statement that still runs. When even that fails the connection is gone, whatever the user's
             // code made of it.
             Err(trouble) => self.own(tx.rollback()).await.and(Err(trouble)),

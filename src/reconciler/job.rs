@@ -58,6 +58,8 @@ pub(crate) struct Done {
     pub(crate) reconciled_up_to: Option<DateTime<Utc>>,
     /// The run with which a sweep over everything began that has now ended: what was not found since is gone.
     pub(crate) swept_since: Option<i64>,
+    /// Where the next run goes on, if that is not where this one saved last.
+    pub(crate) position: Option<Value>,
     /// More for the run's row.
     pub(crate) detail: Option<Value>,
 }

@@ -90,7 +90,14 @@ impl Monitor {
         let waiting = self.samples.borrow().as_ref().map(|sample| sample.backlog.events);
         let nats = self.nats.borrow().as_ref().is_some_and(Connection::is_up);
         let position = self.position.borrow();
-        judge(&Facts { phase: position.phase, state: &position.state, waiting, nats, progressed: position.progressed })
+        judge(&Facts {
+            phase: position.phase,
+            state: &position.state,
+            waiting,
+            blocked: false,
+            nats,
+            progressed: position.progressed,
+        })
     }
 }
 

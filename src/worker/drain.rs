@@ -16,6 +16,8 @@ use crate::postgres::{database_error, function, testing};
 
 use super::lane::{Lane, Verdict};
 use super::load::Item;
+use super::monitor::holder;
+use super::progress::Progress;
 use super::scheduler::Place;
 use super::serve::{LEASE, lease_name};
 use super::subscriber::{Subscriber, Work};
@@ -68,7 +70,9 @@ pub(crate) async fn drain(
     events: &[Arc<Envelope>],
 ) -> Result<Outcome, Error> {
     let tenure = acquire(&subscriber.name, connections).await?;
+    subscriber.prepare()?;
     let lane = Lane {
+        progress: Arc::new(Progress::new(&subscriber)),
         subscriber: Arc::new(subscriber),
         connections: Arc::clone(connections),
         source: Source::none(SOURCE),
@@ -90,7 +94,7 @@ pub(crate) async fn drain(
 
 /// The subscriber's lease, so that no worker runs it at the same time. One of a drain that was cut off runs out.
 async fn acquire(subscriber: &str, connections: &Connections) -> Result<Tenure, Error> {
-    let (name, holder) = (lease_name(subscriber), super::holder());
+    let (name, holder) = (lease_name(subscriber), holder());
     let mut epoch = None;
     let acquired = tokio::time::timeout(LEASE + LEASE / 4, async {
         while epoch.is_none() {
@@ -183,10 +187,7 @@ impl Run {
         });
         let report = self.lane.clone().run(items.collect()).await;
         if let Some(reason) = report.outage {
-            return Err(Error::new(
-                ErrorKind::Database,
-                format!("the database does not let subscriber {name} work: {reason}"),
-            ));
+            return Err(Error::new(ErrorKind::Database, format!("subscriber {name} cannot work: {reason}")));
         }
         if report.fenced {
             return Err(Error::new(ErrorKind::Fenced, format!("a worker took over the subscriber {name}")));
@@ -201,7 +202,7 @@ impl Run {
                     later.push((event, wait));
                     continue;
                 }
-                Some(Verdict::Interrupted(reason)) => {
+                Some(Verdict::Interrupted { reason, .. }) => {
                     let problem = format!("event {}: what subscriber {name} needs is away: {reason}", event.id);
                     return Err(Error::new(ErrorKind::NotReady, problem));
                 }
@@ -261,9 +262,6 @@ fn place(event: &Envelope) -> Place {
 impl Subscriber {
     /// Whether events of this type come to it.
     fn takes(&self, event_type: &str) -> bool {
-        match &self.work {
-            Work::Handlers(routes) => routes.contains_key(event_type),
-            Work::Function { types, .. } => types.is_empty() || types.iter().any(|taken| taken == event_type),
-        }
+        self.types().iter().any(|taken| *taken == "*" || *taken == event_type)
     }
 }

@@ -18,20 +18,35 @@
 //! queue = "heavy"                    # "default" when not given
 //! stream = "ORDERS"                  # the worker's stream when not given
 //! prefix = "orders"                  # the worker's subject prefix when not given
+//!
+//! [[subscriber]]
+//! name = "webhook"
+//! types = ["*"]
+//! [subscriber.http]                  # instead of `sql`; max_batch is 1 when not given
+//! url = "https://shop.example/events"
+//! mode = "binary"                    # or "structured"
+//! timeout = "30s"                    # from the request to the answer
+//! headers = { Authorization = "env:TOKEN" }
+//! ca = "ca.pem"                      # whom to trust instead of the system's
+//! cert = "worker.pem"                # what to show to the endpoint
+//! key = "worker.key"
 //! ```
 
+use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 
 use crate::backoff::Backoff;
+use crate::config::ClientCertificate;
 use crate::error::{Error, ErrorKind};
 use crate::postgres::function::FunctionName;
 use crate::subject::SubjectPrefix;
 
+use super::http::{Endpoint, Mode};
 use super::subscriber::{FailurePolicy, Subscriber, check_name, check_types};
 
 #[derive(Deserialize)]
@@ -46,7 +61,8 @@ struct File {
 struct Entry {
     name: Spanned<String>,
     types: Spanned<Vec<String>>,
-    sql: Sql,
+    sql: Option<Sql>,
+    http: Option<Spanned<Http>>,
     concurrency: Option<usize>,
     max_attempts: Option<u32>,
     max_crashes: Option<u32>,
@@ -74,6 +90,19 @@ enum Policy {
 #[serde(deny_unknown_fields)]
 struct Sql {
     function: Spanned<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Http {
+    url: Spanned<String>,
+    mode: Option<Mode>,
+    timeout: Option<Wait>,
+    #[serde(default)]
+    headers: BTreeMap<String, Spanned<String>>,
+    ca: Option<Spanned<PathBuf>>,
+    cert: Option<Spanned<PathBuf>>,
+    key: Option<Spanned<PathBuf>>,
 }
 
 #[derive(Deserialize)]
@@ -146,10 +175,18 @@ fn parse(text: &str) -> Result<Vec<Subscriber>, String> {
         if let Err(problem) = check_types(entry.types.get_ref()) {
             return wrong(entry.types.span(), "types", problem);
         }
-        if let Err(problem) = FunctionName::parse(entry.sql.function.get_ref()) {
-            return wrong(entry.sql.function.span(), "function", problem);
-        }
-        let mut subscriber = entry.into_subscriber().map_err(|error| at(span.clone(), error.to_string()))?;
+        let work = match (&entry.sql, &entry.http) {
+            (Some(sql), None) => match FunctionName::parse(sql.function.get_ref()) {
+                Ok(_) => None,
+                Err(problem) => return wrong(sql.function.span(), "function", problem),
+            },
+            (None, Some(http)) => match http.get_ref().endpoint() {
+                Ok(endpoint) => Some(endpoint),
+                Err((at, key, problem)) => return wrong(at.unwrap_or(http.span()), key, problem),
+            },
+            _ => return wrong(span, "sql, http", format!("subscriber {name} needs exactly one of them")),
+        };
+        let mut subscriber = entry.into_subscriber(work).map_err(|error| at(span.clone(), error.to_string()))?;
         subscriber.place = format!(":{}", line(text, span.start));
         subscriber.validate().map_err(|error| at(span, error.to_string()))?;
         subscribers.push(subscriber);
@@ -158,9 +195,16 @@ fn parse(text: &str) -> Result<Vec<Subscriber>, String> {
 }
 
 impl Entry {
-    fn into_subscriber(self) -> Result<Subscriber, Error> {
-        let types = self.types.into_inner();
-        let mut subscriber = Subscriber::sql(self.name.into_inner(), self.sql.function.get_ref(), types)?;
+    /// `endpoint` is where to post; none when it calls a function.
+    fn into_subscriber(self, endpoint: Option<Endpoint>) -> Result<Subscriber, Error> {
+        let (name, types) = (self.name.into_inner(), self.types.into_inner());
+        let mut subscriber = match (endpoint, self.sql) {
+            (Some(endpoint), _) => Subscriber::http(name, endpoint, types),
+            (None, sql) => {
+                let function = sql.map(|sql| sql.function.into_inner()).unwrap_or_default();
+                Subscriber::sql(name, &function, types)?
+            }
+        };
         let settings = &mut subscriber.settings;
         let backoff = self.backoff.unwrap_or(Waits { first: None, max: None });
         settings.backoff = Backoff {
@@ -187,12 +231,43 @@ impl Entry {
     }
 }
 
+impl Http {
+    /// The error comes with its place, if there is one, and its key.
+    fn endpoint(&self) -> Result<Endpoint, (Option<Range<usize>>, &'static str, String)> {
+        let mut endpoint =
+            Endpoint::new(self.url.get_ref()).map_err(|problem| (Some(self.url.span()), "url", problem))?;
+        for (name, value) in &self.headers {
+            let added = endpoint.header(name, value.get_ref());
+            added.map_err(|problem| (Some(value.span()), "headers", problem))?;
+        }
+        for (key, file) in [("ca", &self.ca), ("cert", &self.cert), ("key", &self.key)] {
+            if let Some(file) = file.as_ref().filter(|_| !endpoint.is_https()) {
+                return Err((Some(file.span()), key, "it needs a url that begins with https://".into()));
+            }
+        }
+        let path = |file: &Spanned<PathBuf>| file.get_ref().clone();
+        endpoint.ca = self.ca.as_ref().map(path);
+        endpoint.certificate = match (&self.cert, &self.key) {
+            (Some(certificate), Some(key)) => {
+                Some(ClientCertificate { certificate: path(certificate), key: path(key) })
+            }
+            (None, None) => None,
+            (Some(file), None) => return Err((Some(file.span()), "cert", "it needs `key`".into())),
+            (None, Some(file)) => return Err((Some(file.span()), "key", "it needs `cert`".into())),
+        };
+        endpoint.mode = self.mode.unwrap_or_default();
+        endpoint.timeout = self.timeout.as_ref().map_or(endpoint.timeout, |wait| wait.0);
+        Ok(endpoint)
+    }
+}
+
 fn line(text: &str, offset: usize) -> usize {
     text.bytes().take(offset).filter(|b| *b == b'\n').count() + 1
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::subscriber::Work;
     use super::*;
 
     const GOOD: &str = r#"
@@ -209,6 +284,27 @@ prefix = "orders"
 failure_policy = "skip"
 debounce = "2s"
 "#;
+
+    const WEBHOOK: &str = r#"
+[[subscriber]]
+name = "webhook"
+types = ["*"]
+[subscriber.http]
+url = "https://shop.example/events"
+mode = "structured"
+timeout = "5s"
+headers = { Authorization = "env:NOWHERE" }
+cert = "c"
+key = "k"
+"#;
+
+    #[test]
+    fn an_http_subscriber_posts_one_event_at_a_time_and_needs_no_secret_to_be_read() {
+        let subscribers = parse(WEBHOOK).unwrap();
+        assert_eq!(subscribers[0].settings.max_batch, 1);
+        let Work::Http { endpoint, .. } = &subscribers[0].work else { panic!("{:?}", subscribers[0]) };
+        assert_eq!((endpoint.mode, endpoint.timeout), (Mode::Structured, Duration::from_secs(5)));
+    }
 
     #[test]
     fn a_file_becomes_subscribers() {
@@ -246,6 +342,21 @@ debounce = "2s"
             let error = parse(&GOOD.replace(from, to)).unwrap_err();
             assert!(error.contains(expected), "{expected}: {error}");
         }
+        for (from, to, expected) in [
+            ("https://shop", "shop", ":6: url:"),
+            ("\"structured\"", "\"other\"", ":7: unknown variant `other`"),
+            ("\"5s\"", "\"2m\"", "the timeout of http must not be longer than time_limit"),
+            ("Authorization", "Content-Length", ":9: headers:"),
+            ("cert = \"c\"\n", "", ":10: key:"),
+            ("https://shop", "http://shop", ":10: cert:"),
+            ("mode", "mod", ":7: unknown field `mod`"),
+            ("[subscriber.http]", "sql = { function = \"f\" }\n[subscriber.http]", "exactly one"),
+        ] {
+            let error = parse(&WEBHOOK.replace(from, to)).unwrap_err();
+            assert!(error.contains(expected), "{expected}: {error}");
+        }
+        let neither = GOOD.replace("sql = { function = \"demo.apply_history\" }", "");
+        assert!(parse(&neither).unwrap_err().contains("exactly one"));
         let twice = format!("{GOOD}{GOOD}");
         assert!(parse(&twice).unwrap_err().contains("another subscriber branch-balance"));
         assert!(parse("").unwrap_err().contains("no [[subscriber]]"));

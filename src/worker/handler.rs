@@ -80,6 +80,13 @@ pub enum HandlerError {
     },
     /// Not yet: come again after this time. Costs no attempt.
     Snooze(Duration),
+    /// Something that the handler needs is away: try again for as long as that takes. Costs no attempt.
+    Unavailable {
+        /// What is away, and why.
+        error: Box<dyn StdError + Send + Sync>,
+        /// How long to wait. The subscriber's backoff decides when there is none.
+        after: Option<Duration>,
+    },
 }
 
 impl HandlerError {
@@ -96,6 +103,12 @@ impl HandlerError {
     /// Give up on this event now: it becomes a dead letter with this reason.
     pub fn reject(reason: impl Into<String>) -> Self {
         Self::Reject { reason: reason.into() }
+    }
+
+    /// Something that the handler needs, such as another service, is away: the event waits, with its key, and is tried
+    /// again by the subscriber's backoff for as long as that takes. Costs no attempt.
+    pub fn unavailable(error: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        Self::Unavailable { error: error.into(), after: None }
     }
 
     /// Not yet: come again after `wait`. Costs no attempt.

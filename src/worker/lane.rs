@@ -25,6 +25,7 @@ use crate::postgres::{self, function, inbox, redrive};
 use super::batch::{self, BatchError};
 use super::handler::HandlerError;
 use super::load::{Item, Queued, redrive_ids};
+use super::progress::{Outcome, Progress};
 use super::scheduler::Place;
 use super::span;
 use super::subscriber::{FailurePolicy, Subscriber, Work};
@@ -42,6 +43,7 @@ pub(super) struct Lane {
     pub(super) connections: Arc<Connections>,
     pub(super) source: Source,
     pub(super) tenure: Arc<Tenure>,
+    pub(super) progress: Arc<Progress>,
     /// Tells it from the lanes beside it.
     pub(super) number: i64,
 }
@@ -59,17 +61,31 @@ pub(super) enum Verdict {
     Later(Duration),
     /// Events of its key that were sent back come first, and are not known here yet.
     Held,
-    /// Something that its handler needs is away, for this reason.
-    Interrupted(String),
+    /// Something that its handler needs is away.
+    Interrupted {
+        reason: String,
+        /// What the handler said of when to try again.
+        wait: Wait,
+    },
     /// It did not come to a decision.
     NotRun,
+}
+
+/// How long to wait for the end of an outage.
+#[derive(Debug, PartialEq)]
+pub(super) enum Wait {
+    /// As for servers of our own: soon, and again and again.
+    Soon,
+    /// As the subscriber's backoff says.
+    Backoff,
+    Exactly(Duration),
 }
 
 /// What became of a batch.
 #[derive(Default)]
 pub(super) struct Report {
     pub(super) verdicts: Vec<(Place, Verdict)>,
-    /// The subscriber's database is away, for this reason.
+    /// The subscriber's database, or where it sends all of its events, is away, for this reason.
     pub(super) outage: Option<String>,
     /// Another instance has taken over.
     pub(super) fenced: bool,
@@ -80,6 +96,7 @@ pub(super) struct Report {
 /// The lane cannot go on with its batch.
 pub(super) enum Halt {
     Outage(String),
+    Unreachable(String),
     Fenced,
 }
 
@@ -99,7 +116,8 @@ impl Lane {
         };
         match result {
             Ok(()) => {}
-            Err(Halt::Outage(reason)) => report.outage = Some(reason),
+            Err(Halt::Outage(reason)) => report.outage = Some(format!("the database is away: {reason}")),
+            Err(Halt::Unreachable(reason)) => report.outage = Some(reason),
             Err(Halt::Fenced) => report.fenced = true,
         }
         // A commit has removed it; after an outage it cannot be, and the next batch of this lane replaces it.
@@ -151,6 +169,7 @@ impl Lane {
                         report.pace = Some(started.elapsed() / u32::try_from(many.len()).unwrap_or(u32::MAX));
                     }
                     Err(Trouble::Outage(reason)) => return Err(Halt::Outage(reason)),
+                    Err(Trouble::Unreachable(reason)) => return Err(Halt::Unreachable(reason)),
                     Err(trouble) => split(group, trouble.culprit(), &mut groups),
                 },
             }
@@ -163,7 +182,7 @@ impl Lane {
         match verdict {
             Verdict::Done | Verdict::Dead(_) => false,
             Verdict::Failed(_) => self.subscriber.settings.failure_policy == FailurePolicy::Block,
-            Verdict::Later(_) | Verdict::Held | Verdict::Interrupted(_) | Verdict::NotRun => true,
+            Verdict::Later(_) | Verdict::Held | Verdict::Interrupted { .. } | Verdict::NotRun => true,
         }
     }
 
@@ -180,7 +199,15 @@ impl Lane {
                 Ok(held) if held.is_empty() => return Ok(Verdict::Done),
                 Ok(_) => return Ok(Verdict::Held),
                 Err(Trouble::Outage(reason)) => return Err(Halt::Outage(reason)),
-                Err(Trouble::Interrupted { error, .. }) => return Ok(Verdict::Interrupted(describe(&error))),
+                Err(Trouble::Unreachable(reason)) => return Err(Halt::Unreachable(reason)),
+                Err(Trouble::Interrupted { error, .. }) => {
+                    let wait = match error {
+                        HandlerError::Unavailable { after: Some(wait), .. } => Wait::Exactly(wait),
+                        HandlerError::Unavailable { .. } => Wait::Backoff,
+                        _ => Wait::Soon,
+                    };
+                    return Ok(Verdict::Interrupted { reason: describe(&error), wait });
+                }
                 Err(Trouble::Conflict { .. }) if conflicts < MAX_CONFLICTS => {
                     conflicts += 1;
                     tokio::time::sleep(CONFLICT.after(conflicts)).await;
@@ -195,9 +222,12 @@ impl Lane {
     /// What becomes of an event whose handler failed.
     async fn decide(&self, queued: &Queued, error: HandlerError, took: Duration) -> Result<Verdict, Halt> {
         match error {
-            HandlerError::Snooze(wait) => Ok(Verdict::Later(wait)),
+            HandlerError::Snooze(wait) => {
+                self.progress.count(Outcome::Snoozed);
+                Ok(Verdict::Later(wait))
+            }
             HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason), true).await,
-            HandlerError::Retry { after, .. } => {
+            HandlerError::Retry { after, .. } | HandlerError::Unavailable { after, .. } => {
                 let text = describe(&error);
                 if queued.failures.load(Ordering::Relaxed) + 1 >= self.subscriber.settings.max_attempts {
                     return self.give_up(queued, &text, true).await;
@@ -227,6 +257,7 @@ impl Lane {
         });
         let attempts = self.own(counted).await.map_err(Halt::Outage)?;
         fault::point("worker-failure-counted");
+        self.progress.count(Outcome::Retry);
         attempts.map(|attempts| attempts.unsigned_abs()).ok_or(Halt::Fenced)
     }
 
@@ -245,6 +276,7 @@ impl Lane {
             return Err(Halt::Fenced);
         }
         fault::point("worker-given-up");
+        self.progress.count(Outcome::Dead);
         tracing::error!(
             subscriber = self.subscriber.name,
             event_id = %queued.event.id,
@@ -279,6 +311,7 @@ impl Lane {
                 fault::point("worker-handled");
                 self.own_or_conflict(tx.commit()).await?;
                 fault::point("worker-committed");
+                self.count(group.iter().filter(|queued| !held.contains(&queued.event.id.as_uuid())));
                 Ok(held)
             }
             Err(Trouble::Outage(reason)) => Err(Trouble::Outage(reason)),
@@ -289,6 +322,20 @@ impl Lane {
                 Err(reason) => Err(Trouble::Outage(reason)),
             },
         }
+    }
+
+    /// Counts events whose transaction is committed.
+    fn count<'q>(&self, events: impl Iterator<Item = &'q &'q Queued>) {
+        let mut committed = 0;
+        for queued in events {
+            committed += 1;
+            if queued.fresh.load(Ordering::Relaxed) {
+                self.progress.took_effect(queued.event.time);
+            } else {
+                self.progress.count(Outcome::Duplicate);
+            }
+        }
+        self.progress.committed(committed);
     }
 
     async fn fill(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<Vec<Uuid>, Trouble> {
@@ -302,8 +349,9 @@ impl Lane {
         fault::point("worker-inserted");
         let mut fresh: HashMap<Uuid, Option<i32>> = fresh.into_iter().collect();
         for queued in group {
-            let failures = fresh.get(&queued.event.id.as_uuid()).copied().flatten();
-            queued.failures.store(failures.map_or(0, i32::unsigned_abs), Ordering::Relaxed);
+            let failures = fresh.get(&queued.event.id.as_uuid());
+            queued.fresh.store(failures.is_some(), Ordering::Relaxed);
+            queued.failures.store(failures.copied().flatten().map_or(0, i32::unsigned_abs), Ordering::Relaxed);
         }
         let on_record: Vec<Uuid> = fresh.iter().filter(|(_, record)| record.is_some()).map(|(id, _)| *id).collect();
         match &self.subscriber.work {
@@ -313,8 +361,17 @@ impl Lane {
                 let new: Vec<&Queued> = new.copied().collect();
                 if !new.is_empty() {
                     let events: Vec<String> = new.iter().map(|queued| queued.event.to_json()).collect();
-                    let call = span::told(self.limited(function::call(tx, function, &events)));
+                    let call = self.told(self.limited(function::call(tx, function, &events)));
                     call.instrument(self.span(&new)).await.map_err(|error| trouble(None, error))?;
+                }
+            }
+            #[cfg(feature = "cli")]
+            Work::Http { endpoint, .. } => {
+                for (at, queued) in group.iter().enumerate() {
+                    if fresh.remove(&queued.event.id.as_uuid()).is_some() {
+                        let run = self.told(endpoint.post(&queued.event));
+                        run.instrument(self.span(&[queued])).await.map_err(|error| trouble(Some(at), error))?;
+                    }
                 }
             }
             Work::Handlers(routes) => {
@@ -336,7 +393,7 @@ impl Lane {
                             failed.error
                         })
                     };
-                    let handled = span::told(handled).instrument(self.span(&queued)).await;
+                    let handled = self.told(handled).instrument(self.span(&queued)).await;
                     handled.map_err(|error| trouble(culprit.and_then(at), error))?;
                 }
                 self.own_or_conflict(inbox::check_alive(tx)).await?;
@@ -346,6 +403,14 @@ impl Lane {
             self.own_or_conflict(inbox::clear_attempts(tx, &self.subscriber.name, &on_record)).await?;
         }
         Ok(held)
+    }
+
+    /// Runs a handler, and measures how long that takes.
+    async fn told(&self, run: impl Future<Output = Result<(), HandlerError>>) -> Result<(), HandlerError> {
+        let started = Instant::now();
+        let result = span::told(run).await;
+        self.progress.handled(started.elapsed());
+        result
     }
 
     /// Writes the inbox rows. Of the events that were sent back only the ones whose rows are still there may run; the rows

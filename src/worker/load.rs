@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use futures_util::future::join_all;
 
@@ -10,7 +10,7 @@ use crate::envelope::Envelope;
 use crate::postgres::inbox;
 use crate::postgres::redrive::{self, Redriven};
 
-use super::lane::{Halt, Lane, Report, Verdict};
+use super::lane::{Halt, Lane, Report, Verdict, Wait};
 use super::scheduler::Place;
 use super::subscriber::Try;
 
@@ -31,7 +31,8 @@ impl Item {
     pub(super) fn queued(self, stream: &str, stream_seq: i64, event: Arc<Envelope>) -> Queued {
         let Self { place, deliveries, crashes, .. } = self;
         let stream = stream.to_string();
-        Queued { place, stream, stream_seq, event, deliveries, crashes, failures: AtomicU32::new(0) }
+        let (failures, fresh) = (AtomicU32::new(0), AtomicBool::new(false));
+        Queued { place, stream, stream_seq, event, deliveries, crashes, failures, fresh }
     }
 }
 
@@ -46,6 +47,8 @@ pub(super) struct Queued {
     pub(super) crashes: u32,
     /// The attempts that had failed when it was looked at last.
     pub(super) failures: AtomicU32,
+    /// Whether it was not done yet when it was looked at last.
+    pub(super) fresh: AtomicBool,
 }
 
 impl Queued {
@@ -91,7 +94,7 @@ impl Lane {
                 Ok(event) if !stuck => events.push(event),
                 Ok(event) => report.verdicts.push((event.place, Verdict::NotRun)),
                 Err((place, verdict)) => {
-                    stuck |= matches!(verdict, Verdict::Interrupted(_) | Verdict::NotRun);
+                    stuck |= matches!(verdict, Verdict::Interrupted { .. } | Verdict::NotRun);
                     report.verdicts.push((place, verdict));
                 }
             }
@@ -142,7 +145,7 @@ impl Lane {
                 );
                 Err(Verdict::Dead("the stream dropped it before it could be handled".into()))
             }
-            Err(error) => Err(Verdict::Interrupted(error.report())),
+            Err(error) => Err(Verdict::Interrupted { reason: error.report(), wait: Wait::Soon }),
         }
     }
 }

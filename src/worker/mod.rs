@@ -54,11 +54,16 @@ pub(crate) mod drain;
 #[cfg(feature = "cli")]
 mod file;
 mod handler;
+#[cfg(feature = "cli")]
+mod http;
 mod lane;
 mod load;
+mod monitor;
+mod progress;
 mod pruner;
 mod redrive;
 mod registry;
+mod sample;
 mod scheduler;
 mod serve;
 mod session;
@@ -67,24 +72,31 @@ mod subscriber;
 mod trouble;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::backoff::Backoff;
 use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::{Error, ErrorKind};
 use crate::jetstream;
-use crate::jetstream::Client;
+use crate::jetstream::Connection;
 use crate::jetstream::consumer;
 use crate::postgres::connections::Connections;
+use monitor::Board;
+use progress::Progress;
 
 pub use batch::{BatchError, BatchHandler};
 #[cfg(feature = "cli")]
 pub use file::read_file;
 pub use handler::{Delivery, Handler, HandlerError};
+pub use monitor::{Monitor, SubscriberReport, WorkerReport};
 pub use registry::{FailedModule, Module, Queues, Registry};
+pub(crate) use serve::{ALL, lease_name};
 pub use span::set_span_parent;
+pub(crate) use subscriber::check_name;
 pub use subscriber::{FailurePolicy, Subscriber};
 #[cfg(feature = "testing")]
 pub(crate) use trouble::describe;
@@ -121,6 +133,7 @@ pub struct Worker {
     registry: Registry,
     queues: Queues,
     remedy: String,
+    board: Board,
 }
 
 impl Worker {
@@ -128,7 +141,8 @@ impl Worker {
     /// they read unless they name another one.
     pub fn new(postgres: PostgresConfig, nats: NatsConfig, naming: Naming) -> Self {
         let remedy = "provision it, with `Worker::provision` or `aftercommit provision --config worker.toml`".into();
-        Self { postgres, nats, naming, registry: Registry::new(), queues: Queues::All, remedy }
+        let board = Board::new(&naming.stream);
+        Self { postgres, nats, naming, registry: Registry::new(), queues: Queues::All, remedy, board }
     }
 
     /// Adds a subscriber.
@@ -150,6 +164,19 @@ impl Worker {
     pub fn queues(mut self, queues: Queues) -> Self {
         self.queues = queues;
         self
+    }
+
+    /// How long a subscriber may get on with nothing, while events wait, until it counts as unhealthy. Defaults to 30
+    /// seconds.
+    #[must_use]
+    pub fn unhealthy_after(mut self, patience: Duration) -> Self {
+        self.board.patience = patience;
+        self
+    }
+
+    /// Tells how this worker is doing, while it runs.
+    pub fn monitor(&self) -> Monitor {
+        self.board.monitor()
     }
 
     /// What the log tells to do when a consumer is missing.
@@ -179,18 +206,28 @@ impl Worker {
     /// When the definition of the subscribers or a setting is wrong, or the queues leave nothing to serve.
     pub async fn run(mut self, shutdown: CancellationToken) -> Result<(), Error> {
         let subscribers = std::mem::take(&mut self.registry).served(&self.queues)?;
+        subscribers.iter().try_for_each(Subscriber::prepare)?;
         let connections = Arc::new(Connections::new(&self.postgres, "aftercommit-worker")?);
-        let Some(client) = self.connect(&shutdown).await? else { return Ok(()) };
-        let holder = holder();
+        let watched: Vec<sample::Watched> = subscribers
+            .iter()
+            .map(|subscriber| (Arc::new(Progress::new(subscriber)), subscriber.spec(&self.naming)))
+            .collect();
+        self.board.show(&watched);
+        let Some(nats) = self.connect(&shutdown).await? else { return Ok(()) };
+        self.board.connected(&nats);
+        let looking = sample::run(nats.clone(), Arc::clone(&connections), watched.clone());
+        let _looking = AbortOnDropHandle::new(tokio::spawn(looking));
+        let _service = AbortOnDropHandle::new(tokio::spawn(self.board.service(nats.clone())));
         let mut services = JoinSet::new();
-        for subscriber in subscribers {
+        for (subscriber, (progress, spec)) in subscribers.into_iter().zip(watched) {
             let service = serve::Service {
-                spec: subscriber.spec(&self.naming),
+                spec,
                 subscriber: Arc::new(subscriber),
                 connections: Arc::clone(&connections),
-                client: client.clone(),
-                holder: holder.clone(),
+                client: nats.client.clone(),
+                holder: self.board.holder.clone(),
                 remedy: self.remedy.clone(),
+                progress,
             };
             services.spawn(service.run(shutdown.clone()));
         }
@@ -201,13 +238,13 @@ impl Worker {
     }
 
     /// Connects to NATS, as long as that takes.
-    async fn connect(&self, shutdown: &CancellationToken) -> Result<Option<Client>, Error> {
+    async fn connect(&self, shutdown: &CancellationToken) -> Result<Option<Connection>, Error> {
         let mut failures = 0;
         loop {
             let error = tokio::select! {
                 () = shutdown.cancelled() => return Ok(None),
                 connected = jetstream::connect(&self.nats, "aftercommit-worker", "_INBOX_worker") => match connected {
-                    Ok(connection) => return Ok(Some(connection.client)),
+                    Ok(connection) => return Ok(Some(connection)),
                     Err(error) => error,
                 }
             };
@@ -217,6 +254,7 @@ impl Worker {
             if failures == 0 {
                 tracing::error!(error = error.report(), "waiting for nats");
             }
+            self.board.waiting(&error);
             failures += 1;
             tokio::time::sleep(Backoff::RECONNECT.after(failures)).await;
         }
@@ -242,12 +280,4 @@ pub(crate) async fn provision(nats: &NatsConfig, naming: &Naming, registry: &Reg
             Err(Error::new(first.kind(), reports.join("; ")))
         }
     }
-}
-
-/// Who holds a lease: host, process, and something random, because process numbers come again.
-fn holder() -> String {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let host = Some(host.trim()).filter(|host| !host.is_empty()).unwrap_or("host");
-    let id = uuid::Uuid::now_v7().simple().to_string();
-    format!("{host}:{}:{}", std::process::id(), &id[24..])
 }

@@ -170,6 +170,11 @@ impl Scheduler {
         }
     }
 
+    /// How many events wait for a point in time.
+    pub(super) fn held(&self) -> usize {
+        self.held.len()
+    }
+
     /// Gives out up to `max` events for one lane, oldest first: the first `heads` ready ones and what follows them
     /// with the same key. Until all events of a key are settled no other lane gets one of it. A suspect comes first.
     /// Live events and those that were sent back take turns, so that many of the latter do not keep other keys waiting.

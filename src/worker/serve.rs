@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
@@ -11,6 +12,7 @@ use uuid::Uuid;
 use crate::backoff::Backoff;
 use crate::error::{Error, ErrorKind};
 use crate::event::EventId;
+use crate::health::Phase;
 use crate::jetstream::ack::Answers;
 use crate::jetstream::consumer::{self, ConsumerSpec, Position};
 use crate::jetstream::stored::Source;
@@ -19,9 +21,11 @@ use crate::postgres;
 use crate::postgres::connections::Connections;
 use crate::postgres::function::{self, FunctionName};
 use crate::postgres::lease::{self, Tenure};
+use crate::postgres::pause::{self, Pause};
 use crate::postgres::{inbox, running};
 
 use super::lane::Lane;
+use super::progress::Progress;
 use super::pruner::Pruner;
 use super::session::{self, End, Session};
 use super::subscriber::{Subscriber, Work};
@@ -32,9 +36,11 @@ pub(super) const LEASE: Duration = Duration::from_secs(4);
 const RENEW: Duration = Duration::from_secs(1);
 /// How often a standby looks whether it is free.
 const LOOK: Duration = Duration::from_millis(500);
+/// What pauses all subscribers of a database.
+pub(crate) const ALL: &str = "subscriber:*";
 
 /// What its instances compete for.
-pub(super) fn lease_name(subscriber: &str) -> String {
+pub(crate) fn lease_name(subscriber: &str) -> String {
     format!("subscriber:{subscriber}")
 }
 
@@ -46,6 +52,7 @@ pub(super) struct Service {
     pub(super) client: Client,
     pub(super) holder: String,
     pub(super) remedy: String,
+    pub(super) progress: Arc<Progress>,
 }
 
 impl Service {
@@ -66,10 +73,14 @@ impl Service {
                         tracing::info!(subscriber = self.name(), "another instance is active, standing by");
                     }
                     standing_by = true;
+                    self.progress.rest(Phase::StandingBy, "another instance is active");
                 }
-                Err(error) => trouble.report(self.name(), &error),
+                Err(error) => {
+                    trouble.report(self.name(), &error);
+                    self.progress.connecting(error.report());
+                }
             }
-            pause(&stop, LOOK).await;
+            rest(&stop, LOOK).await;
         }
     }
 
@@ -89,19 +100,27 @@ impl Service {
     /// Works as long as the lease is ours.
     async fn lead(&self, tenure: Tenure, stop: &CancellationToken) {
         tracing::info!(subscriber = self.name(), epoch = tenure.epoch, holder = tenure.holder, "active");
+        self.progress.lead(tenure.epoch);
         let tenure = Arc::new(tenure);
         let lost = CancellationToken::new();
-        let keeper = keep(Arc::clone(&self.connections), Arc::clone(&tenure), lost.clone());
+        let (tell, mut told) = watch::channel(None);
+        let keeper =
+            keep(Arc::clone(&self.connections), Arc::clone(&tenure), Arc::clone(&self.progress), lost.clone(), tell);
         let keeper = AbortOnDropHandle::new(tokio::spawn(keeper));
         let pruner = AbortOnDropHandle::new(tokio::spawn(self.pruner().run()));
         while !stop.is_cancelled() && !lost.is_cancelled() {
-            let Some(position) = self.wait_until_ready(stop, &lost).await else { break };
-            match self.work(&tenure, position, stop, &lost).await {
-                End::Stopped => break,
+            let Some(pausing) = self.wait_until_resumed(&mut told, stop, &lost).await else { break };
+            // A pause ends the session as a stop does: what runs finishes, the rest goes back.
+            let halt = &pausing.token;
+            let Some(position) = self.wait_until_ready(halt, &lost).await else { continue };
+            self.progress.work();
+            match self.work(&tenure, position, halt, &lost).await {
+                End::Stopped => {}
                 End::Fenced => lost.cancel(),
                 End::Broken(reason) => {
                     tracing::warn!(subscriber = self.name(), reason, "starting over");
-                    pause(stop, RENEW).await;
+                    self.progress.trouble(format!("starting over: {reason}"));
+                    rest(halt, RENEW).await;
                 }
             }
         }
@@ -111,6 +130,41 @@ impl Service {
             return;
         }
         self.hand_over(&tenure).await;
+    }
+
+    /// Waits as long as the subscriber is paused, and then gives what tells of the next pause, or of the stop. None
+    /// when it shall end.
+    async fn wait_until_resumed(
+        &self,
+        told: &mut watch::Receiver<Told>,
+        stop: &CancellationToken,
+        lost: &CancellationToken,
+    ) -> Option<Pausing> {
+        let mut was_paused = false;
+        loop {
+            match &*told.borrow_and_update() {
+                Some(Some(pause)) => {
+                    let text = describe(pause);
+                    if !was_paused {
+                        tracing::info!(subscriber = self.name(), pause = pause.name, "{text}");
+                    }
+                    was_paused = true;
+                    self.progress.rest(Phase::Paused, text);
+                }
+                Some(None) => break,
+                None => {}
+            }
+            tokio::select! {
+                () = stop.cancelled() => return None,
+                () = lost.cancelled() => return None,
+                changed = told.changed() => changed.ok()?,
+            }
+        }
+        if was_paused {
+            tracing::info!(subscriber = self.name(), "resumed");
+            self.progress.rest(Phase::Leading, "resuming");
+        }
+        Some(Pausing::new(told.clone(), stop))
     }
 
     fn pruner(&self) -> Pruner {
@@ -156,7 +210,8 @@ impl Service {
                     }
                     Err(error) => {
                         trouble.report(self.name(), &error);
-                        pause(stop, Backoff::RECONNECT.after(trouble.reports)).await;
+                        self.progress.trouble(error.report());
+                        rest(stop, Backoff::RECONNECT.after(trouble.reports)).await;
                     }
                 }
             }
@@ -224,6 +279,7 @@ impl Service {
             connections: Arc::clone(&self.connections),
             source: Source::new(&context, &self.spec.stream),
             tenure: Arc::clone(tenure),
+            progress: Arc::clone(&self.progress),
             number: 0,
         };
         let budget = session::budget(&lane);
@@ -233,22 +289,73 @@ impl Service {
     }
 }
 
-/// Prolongs the lease until somebody else has it. While the database is away nobody can take it either, and nothing
-/// can be committed: so that is waited out.
-async fn keep(connections: Arc<Connections>, tenure: Arc<Tenure>, lost: CancellationToken) {
+/// What the keeper saw last: nothing yet, no pause, or a pause.
+type Told = Option<Option<Pause>>;
+
+/// A token that is cancelled when the subscriber is paused or stopped.
+struct Pausing {
+    token: CancellationToken,
+    _watch: AbortOnDropHandle<()>,
+}
+
+impl Pausing {
+    fn new(mut told: watch::Receiver<Told>, stop: &CancellationToken) -> Self {
+        let token = stop.child_token();
+        let pausing = token.clone();
+        let watch = async move {
+            if told.wait_for(|told| matches!(told, Some(Some(_)))).await.is_ok() {
+                pausing.cancel();
+            }
+        };
+        Self { token, _watch: AbortOnDropHandle::new(tokio::spawn(watch)) }
+    }
+}
+
+/// `paused by me: the shop is closed`.
+fn describe(pause: &Pause) -> String {
+    let Pause { name, by, reason, .. } = pause;
+    let all = if name == ALL { " with all subscribers" } else { "" };
+    let reason = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+    format!("paused{all} by {by}{reason}")
+}
+
+/// Prolongs the lease until somebody else has it, and tells whether the subscriber is paused. While the database is away
+/// nobody can take the lease either, and nothing can be committed: so that is waited out.
+async fn keep(
+    connections: Arc<Connections>,
+    tenure: Arc<Tenure>,
+    progress: Arc<Progress>,
+    lost: CancellationToken,
+    tell: watch::Sender<Told>,
+) {
     loop {
-        tokio::time::sleep(RENEW).await;
-        let renewed = connections
-            .run(async |connection| lease::renew(connection, &tenure.name, &tenure.holder, tenure.epoch, LEASE).await);
-        match tokio::time::timeout(LEASE, renewed).await {
-            Ok(Ok(true)) => {}
-            Ok(Ok(false)) => {
+        let looked = connections.run(async |connection| {
+            let ours = lease::renew(connection, &tenure.name, &tenure.holder, tenure.epoch, LEASE).await?;
+            Ok((ours, pause::first(connection, &[&tenure.name, ALL]).await?))
+        });
+        match tokio::time::timeout(LEASE, looked).await {
+            Ok(Ok((true, pause))) => {
+                progress.database(None);
+                tell.send_if_modified(|told| {
+                    let changed = told.as_ref() != Some(&pause);
+                    *told = Some(pause);
+                    changed
+                });
+            }
+            Ok(Ok((false, _))) => {
                 lost.cancel();
                 return;
             }
-            Ok(Err(error)) => tracing::debug!(lease = tenure.name, error = %error, "the lease was not prolonged"),
-            Err(_) => tracing::debug!(lease = tenure.name, "the lease was not prolonged in time"),
+            Ok(Err(error)) => {
+                tracing::debug!(lease = tenure.name, error = %error, "the lease was not prolonged");
+                progress.database(Some(postgres::database_error("the lease cannot be prolonged", error).report()));
+            }
+            Err(_) => {
+                tracing::debug!(lease = tenure.name, "the lease was not prolonged in time");
+                progress.database(Some("PostgreSQL does not answer".into()));
+            }
         }
+        tokio::time::sleep(RENEW).await;
     }
 }
 
@@ -277,6 +384,6 @@ impl Trouble {
     }
 }
 
-async fn pause(stop: &CancellationToken, time: Duration) {
+async fn rest(stop: &CancellationToken, time: Duration) {
     let _ = tokio::time::timeout(time, stop.cancelled()).await;
 }

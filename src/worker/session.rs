@@ -18,8 +18,9 @@ use crate::jetstream::ack::{Answer, Answers, Reply};
 use crate::jetstream::feed::{Budget, Fed, Incoming, Permit};
 use crate::postgres::redrive::Waiting;
 
-use super::lane::{Lane, Report, Verdict};
+use super::lane::{Lane, Report, Verdict, Wait};
 use super::load::Item;
+use super::progress::{Load, Outcome};
 use super::redrive::Redrives;
 use super::scheduler::{Company, Place, Scheduler};
 use super::subscriber::FailurePolicy;
@@ -61,6 +62,8 @@ pub(super) struct Session {
     gate: Gate,
     /// How long one event takes, a moving average.
     pace: Duration,
+    /// Events whose handlers were interrupted by an outage and have not run since.
+    interrupted: usize,
 }
 
 /// What is known of an event that is not done.
@@ -78,7 +81,7 @@ struct Pending {
     crashes: u32,
 }
 
-/// Closed while the database is away.
+/// Closed while the database is away, or where all events go.
 #[derive(Default)]
 struct Gate {
     failures: u32,
@@ -105,6 +108,7 @@ impl Session {
             budget,
             gate: Gate::default(),
             pace: TARGET / 10,
+            interrupted: 0,
         }
     }
 
@@ -122,6 +126,7 @@ impl Session {
             self.give_out();
             self.make_room();
             let wake = self.next_wake();
+            self.lane.progress.load(self.load());
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break End::Stopped,
@@ -147,9 +152,21 @@ impl Session {
         self.finish(end).await
     }
 
+    fn load(&self) -> Load {
+        Load {
+            ready: self.scheduler.ready(),
+            lanes: self.lanes.len(),
+            held: self.scheduler.held(),
+            interrupted: self.interrupted,
+        }
+    }
+
     fn take_in(&mut self, incoming: Incoming) {
         let Incoming { sequence, deliveries, reply, event, permit } = incoming;
         fault::point("worker-fetched");
+        if deliveries > 1 {
+            self.lane.progress.redelivered();
+        }
         let event = match event {
             Ok(event) => event,
             Err(problem) => {
@@ -303,6 +320,7 @@ impl Session {
             self.gate.open(&self.lane.subscriber.name);
         }
         if let Some(reason) = report.outage {
+            self.lane.progress.trouble(&reason);
             self.gate.close(&self.lane.subscriber.name, &reason);
         }
         report.fenced.then_some(End::Fenced)
@@ -317,7 +335,10 @@ impl Session {
                 self.redrives.look_now();
                 return self.scheduler.hold(place, Instant::now() + HELD);
             }
-            Verdict::Interrupted(reason) => {
+            Verdict::Interrupted { reason, wait } => {
+                self.interrupted += usize::from(pending.interruptions == 0);
+                self.lane.progress.count(Outcome::Interrupted);
+                self.lane.progress.trouble(format!("what an event needs is away: {reason}"));
                 pending.interruptions += 1;
                 // The first one and then ever more rarely.
                 if pending.interruptions.is_power_of_two() {
@@ -330,12 +351,15 @@ impl Session {
                         "what an event needs is away, waiting"
                     );
                 }
-                let wait = Backoff::RECONNECT.after(pending.interruptions);
+                let wait = match wait {
+                    Wait::Soon => Backoff::RECONNECT.after(pending.interruptions),
+                    Wait::Backoff => self.lane.subscriber.settings.backoff.after(pending.interruptions),
+                    Wait::Exactly(wait) => wait,
+                };
                 return self.scheduler.hold(place, Instant::now() + wait);
             }
             Verdict::Failed(wait) | Verdict::Later(wait) => {
                 pending.alive = false;
-                pending.interruptions = 0;
                 let until = Instant::now() + wait;
                 match (&verdict, self.lane.subscriber.settings.failure_policy) {
                     (Verdict::Failed(_), FailurePolicy::Skip) => self.scheduler.set_aside(place, until),
@@ -346,6 +370,9 @@ impl Session {
             Verdict::Done => Answer::Done,
             Verdict::Dead(reason) => Answer::Never(reason),
         };
+        self.interrupted -= usize::from(pending.interruptions > 0);
+        pending.interruptions = 0;
+        self.lane.progress.settled();
         if let Some(reply) = &pending.reply {
             self.answers.send(reply, &answer);
         }
@@ -391,7 +418,7 @@ impl Session {
 impl Gate {
     fn close(&mut self, subscriber: &str, reason: &str) {
         if self.failures == 0 {
-            tracing::warn!(subscriber, error = reason, "the database does not let the subscriber work, waiting");
+            tracing::warn!(subscriber, error = reason, "the subscriber cannot work, waiting");
         }
         self.failures += 1;
         self.closed_until = Some(Instant::now() + Backoff::RECONNECT.after(self.failures));
@@ -399,7 +426,7 @@ impl Gate {
 
     fn open(&mut self, subscriber: &str) {
         if self.failures > 0 {
-            tracing::info!(subscriber, "the database lets the subscriber work again");
+            tracing::info!(subscriber, "the subscriber works again");
         }
         *self = Self::default();
     }

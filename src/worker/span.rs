@@ -87,6 +87,7 @@ pub(super) async fn told(run: impl Future<Output = Result<(), HandlerError>>) ->
         Err(HandlerError::Retry { .. }) => "retry",
         Err(HandlerError::Reject { .. }) => "reject",
         Err(HandlerError::Snooze(_)) => "snooze",
+        Err(HandlerError::Unavailable { .. }) => "unavailable",
     };
     let latency_ms = started.elapsed().as_millis();
     match &result {

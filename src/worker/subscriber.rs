@@ -22,6 +22,8 @@ use crate::subject::{SubjectPrefix, check_tokens};
 
 use super::batch::{BatchError, BatchHandler};
 use super::handler::{Delivery, Handler, HandlerError};
+#[cfg(feature = "cli")]
+use super::http::Endpoint;
 
 /// A named, durable reader of events with its own progress, retries and dead letters.
 ///
@@ -97,6 +99,9 @@ pub(super) enum Work {
     Handlers(BTreeMap<&'static str, Route>),
     /// One SQL function for the listed types, or for all when there are none.
     Function { function: FunctionName, types: Vec<String> },
+    /// One HTTP endpoint for the listed types, or for all when there are none.
+    #[cfg(feature = "cli")]
+    Http { endpoint: Box<Endpoint>, types: Vec<String> },
 }
 
 /// A handler behind its event type.
@@ -154,6 +159,15 @@ impl Subscriber {
         Ok(Self { work: Work::Function { function, types }, ..Self::new(name) })
     }
 
+    /// A subscriber that posts every event of `types` to an HTTP endpoint; `*` stands for all. Each event has a transaction
+    /// of its own, because with the transaction of several all of them would be posted again.
+    #[cfg(feature = "cli")]
+    #[track_caller]
+    pub(super) fn http(name: impl Into<String>, endpoint: Endpoint, mut types: Vec<String>) -> Self {
+        types.retain(|event_type| event_type != "*");
+        Self { work: Work::Http { endpoint: Box::new(endpoint), types }, ..Self::new(name) }.max_batch(1)
+    }
+
     /// Handles events of type `E` with `handler`. One handler per type.
     #[must_use]
     #[track_caller]
@@ -173,6 +187,10 @@ impl Subscriber {
         match &mut self.work {
             Work::Function { function, .. } => {
                 self.problems.push(format!("it calls {function} and cannot have the handler {} too", route.handler))
+            }
+            #[cfg(feature = "cli")]
+            Work::Http { endpoint, .. } => {
+                self.problems.push(format!("it posts to {endpoint} and cannot have the handler {} too", route.handler))
             }
             Work::Handlers(routes) => match routes.get(event_type) {
                 Some(other) => self.problems.push(format!(
@@ -302,8 +320,9 @@ impl Subscriber {
     pub fn types(&self) -> Vec<&str> {
         match &self.work {
             Work::Handlers(routes) => routes.keys().copied().collect(),
-            Work::Function { types, .. } if types.is_empty() => vec!["*"],
-            Work::Function { types, .. } => types.iter().map(String::as_str).collect(),
+            Work::Function { types, .. } => listed(types),
+            #[cfg(feature = "cli")]
+            Work::Http { types, .. } => listed(types),
         }
     }
 
@@ -352,6 +371,16 @@ impl Subscriber {
         }
     }
 
+    /// Reads what the handlers need besides their definition.
+    pub(super) fn prepare(&self) -> Result<(), Error> {
+        #[cfg(feature = "cli")]
+        if let Work::Http { endpoint, .. } = &self.work {
+            let named = |error| Error::with_source(ErrorKind::Config, format!("subscriber {}", self.name), error);
+            endpoint.prepare().map_err(named)?;
+        }
+        Ok(())
+    }
+
     fn problem(&self) -> Option<String> {
         if let Err(problem) = check_name(&self.name) {
             return Some(problem);
@@ -364,7 +393,21 @@ impl Subscriber {
                 return Some(format!("an event type {error}"));
             }
         }
+        #[cfg(feature = "cli")]
+        if let Work::Http { endpoint, .. } = &self.work
+            && endpoint.timeout > self.settings.time_limit
+        {
+            return Some("the timeout of http must not be longer than time_limit".into());
+        }
         self.settings.problem()
+    }
+}
+
+/// These types, or `*` when there are none.
+fn listed(types: &[String]) -> Vec<&str> {
+    match types {
+        [] => vec!["*"],
+        types => types.iter().map(String::as_str).collect(),
     }
 }
 
@@ -471,7 +514,7 @@ fn without_values(error: &serde_json::Error) -> String {
 }
 
 /// Checks a subscriber's name: it is a JetStream consumer name and a token of subjects.
-pub(super) fn check_name(name: &str) -> Result<(), String> {
+pub(crate) fn check_name(name: &str) -> Result<(), String> {
     if is_name(name) {
         return Ok(());
     }
@@ -509,7 +552,7 @@ impl fmt::Debug for Subscriber {
     }
 }
 
-/// `order.placed with mail::SendReceipt, order.paid with mail::SendThanks`, or the types with the function.
+/// `order.placed with mail::SendReceipt, order.paid with mail::SendThanks`, or the types with the function or endpoint.
 impl fmt::Debug for Work {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -518,8 +561,9 @@ impl fmt::Debug for Work {
                     routes.iter().map(|(event_type, route)| format!("{event_type} with {}", route.handler)).collect();
                 f.write_str(&routes.join(", "))
             }
-            Self::Function { function, types } if types.is_empty() => write!(f, "* with {function}"),
-            Self::Function { function, types } => write!(f, "{} with {function}", types.join(", ")),
+            Self::Function { function, types } => write!(f, "{} with {function}", listed(types).join(", ")),
+            #[cfg(feature = "cli")]
+            Self::Http { endpoint, types } => write!(f, "{} with {endpoint}", listed(types).join(", ")),
         }
     }
 }

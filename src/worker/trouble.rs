@@ -11,6 +11,8 @@ use super::handler::HandlerError;
 pub(super) enum Trouble {
     /// The database is away, or does not let us do our own work.
     Outage(String),
+    /// What the subscriber sends all of its events to is away.
+    Unreachable(String),
     /// Others were in the way.
     Conflict {
         at: Option<usize>,
@@ -27,11 +29,16 @@ pub(super) enum Trouble {
     },
 }
 
+/// What the subscriber sends all of its events to is away, for this reason.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Unreachable(pub(super) String);
+
 impl Trouble {
     /// The culprit's place in the group.
     pub(super) fn culprit(&self) -> Option<usize> {
         match self {
-            Self::Outage(_) => None,
+            Self::Outage(_) | Self::Unreachable(_) => None,
             Self::Conflict { at, .. } | Self::Interrupted { at, .. } | Self::Failed { at, .. } => *at,
         }
     }
@@ -39,11 +46,16 @@ impl Trouble {
 
 /// Sorts an error: is the event at fault, or the world around it?
 pub(super) fn trouble(at: Option<usize>, error: HandlerError) -> Trouble {
-    let HandlerError::Retry { error: cause, .. } = &error else {
-        return Trouble::Failed { at, error };
+    let cause = match &error {
+        HandlerError::Retry { error: cause, .. } => cause,
+        HandlerError::Unavailable { .. } => return Trouble::Interrupted { at, error },
+        _ => return Trouble::Failed { at, error },
     };
     let mut cause: Option<&(dyn StdError + 'static)> = Some(cause.as_ref());
     while let Some(next) = cause {
+        if let Some(Unreachable(reason)) = next.downcast_ref() {
+            return Trouble::Unreachable(reason.clone());
+        }
         if let Some(database) = next.downcast_ref::<sqlx::Error>() {
             let mixed_up = database.as_database_error().is_some_and(postgres::is_mixed_up);
             if mixed_up || postgres::is_outage(database) {
@@ -72,7 +84,7 @@ pub(crate) fn describe(error: &HandlerError) -> String {
     match error {
         HandlerError::Snooze(wait) => format!("snoozed for {wait:?}"),
         HandlerError::Reject { reason } => clip(reason),
-        HandlerError::Retry { error, .. } => {
+        HandlerError::Retry { error, .. } | HandlerError::Unavailable { error, .. } => {
             let mut text = String::new();
             let mut cause: Option<&(dyn StdError + 'static)> = Some(error.as_ref());
             while let Some(next) = cause {

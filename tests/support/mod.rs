@@ -3,6 +3,7 @@
 
 mod certificates;
 mod database;
+mod endpoint;
 mod http;
 mod outbox;
 mod proxy;
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 pub use certificates::{Authority, Directory};
 pub use database::{Database, succeeded};
+pub use endpoint::{Endpoint, Received, Reply};
 pub use http::{free_address, get, metric};
 pub use outbox::{Message, Outbox, RelayProcess, RunningRelay};
 pub use proxy::{Proxy, Way};

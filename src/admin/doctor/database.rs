@@ -245,10 +245,11 @@ fn paused(pause: &Pause) -> Check {
     let Pause { name, since, by, reason } = pause;
     let since = since.to_rfc3339_opts(SecondsFormat::Secs, true);
     let reason = reason.as_deref().unwrap_or("no reason given");
-    let remedy = if name == LEASE {
-        "`aftercommit relay resume`".to_string()
-    } else {
-        format!("when it is time: `delete from aftercommit.pause where name = '{}'`", name.replace('\'', "''"))
+    let remedy = match name.strip_prefix("subscriber:") {
+        _ if name == LEASE => "`aftercommit relay resume`".to_string(),
+        Some("*") => "`aftercommit worker resume --all`".to_string(),
+        Some(subscriber) => format!("`aftercommit worker resume --subscriber {subscriber}`"),
+        None => format!("when it is time: `delete from aftercommit.pause where name = '{}'`", name.replace('\'', "''")),
     };
     Check::warn("paused", format!("{name} was paused at {since} by {by}: {reason}"), remedy)
 }

@@ -201,7 +201,12 @@ impl Leg<'_> {
         let Odd { differs, ghosts, foreign } = self.odd;
         let detail = json!({ "stream_sequence": up_to.sequence, "outbox_id": up_to.mark.last_id,
                              "queued": self.queued, "differs": differs, "ghosts": ghosts, "foreign": foreign });
-        Ok(Done { reconciled_up_to: self.reconciled_up_to(&up_to).await?, swept_since, detail: Some(detail) })
+        Ok(Done {
+            reconciled_up_to: self.reconciled_up_to(&up_to).await?,
+            swept_since,
+            detail: Some(detail),
+            ..Done::default()
+        })
     }
 
     /// Compares everything up to the newest state of the relay's log, and returns that place.

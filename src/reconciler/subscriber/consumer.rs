@@ -208,6 +208,7 @@ impl Leg<'_> {
             reconciled_up_to: if all_is_acked { Some(started) } else { stored_at },
             swept_since: sweep,
             detail: Some(json!({ "stream_sequence": to })),
+            ..Done::default()
         })
     }
 

@@ -16,7 +16,7 @@ pub(super) struct Sending<'s> {
 
 impl<'s> Sending<'s> {
     pub(super) async fn begin(session: &'s mut Session, order: Order) -> Result<Self, sqlx::Error> {
-        Ok(Self { tx: session.begin().await?, order, first: None, sent: 0 })
+        Ok(Self { tx: resend::begin(session).await?, order, first: None, sent: 0 })
     }
 
     pub(super) async fn send(&mut self, events: &[Event]) -> Result<(), sqlx::Error> {
