@@ -73,7 +73,11 @@ create table aftercommit.repair (
     queued_at    timestamptz not null default clock_timestamp(),
     published_at timestamptz,
     sequence     bigint,                                -- where it is in the stream now
-    times        integer     not null default 1,        -- how often it was missing
+    times        integer     not null default 1,        -- how often it was missing; part of its message id
+    reason       text,                                  -- why the stream will never take it
     constraint repair_state_is_known check (state in ('queued', 'published', 'refused'))
 );
 create index repair_queued on aftercommit.repair (outbox_id) where state = 'queued';
+create index repair_refused on aftercommit.repair (key, outbox_id) where state = 'refused';
+create index repair_sequence on aftercommit.repair (sequence);
+create index repair_queued_at on aftercommit.repair (queued_at, outbox_id);

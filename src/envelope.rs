@@ -34,7 +34,8 @@ pub const CE_SEQUENCE: &str = "ce-sequence";
 pub const CE_DATAVERSION: &str = "ce-dataversion";
 /// JetStream's message id, by which the server drops repeats.
 pub const NATS_MSG_ID: &str = "Nats-Msg-Id";
-/// Set on messages that were published out of the outbox's order, after they had been set aside.
+/// Set on messages that were published out of the outbox's order: `released` after they had been set aside, `missing` when
+/// the stream was found not to hold them.
 pub const REPAIR: &str = "Aftercommit-Repair";
 /// The W3C trace context of the publisher.
 pub const TRACEPARENT: &str = "traceparent";

@@ -7,8 +7,11 @@ mod explain;
 mod findings;
 mod parked;
 mod peek;
+mod reconcile;
 mod relay;
+mod replay;
 mod selection;
+mod subscribers;
 mod terminal;
 mod who;
 mod worker;
@@ -20,7 +23,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use serde::de::IgnoredAny;
 
-use super::{NamingArgs, NatsArgs, PostgresArgs, fail};
+use super::{NamingArgs, NatsArgs, PostgresArgs, fail, start_logging};
 use crate::admin;
 use crate::envelope::is_json;
 use crate::error::{Error, ErrorKind};
@@ -58,9 +61,13 @@ enum Command {
     Provision(Provision),
     /// Write one event in a transaction of its own and print its id
     Publish(Publish),
+    /// Compare what should be the same, report what is not, and repair it
+    Reconcile(Box<reconcile::Reconcile>),
     /// Pause or resume publishing, whichever relay leads
     #[command(subcommand)]
     Relay(relay::Relay),
+    /// Send events to one subscriber that it has missed, or once more
+    Replay(Box<replay::Replay>),
     /// Show what reconcilers did
     Runs(findings::Runs),
     /// Show the backlog, the leading relay, the stream and the subscribers
@@ -164,7 +171,14 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Peek(command) => runtime.block_on(peek::run(*command))?,
         Command::Provision(command) => runtime.block_on(provision(command))?,
         Command::Publish(command) => runtime.block_on(publish(command))?,
+        Command::Reconcile(command) => {
+            start_logging();
+            let (text, status) = runtime.block_on(reconcile::run(*command))?;
+            exit = status;
+            text
+        }
         Command::Relay(command) => runtime.block_on(relay::run(command))?,
+        Command::Replay(command) => runtime.block_on(replay::run(*command))?,
         Command::Runs(command) => runtime.block_on(findings::runs(command))?,
         Command::Status(command) => runtime.block_on(status(command))?,
         Command::Worker(command) => runtime.block_on(worker::run(command))?,

@@ -7,8 +7,10 @@ use clap::Parser;
 use tokio_util::sync::CancellationToken;
 
 use super::http::{self, HttpArgs};
+use super::reconciling::{self, ReconcileArgs};
 use super::{NamingArgs, NatsArgs, PostgresArgs, fail, run_role};
 use crate::error::Error;
+use crate::reconciler::{OutboxLeg, Runner};
 use crate::relay::{Mode, ParkPolicy, PublishMethod, Relay, RelayConfig};
 
 const NAME: &str = "aftercommit-relay";
@@ -38,6 +40,11 @@ struct Cli {
     /// How many days events stay in the outbox after they were published
     #[arg(long, env = "AFTERCOMMIT_RETENTION_DAYS", value_name = "DAYS", default_value_t = 7.0, value_parser = days)]
     retention_days: f64,
+    /// How many events that were found missing in the stream are published again in a second at most
+    #[arg(long, env = "AFTERCOMMIT_REPAIR_RATE", value_name = "EVENTS", default_value_t = 5000)]
+    repair_rate: u32,
+    #[command(flatten)]
+    reconcile: ReconcileArgs,
     #[command(flatten)]
     http: HttpArgs,
 }
@@ -98,10 +105,24 @@ impl Cli {
                 Publish::Chained => PublishMethod::Chained,
                 Publish::Batched => PublishMethod::Batched,
             },
+            repair_rate: self.repair_rate,
             retention: Duration::from_secs_f64(self.retention_days * 86_400.0),
             unhealthy_after: self.http.unhealthy_after,
             ..RelayConfig::new(self.postgres.config()?, self.nats.config()?, self.naming.config()?)
         })
+    }
+}
+
+impl Cli {
+    fn reconciler(&self, config: &RelayConfig) -> Option<Runner> {
+        let (interval, mode) = self.reconcile.schedule()?;
+        let leg = OutboxLeg {
+            interval,
+            mode,
+            shared: config.mode == Mode::Shared,
+            ..OutboxLeg::new(config.nats.clone(), config.naming.clone())
+        };
+        Some(Runner::new(config.postgres.clone()).outbox(leg))
     }
 }
 
@@ -110,15 +131,24 @@ impl Cli {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli.config() {
-        Ok(config) => run_role(NAME, |shutdown| run(config, cli.http, shutdown)),
+        Ok(config) => {
+            let runner = cli.reconciler(&config);
+            run_role(NAME, |shutdown| run(config, runner, cli.http, shutdown))
+        }
         Err(error) => fail(NAME, &error),
     }
 }
 
-async fn run(config: RelayConfig, http: HttpArgs, shutdown: CancellationToken) -> Result<(), Error> {
+async fn run(
+    config: RelayConfig,
+    runner: Option<Runner>,
+    http: HttpArgs,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
     let server = http.open().await?;
     let relay = Relay::new(config);
-    Box::pin(http::beside(server, relay.monitor(), relay.run(shutdown))).await
+    let (checks, _runner) = reconciling::start(relay.monitor(), runner, &shutdown);
+    Box::pin(http::beside(server, checks, relay.run(shutdown))).await
 }
 
 #[cfg(test)]

@@ -32,9 +32,9 @@ impl Outgoing {
         self.headers.insert(NATS_MESSAGE_ID, id);
     }
 
-    /// Marks the message as published out of the outbox's order.
-    pub(crate) fn mark_repair(&mut self) {
-        self.headers.insert(REPAIR, "released");
+    /// Marks the message as published out of the outbox's order, and says why.
+    pub(crate) fn mark_repair(&mut self, why: &str) {
+        self.headers.insert(REPAIR, why);
     }
 }
 

@@ -142,14 +142,24 @@ fn nanoseconds(duration: Duration) -> u64 {
 }
 
 /// Whether an answer may go there: `_INBOX.…`, or an inbox with a prefix such as `_INBOX_operator`.
-fn is_inbox(reply: &Subject) -> bool {
+pub(super) fn is_inbox(reply: &Subject) -> bool {
     reply.starts_with("_INBOX")
 }
 
 /// Whether the server's error only says that this process may not be a service, or may not answer as one. The first
-/// such error is reported here.
+/// such error of each kind is reported here.
 pub(super) fn explains(error: &str) -> bool {
+    static NO_ANSWERS: Once = Once::new();
     static REPORTED: Once = Once::new();
+    if error.contains("Permissions Violation for Subscription to \"aftercommit.outbox.") {
+        NO_ANSWERS.call_once(|| {
+            tracing::warn!(
+                error,
+                "the NATS user may not answer questions about the outbox; reconcilers of subscribers cannot ask"
+            );
+        });
+        return true;
+    }
     let denied = ["Subscription to \"$SRV.", "Subscription to \"aftercommit.", "Publish to \"_INBOX"];
     let ours = denied.iter().any(|denied| error.contains(&format!("Permissions Violation for {denied}")));
     if ours {

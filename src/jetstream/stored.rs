@@ -86,7 +86,12 @@ async fn walk(stream: &Stream<()>, subject: &str, start: u64, end: u64) -> Resul
     Ok(found)
 }
 
-async fn following(stream: &Stream<()>, subject: &str, sequence: u64) -> Result<Option<StreamMessage>, Error> {
+/// The first message on a subject from a sequence on.
+pub(super) async fn following(
+    stream: &Stream<()>,
+    subject: &str,
+    sequence: u64,
+) -> Result<Option<StreamMessage>, Error> {
     match stream.raw_message_builder().sequence(sequence).next_by_subject(subject).send().await {
         Ok(message) => Ok(Some(message)),
         Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
@@ -94,7 +99,7 @@ async fn following(stream: &Stream<()>, subject: &str, sequence: u64) -> Result<
     }
 }
 
-async fn handle(context: &Context, stream: &str) -> Result<Stream<()>, Error> {
+pub(super) async fn handle(context: &Context, stream: &str) -> Result<Stream<()>, Error> {
     context
         .get_stream_no_info(stream)
         .await

@@ -85,11 +85,11 @@ pub(crate) async fn insert(
 }
 
 /// PostgreSQL's text has no zero character; a foreign publisher's attribute or header may.
-fn storable(text: &str) -> String {
+pub(super) fn storable(text: &str) -> String {
     text.replace('\0', "\u{fffd}")
 }
 
-fn storable_headers(headers: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+pub(super) fn storable_headers(headers: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     headers.iter().map(|(name, value)| (storable(name), storable(value))).collect()
 }
 

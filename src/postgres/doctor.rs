@@ -89,7 +89,8 @@ pub(crate) async fn missing_grants(connection: &mut Session) -> Result<Vec<Strin
              ('relay_log', 'select', null), ('relay_log', 'insert', null), ('relay_log', 'delete', null),
              ('relay_status', 'select', null), ('relay_status', 'insert', null), ('relay_status', 'update', null),
              ('parked', 'select', null), ('parked', 'insert', null), ('parked', 'update', null),
-             ('pause', 'select', null)
+             ('pause', 'select', null),
+             ('repair', 'select', null), ('repair', 'update', null), ('repair', 'delete', null)
          ), missing as (
              select relation, string_agg(privilege || coalesce(' (' || columns || ')', ''), ', ' order by privilege) as rights
                from needed

@@ -30,7 +30,6 @@ pub(crate) enum State {
     #[default]
     Open,
     /// A repair was queued.
-    #[expect(dead_code, reason = "for reconcilers that queue repairs")]
     Repairing,
     Repaired,
     /// It was not found any more.
@@ -83,6 +82,26 @@ pub(crate) async fn record(
     .execute(session)
     .await
     .map(drop)
+}
+
+/// The outbox ids behind `after` of findings that nothing has been done about, in order.
+pub(crate) async fn open(
+    session: &mut Session,
+    name: &str,
+    kind: &str,
+    after: i64,
+    limit: i64,
+) -> Result<Vec<i64>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select outbox_id from aftercommit.finding
+          where name = $1 and kind = $2 and state = 'open' and outbox_id > $3 order by outbox_id limit $4",
+    )
+    .bind(name)
+    .bind(kind)
+    .bind(after)
+    .bind(limit)
+    .fetch_all(session)
+    .await
 }
 
 /// Settles open findings of `kind` about these items, and returns how many there were.

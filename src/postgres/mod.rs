@@ -1,6 +1,7 @@
 //! Everything that speaks SQL. One module per concern; functions take a session or an open transaction.
 
 pub(crate) mod audit;
+pub(crate) mod compare;
 pub(crate) mod connections;
 #[cfg(all(unix, feature = "testing"))]
 pub(crate) mod database;
@@ -15,12 +16,16 @@ pub(crate) mod migrate;
 pub(crate) mod outbox;
 pub(crate) mod parked;
 pub(crate) mod pause;
+pub(crate) mod place;
 pub(crate) mod prune;
+pub(crate) mod questions;
 pub(crate) mod reconcile;
 pub(crate) mod reconcile_status;
 pub(crate) mod redrive;
 pub(crate) mod relay_log;
 pub(crate) mod relay_status;
+pub(crate) mod repair;
+pub(crate) mod resend;
 pub(crate) mod restamp;
 pub(crate) mod running;
 pub(crate) mod session;

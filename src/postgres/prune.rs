@@ -8,7 +8,7 @@ use super::session::Session;
 use super::snapshot::Mark;
 
 /// Deletes up to `limit` events that were written before `retention` ago and that `settled` holds. Parked events stay
-/// until they are dealt with.
+/// until they are dealt with, and so do those that are to be published again.
 pub(crate) async fn outbox(
     connection: &mut Session,
     settled: &Mark,
@@ -23,6 +23,8 @@ pub(crate) async fn outbox(
                    and (id <= $5 or pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot)))
                    and not exists (select from aftercommit.parked p
                                     where p.outbox_id = o.id and p.state in ('parked', 'released'))
+                   and not exists (select from aftercommit.repair r
+                                    where r.outbox_id = o.id and r.state = 'queued')
                  order by id limit $4)",
     )
     .bind(settled.last_id)

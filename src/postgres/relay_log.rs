@@ -4,9 +4,9 @@ use chrono::{DateTime, Utc};
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::parked;
 use super::session::{Session, Tx};
 use super::snapshot::Mark;
+use super::{parked, repair};
 
 /// The columns of a state, as [`state`] reads them.
 macro_rules! columns {
@@ -211,6 +211,7 @@ pub(crate) async fn go_back(
     let Appended::Yes(state) = back else { return Ok(Appended::Fenced) };
     forget(&mut tx, earlier.map_or(-1, |state| state.seq), state.seq).await?;
     parked::lost_behind(&mut tx, stream_end).await?;
+    repair::leave_to_window(&mut tx, state.seq).await?;
     tx.commit().await?;
     Ok(Appended::Yes(state))
 }

@@ -67,7 +67,6 @@ pub(crate) struct Mark {
 
 impl Mark {
     /// The mark that holds nothing.
-    #[cfg(feature = "testing")]
     pub(crate) fn nothing() -> Self {
         Self { snapshot: Snapshot { xmin: 1, xmax: 1, running: Vec::new() }, last_id: 0, next_xid: 1, floor: 0 }
     }

@@ -130,6 +130,64 @@ async fn stragglers(
     rows.iter().map(event).collect()
 }
 
+/// The ids of the rows that [`page`] would return, without reading more of them.
+pub(crate) async fn ids(
+    connection: &mut Session,
+    settled: &Mark,
+    target: &Mark,
+    after: i64,
+    limit: i64,
+) -> Result<Vec<i64>, sqlx::Error> {
+    let ended = settled.ended_by(target);
+    if after < settled.last_id && !ended.is_empty() {
+        let ids: Vec<i64> = sqlx::query_scalar(
+            "select page.id
+               from unnest($1::text[]::xid8[]) as t(xid)
+              cross join lateral (
+                    select o.id from aftercommit.outbox o
+                     where (o.xid, o.id) > (t.xid, $2) and (o.xid, o.id) <= (t.xid, $3)
+                     order by o.xid, o.id limit $4) as page
+              order by id limit $4",
+        )
+        .bind(xids(ended.iter().copied()))
+        .bind(after.max(settled.floor))
+        .bind(settled.last_id)
+        .bind(limit)
+        .fetch_all(&mut *connection)
+        .await?;
+        if !ids.is_empty() {
+            return Ok(ids);
+        }
+    }
+    sqlx::query_scalar(
+        "select id from aftercommit.outbox
+          where id > $1 and id <= $2 and (id <= $5 or pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot)))
+          order by id limit $4",
+    )
+    .bind(after.max(settled.last_id))
+    .bind(target.last_id)
+    .bind(target.snapshot.to_string())
+    .bind(limit)
+    .bind(target.floor)
+    .fetch_all(connection)
+    .await
+}
+
+/// These events, in the order of their ids; those that are there.
+pub(crate) async fn some(connection: &mut Session, ids: &[i64]) -> Result<Vec<OutboxEvent>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select id, event_id, type, version, key, content_type, created_at,
+                case when not large and headers <> '{}' then headers::text end, case when not large then payload end
+           from (select *, octet_length(payload) + pg_column_size(headers) > 4096 as large
+                   from aftercommit.outbox where id = any($1)) as picked
+          order by id",
+    )
+    .bind(ids)
+    .fetch_all(connection)
+    .await?;
+    rows.iter().map(event).collect()
+}
+
 /// One event by its outbox id.
 pub(crate) async fn one(connection: &mut Session, id: i64) -> Result<OutboxEvent, sqlx::Error> {
     let row = sqlx::query(

@@ -119,6 +119,7 @@ impl Executor {
             name: job.name().into(),
             mode: order.mode,
             scope,
+            scheduled: order.scheduled,
             position: row.position,
             tally: Tally::default(),
             failures: Vec::new(),

@@ -72,6 +72,8 @@ pub(crate) struct Run {
     pub(crate) mode: Mode,
     /// Never `New` when a full sweep is due.
     pub(crate) scope: Scope,
+    /// Whether the schedule wanted it, not somebody who waits for it.
+    pub(crate) scheduled: bool,
     /// What the last [`Run::save_position`] kept; `{}` before the first.
     pub(crate) position: Value,
     pub(super) tally: Tally,

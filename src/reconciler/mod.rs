@@ -12,14 +12,19 @@ mod execute;
 mod item;
 mod job;
 mod monitor;
+mod outbox;
 mod runner;
+mod subscriber;
 
 use std::fmt;
 use std::time::Duration;
 
 pub use item::{Drift, ItemError, Reconciler};
 pub use monitor::Monitor;
+pub use outbox::OutboxLeg;
 pub use runner::Runner;
+pub(crate) use subscriber::Sending;
+pub use subscriber::{ConsumerLeg, InboxLeg, Subscription};
 
 /// What a run does about what it finds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

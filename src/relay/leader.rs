@@ -15,6 +15,7 @@ use super::method::Method;
 use super::progress::Progress;
 use super::pump::{Limits, Pump, Pumped, Setting};
 use super::reader::{Exceptions, Prepared, Reader, Remainder};
+use super::repairs::Repairs;
 use super::resume::Found;
 use super::under_way::UnderWay;
 use super::{ParkPolicy, RelayConfig};
@@ -64,6 +65,7 @@ pub(super) struct Leader<'a> {
     /// When the stream was created; none until it was looked at.
     pub(super) stream_created: Option<DateTime<Utc>>,
     pub(super) exceptions: Exceptions,
+    pub(super) repairs: Repairs,
     pub(super) method: Method,
     pub(super) progress: &'a Progress,
     pub(super) paused: watch::Receiver<bool>,
@@ -98,6 +100,12 @@ impl Leader<'_> {
                 }
                 last_rest = Instant::now();
             }
+            if self.repairs.are_due() && !self.publish_repairs().await? {
+                continue;
+            }
+            if self.under_way.is_none() {
+                continue;
+            }
             let handled = self.handled();
             let look = window::look(&mut self.log, &handled)
                 .await
@@ -110,7 +118,7 @@ impl Leader<'_> {
                 }
                 continue;
             }
-            if self.config.once {
+            if self.config.once && !self.repairs.waiting {
                 return self.settle().await;
             }
             if last_news.elapsed() > REST {
@@ -142,7 +150,7 @@ impl Leader<'_> {
         }
     }
 
-    async fn rest(&self, wait: Duration) {
+    pub(super) async fn rest(&self, wait: Duration) {
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
             () = self.shutdown.cancelled() => {}
@@ -155,7 +163,7 @@ impl Leader<'_> {
     }
 
     /// Opens the next window, unless the stream must be looked at first.
-    async fn open(&mut self) -> Result<(), Error> {
+    pub(super) async fn open(&mut self) -> Result<(), Error> {
         match self.base() {
             Some(base) => self.open_window(&base, Opening::Next).await,
             None => Ok(()),
@@ -272,7 +280,10 @@ impl Leader<'_> {
         pumped
     }
 
-    async fn publish(&mut self, chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>) -> Result<Pumped, Error> {
+    pub(super) async fn publish(
+        &mut self,
+        chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+    ) -> Result<Pumped, Error> {
         let setting = Setting {
             connection: self.connection,
             progress: self.progress,
@@ -296,7 +307,7 @@ impl Leader<'_> {
         }
     }
 
-    fn report(&self, doubt: &Doubt) -> Class {
+    pub(super) fn report(&self, doubt: &Doubt) -> Class {
         let class = Class::of(doubt);
         let (label, remedy) = (class.label(), class.remedy(doubt.code()));
         self.progress.interrupted(doubt, class);
@@ -384,7 +395,7 @@ impl Leader<'_> {
             let row = window::one(&mut self.log, outbox_id).await.map_err(failed)?;
             let mut prepared = super::reader::prepare(&mut self.log, &self.naming, row).await.map_err(failed)?;
             let event_id = prepared.event.event_id;
-            prepared.message.mark_repair();
+            prepared.message.mark_repair("released");
             let (chunks, received) = mpsc::channel(1);
             _ = chunks.send(Ok(vec![prepared])).await;
             drop(chunks);

@@ -12,7 +12,9 @@ mod method;
 mod monitor;
 mod progress;
 mod pump;
+mod questions;
 mod reader;
+mod repairs;
 mod restore;
 mod resume;
 mod rewind;
@@ -47,6 +49,7 @@ pub use method::PublishMethod;
 pub use monitor::{Monitor, RelayReport};
 use progress::{Position, Progress};
 use reader::Exceptions;
+use repairs::Repairs;
 use resume::Found;
 use sample::{Sample, Sampler};
 
@@ -86,6 +89,9 @@ pub struct RelayConfig {
     pub publish: PublishMethod,
     /// How often old events are removed. Defaults to one minute.
     pub prune_interval: Duration,
+    /// How many events that the reconciler found missing in the stream are published again in a second at most. Defaults
+    /// to 5,000.
+    pub repair_rate: u32,
     /// How long events stay in the outbox after they were written, for replay and proof; what is not in the stream yet
     /// stays longer. Defaults to 7 days.
     pub retention: Duration,
@@ -130,6 +136,7 @@ impl RelayConfig {
             postgres,
             publish: PublishMethod::Auto,
             prune_interval: Duration::from_mins(1),
+            repair_rate: 5000,
             retention: Duration::from_hours(7 * 24),
             unhealthy_after: Duration::from_secs(30),
         }
@@ -276,6 +283,8 @@ impl Relay {
         let was_paused =
             was_paused.map_err(|error| database_error("reading whether the relay is paused failed", error))?;
         let (paused, told_paused) = watch::channel(was_paused);
+        let answering = questions::answer(self.config.postgres.clone(), nats.clone(), self.naming.clone());
+        let _answering = AbortOnDropHandle::new(tokio::spawn(answering));
         let heartbeat = self.heartbeat(epoch, self.progress.subscribe(), paused);
         let leading = async {
             let can_batch = self.can_batch(nats, &stream).await;
@@ -300,6 +309,7 @@ impl Relay {
                 found: Found::default(),
                 stream_created: None,
                 exceptions: Exceptions::default(),
+                repairs: Repairs::new(),
                 method: Method::new(self.config.publish, can_batch),
                 progress: &self.progress,
                 paused: told_paused,

@@ -16,9 +16,9 @@ use super::leader::{Leader, fenced};
 use super::under_way::UnderWay;
 use crate::error::{Error, ErrorKind};
 use crate::jetstream::stream::{Extent, Stored};
+use crate::postgres::database_error;
 use crate::postgres::relay_log::{self, Base, Opening};
 use crate::postgres::window::{self, Known};
-use crate::postgres::{database_error, parked};
 
 /// Messages that are looked up at a time.
 const SPAN: u64 = 1000;
@@ -126,12 +126,19 @@ impl Leader<'_> {
             }
             None => 0,
         };
+        let mut repairs = Vec::new();
+        let mut last = None;
         for sequence in (stream.first.max(base + 1)..=stream.last).rev() {
             let Some(message) = self.stream.message(sequence).await? else { continue };
             let Some((event_id, outbox_id)) = self.own(&message) else { return Ok(None) };
-            if message.repair {
-                continue;
+            if !message.repair {
+                last = Some((event_id, outbox_id));
+                break;
             }
+            repairs.push((outbox_id, event_id, sequence));
+        }
+        self.record_repairs(repairs).await?;
+        if let Some((event_id, outbox_id)) = last {
             let known = self.known(&[event_id], &[outbox_id]).await?;
             let target = self.state.target.as_ref();
             return Ok(known.get(&event_id).and_then(|row| {
@@ -185,22 +192,19 @@ impl Leader<'_> {
             let own = messages.iter().filter_map(|message| self.own(message));
             let (event_ids, outbox_ids): (Vec<Uuid>, Vec<i64>) = own.unzip();
             let known = self.known(&event_ids, &outbox_ids).await?;
-            let (mut found, mut sequences) = (Vec::new(), Vec::new());
+            let mut found = Vec::new();
             for message in &messages {
                 match self.own(message) {
                     Some((event_id, _)) if let Some(row) = known.get(&event_id) => {
-                        found.push(row.id);
-                        sequences.push(message.sequence.cast_signed());
+                        found.push((row.id, event_id, message.sequence));
                     }
                     Some((event_id, outbox_id)) => self.report_ghost(message, event_id, outbox_id),
                     None => self.report_foreign(message),
                 }
             }
-            parked::found(&mut self.log, &found, &sequences)
-                .await
-                .map_err(|error| database_error("recording parked events as published failed", error))?;
             self.found.present += found.len() as u64;
-            ids.append(&mut found);
+            ids.extend(found.iter().map(|(id, ..)| *id));
+            self.record_repairs(found).await?;
             self.found.end = last;
         }
         Ok(())

@@ -1,0 +1,132 @@
+//! Repairs of the stream: events that the leading relay publishes again, because the stream does not hold them.
+
+use sqlx::Row;
+use uuid::Uuid;
+
+use super::place::Place;
+use super::session::{Session, Tx};
+
+/// A repair that waits for the relay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Queued {
+    pub(crate) outbox_id: i64,
+    /// How often the event was missing. A part of the message's id, so that no server takes it for the lost one.
+    pub(crate) times: i32,
+}
+
+/// Queues events of the outbox that are missing in the stream as it was at `at`, and returns which ones. `seen` is where
+/// each had been put by an earlier repair, as the caller knows it: one that has been repaired anew meanwhile is left
+/// alone. Nothing is queued when the relay has gone back behind `at` since, because then it publishes them by itself.
+pub(crate) async fn queue(
+    connection: &mut Session,
+    stream: &str,
+    at: &Place,
+    ids: &[i64],
+    seen: &[Option<i64>],
+) -> Result<Vec<i64>, sqlx::Error> {
+    sqlx::query_scalar(
+        "insert into aftercommit.repair as r (outbox_id, event_id, key, sequence)
+         select o.id, o.event_id, o.key, t.seen
+           from unnest($1::bigint[], $2::bigint[]) as t(id, seen)
+           join aftercommit.outbox o on o.id = t.id
+          where not exists (select from aftercommit.relay_log
+                             where seq > $3 and stream = $4 and base_sequence < $5)
+          order by o.id
+         on conflict (outbox_id) do update
+            set state = 'queued', times = r.times + 1, queued_at = clock_timestamp(), published_at = null,
+                sequence = null, reason = null
+          where r.state = 'published' and r.sequence = excluded.sequence
+         returning outbox_id",
+    )
+    .bind(ids)
+    .bind(seen)
+    .bind(at.seq)
+    .bind(stream)
+    .bind(at.sequence.cast_signed())
+    .fetch_all(connection)
+    .await
+}
+
+/// The next repairs in the order of the outbox. With `block`, none of a key that has an earlier event which the stream
+/// will never take.
+pub(crate) async fn next(connection: &mut Session, block: bool, limit: i64) -> Result<Vec<Queued>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select outbox_id, times from aftercommit.repair r
+          where state = 'queued'
+            and not ($1 and exists (select from aftercommit.repair earlier
+                                     where earlier.state = 'refused' and earlier.key = r.key
+                                       and earlier.outbox_id < r.outbox_id))
+          order by outbox_id limit $2",
+    )
+    .bind(block)
+    .bind(limit)
+    .fetch_all(connection)
+    .await?;
+    rows.iter().map(|row| Ok(Queued { outbox_id: row.try_get(0)?, times: row.try_get(1)? })).collect()
+}
+
+/// Records where repairs are in the stream. One that is not queued stays as it is.
+pub(crate) async fn published(
+    connection: &mut Session,
+    outbox_ids: &[i64],
+    event_ids: &[Uuid],
+    sequences: &[i64],
+) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query(
+        "update aftercommit.repair r set state = 'published', sequence = t.sequence, published_at = clock_timestamp()
+           from unnest($1::bigint[], $2::uuid[], $3::bigint[]) as t(outbox_id, event_id, sequence)
+          where r.outbox_id = t.outbox_id and r.event_id = t.event_id and r.state = 'queued'",
+    )
+    .bind(outbox_ids)
+    .bind(event_ids)
+    .bind(sequences)
+    .execute(connection)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// Records that the stream will never take these.
+pub(crate) async fn refuse(connection: &mut Session, outbox_ids: &[i64], reason: &str) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update aftercommit.repair set state = 'refused', reason = $2 where outbox_id = any($1) and state = 'queued'",
+    )
+    .bind(outbox_ids)
+    .bind(reason)
+    .execute(connection)
+    .await
+    .map(drop)
+}
+
+/// Gives a repair another message id, because the server knows this one from a message that is gone.
+pub(crate) async fn rename(connection: &mut Session, outbox_id: i64) -> Result<(), sqlx::Error> {
+    sqlx::query("update aftercommit.repair set times = times + 1 where outbox_id = $1 and state = 'queued'")
+        .bind(outbox_id)
+        .execute(connection)
+        .await
+        .map(drop)
+}
+
+/// Takes those repairs out of the queue that the state `seq` of the relay's log does not count as settled: its leader
+/// publishes them with their window.
+pub(super) async fn leave_to_window(tx: &mut Tx<'_>, seq: i64) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "delete from aftercommit.repair r using aftercommit.outbox o, aftercommit.relay_log l
+          where r.state = 'queued' and o.id = r.outbox_id and l.seq = $1 and o.id > l.settled_floor
+            and (o.id > l.settled_id or not pg_visible_in_snapshot(o.xid, l.settled))",
+    )
+    .bind(seq)
+    .execute(tx)
+    .await
+    .map(drop)
+}
+
+/// How many repairs wait, and the highest sequence of those that do not.
+pub(crate) async fn progress(connection: &mut Session) -> Result<(i64, u64), sqlx::Error> {
+    let (queued, sequence): (i64, Option<i64>) = sqlx::query_as(
+        "select (select count(*) from aftercommit.repair where state = 'queued'),
+                (select max(sequence) from aftercommit.repair where state = 'published')",
+    )
+    .fetch_one(connection)
+    .await?;
+    Ok((queued, sequence.unwrap_or(0).cast_unsigned()))
+}

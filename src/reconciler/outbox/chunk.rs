@@ -1,0 +1,203 @@
+//! The comparison of what lies between two places of the relay's log: in the stream, and in the outbox.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::seen::Seen;
+use super::verdict::{self, Claimed, Oddity, Verdict};
+use crate::config::Naming;
+use crate::error::Error;
+use crate::jetstream::history::{Batch, History};
+use crate::jetstream::stored;
+use crate::postgres::compare::{self, Absent};
+use crate::postgres::connections::Connections;
+use crate::postgres::finding::Finding;
+use crate::postgres::place::Place;
+use crate::postgres::{database_error, window};
+
+/// Ids of the outbox that are read at a time.
+const IDS: i64 = 10_000;
+/// Rows that are reported at a time.
+const PAGE: usize = 1000;
+
+pub(super) const MISSING: &str = "missing_from_stream";
+pub(super) const DIFFERS: &str = "differs";
+pub(super) const GHOST: &str = "ghost";
+pub(super) const FOREIGN: &str = "foreign";
+
+/// What lies between two places, and what is needed to look at it.
+pub(super) struct Chunk<'a> {
+    pub(super) connections: &'a Connections,
+    pub(super) history: &'a History,
+    pub(super) naming: &'a Naming,
+    /// Whether only this outbox writes to the stream.
+    pub(super) exclusive: bool,
+    pub(super) max_age: Option<Duration>,
+    pub(super) from: &'a Place,
+    pub(super) to: &'a Place,
+    /// The part of the stream to be read.
+    pub(super) messages: RangeInclusive<u64>,
+}
+
+/// An event that should be in the stream and is not.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Missing {
+    pub(super) row: Absent,
+    /// Where an earlier repair, or a release, had put it.
+    pub(super) seen: Option<u64>,
+}
+
+/// What a page of the comparison came to.
+#[derive(Debug, Default)]
+pub(super) struct Page {
+    pub(super) scanned: usize,
+    pub(super) missing: Vec<Missing>,
+    /// Missing, and nothing more can be done now.
+    pub(super) waiting: Vec<Absent>,
+    /// Earlier repairs that are in the stream.
+    pub(super) verified: Vec<Uuid>,
+    /// Where the next page begins; none at the end.
+    pub(super) next: Option<i64>,
+}
+
+impl Chunk<'_> {
+    /// The first messages of the stream's part.
+    pub(super) async fn first_messages(&self) -> Result<Batch, Error> {
+        self.history.batch(self.messages.clone()).await
+    }
+
+    /// Notes which rows of the outbox these messages are, and returns those that should not be there, and the next
+    /// messages, which it reads meanwhile.
+    pub(super) async fn messages(
+        &self,
+        batch: &Batch,
+        seen: &mut Seen,
+    ) -> Result<(Vec<Finding>, Option<Batch>), Error> {
+        let ahead = async {
+            match batch.next {
+                Some(next) => self.history.batch(next..=*self.messages.end()).await.map(Some),
+                None => Ok(None),
+            }
+        };
+        let (found, ahead) = tokio::join!(self.look_up(batch, seen), ahead);
+        Ok((found?, ahead?))
+    }
+
+    async fn look_up(&self, batch: &Batch, seen: &mut Seen) -> Result<Vec<Finding>, Error> {
+        let (mut claimed, mut findings) = (Vec::with_capacity(batch.messages.len()), Vec::new());
+        for message in &batch.messages {
+            match stored::event(message) {
+                Ok(event) if event.source == self.naming.source => {
+                    claimed.push(Claimed { sequence: message.sequence, subject: message.subject.to_string(), event })
+                }
+                _ if self.exclusive => findings.push(foreign(message.sequence, &message.subject)),
+                _ => {}
+            }
+        }
+        let ids: Vec<i64> = claimed.iter().map(|claimed| claimed.event.sequence).collect();
+        let length = |claimed: &Claimed| i32::try_from(claimed.event.payload.len()).unwrap_or(i32::MAX);
+        let lengths: Vec<i32> = claimed.iter().map(length).collect();
+        let originals = self.ask(async |session| compare::originals(session, &ids, &lengths).await).await?;
+        let horizon = match originals.iter().any(Option::is_none) {
+            true => Some(self.ask(async |session| compare::horizon(session).await).await?),
+            false => None,
+        };
+        for (claimed, original) in claimed.iter().zip(&originals) {
+            match verdict::message(claimed, original.as_ref(), horizon.as_ref(), self.naming) {
+                Ok(true) => seen.insert(claimed.event.sequence),
+                Ok(false) => {}
+                Err(oddity) => findings.push(odd(claimed, &oddity)),
+            }
+        }
+        Ok(findings)
+    }
+
+    /// A page of the rows behind `after` that are in none of the messages.
+    pub(super) async fn rows(&self, seen: &Seen, after: i64) -> Result<Page, Error> {
+        let (from, to) = (&self.from.mark, &self.to.mark);
+        let ids = self.ask(async |session| window::ids(session, from, to, after, IDS).await).await?;
+        let mut page = Page { scanned: ids.len(), next: ids.last().copied(), ..Page::default() };
+        let absent: Vec<i64> = ids.into_iter().filter(|id| !seen.contains(*id)).collect();
+        for ids in absent.chunks(PAGE) {
+            self.judge(ids, &mut page).await?;
+        }
+        Ok(page)
+    }
+
+    /// The same for events behind `after` that were published into this part of the stream out of order.
+    pub(super) async fn repairs(&self, seen: &Seen, after: i64) -> Result<Page, Error> {
+        let (behind, up_to) = (self.from.sequence, self.to.sequence);
+        let placed = self.ask(async |session| compare::placed(session, behind, up_to, after, IDS).await).await?;
+        let mut page = Page { next: placed.last().map(|(id, _)| *id), ..Page::default() };
+        let (there, gone): (Vec<_>, Vec<_>) = placed.into_iter().partition(|(id, _)| seen.contains(*id));
+        page.verified = there.into_iter().map(|(_, event_id)| event_id).collect();
+        let gone: Vec<i64> = gone.into_iter().map(|(id, _)| id).collect();
+        for ids in gone.chunks(PAGE) {
+            self.judge(ids, &mut page).await?;
+        }
+        Ok(page)
+    }
+
+    async fn judge(&self, ids: &[i64], page: &mut Page) -> Result<(), Error> {
+        for row in self.ask(async |session| compare::absent(session, ids).await).await? {
+            match verdict::row(&row, self.max_age) {
+                Verdict::Missing { seen } => page.missing.push(Missing { row, seen }),
+                Verdict::Queued | Verdict::Refused => page.waiting.push(row),
+                Verdict::Parked | Verdict::Expired => {}
+                // The chunk with that sequence looks at it.
+                Verdict::Elsewhere(sequence) if sequence > self.to.sequence => {}
+                Verdict::Elsewhere(sequence) => {
+                    if !self.is_at(&row, sequence).await? {
+                        page.missing.push(Missing { row, seen: Some(sequence) });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn is_at(&self, row: &Absent, sequence: u64) -> Result<bool, Error> {
+        let message = self.history.one(sequence).await?;
+        Ok(message.is_some_and(|message| stored::event(&message).is_ok_and(|event| event.id.as_uuid() == row.event_id)))
+    }
+
+    async fn ask<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut crate::postgres::session::Session) -> Result<T, sqlx::Error>,
+    ) -> Result<T, Error> {
+        self.connections
+            .run(work)
+            .await
+            .map_err(|error| database_error("the outbox cannot be compared with its stream", error))
+    }
+}
+
+fn foreign(sequence: u64, subject: &str) -> Finding {
+    Finding {
+        kind: FOREIGN,
+        item: sequence.to_string(),
+        stream_seq: Some(sequence.cast_signed()),
+        detail: format!("a message on {subject} is not from this outbox"),
+        ..Finding::default()
+    }
+}
+
+fn odd(claimed: &Claimed, oddity: &Oddity) -> Finding {
+    let (kind, detail) = match oddity {
+        Oddity::Differs { what } => (DIFFERS, format!("the message has another {what} than the event in the outbox")),
+        Oddity::Ghost => (GHOST, "the outbox does not have this event".into()),
+    };
+    let event = &claimed.event;
+    Finding {
+        kind,
+        item: format!("{}@{}", event.id, claimed.sequence),
+        event_id: Some(event.id.as_uuid()),
+        outbox_id: Some(event.sequence),
+        key: event.key.clone(),
+        stream_seq: Some(claimed.sequence.cast_signed()),
+        detail,
+        ..Finding::default()
+    }
+}

@@ -1,0 +1,261 @@
+//! The leading relay answers questions about its outbox: those of subscribers' reconcilers, which have no access to the
+//! publisher's database. It only reads what its role may read.
+
+use std::sync::Arc;
+
+use chrono::DateTime;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::config::{Naming, PostgresConfig};
+use crate::envelope::Envelope;
+use crate::error::Error;
+use crate::jetstream::Connection;
+use crate::jetstream::outbox_service::{Answer, Displaced, Listed, Moved, Page, Question, Questions, Rest};
+use crate::postgres::place::{self, Place};
+use crate::postgres::session::Session;
+use crate::postgres::{self, database_error, questions, window};
+
+/// Events in a page. With the largest keys and types it fits into a message.
+const PAGE: i64 = 500;
+/// Ids that are read at a time for a digest.
+const IDS: i64 = 10_000;
+/// Messages of the stream that one range covers, unless the relay's log has no place so near.
+const RANGE: u64 = 100_000;
+/// Rows that are looked through for some keys at a time.
+const LOOK: i64 = 100_000;
+/// Whole events in an answer, and their bytes.
+const EVENTS: i64 = 100;
+const EVENT_BYTES: usize = 4 << 20;
+
+/// Where the next question goes on: between two places, behind an id; or behind a place.
+#[derive(Debug, Serialize, Deserialize)]
+struct Token {
+    from: Place,
+    to: Option<Place>,
+    id: i64,
+}
+
+/// Answers until it is dropped.
+pub(super) async fn answer(postgres: PostgresConfig, nats: Connection, naming: Arc<Naming>) {
+    let mut questions = match Questions::subscribe(&nats, &naming.stream).await {
+        Ok(questions) => questions,
+        Err(error) => return tracing::warn!(error = error.report(), "questions about the outbox are not answered"),
+    };
+    let mut connection = None;
+    while let Some((question, reply)) = questions.next().await {
+        let mut library = match connection.take() {
+            Some(library) => library,
+            None => match postgres::connect(&postgres, "aftercommit-relay").await {
+                Ok(session) => Library { session, naming: naming.clone() },
+                Err(error) => {
+                    tracing::warn!(error = error.report(), "a question about the outbox cannot be answered");
+                    reply.refuse("the outbox's database does not answer").await;
+                    continue;
+                }
+            },
+        };
+        match library.answer(question).await {
+            Ok(answer) => {
+                connection = Some(library);
+                reply.send(answer).await;
+            }
+            Err(Refusal::Told(why)) => {
+                connection = Some(library);
+                reply.refuse(why).await;
+            }
+            Err(Refusal::Database(error)) => {
+                let error: Error = database_error("reading the outbox failed", error);
+                tracing::warn!(error = error.report(), "a question about the outbox cannot be answered");
+                reply.refuse("the outbox cannot be read at present").await;
+            }
+        }
+    }
+}
+
+/// Why there is no answer.
+enum Refusal {
+    Told(&'static str),
+    Database(sqlx::Error),
+}
+
+impl From<sqlx::Error> for Refusal {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Database(error)
+    }
+}
+
+struct Library {
+    session: Session,
+    naming: Arc<Naming>,
+}
+
+impl Library {
+    async fn answer(&mut self, question: Question) -> Result<Answer, Refusal> {
+        Ok(match question {
+            Question::Page { up_to, after, types } => Answer::One(json!(self.page(up_to, after, &types).await?)),
+            Question::Digest { up_to, after, types } => Answer::One(json!(self.digest(up_to, after, &types).await?)),
+            Question::Displaced { after } => Answer::One(json!(self.displaced(after).await?)),
+            Question::Events { ids } => {
+                let outbox_ids = questions::ids(&mut self.session, &ids).await?;
+                let (events, left_out) = self.events(&outbox_ids).await?;
+                Answer::Events(events, Rest { next: None, left_out: left_out.into_iter().map(|(_, id)| id).collect() })
+            }
+            Question::Keys { keys, from, up_to } => self.of_keys(&keys, from, up_to).await?,
+        })
+    }
+
+    /// The range that a question is about.
+    async fn range(&mut self, up_to: u64, after: Option<Value>) -> Result<Option<Token>, Refusal> {
+        let stream = &self.naming.stream;
+        let Some(limit) = place::at(&mut self.session, stream, up_to).await? else { return Ok(None) };
+        let token: Option<Token> = match after {
+            Some(after) => {
+                Some(serde_json::from_value(after).map_err(|_| Refusal::Told("the token is none of this outbox"))?)
+            }
+            None => None,
+        };
+        let mut from = match token {
+            Some(token) if token.to.is_some() => return Ok(Some(token)),
+            Some(token) => token.from,
+            None => match place::first(&mut self.session, stream).await? {
+                Some(first) => first,
+                None => return Ok(None),
+            },
+        };
+        if let Some(back) = place::gone_back(&mut self.session, stream, &from).await? {
+            from = back;
+        }
+        let to = place::next(&mut self.session, stream, &from, RANGE, limit.seq).await?;
+        Ok(Some(Token { from, to, id: 0 }))
+    }
+
+    async fn page(&mut self, up_to: u64, after: Option<Value>, types: &[String]) -> Result<Page, Refusal> {
+        let Some(Token { from, to, id }) = self.range(up_to, after.clone()).await? else { return Ok(nothing(after)) };
+        let Some(to) = to else { return self.end(from).await };
+        let ids = window::ids(&mut self.session, &from.mark, &to.mark, id, PAGE).await?;
+        let heads = questions::heads(&mut self.session, &ids, types).await?;
+        let (behind, sequence) = (from.sequence, to.sequence);
+        let next = match ids.last() {
+            Some(last) => Token { from, to: Some(to), id: *last },
+            None => Token { from: to, to: None, id: 0 },
+        };
+        let listed = |head: questions::Head| Listed {
+            id: head.id,
+            event_id: head.event_id,
+            event_type: head.event_type,
+            key: head.key,
+            time: head.created_at,
+        };
+        let events = heads.into_iter().map(listed).collect();
+        Ok(Page {
+            behind,
+            to: sequence,
+            events,
+            count: None,
+            digest: None,
+            next: json!(next),
+            more: true,
+            complete_to: None,
+        })
+    }
+
+    async fn digest(&mut self, up_to: u64, after: Option<Value>, types: &[String]) -> Result<Page, Refusal> {
+        let Some(Token { from, to, .. }) = self.range(up_to, after.clone()).await? else { return Ok(nothing(after)) };
+        let Some(to) = to else { return self.end(from).await };
+        let (mut count, mut sum, mut last) = (0, 0_u128, 0);
+        loop {
+            let ids = window::ids(&mut self.session, &from.mark, &to.mark, last, IDS).await?;
+            let Some(end) = ids.last() else { break };
+            last = *end;
+            let (more, digest) = questions::digest(&mut self.session, &ids, types).await?;
+            count += more;
+            sum = sum.wrapping_add(digest);
+        }
+        let (behind, sequence) = (from.sequence, to.sequence);
+        let next = json!(Token { from: to, to: None, id: 0 });
+        let (count, digest) = (Some(count), Some(sum.to_string()));
+        Ok(Page { behind, to: sequence, events: Vec::new(), count, digest, next, more: true, complete_to: None })
+    }
+
+    /// The answer behind the last place.
+    async fn end(&mut self, from: Place) -> Result<Page, Refusal> {
+        let now = place::now(&mut self.session).await?;
+        let complete_to = match window::look(&mut self.session, &from.mark).await?.news {
+            false => Some(now),
+            true => place::marked_at(&mut self.session, &from).await?,
+        };
+        let sequence = from.sequence;
+        let next = json!(Token { from, to: None, id: 0 });
+        let (count, digest) = (Some(0), None);
+        Ok(Page { behind: sequence, to: sequence, events: Vec::new(), count, digest, next, more: false, complete_to })
+    }
+
+    async fn displaced(&mut self, after: Option<Value>) -> Result<Displaced, Refusal> {
+        let after: (i64, i64) = match after {
+            Some(token) => {
+                serde_json::from_value(token).map_err(|_| Refusal::Told("the token is none of this outbox"))?
+            }
+            None => (0, 0),
+        };
+        let time = DateTime::from_timestamp_micros(after.0).unwrap_or_default();
+        let rows = questions::repaired(&mut self.session, (time, after.1), PAGE).await?;
+        let next = rows.last().map_or(after, |(id, .., at)| (at.timestamp_micros(), *id));
+        let more = !rows.is_empty();
+        let events = rows
+            .into_iter()
+            .map(|(id, event_id, key, state, sequence, _)| Moved {
+                id,
+                event_id,
+                key,
+                state,
+                sequence: sequence.map(i64::cast_unsigned),
+            })
+            .collect();
+        Ok(Displaced { events, next: json!(next), more })
+    }
+
+    async fn of_keys(&mut self, keys: &[String], from: i64, up_to: u64) -> Result<Answer, Refusal> {
+        let Some(place) = place::at(&mut self.session, &self.naming.stream, up_to).await? else {
+            return Ok(Answer::Events(Vec::new(), Rest::default()));
+        };
+        let (ids, next) =
+            questions::of_keys(&mut self.session, keys, from.saturating_sub(1), &place, LOOK, EVENTS).await?;
+        let (events, left_out) = self.events(&ids).await?;
+        // What was too much comes first next time.
+        let next = left_out.first().map(|(id, _)| *id - 1).or(next);
+        Ok(Answer::Events(events, Rest { next: next.map(|id| id + 1), left_out: Vec::new() }))
+    }
+
+    /// These events whole, the first at least, and those that were too much.
+    async fn events(&mut self, ids: &[i64]) -> Result<(Vec<(String, Envelope)>, Vec<(i64, Uuid)>), Refusal> {
+        let rows = window::some(&mut self.session, ids).await?;
+        let (mut events, mut left_out, mut bytes) = (Vec::new(), Vec::new(), 0);
+        for row in rows {
+            if !events.is_empty() && (bytes > EVENT_BYTES || events.len() >= EVENTS as usize) {
+                left_out.push((row.id, row.event_id));
+                continue;
+            }
+            let event = window::envelope(&mut self.session, row, &self.naming.source).await?;
+            let subject = self.naming.prefix.subject(&event.event_type);
+            bytes += event.payload.len();
+            events.push((subject, event));
+        }
+        Ok((events, left_out))
+    }
+}
+
+/// The answer when nothing lies before the sequence in question.
+fn nothing(after: Option<Value>) -> Page {
+    Page {
+        behind: 0,
+        to: 0,
+        events: Vec::new(),
+        count: Some(0),
+        digest: None,
+        next: json!(after),
+        more: false,
+        complete_to: None,
+    }
+}
