@@ -46,6 +46,8 @@ create table aftercommit.redrive (
     constraint redrive_event_unique unique (subscriber, event_id)
 );
 create index redrive_order on aftercommit.redrive (subscriber, id);
+-- Live events of a key wait while rows of it do. A hash, because the keys of foreign publishers may be long.
+create index redrive_key on aftercommit.redrive using hash (key);
 
 -- What operators did: who, when, what.
 create table aftercommit.audit (

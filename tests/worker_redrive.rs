@@ -409,3 +409,38 @@ async fn a_row_that_is_taken_away_at_the_last_moment_does_not_run() {
     worker.stop().await;
     assert_eq!(work.numbers("a").await, [2]);
 }
+
+/// Rows and a live event of their key come at the same moment, between two looks at the table.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_live_event_never_overtakes_rows_that_the_session_has_not_seen() {
+    let work = Work::shared().await;
+    work.send("first", 1).await;
+    let worker = work.run(Subscriber::new("back").on::<Number>(Record::good())).await;
+    work.wait_for(1).await;
+    let keys: Vec<String> = (0..40).map(|round| format!("key-{round}")).collect();
+    for key in &keys {
+        put_rows(&work, "back", &[key], 3).await;
+        // One of the key, one of another key that is in the same batch, and one without.
+        work.send(key, 4).await;
+        work.put(&work.envelope(None, 4)).await;
+        work.send(key, 5).await;
+    }
+    work.wait_for(1 + 40 * 6).await;
+    let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
+    work.assert_in_order(&keys, 5).await;
+    work.wait_until_acked("back").await;
+    assert_eq!(rows_left(&work).await, 0);
+    worker.stop().await;
+}
+
+/// What is held does not wait for the next look, nor for rows of other subscribers.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_of_another_subscriber_hold_nobody() {
+    let work = Work::shared().await;
+    put_rows(&work, "nobody", &["a"], 3).await;
+    work.send("a", 1).await;
+    let worker = work.run(Subscriber::new("back").on::<Number>(Record::good())).await;
+    work.wait_for(1).await;
+    assert_eq!(work.numbers("a").await, [1]);
+    worker.stop().await;
+}

@@ -1,12 +1,13 @@
 //! The durable pull consumer of a subscriber: provisioning, checking, and where it stands.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, FromConsumer, Info, ReplayPolicy, pull};
 use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::ConsumerErrorKind;
 use async_nats::jetstream::{Context, ErrorCode};
+use chrono::{DateTime, Utc};
 
 use crate::error::{Error, ErrorKind};
 
@@ -129,6 +130,58 @@ pub(crate) async fn check(context: &Context, spec: &ConsumerSpec, remedy: &str) 
     match found {
         Some(found) => Err(not_ready(spec, &format!("is not as this subscriber needs it ({found}): {remedy}"))),
         None => Ok(position(&info)),
+    }
+}
+
+/// A consumer as those see it who do not read it.
+#[derive(Debug)]
+pub(crate) struct Survey {
+    pub(crate) position: Position,
+    /// What is wrong with it and can only be changed by making a new one.
+    pub(crate) unfit: Option<String>,
+    /// What differs from the settings that a subscriber needs and can be corrected.
+    pub(crate) differences: Vec<String>,
+    /// The subjects that are delivered.
+    pub(crate) subjects: Vec<String>,
+    /// Messages not delivered yet.
+    pub(crate) pending: u64,
+    /// Messages delivered and not acked.
+    pub(crate) in_flight: usize,
+    /// Requests for messages that wait.
+    pub(crate) requests: usize,
+    pub(crate) paused: bool,
+    /// When a message was delivered last.
+    pub(crate) delivered_at: Option<DateTime<Utc>>,
+}
+
+/// Looks at the consumer; none when it does not exist.
+pub(crate) async fn survey(context: &Context, spec: &ConsumerSpec) -> Result<Option<Survey>, Error> {
+    let Some(info) = info(context, spec).await? else { return Ok(None) };
+    let single = Some(&info.config.filter_subject).filter(|subject| !subject.is_empty());
+    Ok(Some(Survey {
+        position: position(&info),
+        unfit: fixed_difference(&info),
+        differences: differences(spec, &info),
+        subjects: info.config.filter_subjects.iter().chain(single).cloned().collect(),
+        pending: info.num_pending,
+        in_flight: info.num_ack_pending,
+        requests: info.num_waiting,
+        paused: info.paused,
+        delivered_at: info.delivered.last_active.map(|time| SystemTime::from(time).into()),
+    }))
+}
+
+/// Deletes the consumer. Nothing is lost with it that the inbox does not know.
+pub(crate) async fn delete(context: &Context, spec: &ConsumerSpec) -> Result<(), Error> {
+    let subject = format!("CONSUMER.DELETE.{}.{}", spec.stream, spec.name);
+    let nothing = serde_json::Map::new();
+    let response: Response<serde_json::Value> =
+        context.request(subject, &nothing).await.map_err(|error| broker(spec, "cannot be deleted", error))?;
+    match response {
+        Response::Err { error } if error.error_code() != ErrorCode::CONSUMER_NOT_FOUND => {
+            Err(broker(spec, "cannot be deleted", error))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -7,7 +7,6 @@ pub(crate) mod doctor;
 pub(crate) mod feed;
 pub(crate) mod history;
 pub(crate) mod monitoring;
-#[cfg_attr(not(test), expect(dead_code, reason = "for the reconcilers of subscribers"))]
 pub(crate) mod outbox_client;
 pub(crate) mod outbox_service;
 pub(crate) mod publisher;

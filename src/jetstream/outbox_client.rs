@@ -181,6 +181,7 @@ mod tests {
             digest,
             next: json!("token"),
             more: true,
+            complete_to: None,
         };
         let send = |ids: &[u128], rest| Answer::Events(ids.iter().map(|n| ("e.a".into(), event(*n))).collect(), rest);
         match question {

@@ -86,6 +86,9 @@ pub(crate) struct Page {
     pub(crate) next: Value,
     /// Whether there is more now.
     pub(crate) more: bool,
+    /// Behind the last event: what was committed before this time lies before it.
+    #[serde(default)]
+    pub(crate) complete_to: Option<DateTime<Utc>>,
 }
 
 /// An event that is not where the outbox's order would have it.

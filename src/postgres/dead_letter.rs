@@ -85,7 +85,7 @@ pub(crate) async fn insert(
 }
 
 /// PostgreSQL's text has no zero character; a foreign publisher's attribute may.
-fn storable(text: &str) -> String {
+pub(super) fn storable(text: &str) -> String {
     text.replace('\0', "\u{fffd}")
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use sqlx::{Executor, Row as _};
 use uuid::Uuid;
 
+use super::dead_letter::storable;
 use super::lease::Tenure;
 use super::running::Marker;
 use super::session::{Session, Tx};
@@ -42,41 +43,61 @@ pub(crate) struct Row {
     pub(crate) stream_seq: i64,
     /// Its place in the publisher's outbox, if that is known.
     pub(crate) sequence: Option<i64>,
+    /// The key of an event that comes from the stream: it waits while others of the key were sent back.
+    pub(crate) live_key: Option<String>,
 }
 
-/// Writes the inbox rows of `events` and removes the marker, both valid with the commit. Returns the events that were
-/// new, each with the number of its failed attempts, if there is something on record about it. Waits for another
-/// transaction that is handling one of them right now. An event that an operator sent back is not new as long as its row
-/// waits: it runs from there.
-pub(crate) async fn insert(
-    tx: &mut Tx<'_>,
-    marker: Marker<'_>,
-    events: &[Row],
-) -> Result<Vec<(Uuid, Option<i32>)>, sqlx::Error> {
+/// What the inbox says of a batch of events.
+#[derive(Debug, Default)]
+pub(crate) struct Entered {
+    /// Those that are new, each with the number of its failed attempts, if there is something on record about it.
+    pub(crate) fresh: Vec<(Uuid, Option<i32>)>,
+    /// Those that may not run yet, because events of their key that were sent back wait.
+    pub(crate) held: Vec<Uuid>,
+}
+
+/// Writes the inbox rows of `events` and removes the marker, both valid with the commit. Waits for another transaction
+/// that is handling one of them right now. An event that was sent back is neither new nor held as long as its row waits:
+/// it runs from there.
+pub(crate) async fn insert(tx: &mut Tx<'_>, marker: Marker<'_>, events: &[Row]) -> Result<Entered, sqlx::Error> {
     let rows = sqlx::query(
-        "with fresh as (
+        "with event as (
+            select event_id, stream_seq, sequence,
+                   exists (select from aftercommit.redrive r where r.subscriber = $1 and r.key = e.key)
+                   and not exists (select from aftercommit.inbox i
+                                    where i.subscriber = $1 and i.event_id = e.event_id) as held
+              from unnest($2::uuid[], $3::bigint[], $4::bigint[], $5::text[]) as e(event_id, stream_seq, sequence, key)
+             where not exists (select from aftercommit.redrive r
+                                where r.subscriber = $1 and r.event_id = e.event_id)),
+         fresh as (
             insert into aftercommit.inbox (subscriber, event_id, stream_seq, sequence)
-            select $1, event_id, stream_seq, sequence
-              from unnest($2::uuid[], $3::bigint[], $4::bigint[]) as e(event_id, stream_seq, sequence)
-             where not exists (select from aftercommit.redrive
-                                where redrive.subscriber = $1 and redrive.event_id = e.event_id)
-             order by stream_seq
+            select $1, event_id, stream_seq, sequence from event where not held order by stream_seq
             on conflict do nothing
             returning event_id),
          unmarked as (
-            delete from aftercommit.running where subscriber = $1 and epoch = $5 and lane = $6)
-         select fresh.event_id, attempt.attempts
-           from fresh left join aftercommit.attempt on attempt.subscriber = $1 and attempt.event_id = fresh.event_id",
+            delete from aftercommit.running where subscriber = $1 and epoch = $6 and lane = $7)
+         select fresh.event_id, attempt.attempts, false
+           from fresh left join aftercommit.attempt on attempt.subscriber = $1 and attempt.event_id = fresh.event_id
+         union all
+         select event_id, null, true from event where held",
     )
     .bind(marker.subscriber)
     .bind(events.iter().map(|event| event.event_id).collect::<Vec<_>>())
     .bind(events.iter().map(|event| event.stream_seq).collect::<Vec<_>>())
     .bind(events.iter().map(|event| event.sequence).collect::<Vec<_>>())
+    .bind(events.iter().map(|event| event.live_key.as_deref().map(storable)).collect::<Vec<_>>())
     .bind(marker.epoch)
     .bind(marker.lane)
     .fetch_all(tx)
     .await?;
-    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+    let mut entered = Entered::default();
+    for row in &rows {
+        match row.try_get(2)? {
+            true => entered.held.push(row.try_get(0)?),
+            false => entered.fresh.push((row.try_get(0)?, row.try_get(1)?)),
+        }
+    }
+    Ok(entered)
 }
 
 /// Which of `events` the subscriber is done with.

@@ -25,6 +25,7 @@ pub(crate) mod redrive;
 pub(crate) mod relay_log;
 pub(crate) mod relay_status;
 pub(crate) mod repair;
+pub(crate) mod resend;
 pub(crate) mod restamp;
 pub(crate) mod running;
 pub(crate) mod session;

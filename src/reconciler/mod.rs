@@ -14,6 +14,7 @@ mod job;
 mod monitor;
 mod outbox;
 mod runner;
+mod subscriber;
 
 use std::fmt;
 use std::time::Duration;
@@ -22,6 +23,7 @@ pub use item::{Drift, ItemError, Reconciler};
 pub use monitor::Monitor;
 pub use outbox::OutboxLeg;
 pub use runner::Runner;
+pub use subscriber::{ConsumerLeg, InboxLeg, Subscription};
 
 /// What a run does about what it finds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

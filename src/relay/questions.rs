@@ -133,7 +133,7 @@ impl Library {
 
     async fn page(&mut self, up_to: u64, after: Option<Value>, types: &[String]) -> Result<Page, Refusal> {
         let Some(Token { from, to, id }) = self.range(up_to, after.clone()).await? else { return Ok(nothing(after)) };
-        let Some(to) = to else { return Ok(end(from)) };
+        let Some(to) = to else { return self.end(from).await };
         let ids = window::ids(&mut self.session, &from.mark, &to.mark, id, PAGE).await?;
         let heads = questions::heads(&mut self.session, &ids, types).await?;
         let (behind, sequence) = (from.sequence, to.sequence);
@@ -149,12 +149,21 @@ impl Library {
             time: head.created_at,
         };
         let events = heads.into_iter().map(listed).collect();
-        Ok(Page { behind, to: sequence, events, count: None, digest: None, next: json!(next), more: true })
+        Ok(Page {
+            behind,
+            to: sequence,
+            events,
+            count: None,
+            digest: None,
+            next: json!(next),
+            more: true,
+            complete_to: None,
+        })
     }
 
     async fn digest(&mut self, up_to: u64, after: Option<Value>, types: &[String]) -> Result<Page, Refusal> {
         let Some(Token { from, to, .. }) = self.range(up_to, after.clone()).await? else { return Ok(nothing(after)) };
-        let Some(to) = to else { return Ok(end(from)) };
+        let Some(to) = to else { return self.end(from).await };
         let (mut count, mut sum, mut last) = (0, 0_u128, 0);
         loop {
             let ids = window::ids(&mut self.session, &from.mark, &to.mark, last, IDS).await?;
@@ -167,7 +176,20 @@ impl Library {
         let (behind, sequence) = (from.sequence, to.sequence);
         let next = json!(Token { from: to, to: None, id: 0 });
         let (count, digest) = (Some(count), Some(sum.to_string()));
-        Ok(Page { behind, to: sequence, events: Vec::new(), count, digest, next, more: true })
+        Ok(Page { behind, to: sequence, events: Vec::new(), count, digest, next, more: true, complete_to: None })
+    }
+
+    /// The answer behind the last place.
+    async fn end(&mut self, from: Place) -> Result<Page, Refusal> {
+        let now = place::now(&mut self.session).await?;
+        let complete_to = match window::look(&mut self.session, &from.mark).await?.news {
+            false => Some(now),
+            true => place::marked_at(&mut self.session, &from).await?,
+        };
+        let sequence = from.sequence;
+        let next = json!(Token { from, to: None, id: 0 });
+        let (count, digest) = (Some(0), None);
+        Ok(Page { behind: sequence, to: sequence, events: Vec::new(), count, digest, next, more: false, complete_to })
     }
 
     async fn displaced(&mut self, after: Option<Value>) -> Result<Displaced, Refusal> {
@@ -226,12 +248,14 @@ impl Library {
 
 /// The answer when nothing lies before the sequence in question.
 fn nothing(after: Option<Value>) -> Page {
-    Page { behind: 0, to: 0, events: Vec::new(), count: Some(0), digest: None, next: json!(after), more: false }
-}
-
-/// The answer behind the last place.
-fn end(from: Place) -> Page {
-    let sequence = from.sequence;
-    let next = json!(Token { from, to: None, id: 0 });
-    Page { behind: sequence, to: sequence, events: Vec::new(), count: Some(0), digest: None, next, more: false }
+    Page {
+        behind: 0,
+        to: 0,
+        events: Vec::new(),
+        count: Some(0),
+        digest: None,
+        next: json!(after),
+        more: false,
+        complete_to: None,
+    }
 }

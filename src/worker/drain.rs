@@ -206,6 +206,14 @@ impl Run {
                     let problem = format!("event {}: what subscriber {name} needs is away: {reason}", event.id);
                     return Err(Error::new(ErrorKind::NotReady, problem));
                 }
+                Some(Verdict::Held) => {
+                    let problem = format!(
+                        "event {}: events of its key that were sent back to subscriber {name} come first, and only a \
+                         worker runs those",
+                        event.id
+                    );
+                    return Err(Error::new(ErrorKind::NotReady, problem));
+                }
                 Some(Verdict::NotRun) | None => continue,
             }
             self.left.retain(|left| left.id != event.id);

@@ -16,6 +16,7 @@ use crate::fault;
 use crate::jetstream::stored::Source;
 use crate::postgres::connections::Connections;
 use crate::postgres::dead_letter::{self, DeadLetter};
+use crate::postgres::inbox::Entered;
 use crate::postgres::lease::Tenure;
 use crate::postgres::running::{self, Marker};
 use crate::postgres::session::{Session, Tx};
@@ -58,6 +59,8 @@ pub(super) enum Verdict {
     Failed(Duration),
     /// It asked for it: not before this time has passed.
     Later(Duration),
+    /// Events of its key that were sent back come first, and are not known here yet.
+    Held,
     /// Something that its handler needs is away.
     Interrupted {
         reason: String,
@@ -154,8 +157,15 @@ impl Lane {
                     report.pace = Some(started.elapsed());
                 }
                 many => match self.transact(many).await {
-                    Ok(()) => {
-                        report.verdicts.extend(many.iter().map(|queued| (queued.place, Verdict::Done)));
+                    Ok(held) => {
+                        let held: HashSet<Uuid> = held.into_iter().collect();
+                        for queued in many {
+                            let held = held.contains(&queued.event.id.as_uuid());
+                            if held {
+                                blocked.extend(queued.event.key.as_deref());
+                            }
+                            report.verdicts.push((queued.place, if held { Verdict::Held } else { Verdict::Done }));
+                        }
                         report.pace = Some(started.elapsed() / u32::try_from(many.len()).unwrap_or(u32::MAX));
                     }
                     Err(Trouble::Outage(reason)) => return Err(Halt::Outage(reason)),
@@ -172,7 +182,7 @@ impl Lane {
         match verdict {
             Verdict::Done | Verdict::Dead(_) => false,
             Verdict::Failed(_) => self.subscriber.settings.failure_policy == FailurePolicy::Block,
-            Verdict::Later(_) | Verdict::Interrupted { .. } | Verdict::NotRun => true,
+            Verdict::Later(_) | Verdict::Held | Verdict::Interrupted { .. } | Verdict::NotRun => true,
         }
     }
 
@@ -186,7 +196,8 @@ impl Lane {
         let mut conflicts = 0;
         loop {
             let error = match self.transact(&[queued]).await {
-                Ok(()) => return Ok(Verdict::Done),
+                Ok(held) if held.is_empty() => return Ok(Verdict::Done),
+                Ok(_) => return Ok(Verdict::Held),
                 Err(Trouble::Outage(reason)) => return Err(Halt::Outage(reason)),
                 Err(Trouble::Unreachable(reason)) => return Err(Halt::Unreachable(reason)),
                 Err(Trouble::Interrupted { error, .. }) => {
@@ -278,8 +289,9 @@ impl Lane {
         Ok(Verdict::Dead(reason.to_string()))
     }
 
-    /// One transaction: inbox rows, handlers of the events that were new, commit.
-    async fn transact(&self, group: &[&Queued]) -> Result<(), Trouble> {
+    /// One transaction: inbox rows, handlers of the events that were new, commit. Returns the events that may not run
+    /// yet.
+    async fn transact(&self, group: &[&Queued]) -> Result<Vec<Uuid>, Trouble> {
         let mut connection = self.own(self.connections.take()).await.map_err(Trouble::Outage)?;
         let result = self.transact_on(&mut connection, group).await;
         match &result {
@@ -289,18 +301,18 @@ impl Lane {
         result
     }
 
-    async fn transact_on(&self, connection: &mut Session, group: &[&Queued]) -> Result<(), Trouble> {
+    async fn transact_on(&self, connection: &mut Session, group: &[&Queued]) -> Result<Vec<Uuid>, Trouble> {
         let limit = self.subscriber.settings.time_limit;
         let events: Vec<Uuid> = group.iter().map(|queued| queued.event.id.as_uuid()).collect();
         let begun = inbox::begin_batch(connection, limit, self.marker(), &events);
         let mut tx = self.own(begun).await.map_err(Trouble::Outage)?;
         match self.fill(&mut tx, group).await {
-            Ok(()) => {
+            Ok(held) => {
                 fault::point("worker-handled");
                 self.own_or_conflict(tx.commit()).await?;
                 fault::point("worker-committed");
-                self.count(group);
-                Ok(())
+                self.count(group.iter().filter(|queued| !held.contains(&queued.event.id.as_uuid())));
+                Ok(held)
             }
             Err(Trouble::Outage(reason)) => Err(Trouble::Outage(reason)),
             // Waits for a statement that still runs, so that its locks are gone when the event runs again.
@@ -313,21 +325,23 @@ impl Lane {
     }
 
     /// Counts events whose transaction is committed.
-    fn count(&self, group: &[&Queued]) {
-        self.progress.committed(group.len());
-        for queued in group {
+    fn count<'q>(&self, events: impl Iterator<Item = &'q &'q Queued>) {
+        let mut committed = 0;
+        for queued in events {
+            committed += 1;
             if queued.fresh.load(Ordering::Relaxed) {
                 self.progress.took_effect(queued.event.time);
             } else {
                 self.progress.count(Outcome::Duplicate);
             }
         }
+        self.progress.committed(committed);
     }
 
-    async fn fill(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<(), Trouble> {
-        let fresh = self.own_or_conflict(self.enter(tx, group)).await;
+    async fn fill(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<Vec<Uuid>, Trouble> {
+        let entered = self.own_or_conflict(self.enter(tx, group)).await;
         // Nothing of the events has run yet, so none of them is to blame.
-        let fresh = fresh.map_err(|trouble| match trouble {
+        let Entered { fresh, held } = entered.map_err(|trouble| match trouble {
             Trouble::Failed { at, error } if timed_out(&error) => Trouble::Interrupted { at, error },
             Trouble::Failed { error, .. } => Trouble::Outage(describe(&error)),
             other => other,
@@ -388,7 +402,7 @@ impl Lane {
         if !on_record.is_empty() {
             self.own_or_conflict(inbox::clear_attempts(tx, &self.subscriber.name, &on_record)).await?;
         }
-        Ok(())
+        Ok(held)
     }
 
     /// Runs a handler, and measures how long that takes.
@@ -399,9 +413,9 @@ impl Lane {
         result
     }
 
-    /// Writes the inbox rows and returns the events that were new. Of those that were sent back only the ones whose rows
-    /// are still there may run; the rows go with this transaction.
-    async fn enter(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<Vec<(Uuid, Option<i32>)>, sqlx::Error> {
+    /// Writes the inbox rows. Of the events that were sent back only the ones whose rows are still there may run; the rows
+    /// go with this transaction.
+    async fn enter(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<Entered, sqlx::Error> {
         let ids = redrive_ids(group.iter().map(|queued| queued.place));
         let taken: HashSet<i64> = match ids.is_empty() {
             true => HashSet::new(),

@@ -54,7 +54,8 @@ pub(super) struct Queued {
 impl Queued {
     pub(super) fn row(&self) -> inbox::Row {
         let sequence = Some(self.event.sequence).filter(|sequence| *sequence > 0);
-        inbox::Row { event_id: self.event.id.as_uuid(), stream_seq: self.stream_seq, sequence }
+        let live_key = self.event.key.clone().filter(|_| matches!(self.place, Place::Stream(_)));
+        inbox::Row { event_id: self.event.id.as_uuid(), stream_seq: self.stream_seq, sequence, live_key }
     }
 
     /// As of when it was looked at last.

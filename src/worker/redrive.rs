@@ -36,6 +36,8 @@ pub(super) struct Redrives {
     begun: bool,
     known: usize,
     failures: u32,
+    /// Rows that are not known were met: the whole table is looked at as soon as possible.
+    urgent: bool,
 }
 
 impl Redrives {
@@ -51,12 +53,18 @@ impl Redrives {
             begun: false,
             known: 0,
             failures: 0,
+            urgent: false,
         }
     }
 
     /// Whether all rows that waited at the beginning are known, so that live events cannot overtake them.
     pub(super) fn begun(&self) -> bool {
         self.begun
+    }
+
+    /// There are rows that are not known.
+    pub(super) fn look_now(&mut self) {
+        self.urgent = true;
     }
 
     /// A row that was handed on is new.
@@ -73,9 +81,12 @@ impl Redrives {
     pub(super) async fn next(&mut self) -> Vec<Waiting> {
         loop {
             if self.looks.is_empty() {
-                tokio::time::sleep_until(self.due.into()).await;
+                // While the database is away, urgency does not help.
+                if !self.urgent || self.failures > 0 {
+                    tokio::time::sleep_until(self.due.into()).await;
+                }
                 if self.known >= MAX_KNOWN {
-                    self.begun = true;
+                    (self.begun, self.urgent) = (true, false);
                     self.due = Instant::now() + LOOK;
                     continue;
                 }
@@ -94,8 +105,8 @@ impl Redrives {
     }
 
     fn look(&mut self) {
-        if self.at_end && (self.known == 0 || self.rescan <= Instant::now()) {
-            self.after = 0;
+        if self.urgent || (self.at_end && (self.known == 0 || self.rescan <= Instant::now())) {
+            (self.after, self.urgent) = (0, false);
             self.rescan = Instant::now() + RESCAN;
         }
         let (connections, subscriber, after) = (Arc::clone(&self.connections), self.subscriber.clone(), self.after);

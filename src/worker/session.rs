@@ -32,6 +32,9 @@ const TARGET: Duration = Duration::from_millis(100);
 /// When JetStream shall send an event again whose payload was let go. The lane reads it from the stream before.
 const LET_GO: Duration = Duration::from_secs(300);
 
+/// When an event is tried again that waits for others of its key that were sent back.
+const HELD: Duration = Duration::from_millis(250);
+
 /// Why a session ended.
 #[derive(Debug, PartialEq)]
 pub(super) enum End {
@@ -327,6 +330,11 @@ impl Session {
         let Some(pending) = self.pending.get_mut(&place) else { return };
         let answer = match verdict {
             Verdict::NotRun => return self.scheduler.put_back(place),
+            // The rows go before it as soon as they are known.
+            Verdict::Held => {
+                self.redrives.look_now();
+                return self.scheduler.hold(place, Instant::now() + HELD);
+            }
             Verdict::Interrupted { reason, wait } => {
                 self.interrupted += usize::from(pending.interruptions == 0);
                 self.lane.progress.count(Outcome::Interrupted);

@@ -17,6 +17,7 @@ use crate::error::{Error, ErrorKind};
 use crate::event::Event;
 use crate::jetstream::consumer::ConsumerSpec;
 use crate::postgres::function::FunctionName;
+use crate::reconciler::Subscription;
 use crate::subject::{SubjectPrefix, check_tokens};
 
 use super::batch::{BatchError, BatchHandler};
@@ -322,6 +323,17 @@ impl Subscriber {
             Work::Function { types, .. } => listed(types),
             #[cfg(feature = "cli")]
             Work::Http { types, .. } => listed(types),
+        }
+    }
+
+    /// What its reconcilers need to know of it, in a worker with that naming.
+    pub fn subscription(&self, naming: &Naming) -> Subscription {
+        let types = self.types().into_iter().filter(|event_type| *event_type != "*").map(str::to_string);
+        Subscription {
+            spec: self.spec(naming),
+            types: types.collect(),
+            inbox_retention: self.settings.inbox_retention,
+            remedy: "run `aftercommit provision --config worker.toml`, or the service with --provision".into(),
         }
     }
 

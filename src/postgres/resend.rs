@@ -1,0 +1,330 @@
+//! The subscriber's side of its reconcilers: what is not handled, and sending that back to it.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use serde_json::json;
+use sqlx::Row;
+use sqlx::types::Json;
+use uuid::Uuid;
+
+use super::dead_letter::storable;
+use super::finding::State;
+use super::session::{Session, Tx};
+use crate::envelope::Envelope;
+
+/// What the inbox says of an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Known {
+    /// It is neither done nor waits to be run again.
+    Not,
+    /// It is there so many times, which the primary key does not allow.
+    Times(i64),
+}
+
+/// Those of some events that are not in the inbox just once, and that do not wait to be run again either.
+pub(crate) async fn unhandled(
+    session: &mut Session,
+    subscriber: &str,
+    events: &[Uuid],
+) -> Result<HashMap<Uuid, Known>, sqlx::Error> {
+    let rows: Vec<(Uuid, i64)> = sqlx::query_as(
+        "select event_id, times
+           from (select event_id,
+                        (select count(*) from aftercommit.inbox i
+                          where i.subscriber = $1 and i.event_id = e.event_id) as times
+                   from unnest($2::uuid[]) as e(event_id)) as looked_up
+          where times <> 1
+            and (times > 0 or not exists (select from aftercommit.redrive r
+                                           where r.subscriber = $1 and r.event_id = looked_up.event_id))",
+    )
+    .bind(subscriber)
+    .bind(events)
+    .fetch_all(session)
+    .await?;
+    Ok(rows.into_iter().map(|(id, times)| (id, if times == 0 { Known::Not } else { Known::Times(times) })).collect())
+}
+
+/// How many events of a part of the stream the inbox has, and the digest of their ids, as the outbox computes it.
+pub(crate) async fn digest(
+    session: &mut Session,
+    subscriber: &str,
+    behind: u64,
+    to: u64,
+) -> Result<(u64, u128), sqlx::Error> {
+    let (count, sum): (i64, String) = sqlx::query_as(
+        "select count(*), coalesce(sum(('x' || left(md5(uuid_send(event_id)), 15))::bit(60)::bigint), 0)::text
+           from aftercommit.inbox where subscriber = $1 and stream_seq > $2 and stream_seq <= $3",
+    )
+    .bind(subscriber)
+    .bind(behind.cast_signed())
+    .bind(to.cast_signed())
+    .fetch_one(session)
+    .await?;
+    Ok((count.unsigned_abs(), sum.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?))
+}
+
+/// An event that shall run at a subscriber.
+#[derive(Debug)]
+pub(crate) struct Event {
+    pub(crate) event: Envelope,
+    /// Where it is in the stream; 0 when it is not there any more.
+    pub(crate) sequence: u64,
+}
+
+/// Whose events are sent back, and who does it.
+#[derive(Debug, Clone)]
+pub(crate) struct Order {
+    pub(crate) subscriber: String,
+    pub(crate) stream: String,
+    pub(crate) who: String,
+    /// Whether events that are done run once more.
+    pub(crate) again: bool,
+}
+
+/// Begins a transaction that may wait for a server between two statements.
+pub(crate) async fn begin(session: &mut Session) -> Result<Tx<'_>, sqlx::Error> {
+    session.begin_with("begin; set local idle_in_transaction_session_timeout = 0".into()).await
+}
+
+/// Sends events back in this order, behind what waits already, and returns the ids of the rows that it wrote. What is
+/// done stays done, unless it is to run again; what waits already stays where it is.
+pub(crate) async fn send(tx: &mut Tx<'_>, order: &Order, events: &[Event]) -> Result<Vec<i64>, sqlx::Error> {
+    fn each<T>(events: &[Event], field: impl Fn(&Event) -> T) -> Vec<T> {
+        events.iter().map(field).collect()
+    }
+    if order.again {
+        sqlx::query(
+            "with gone as (
+                delete from aftercommit.inbox
+                 where subscriber = $1 and event_id = any($2) and outcome <> 'dead' returning event_id, outcome, handled_at)
+             insert into aftercommit.audit (who, action, subscriber, event_id, detail)
+             select $3, 'replay again', $1, event_id, jsonb_build_object('outcome', outcome, 'handled_at', handled_at)
+               from gone",
+        )
+        .bind(&order.subscriber)
+        .bind(each(events, |event| event.event.id.as_uuid()))
+        .bind(&order.who)
+        .execute(&mut *tx)
+        .await?;
+    }
+    sqlx::query_scalar(
+        "insert into aftercommit.redrive
+                (subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type,
+                 stream, stream_seq, requested_by)
+         select $1, event_id, type, version, key, source, time, sequence, headers, payload, content_type, $2,
+                stream_seq, $3
+           from unnest($4::uuid[], $5::text[], $6::int[], $7::text[], $8::text[], $9::timestamptz[], $10::bigint[],
+                       $11::jsonb[], $12::bytea[], $13::text[], $14::bigint[])
+                with ordinality
+                as e(event_id, type, version, key, source, time, sequence, headers, payload, content_type, stream_seq, n)
+          where not exists (select from aftercommit.inbox i where i.subscriber = $1 and i.event_id = e.event_id)
+          order by n
+         on conflict do nothing
+         returning id",
+    )
+    .bind(&order.subscriber)
+    .bind(&order.stream)
+    .bind(&order.who)
+    .bind(each(events, |event| event.event.id.as_uuid()))
+    .bind(each(events, |event| storable(&event.event.event_type)))
+    .bind(each(events, |event| i32::try_from(event.event.version).unwrap_or(i32::MAX)))
+    .bind(each(events, |event| event.event.key.as_deref().map(storable)))
+    .bind(each(events, |event| storable(&event.event.source)))
+    .bind(each(events, |event| event.event.time))
+    .bind(each(events, |event| Some(event.event.sequence).filter(|sequence| *sequence > 0)))
+    .bind(each(events, |event| Json(event.event.headers.clone())))
+    .bind(each(events, |event| event.event.payload.to_vec()))
+    .bind(each(events, |event| storable(&event.event.content_type)))
+    .bind(each(events, |event| event.sequence.cast_signed()))
+    .fetch_all(tx)
+    .await
+}
+
+/// Brings the rows of each key that has new ones, from the row `first` on, into the order of the outbox.
+pub(crate) async fn sort(tx: &mut Tx<'_>, subscriber: &str, first: i64) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query(
+        "with touched as (
+            select distinct source, key from aftercommit.redrive
+             where subscriber = $1 and id >= $2 and key is not null),
+         unsorted as (
+            select distinct source, key
+              from (select source, key,
+                           sequence < lag(sequence) over (partition by source, key order by id) as early
+                      from aftercommit.redrive join touched using (source, key) where subscriber = $1) as row
+             where early),
+         moved as (
+            delete from aftercommit.redrive r using unsorted u
+             where r.subscriber = $1 and r.key = u.key and r.source = u.source returning r.*)
+         insert into aftercommit.redrive
+                (subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type,
+                 stream, stream_seq, requested_at, requested_by)
+         select subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type,
+                stream, stream_seq, requested_at, requested_by
+           from moved order by sequence nulls first, id",
+    )
+    .bind(subscriber)
+    .bind(first)
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// Writes down that it was done.
+pub(crate) async fn log(tx: &mut Tx<'_>, order: &Order, action: &str, events: u64) -> Result<(), sqlx::Error> {
+    let entry = super::audit::Entry {
+        who: &order.who,
+        action,
+        subscriber: Some(&order.subscriber),
+        event_id: None,
+        detail: json!({ "events": events, "stream": order.stream, "again": order.again }),
+    };
+    super::audit::write(tx, &entry).await
+}
+
+/// Settles what earlier runs found and what is done now.
+pub(crate) async fn settle_handled(
+    session: &mut Session,
+    name: &str,
+    kind: &str,
+    subscriber: &str,
+) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query(
+        "update aftercommit.finding f set state = $4, settled_at = clock_timestamp()
+          where name = $1 and kind = $2 and state in ('open', 'repairing')
+            and exists (select from aftercommit.inbox i where i.subscriber = $3 and i.event_id = f.event_id)",
+    )
+    .bind(name)
+    .bind(kind)
+    .bind(subscriber)
+    .bind(State::Repaired.as_str())
+    .execute(session)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// Writes down of open findings that their events are on their way.
+pub(crate) async fn mark_repairing(
+    session: &mut Session,
+    name: &str,
+    kind: &str,
+    subscriber: &str,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update aftercommit.finding f set state = $4
+          where name = $1 and kind = $2 and state = 'open'
+            and exists (select from aftercommit.redrive r where r.subscriber = $3 and r.event_id = f.event_id)",
+    )
+    .bind(name)
+    .bind(kind)
+    .bind(subscriber)
+    .bind(State::Repairing.as_str())
+    .execute(session)
+    .await
+    .map(drop)
+}
+
+/// The lowest stream sequence, from `first` on, of findings that nothing was done about, if there are any.
+pub(crate) async fn lowest_open(
+    session: &mut Session,
+    name: &str,
+    kind: &str,
+    first: i64,
+) -> Result<Option<i64>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select min(stream_seq) from aftercommit.finding
+          where name = $1 and kind = $2 and state = 'open' and stream_seq >= $3",
+    )
+    .bind(name)
+    .bind(kind)
+    .bind(first)
+    .fetch_one(session)
+    .await
+}
+
+/// Settles what the run that looked at everything behind a sequence did not find there again, and what lies before the
+/// stream's first message: the stream does not hold these events any more.
+pub(crate) async fn settle_lost(
+    session: &mut Session,
+    name: &str,
+    kind: &str,
+    run: i64,
+    behind: u64,
+    first: u64,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update aftercommit.finding set state = $6, settled_at = clock_timestamp()
+          where name = $1 and kind = $2 and state = 'open' and last_run < $3
+            and (stream_seq > $4 or stream_seq < $5)",
+    )
+    .bind(name)
+    .bind(kind)
+    .bind(run)
+    .bind(behind.cast_signed())
+    .bind(first.cast_signed())
+    .bind(State::Gone.as_str())
+    .execute(session)
+    .await
+    .map(drop)
+}
+
+/// The events of findings that nothing was done about, behind an outbox id and in its order.
+pub(crate) async fn open(
+    session: &mut Session,
+    name: &str,
+    kind: &str,
+    after: i64,
+    limit: i64,
+) -> Result<Vec<(i64, Uuid)>, sqlx::Error> {
+    sqlx::query_as(
+        "select outbox_id, event_id from aftercommit.finding
+          where name = $1 and kind = $2 and state = 'open' and outbox_id > $3 order by outbox_id limit $4",
+    )
+    .bind(name)
+    .bind(kind)
+    .bind(after)
+    .bind(limit)
+    .fetch_all(session)
+    .await
+}
+
+/// A dead letter that nobody has decided about.
+#[derive(Debug)]
+pub(crate) struct OldLetter {
+    pub(crate) id: i64,
+    pub(crate) event_id: Uuid,
+    pub(crate) key: Option<String>,
+    pub(crate) stream_seq: i64,
+    pub(crate) for_seconds: f64,
+    pub(crate) reason: String,
+}
+
+/// The oldest dead letters that have been some for longer than `limit`.
+pub(crate) async fn dead_longer(
+    session: &mut Session,
+    subscriber: &str,
+    limit: Duration,
+) -> Result<Vec<OldLetter>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select id, event_id, key, stream_seq, extract(epoch from clock_timestamp() - dead_at)::float8,
+                left(reason, 200)
+           from aftercommit.dead_letter
+          where subscriber = $1 and dead_at < clock_timestamp() - make_interval(secs => $2) order by id limit 1000",
+    )
+    .bind(subscriber)
+    .bind(limit.as_secs_f64())
+    .fetch_all(session)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(OldLetter {
+                id: row.try_get(0)?,
+                event_id: row.try_get(1)?,
+                key: row.try_get(2)?,
+                stream_seq: row.try_get(3)?,
+                for_seconds: row.try_get(4)?,
+                reason: row.try_get(5)?,
+            })
+        })
+        .collect()
+}

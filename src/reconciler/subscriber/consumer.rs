@@ -1,0 +1,525 @@
+//! Leg B: the stream, a subscriber's consumer, and its inbox.
+//!
+//! What the consumer counts as acked must be in the inbox, because acks follow the commit. The run keeps its place in the
+//! subscriber's own database: when that is restored to an earlier time, the place goes back together with the inbox.
+
+use std::time::Duration;
+
+use async_nats::jetstream::message::StreamMessage;
+use chrono::{DateTime, TimeDelta, Utc};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use uuid::Uuid;
+
+use super::sending::Sending;
+use super::{Since, Subscription, ask, unhandled};
+use crate::backoff::Backoff;
+use crate::config::NatsConfig;
+use crate::error::Error;
+use crate::fault;
+use crate::jetstream::consumer::{self, Survey};
+use crate::jetstream::history::History;
+use crate::jetstream::stream::{Extent, StreamReader};
+use crate::jetstream::{self, Connection, stored};
+use crate::postgres::finding::{Finding, State};
+use crate::postgres::resend::{self, Event, Known, Order};
+use crate::reconciler::job::{Done, Job, Run, Schedule};
+use crate::reconciler::{Mode, Runner, Scope};
+use crate::subject;
+
+const MISSED: &str = "acked_not_handled";
+const TWICE: &str = "handled_twice";
+const DEAD: &str = "dead_letters_too_old";
+const AHEAD: &str = "consumer_ahead";
+const ABSENT: &str = "consumer_missing";
+const RECREATED: &str = "consumer_recreated";
+const SETTINGS: &str = "consumer_settings";
+const STUCK: &str = "stuck";
+/// Findings about the consumer: gone as soon as a run does not see them.
+const STATES: [&str; 5] = [AHEAD, ABSENT, RECREATED, SETTINGS, STUCK];
+
+/// Batches between two saved positions.
+const SAVE_EVERY: u32 = 20;
+const RETRY: Backoff = Backoff { first: Duration::from_secs(2), max: Duration::from_mins(1) };
+
+/// Compares a subscriber's inbox with the stream, up to where its consumer counts everything as acked, and sends back to
+/// the subscriber what it has not handled. It also looks at the consumer itself. Give it to a [`Runner`] on the
+/// subscriber's database with [`Runner::consumer`].
+#[derive(Debug, Clone)]
+pub struct ConsumerLeg {
+    /// Dead letters are a finding after so long. Defaults to a day.
+    pub dead_limit: Duration,
+    /// From the end of a sweep over everything to the next; none for never. Defaults to a day. The other runs look at
+    /// what is new.
+    pub full_every: Option<Duration>,
+    /// From the end of a run to the next. Defaults to 5 minutes.
+    pub interval: Duration,
+    /// What scheduled runs do about what they find. Defaults to [`Mode::Report`].
+    pub mode: Mode,
+    /// The NATS servers.
+    pub nats: NatsConfig,
+    /// Whether a repair also makes the consumer anew or corrects it, for which the NATS user needs the rights to create and
+    /// delete consumers. Defaults to false.
+    pub provision: bool,
+    /// Messages that nobody fetches are a finding after so long. Defaults to 5 minutes.
+    pub stuck_limit: Duration,
+    /// The subscriber.
+    pub subscription: Subscription,
+}
+
+impl ConsumerLeg {
+    /// The defaults for a subscriber.
+    pub fn new(nats: NatsConfig, subscription: Subscription) -> Self {
+        Self {
+            dead_limit: Duration::from_hours(24),
+            full_every: Some(Duration::from_hours(24)),
+            interval: Duration::from_mins(5),
+            mode: Mode::Report,
+            nats,
+            provision: false,
+            stuck_limit: Duration::from_mins(5),
+            subscription,
+        }
+    }
+}
+
+impl Runner {
+    /// Adds the comparison of a subscriber's inbox with the stream. Its name is `consumer:` and the subscriber's name.
+    #[must_use]
+    pub fn consumer(self, leg: ConsumerLeg) -> Self {
+        self.job(ConsumerJob { name: format!("consumer:{}", leg.subscription.name()), leg })
+    }
+}
+
+struct ConsumerJob {
+    name: String,
+    leg: ConsumerLeg,
+}
+
+impl Job for ConsumerJob {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn schedule(&self) -> Schedule {
+        let ConsumerLeg { interval, full_every, mode, .. } = self.leg;
+        Schedule { interval, full_every, mode, retry: RETRY }
+    }
+
+    fn run<'a>(&'a self, run: &'a mut Run) -> BoxFuture<'a, Result<Done, Error>> {
+        async move {
+            let nats = self.leg.subscription.connect(&self.leg.nats).await?;
+            let stream = &self.leg.subscription.spec.stream;
+            let leg = Leg {
+                leg: &self.leg,
+                stream: StreamReader::new(&nats, stream),
+                history: History::new(&nats, stream).await?,
+                position: Position::read(&run.position, stream),
+                nats,
+                run,
+            };
+            leg.work().await
+        }
+        .boxed()
+    }
+}
+
+/// Where the next run goes on.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Position {
+    stream: String,
+    /// When the stream was created.
+    created: Option<DateTime<Utc>>,
+    /// When the consumer was.
+    consumer: Option<String>,
+    subjects: Since,
+    /// Everything up to this sequence was looked at.
+    acked: u64,
+    /// An event at or before it: another one in its place means that the stream has lost its end since.
+    anchor: Option<(u64, Uuid)>,
+    /// A sweep over everything that has not ended: the run with which it began, and how far it is.
+    sweep: Option<(i64, u64)>,
+}
+
+impl Position {
+    fn read(value: &serde_json::Value, stream: &str) -> Self {
+        let position: Option<Self> = serde_json::from_value(value.clone()).ok();
+        let position = position.filter(|position| position.stream == stream);
+        position.unwrap_or_else(|| Self { stream: stream.into(), ..Self::default() })
+    }
+}
+
+/// A run.
+struct Leg<'a> {
+    leg: &'a ConsumerLeg,
+    run: &'a mut Run,
+    nats: Connection,
+    stream: StreamReader,
+    history: History,
+    position: Position,
+}
+
+/// The part of the stream that a run looks at.
+struct Range {
+    /// Everything up to here was looked at.
+    behind: u64,
+    /// The consumer's ack floor, in the stream.
+    to: u64,
+    /// The run with which the sweep began that this belongs to.
+    sweep: Option<i64>,
+}
+
+/// What a batch of messages came to.
+#[derive(Default)]
+struct Page {
+    missed: Vec<Event>,
+    findings: Vec<Finding>,
+    /// The last event.
+    anchor: Option<(u64, Uuid)>,
+    stored_at: Option<DateTime<Utc>>,
+    /// Where to go on.
+    next: Option<u64>,
+}
+
+impl Leg<'_> {
+    async fn work(mut self) -> Result<Done, Error> {
+        let started = Utc::now();
+        let context = jetstream::context(&self.nats.client);
+        let spec = &self.leg.subscription.spec;
+        // The consumer first: what it has seen lies in the stream as it is afterwards.
+        let survey = consumer::survey(&context, spec).await?;
+        let extent = self.stream.extent().await?;
+        let survey = self.consumer(survey, extent).await?;
+        self.dead_letters().await?;
+        let (name, subscriber) = (self.run.name.clone(), spec.name.clone());
+        ask(self.run, async |session| resend::settle_handled(session, &name, MISSED, &subscriber).await).await?;
+        let Some(survey) = survey else { return Ok(Done::default()) };
+        self.position.consumer = Some(survey.position.created.clone());
+        let range = self.range(&survey, extent).await?;
+        self.position.subjects.update(&spec.subjects, range.to);
+        // A consumer that begins anew has not come as far as earlier runs: that is no sweep over everything.
+        let sweep = range.sweep.filter(|_| range.to >= self.position.acked);
+        let to = range.to;
+        let stored_at = self.compare(range, extent).await?;
+        let all_is_acked = to == extent.last && survey.in_flight == 0;
+        Ok(Done {
+            reconciled_up_to: if all_is_acked { Some(started) } else { stored_at },
+            swept_since: sweep,
+            detail: Some(json!({ "stream_sequence": to })),
+            ..Done::default()
+        })
+    }
+
+    /// Writes down what is wrong with the consumer, and puts it right if that is wanted.
+    async fn consumer(&mut self, survey: Option<Survey>, extent: Extent) -> Result<Option<Survey>, Error> {
+        let problems = problems(self.leg, survey.as_ref(), &self.position, extent, Utc::now());
+        let item = self.leg.subscription.name().to_string();
+        for kind in STATES.iter().filter(|kind| problems.iter().all(|(found, _)| found != *kind)) {
+            self.run.settle(kind, std::slice::from_ref(&item), State::Gone).await?;
+        }
+        let (mut repaired, mut trouble) = (false, None);
+        let curable = problems.iter().any(|(kind, _)| [AHEAD, ABSENT, SETTINGS].contains(kind));
+        if curable && self.leg.provision && self.run.mode == Mode::Repair {
+            let anew = problems.iter().any(|(kind, _)| *kind == AHEAD)
+                || survey.as_ref().is_some_and(|survey| survey.unfit.is_some());
+            match self.make(anew).await {
+                Ok(()) => repaired = true,
+                Err(error) => trouble = Some(error.report()),
+            }
+        }
+        let mut findings = Vec::new();
+        for (kind, detail) in problems {
+            let done = match kind {
+                AHEAD | ABSENT | SETTINGS => repaired,
+                // What it will not deliver, this run looks for; what it delivers again is in the inbox.
+                RECREATED => self.run.mode == Mode::Repair,
+                _ => false,
+            };
+            self.run.repaired(u64::from(done));
+            let more = trouble.as_ref().filter(|_| kind != STUCK).map(|why| format!("; not repaired: {why}"));
+            findings.push(Finding {
+                kind,
+                item: item.clone(),
+                detail: detail + more.as_deref().unwrap_or_default(),
+                state: if done { State::Repaired } else { State::Open },
+                ..Finding::default()
+            });
+        }
+        self.run.found(&findings).await?;
+        match repaired {
+            true => consumer::survey(&jetstream::context(&self.nats.client), &self.leg.subscription.spec).await,
+            false => Ok(survey),
+        }
+    }
+
+    /// Makes the consumer what the subscriber needs, from the beginning when `anew`.
+    async fn make(&self, anew: bool) -> Result<(), Error> {
+        let (context, spec) = (jetstream::context(&self.nats.client), &self.leg.subscription.spec);
+        if anew {
+            consumer::delete(&context, spec).await?;
+        }
+        consumer::provision(&context, spec).await.map(drop)
+    }
+
+    async fn dead_letters(&mut self) -> Result<(), Error> {
+        let (subscriber, limit) = (self.leg.subscription.name(), self.leg.dead_limit);
+        let letters = ask(self.run, async |session| resend::dead_longer(session, subscriber, limit).await).await?;
+        let findings: Vec<Finding> = letters
+            .into_iter()
+            .map(|letter| Finding {
+                kind: DEAD,
+                item: letter.event_id.to_string(),
+                event_id: Some(letter.event_id),
+                key: letter.key,
+                stream_seq: Some(letter.stream_seq),
+                detail: format!("dead letter {} for {:.0} s: {}", letter.id, letter.for_seconds, letter.reason),
+                ..Finding::default()
+            })
+            .collect();
+        self.run.found(&findings).await
+    }
+
+    /// What this run has to look at.
+    async fn range(&mut self, survey: &Survey, extent: Extent) -> Result<Range, Error> {
+        let to = survey.position.ack_floor.min(extent.last);
+        if !self.is_the_same(extent).await? {
+            tracing::info!(
+                reconciler = self.run.name,
+                "the stream is not the one of the last run: looking at all of it"
+            );
+            let stream = self.position.stream.clone();
+            self.position = Position { stream, consumer: self.position.consumer.take(), ..Position::default() };
+        }
+        self.position.created = Some(extent.created);
+        let begins = self.run.scope == Scope::Full || self.position.anchor.is_none();
+        let begins = begins.then(|| (self.run.id, extent.first.saturating_sub(1)));
+        let sweep = self.position.sweep.or(begins);
+        let mut behind = sweep.map_or(self.position.acked, |(_, behind)| behind);
+        if self.run.mode == Mode::Repair {
+            // What earlier runs have only reported.
+            let (name, first) = (self.run.name.clone(), extent.first.cast_signed());
+            let lowest =
+                ask(self.run, async |session| resend::lowest_open(session, &name, MISSED, first).await).await?;
+            behind = lowest.map_or(behind, |lowest| behind.min(lowest.cast_unsigned().saturating_sub(1)));
+        }
+        Ok(Range { behind, to, sweep: sweep.map(|(since, _)| since) })
+    }
+
+    /// Whether the stream still is the one that the position is about, and not shorter.
+    async fn is_the_same(&self, extent: Extent) -> Result<bool, Error> {
+        let Position { created, acked, anchor, .. } = &self.position;
+        if created.is_some_and(|created| created != extent.created) || *acked > extent.last {
+            return Ok(false);
+        }
+        match anchor {
+            Some((sequence, id)) if *sequence >= extent.first => {
+                let message = self.history.one(*sequence).await?;
+                Ok(message.is_some_and(|message| stored::event(&message).is_ok_and(|event| event.id.as_uuid() == *id)))
+            }
+            _ => Ok(true),
+        }
+    }
+
+    /// Goes through the messages of the range, and returns when the last one was stored.
+    async fn compare(&mut self, range: Range, extent: Extent) -> Result<Option<DateTime<Utc>>, Error> {
+        let (mut next, mut stored_at) = (Some(range.behind + 1), None);
+        let mut batches = 0;
+        while let Some(first) = next.filter(|first| *first <= range.to) {
+            let page = self.page(first, range.to).await?;
+            if !page.missed.is_empty() && self.run.mode == Mode::Repair {
+                stored_at = self.send(page, &range).await?.or(stored_at);
+                break;
+            }
+            self.run.found(&page.findings).await?;
+            (next, stored_at) = (page.next, page.stored_at.or(stored_at));
+            self.position.anchor = page.anchor.or(self.position.anchor);
+            batches += 1;
+            if batches % SAVE_EVERY == 0 {
+                self.save(&range, next.map_or(range.to, |next| next - 1)).await?;
+            }
+        }
+        if self.run.mode == Mode::Repair {
+            let (name, run, first) = (self.run.name.clone(), self.run.id, extent.first);
+            let settle =
+                async |session: &mut _| resend::settle_lost(session, &name, MISSED, run, range.behind, first).await;
+            ask(self.run, settle).await?;
+        }
+        self.position.acked = range.to;
+        self.position.sweep = None;
+        let position = serde_json::to_value(&self.position).unwrap_or_default();
+        self.run.save_position(position).await?;
+        Ok(stored_at)
+    }
+
+    async fn save(&mut self, range: &Range, done: u64) -> Result<(), Error> {
+        match range.sweep {
+            Some(since) => self.position.sweep = Some((since, done)),
+            None => self.position.acked = done,
+        }
+        let position = serde_json::to_value(&self.position).unwrap_or_default();
+        self.run.save_position(position).await?;
+        fault::point("reconciler-consumer-saved");
+        Ok(())
+    }
+
+    /// Sends back everything from `page` to the end of the range that is not handled, in the order of the stream and in one
+    /// transaction: else live events could get between two of one key.
+    async fn send(&mut self, mut page: Page, range: &Range) -> Result<Option<DateTime<Utc>>, Error> {
+        let order = Order {
+            subscriber: self.leg.subscription.name().into(),
+            stream: self.position.stream.clone(),
+            who: format!("reconciler {} run {}", self.run.name, self.run.id),
+            again: false,
+        };
+        let failed = |error| failed_to_send(&order.subscriber, error);
+        let connections = self.run.connections.clone();
+        let mut session = connections.take().await.map_err(failed)?;
+        let mut sending = Sending::begin(&mut session, order.clone()).await.map_err(failed)?;
+        let (mut missed, mut stored_at) = (0, None);
+        loop {
+            sending.send(&page.missed).await.map_err(failed)?;
+            missed += page.missed.len() as u64;
+            self.run.found(&page.findings).await?;
+            stored_at = page.stored_at.or(stored_at);
+            self.position.anchor = page.anchor.or(self.position.anchor);
+            match page.next {
+                Some(next) => page = self.page(next, range.to).await?,
+                None => break,
+            }
+        }
+        sending.commit("reconcile repair").await.map_err(failed)?;
+        connections.give_back(session);
+        self.run.repaired(missed);
+        let (name, subscriber) = (self.run.name.clone(), order.subscriber.clone());
+        ask(self.run, async |session| resend::mark_repairing(session, &name, MISSED, &subscriber).await).await?;
+        Ok(stored_at)
+    }
+
+    /// The next messages, and which of their events the subscriber has not handled.
+    async fn page(&mut self, first: u64, last: u64) -> Result<Page, Error> {
+        let batch = self.history.batch(first..=last).await?;
+        let mut page = Page { next: batch.next, ..Page::default() };
+        page.stored_at = batch.messages.last().map(stored_at);
+        let mut events = Vec::new();
+        for message in &batch.messages {
+            if !self.is_for_it(message) {
+                continue;
+            }
+            // The worker skips what is no event, and so does this.
+            if let Ok(event) = stored::event(message) {
+                page.anchor = Some((message.sequence, event.id.as_uuid()));
+                events.push(Event { event, sequence: message.sequence });
+            }
+        }
+        self.run.scanned(events.len());
+        let ids: Vec<Uuid> = events.iter().map(|event| event.event.id.as_uuid()).collect();
+        let mut known = unhandled(self.run, self.leg.subscription.name(), &ids).await?;
+        fault::point("reconciler-consumer-page");
+        if known.is_empty() {
+            return Ok(page);
+        }
+        // What the stream has removed meanwhile the inbox may have forgotten meanwhile.
+        let first = self.stream.extent().await?.first;
+        for event in events {
+            match known.remove(&event.event.id.as_uuid()) {
+                Some(Known::Not) if event.sequence >= first => {
+                    page.findings.push(missed(&event));
+                    page.missed.push(event);
+                }
+                Some(Known::Times(times)) => page.findings.push(twice(&event, times)),
+                _ => {}
+            }
+        }
+        Ok(page)
+    }
+
+    fn is_for_it(&self, message: &StreamMessage) -> bool {
+        let wanted = |filter: &String| {
+            subject::matches(filter, &message.subject) && self.position.subjects.has(filter, message.sequence)
+        };
+        self.leg.subscription.spec.subjects.iter().any(wanted)
+    }
+}
+
+fn stored_at(message: &StreamMessage) -> DateTime<Utc> {
+    std::time::SystemTime::from(message.time).into()
+}
+
+fn missed(event: &Event) -> Finding {
+    let Event { event, sequence } = event;
+    Finding {
+        kind: MISSED,
+        item: event.id.to_string(),
+        event_id: Some(event.id.as_uuid()),
+        outbox_id: Some(event.sequence).filter(|id| *id > 0),
+        key: event.key.clone(),
+        stream_seq: Some(sequence.cast_signed()),
+        detail: format!("{}: message {sequence} counts as acked, and the inbox does not have it", event.event_type),
+        state: State::Open,
+    }
+}
+
+fn twice(event: &Event, times: i64) -> Finding {
+    let detail = format!("the inbox has it {times} times: its primary key is gone or damaged");
+    Finding { kind: TWICE, detail, ..missed(event) }
+}
+
+/// What is wrong with the consumer, by kind.
+fn problems(
+    leg: &ConsumerLeg,
+    survey: Option<&Survey>,
+    position: &Position,
+    extent: Extent,
+    now: DateTime<Utc>,
+) -> Vec<(&'static str, String)> {
+    let Subscription { spec, remedy, .. } = &leg.subscription;
+    let delete = format!("`nats consumer rm {} {}`", spec.stream, spec.name);
+    let harmless = "what it delivers again is in the inbox and runs no second time";
+    let Some(survey) = survey else {
+        return vec![(ABSENT, format!("there is no consumer, nothing is delivered: {remedy}; {harmless}"))];
+    };
+    let mut found = Vec::new();
+    if position.consumer.as_ref().is_some_and(|created| *created != survey.position.created) {
+        let created = &survey.position.created;
+        found.push((RECREATED, format!("the consumer was made anew at {created}; {harmless}")));
+    }
+    if survey.position.delivered > extent.last {
+        found.push((
+            AHEAD,
+            format!(
+                "it has delivered up to message {}, and the stream ends at {}: the stream has lost its end, and messages \
+                 that come into these places may not be delivered. {delete}, then {remedy}; {harmless}",
+                survey.position.delivered, extent.last
+            ),
+        ));
+    }
+    if let Some(unfit) = &survey.unfit {
+        found.push((SETTINGS, format!("it {unfit}, which cannot be changed: {delete}, then {remedy}; {harmless}")));
+    } else if !survey.differences.is_empty() {
+        found.push((SETTINGS, format!("{}: {remedy}", survey.differences.join(", "))));
+    }
+    let limit = TimeDelta::from_std(leg.stuck_limit).unwrap_or(TimeDelta::MAX);
+    let idle = now - survey.delivered_at.unwrap_or(extent.created);
+    if survey.pending > 0 && (survey.paused || idle > limit) {
+        let why = match (survey.paused, survey.requests) {
+            (true, _) => "it is paused",
+            (_, 0) => "no worker asks for messages",
+            _ => "a worker asks, and too many messages are without ack",
+        };
+        let (pending, in_flight) = (survey.pending, survey.in_flight);
+        found.push((
+            STUCK,
+            format!(
+                "{pending} messages wait, {in_flight} are without ack, the last delivery was {} s ago: {why}",
+                idle.num_seconds()
+            ),
+        ));
+    }
+    found
+}
+
+fn failed_to_send(subscriber: &str, error: sqlx::Error) -> Error {
+    crate::postgres::database_error(format!("events cannot be sent back to subscriber {subscriber}"), error)
+}

@@ -1,0 +1,3 @@
+//! Leg C.
+/// x
+pub struct InboxLeg;

@@ -1,0 +1,102 @@
+//! What reconcilers look at beside a worker, in the subscriber's database: the stream and the consumer (leg B), and the
+//! outbox of the publisher (leg C). What a subscriber has not handled is sent back to it alone.
+
+mod consumer;
+mod inbox;
+mod sending;
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::job::Run;
+use crate::error::Error;
+use crate::jetstream::consumer::ConsumerSpec;
+use crate::jetstream::{self, Connection};
+use crate::postgres::database_error;
+use crate::postgres::resend::{self, Known};
+use crate::postgres::session::Session;
+
+pub use consumer::ConsumerLeg;
+pub use inbox::InboxLeg;
+
+/// A subscriber as its reconcilers see it: what it reads and what it remembers. See
+/// [`crate::worker::Subscriber::subscription`].
+#[derive(Debug, Clone)]
+pub struct Subscription {
+    /// Stream, name and subjects of the consumer.
+    pub(crate) spec: ConsumerSpec,
+    /// The event types that it handles; none for all.
+    pub(crate) types: Vec<String>,
+    /// How long the inbox remembers an event that is done, at least.
+    pub(crate) inbox_retention: Duration,
+    /// What to do when the consumer is missing or wrong.
+    pub(crate) remedy: String,
+}
+
+impl Subscription {
+    /// The subscriber's name.
+    pub fn name(&self) -> &str {
+        &self.spec.name
+    }
+
+    pub(super) async fn connect(&self, nats: &crate::config::NatsConfig) -> Result<Connection, Error> {
+        jetstream::connect(nats, "aftercommit-reconciler", "_INBOX_worker").await
+    }
+}
+
+/// From where on in the stream things are compared. What a subscriber takes on later, it has not missed before.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+struct Since(BTreeMap<String, u64>);
+
+impl Since {
+    /// Takes note of the names as they are now; new ones count from `sequence` on, the first ones from the beginning.
+    fn update(&mut self, names: &[String], sequence: u64) {
+        let from = if self.0.is_empty() { 0 } else { sequence };
+        self.0.retain(|name, _| names.contains(name));
+        for name in names {
+            self.0.entry(name.clone()).or_insert(from);
+        }
+    }
+
+    fn has(&self, name: &str, sequence: u64) -> bool {
+        self.0.get(name).is_some_and(|since| sequence > *since)
+    }
+}
+
+/// Runs statements on the subscriber's database.
+async fn ask<T>(run: &Run, work: impl AsyncFnOnce(&mut Session) -> Result<T, sqlx::Error>) -> Result<T, Error> {
+    run.connections.run(work).await.map_err(|error| failed(run, error))
+}
+
+fn failed(run: &Run, error: sqlx::Error) -> Error {
+    database_error(format!("{} cannot be compared", run.name), error)
+}
+
+/// Those of some events that the subscriber has neither done nor waiting.
+async fn unhandled(run: &Run, subscriber: &str, events: &[Uuid]) -> Result<HashMap<Uuid, Known>, Error> {
+    if events.is_empty() {
+        return Ok(HashMap::new());
+    }
+    ask(run, async |session| resend::unhandled(session, subscriber, events).await).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_taken_on_later_counts_from_then_on() {
+        let names = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let mut since = Since::default();
+        since.update(&names(&["a"]), 70);
+        assert!(since.has("a", 1) && !since.has("b", 100));
+        since.update(&names(&["a", "b"]), 80);
+        assert!(since.has("a", 1) && !since.has("b", 80) && since.has("b", 81));
+        since.update(&names(&["b"]), 90);
+        assert!(!since.has("a", 100) && since.has("b", 81));
+    }
+}
