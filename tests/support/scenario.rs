@@ -1,0 +1,234 @@
+//! A whole system with a NATS server of its own: writers, an outbox with its relay, a worker with another database, and
+//! their reconcilers.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use aftercommit::admin;
+use aftercommit::config::PostgresConfig;
+use aftercommit::reconciler::{ConsumerLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
+use aftercommit::testing::eventually;
+use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
+use aftercommit::worker::{Subscriber, Worker};
+use async_nats::jetstream::stream::Stream;
+use sqlx::{AssertSqlSafe, PgPool};
+
+use super::{Outbox, RunningRelay, RunningWorker, SOON, Writers};
+
+/// The subscriber.
+pub const NAME: &str = "books";
+
+/// What the subscriber does: it writes down what it sees.
+const EFFECTS: &str = "create table effect (id bigint generated always as identity, event_id uuid, key text, version int);
+     create function see(event jsonb) returns void language sql as $$
+        insert into effect (event_id, key, version)
+        values ((event ->> 'id')::uuid, event ->> 'partitionkey', (event -> 'data' ->> 'version')::int) $$";
+
+pub struct Scenario {
+    pub nats: Nats,
+    pub outbox: Outbox,
+    /// The subscriber's database.
+    pub database: PostgresConfig,
+    pub books: PgPool,
+    relay: Option<RunningRelay>,
+    worker: Option<RunningWorker>,
+}
+
+impl Scenario {
+    /// Everything runs, and nothing is written yet.
+    pub async fn start() -> Self {
+        let nats = Nats::start(NatsOptions::default()).await.unwrap();
+        let postgres = Postgres::shared().await.unwrap();
+        let outbox = Outbox::new(postgres.create_database().await.unwrap(), nats.url()).await;
+        let database = PostgresConfig::new(postgres.create_database().await.unwrap());
+        admin::migrate(&database).await.unwrap();
+        let books = PgPool::connect(&database.url).await.unwrap();
+        sqlx::raw_sql(EFFECTS).execute(&books).await.unwrap();
+        let mut scenario = Self { nats, outbox, database, books, relay: None, worker: None };
+        scenario.provision().await;
+        scenario.start_relay();
+        scenario.start_worker();
+        scenario
+    }
+
+    pub fn start_relay(&mut self) {
+        self.relay = Some(self.outbox.relay());
+    }
+
+    pub async fn stop_relay(&mut self) {
+        self.relay.take().unwrap().stop().await.unwrap();
+    }
+
+    pub fn start_worker(&mut self) {
+        self.worker = Some(RunningWorker::start(self.worker()));
+    }
+
+    pub async fn stop_worker(&mut self) {
+        self.worker.take().unwrap().stop().await;
+    }
+
+    /// As a crash does.
+    pub fn drop_worker(&mut self) {
+        self.worker = None;
+    }
+
+    fn subscriber() -> Subscriber {
+        Subscriber::sql(NAME, "see", ["*"]).unwrap().concurrency(2)
+    }
+
+    fn worker(&self) -> Worker {
+        let Outbox { nats, naming, .. } = &self.outbox;
+        Worker::new(self.database.clone(), nats.clone(), naming.clone()).subscriber(Self::subscriber())
+    }
+
+    /// The stream and the consumer, as `aftercommit provision` makes them.
+    pub async fn provision(&self) {
+        admin::provision(&self.outbox.nats, &self.outbox.naming).await.unwrap();
+        self.worker().provision().await.unwrap();
+    }
+
+    pub async fn stream(&self) -> Stream {
+        self.outbox.js().await.get_stream(&self.outbox.naming.stream).await.unwrap()
+    }
+
+    pub async fn delete(&self, sequences: impl IntoIterator<Item = u64>) {
+        let stream = self.stream().await;
+        for sequence in sequences {
+            stream.delete_message(sequence).await.unwrap();
+        }
+    }
+
+    /// The files of the stream, for what is done to them while the server is stopped.
+    pub fn stream_directory(&self) -> PathBuf {
+        self.nats.store_directory().join("jetstream/$G/streams").join(&self.outbox.naming.stream)
+    }
+
+    /// Commits of several writers on a few keys.
+    pub async fn write(&self, commits: u64) {
+        let writers = Writers::start(&self.outbox.pool, 4, 6).await;
+        writers.more(commits).await;
+        writers.stop().await;
+    }
+
+    /// The relay has published all that is committed, and has written that down.
+    pub async fn published(&self) {
+        eventually(SOON, "everything is published", async || {
+            sqlx::query_scalar(
+                "select target is null
+                        and not exists (select from aftercommit.outbox where id > log.settled_id)
+                   from aftercommit.relay_log log order by seq desc limit 1",
+            )
+            .fetch_one(&self.outbox.pool)
+            .await
+            .unwrap()
+        })
+        .await
+        .unwrap();
+    }
+
+    /// Everything is handled, and acked.
+    pub async fn caught_up(&self) {
+        self.published().await;
+        self.handled().await;
+        eventually(SOON, "everything is acked", async || {
+            let info = self.stream().await.consumer_info(NAME).await.unwrap();
+            info.num_pending == 0 && info.num_ack_pending == 0
+        })
+        .await
+        .unwrap();
+    }
+
+    /// How often each event took effect, and the versions of each key in the order of their effects.
+    async fn effects(&self) -> (BTreeMap<String, usize>, BTreeMap<String, Vec<i32>>) {
+        let rows: Vec<(String, Option<String>, Option<i32>)> =
+            sqlx::query_as("select event_id::text, key, version from effect order by id")
+                .fetch_all(&self.books)
+                .await
+                .unwrap();
+        let (mut times, mut versions) = (BTreeMap::new(), BTreeMap::<_, Vec<i32>>::new());
+        for (id, key, version) in rows {
+            *times.entry(id).or_default() += 1;
+            if let (Some(key), Some(version)) = (key, version) {
+                versions.entry(key).or_default().push(version);
+            }
+        }
+        (times, versions)
+    }
+
+    /// Waits until every committed event took effect, and checks that each did so once.
+    pub async fn handled(&self) -> BTreeMap<String, Vec<i32>> {
+        let committed = self.outbox.committed().await;
+        let mut last = (BTreeMap::new(), BTreeMap::new());
+        let waited = eventually(SOON, "everything is handled", async || {
+            last = self.effects().await;
+            committed.iter().all(|id| last.0.contains_key(id))
+        })
+        .await;
+        let (times, versions) = last;
+        let missing = committed.iter().filter(|id| !times.contains_key(*id)).count();
+        assert!(waited.is_ok(), "{missing} of {} events are not handled", committed.len());
+        assert!(times.values().all(|times| *times == 1), "each once");
+        assert_eq!(times.len(), committed.len(), "nothing else");
+        versions
+    }
+
+    /// The same, and each key in the order of its versions.
+    pub async fn handled_in_order(&self) {
+        for (key, versions) in self.handled().await {
+            let last = i32::try_from(versions.len()).unwrap();
+            assert_eq!(versions, (1..=last).collect::<Vec<_>>(), "{key}");
+        }
+    }
+
+    pub fn outbox_runner(&self) -> Runner {
+        let leg = OutboxLeg::new(self.outbox.nats.clone(), self.outbox.naming.clone());
+        Runner::new(self.outbox.postgres.clone()).outbox(leg)
+    }
+
+    pub fn books_runner(&self) -> Runner {
+        let subscription = Self::subscriber().subscription(&self.outbox.naming);
+        let leg = ConsumerLeg { provision: true, ..ConsumerLeg::new(self.outbox.nats.clone(), subscription) };
+        Runner::new(self.database.clone()).consumer(leg)
+    }
+
+    /// Looks at everything between outbox and stream, and repairs it.
+    pub async fn reconcile_outbox(&self) -> Summary {
+        ran(self.outbox_runner().run_now("outbox", Scope::Full, Mode::Repair).await.unwrap())
+    }
+
+    /// Looks at everything between stream, consumer and inbox, and repairs it.
+    pub async fn reconcile_books(&self) -> Summary {
+        ran(self.books_runner().run_now(&format!("consumer:{NAME}"), Scope::Full, Mode::Repair).await.unwrap())
+    }
+
+    /// Both again find nothing.
+    pub async fn nothing_is_left(&self) {
+        for summary in [self.reconcile_outbox().await, self.reconcile_books().await] {
+            assert_eq!((summary.found, summary.failed), (0, 0), "{summary}");
+        }
+        for pool in [&self.outbox.pool, &self.books] {
+            let open = findings(pool).await.into_iter().filter(|found| ["open", "repairing"].contains(&&*found.1));
+            assert_eq!(open.collect::<Vec<_>>(), []);
+        }
+    }
+
+    /// Kind, state and number of the findings of the outbox's reconciler.
+    pub async fn outbox_findings(&self) -> Vec<(String, String, i64)> {
+        findings(&self.outbox.pool).await
+    }
+
+    /// The same of the subscriber's reconcilers.
+    pub async fn books_findings(&self) -> Vec<(String, String, i64)> {
+        findings(&self.books).await
+    }
+}
+
+fn ran(summary: Summary) -> Summary {
+    assert_eq!(summary.outcome, Outcome::Ran, "{summary}");
+    summary
+}
+
+async fn findings(pool: &PgPool) -> Vec<(String, String, i64)> {
+    let sql = "select kind, state, count(*) from aftercommit.finding group by kind, state order by kind, state";
+    sqlx::query_as(AssertSqlSafe(sql)).fetch_all(pool).await.unwrap()
+}
