@@ -3,29 +3,30 @@
 
 mod support;
 
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
-use aftercommit::subject::SubjectPrefix;
+use aftercommit::admin::dead::{self, Filter};
 use aftercommit::testing::eventually;
-use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber, Worker};
+use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
 use sqlx::PgTransaction;
-use support::{Number, Random, Record, SOON, Work};
+use support::{Act, Number, Random, Record, SOON, Work, child_worker};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 const KEYS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 const KILLER: i64 = 666;
 
-/// Writes an effect; the killer ends the process instead, and says how many handlers ran.
+/// Writes an effect; the killer ends the process instead until it is healed, and says how many handlers ran while it did.
 struct Fragile;
 
 impl Handler<Number> for Fragile {
     async fn handle(&self, tx: &mut PgTransaction<'_>, delivery: &Delivery<Number>) -> Result<(), HandlerError> {
         static RUNNING: AtomicUsize = AtomicUsize::new(0);
-        RUNNING.fetch_add(1, Ordering::SeqCst);
+        static MOST: AtomicUsize = AtomicUsize::new(0);
+        let running = RUNNING.fetch_add(1, Ordering::SeqCst) + 1;
+        MOST.fetch_max(running, Ordering::SeqCst);
         sqlx::query("insert into effect (event_id, key, n, attempt) values ($1, $2, $3, $4)")
             .bind(delivery.id.as_uuid())
             .bind(&delivery.key)
@@ -33,14 +34,16 @@ impl Handler<Number> for Fragile {
             .bind(i32::try_from(delivery.attempt)?)
             .execute(&mut **tx)
             .await?;
-        tokio::time::sleep(Duration::from_millis(3)).await;
-        if delivery.event.n == KILLER {
-            // Whoever may run beside it shall have begun.
-            let beside = async || RUNNING.load(Ordering::SeqCst) > 1;
-            let _ = eventually(Duration::from_millis(300), "another handler runs", beside).await;
-            eprintln!("{} running", RUNNING.load(Ordering::SeqCst));
+        let healed: bool =
+            sqlx::query_scalar("select to_regclass('public.healed') is not null").fetch_one(&mut **tx).await?;
+        if delivery.event.n == KILLER && !healed {
+            MOST.store(running, Ordering::SeqCst);
+            // Time for others to begin, of another subscriber too.
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            eprintln!("{} running", MOST.load(Ordering::SeqCst));
             std::process::abort();
         }
+        tokio::time::sleep(Duration::from_millis(3)).await;
         RUNNING.fetch_sub(1, Ordering::SeqCst);
         Ok(())
     }
@@ -54,30 +57,26 @@ fn fragile() -> Subscriber {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "the worker of the other tests"]
 async fn worker_process() {
-    let Ok(stream) = std::env::var("CRASHES_STREAM") else { return };
-    let setting = |name| std::env::var(name).unwrap();
-    let postgres = PostgresConfig::new(setting("CRASHES_DATABASE"));
-    let nats = NatsConfig { url: setting("CRASHES_NATS"), ..NatsConfig::default() };
-    let naming = Naming { stream, prefix: SubjectPrefix::new(setting("CRASHES_PREFIX")).unwrap(), ..Naming::default() };
-    Worker::new(postgres, nats, naming).subscriber(fragile()).run(CancellationToken::new()).await.unwrap();
+    let Some(worker) = child_worker() else { return };
+    worker.subscriber(fragile()).run(CancellationToken::new()).await.unwrap();
+}
+
+/// Takes longer than the killer needs.
+fn patient() -> Subscriber {
+    let slowly = |_: &Delivery<Number>| Act::Sleep(Duration::from_millis(800));
+    Subscriber::new("patient").on::<Number>(Record::new(slowly)).concurrency(1).max_batch(1)
+}
+
+/// Not a test: a process with two subscribers.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "the worker of another test"]
+async fn worker_process_of_two() {
+    let Some(worker) = child_worker() else { return };
+    worker.subscriber(fragile()).subscriber(patient()).run(CancellationToken::new()).await.unwrap();
 }
 
 fn start(work: &Work) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["worker_process", "--exact", "--ignored", "--nocapture"])
-        .env("CRASHES_STREAM", &work.outbox.naming.stream)
-        .env("CRASHES_PREFIX", work.outbox.naming.prefix.to_string())
-        .env("CRASHES_DATABASE", &work.outbox.postgres.url)
-        .env("CRASHES_NATS", &work.outbox.nats.url)
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
-}
-
-/// What waiting for the lease to run out would do.
-async fn expire_lease(work: &Work) {
-    sqlx::raw_sql("update aftercommit.lease set expires_at = '-infinity'").execute(&work.outbox.pool).await.unwrap();
+    work.child("worker_process").stderr(Stdio::piped()).spawn().unwrap()
 }
 
 async fn markers(work: &Work) -> i64 {
@@ -108,7 +107,7 @@ async fn an_event_that_kills_the_process_ends_as_a_dead_letter_and_its_neighbour
             let dead = std::mem::replace(&mut process, start(&work)).wait_with_output().unwrap();
             let said = String::from_utf8_lossy(&dead.stderr).into_owned();
             deaths.push(said.lines().find_map(|line| line.strip_suffix(" running")?.parse::<usize>().ok()));
-            expire_lease(&work).await;
+            work.expire_leases().await;
         }
         deaths.len() > 6 || !work.dead_letters().await.is_empty()
     });
@@ -123,6 +122,84 @@ async fn an_event_that_kills_the_process_ends_as_a_dead_letter_and_its_neighbour
     assert!(deaths[0] > Some(1), "at first it runs beside others: {deaths:?}");
     assert_eq!(deaths[2..], [Some(1), Some(1)], "in the end it runs alone: {deaths:?}");
     assert_eq!((markers(&work).await, crashes(&work).await), (0, vec![]));
+    process.kill().unwrap();
+    process.wait().unwrap();
+}
+
+/// Starts the process again as often as it dies, until `done`; how often that was.
+async fn restart_until(work: &Work, process: &mut Child, done: impl AsyncFn() -> bool) -> usize {
+    let mut deaths = 0;
+    let waited = eventually(SOON, "the end of the deaths", async || {
+        if process.try_wait().unwrap().is_some() {
+            deaths += 1;
+            *process = start(work);
+            work.expire_leases().await;
+        }
+        deaths > 6 || done().await
+    });
+    waited.await.unwrap();
+    deaths
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killer_that_is_sent_back_is_counted_anew_and_runs_in_the_same_tenure_once_it_is_healed() {
+    let work = Work::shared().await;
+    work.worker_with(fragile()).provision().await.unwrap();
+    work.send_many(&["a"], 3).await;
+    work.send("a", KILLER).await;
+    work.send_many(&["b"], 3).await;
+    let given_up = async || work.dead_letters().await.len() == 1;
+    let mut process = start(&work);
+    assert_eq!(restart_until(&work, &mut process, given_up).await, 4);
+    work.wait_for(6).await;
+
+    let send_back = async || {
+        let filter = Filter { subscriber: Some("fragile".into()), ..Filter::default() };
+        let sent = dead::retry(&work.outbox.postgres, "test", &filter).await.unwrap();
+        assert_eq!(sent.len(), 1);
+    };
+    send_back().await;
+    // It kills from its row as it did from the stream, and what comes meanwhile is handled all the same.
+    work.send_many(&["c"], 3).await;
+    assert_eq!(restart_until(&work, &mut process, given_up).await, 4);
+    work.wait_for(9).await;
+
+    sqlx::raw_sql("create table healed ()").execute(&work.outbox.pool).await.unwrap();
+    send_back().await;
+    let healed = async || work.numbers("a").await == [1, 2, 3, KILLER];
+    assert_eq!(restart_until(&work, &mut process, healed).await, 0);
+    work.assert_in_order(&["b", "c"], 3).await;
+    assert!(work.dead_letters().await.is_empty());
+    assert_eq!((markers(&work).await, crashes(&work).await), (0, vec![]));
+    process.kill().unwrap();
+    process.wait().unwrap();
+}
+
+/// Another subscriber of the same process is no shelter: what only happens to run there is not blamed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_event_beside_another_subscribers_killer_is_not_given_up() {
+    let work = Work::shared().await;
+    for subscriber in [fragile(), patient()] {
+        work.worker_with(subscriber).provision().await.unwrap();
+    }
+    work.send("a", KILLER).await;
+    let start = || work.child("worker_process_of_two").spawn().unwrap();
+    let mut process = start();
+    let mut deaths = 0;
+    let settled = eventually(SOON, "the killer is given up and the slow event handled", async || {
+        if process.try_wait().unwrap().is_some() {
+            deaths += 1;
+            process = start();
+            work.expire_leases().await;
+        }
+        deaths > 8 || work.dead_letters().await.len() + usize::try_from(work.count().await).unwrap() >= 2
+    });
+    settled.await.unwrap();
+    let dead: Vec<String> = sqlx::query_scalar("select subscriber from aftercommit.dead_letter")
+        .fetch_all(&work.outbox.pool)
+        .await
+        .unwrap();
+    assert_eq!((dead, work.count().await, deaths), (vec!["fragile".to_string()], 1, 4));
     process.kill().unwrap();
     process.wait().unwrap();
 }
@@ -142,7 +219,7 @@ async fn processes_killed_at_random_times_cost_good_events_nothing() {
         process.kill().unwrap();
         process.wait().unwrap();
         suspected += markers(&work).await;
-        expire_lease(&work).await;
+        work.expire_leases().await;
     }
     assert!(suspected > 0, "no process died while events ran, so nothing was tested");
     let worker = work.run(fragile()).await;

@@ -253,3 +253,26 @@ async fn a_failing_key_with_more_followers_than_fit_into_memory_stops_no_other_k
     work.wait_until_acked("poison").await;
     worker.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wait_without_end_stops_nobody_but_its_own_key() {
+    let work = Work::shared().await;
+    let errors: [fn(Duration) -> HandlerError; 3] = [
+        HandlerError::snooze,
+        |wait| HandlerError::retry_after(wait, "one day"),
+        |wait| HandlerError::Unavailable { error: "one day".into(), after: Some(wait) },
+    ];
+    for (n, error) in (1..).zip(errors) {
+        let name = format!("poison{n}");
+        let handler = Record::new(move |delivery| match delivery.key.as_deref() {
+            Some("bad") => Act::Fail(error(Duration::MAX)),
+            _ => Act::Succeed,
+        });
+        let worker = work.run(Subscriber::new(name).on::<Number>(handler)).await;
+        work.send("bad", n).await;
+        work.send("a", n).await;
+        work.wait_for(n * (n + 1) / 2).await;
+        worker.stop().await;
+    }
+    assert!(work.dead_letters().await.is_empty());
+}

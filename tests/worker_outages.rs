@@ -9,9 +9,9 @@ use std::time::Duration;
 use aftercommit::config::NatsConfig;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
-use aftercommit::worker::{Delivery, Subscriber, Worker};
+use aftercommit::worker::{Delivery, HandlerError, Subscriber, Worker};
 use futures_util::StreamExt;
-use support::{Act, Number, Record, RunningWorker, SOON, Work};
+use support::{Act, Number, Proxy, Record, RunningWorker, SOON, Work};
 
 const KEYS: [&str; 4] = ["a", "b", "c", "d"];
 
@@ -43,6 +43,39 @@ async fn a_database_that_crashes_costs_no_attempt() {
     work.wait_for(400).await;
     assert_unharmed(&work, 100).await;
     worker.stop().await;
+}
+
+/// An outage in which PostgreSQL itself does not stop, so what it knows of running events stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_connections_leave_no_suspicion_behind_an_orderly_stop() {
+    let mut work = Work::shared().await;
+    let direct = work.outbox.postgres.url.clone();
+    let server = direct.rsplit(['@', '/']).nth(1).unwrap();
+    let proxy = Proxy::to(server).await;
+    work.outbox.postgres.url = direct.replace(server, &proxy.address);
+    let hurry = Arc::new(AtomicBool::new(false));
+    let (switch, runs) = (Arc::clone(&hurry), Arc::new(AtomicUsize::new(0)));
+    let counter = Arc::clone(&runs);
+    let handler = Record::new(move |_| {
+        counter.fetch_add(1, Ordering::SeqCst);
+        match switch.load(Ordering::SeqCst) {
+            true => Act::Fail(HandlerError::snooze(Duration::from_secs(600))),
+            false => Act::Sleep(Duration::from_secs(2)),
+        }
+    });
+    // Afterwards one lane looks whether the outage is over, then three of the four have something to do.
+    let subscriber = Subscriber::new("cut").on::<Number>(handler).concurrency(4).max_attempts(1).max_batch(1);
+    let worker = work.run(subscriber).await;
+    work.send_many(&KEYS, 1).await;
+    eventually(SOON, "all run", async || runs.load(Ordering::SeqCst) == 4).await.unwrap();
+    hurry.store(true, Ordering::SeqCst);
+    proxy.cut().await;
+    eventually(SOON, "all were snoozed", async || runs.load(Ordering::SeqCst) >= 8).await.unwrap();
+    worker.stop().await;
+    let left: i64 =
+        sqlx::query_scalar("select count(*) from aftercommit.running").fetch_one(&work.outbox.pool).await.unwrap();
+    assert_eq!(left, 0);
+    assert_unharmed(&work, 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -73,7 +73,7 @@ pub(crate) async fn insert(
     .bind(storable(&event.source))
     .bind(event.time)
     .bind((event.sequence > 0).then_some(event.sequence))
-    .bind(Json(&event.headers))
+    .bind(Json(storable_headers(&event.headers)))
     .bind(event.payload.as_ref())
     .bind(storable(&event.content_type))
     .bind(letter.stream)
@@ -84,9 +84,13 @@ pub(crate) async fn insert(
     row.try_get(0)
 }
 
-/// PostgreSQL's text has no zero character; a foreign publisher's attribute may.
+/// PostgreSQL's text has no zero character; a foreign publisher's attribute or header may.
 pub(super) fn storable(text: &str) -> String {
     text.replace('\0', "\u{fffd}")
+}
+
+pub(super) fn storable_headers(headers: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    headers.iter().map(|(name, value)| (storable(name), storable(value))).collect()
 }
 
 /// Which letters are meant. What is none does not matter; the bounds are fixed when an action begins, so that a letter

@@ -8,7 +8,7 @@ use sqlx::Row;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use super::dead_letter::storable;
+use super::dead_letter::{storable, storable_headers};
 use super::finding::State;
 use super::session::{Session, Tx};
 use crate::envelope::Envelope;
@@ -133,7 +133,7 @@ pub(crate) async fn send(tx: &mut Tx<'_>, order: &Order, events: &[Event]) -> Re
     .bind(each(events, |event| storable(&event.event.source)))
     .bind(each(events, |event| event.event.time))
     .bind(each(events, |event| Some(event.event.sequence).filter(|sequence| *sequence > 0)))
-    .bind(each(events, |event| Json(event.event.headers.clone())))
+    .bind(each(events, |event| Json(storable_headers(&event.event.headers))))
     .bind(each(events, |event| event.event.payload.to_vec()))
     .bind(each(events, |event| storable(&event.event.content_type)))
     .bind(each(events, |event| event.sequence.cast_signed()))

@@ -46,6 +46,18 @@ pub(crate) async fn clear(connection: &mut Session, marker: Marker<'_>) -> Resul
         .map(drop)
 }
 
+/// Removes all markers of a tenure whose lanes have ended in an orderly way: what an outage kept them from.
+pub(crate) async fn clear_all(connection: &mut Session, tenure: &Tenure, subscriber: &str) -> Result<(), sqlx::Error> {
+    connection
+        .execute(
+            sqlx::query("delete from aftercommit.running where subscriber = $1 and epoch = $2")
+                .bind(subscriber)
+                .bind(tenure.epoch),
+        )
+        .await
+        .map(drop)
+}
+
 /// Takes over what earlier tenures left behind: counts a crash for each event that was running when they ended and that
 /// is not done. Returns all events of the subscriber that have such a count. Markers that are locked stay for the next
 /// time: their transaction is still open, because its process is frozen or its end has not been noticed yet.

@@ -16,7 +16,6 @@ use crate::postgres::{database_error, function, testing};
 
 use super::lane::{Lane, Verdict};
 use super::load::Item;
-use super::monitor::holder;
 use super::progress::Progress;
 use super::scheduler::Place;
 use super::serve::{LEASE, lease_name};
@@ -77,6 +76,7 @@ pub(crate) async fn drain(
         connections: Arc::clone(connections),
         source: Source::none(SOURCE),
         tenure: Arc::new(tenure.clone()),
+        process: Arc::default(),
         number: 0,
     };
     let mut run = Run { lane, left: Vec::new(), attempts: HashMap::new(), outcome: Outcome::default() };
@@ -94,7 +94,7 @@ pub(crate) async fn drain(
 
 /// The subscriber's lease, so that no worker runs it at the same time. One of a drain that was cut off runs out.
 async fn acquire(subscriber: &str, connections: &Connections) -> Result<Tenure, Error> {
-    let (name, holder) = (lease_name(subscriber), holder());
+    let (name, holder) = (lease_name(subscriber), lease::new_holder());
     let mut epoch = None;
     let acquired = tokio::time::timeout(LEASE + LEASE / 4, async {
         while epoch.is_none() {

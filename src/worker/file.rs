@@ -334,6 +334,7 @@ key = "k"
             ("\"skip\"", "\"jump\"", ":12: unknown variant `jump`"),
             ("concurrency = 16", "concurrency = 0", "concurrency must be at least 1"),
             ("concurrency = 16", "max_crashes = 1", "max_crashes must be at least 2"),
+            ("concurrency = 16", "time_limit = \"1000d\"", "time_limit must be at most 365 days"),
             ("\"heavy\"", "\"too heavy\"", "\"too heavy\" is not the name of a queue"),
             ("\"ORDERS\"", "\"ORDERS.NEW\"", "\"ORDERS.NEW\" cannot be the name of a stream"),
             ("\"orders\"", "\"orders.>\"", ":11: \"orders.>\" is not a subject"),

@@ -70,7 +70,7 @@ pub enum HandlerError {
     Retry {
         /// What failed.
         error: Box<dyn StdError + Send + Sync>,
-        /// How long to wait. The subscriber's backoff decides when there is none.
+        /// How long to wait, at most a year. The subscriber's backoff decides when there is none.
         after: Option<Duration>,
     },
     /// The event can never be handled: it becomes a dead letter now.
@@ -78,7 +78,7 @@ pub enum HandlerError {
         /// Why, for the operator. It is logged, so it must hold no payload.
         reason: String,
     },
-    /// Not yet: come again after this time. Costs no attempt.
+    /// Not yet: come again after this time, at most a year. Costs no attempt.
     Snooze(Duration),
     /// Something that the handler needs is away: try again for as long as that takes. Costs no attempt.
     Unavailable {
@@ -95,7 +95,7 @@ impl HandlerError {
         Self::Retry { error: error.into(), after: None }
     }
 
-    /// Try again after `wait`, whatever the subscriber's backoff says.
+    /// Try again after `wait`, at most a year, whatever the subscriber's backoff says.
     pub fn retry_after(wait: Duration, error: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         Self::Retry { error: error.into(), after: Some(wait) }
     }
@@ -111,7 +111,7 @@ impl HandlerError {
         Self::Unavailable { error: error.into(), after: None }
     }
 
-    /// Not yet: come again after `wait`. Costs no attempt.
+    /// Not yet: come again after `wait`, at most a year. Costs no attempt.
     pub fn snooze(wait: Duration) -> Self {
         Self::Snooze(wait)
     }

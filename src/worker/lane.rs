@@ -7,6 +7,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
+use futures_util::future::Either;
+use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tokio::time::timeout;
 use tracing::{Instrument, Span};
 use uuid::Uuid;
@@ -26,7 +28,7 @@ use super::batch::{self, BatchError};
 use super::handler::HandlerError;
 use super::load::{Item, Queued, redrive_ids};
 use super::progress::{Outcome, Progress};
-use super::scheduler::Place;
+use super::scheduler::{Company, Place};
 use super::span;
 use super::subscriber::{FailurePolicy, Subscriber, Work};
 use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_out, trouble};
@@ -43,6 +45,9 @@ pub(super) struct Lane {
     pub(super) connections: Arc<Connections>,
     pub(super) source: Source,
     pub(super) tenure: Arc<Tenure>,
+    /// Locked by whatever runs in this process; exclusively by an event that must run with nothing beside it, because
+    /// another subscriber's event may be the one that kills the process.
+    pub(super) process: Arc<RwLock<()>>,
     pub(super) progress: Arc<Progress>,
     /// Tells it from the lanes beside it.
     pub(super) number: i64,
@@ -103,6 +108,8 @@ pub(super) enum Halt {
 impl Lane {
     /// Runs the events, which are in order.
     pub(super) async fn run(self, items: Vec<Item>) -> Report {
+        let alone = items.iter().any(|item| Company::of(item.crashes) == Company::None);
+        let _beside = self.enter_process(alone).await;
         let mut report = Report::default();
         let result = match self.load(items, &mut report).await {
             Ok(events) => {
@@ -128,6 +135,15 @@ impl Lane {
             }
         }
         report
+    }
+
+    /// Waits until the batch may run beside what other subscribers run. A handler that does not end keeps nobody waiting
+    /// for longer than the time limit.
+    async fn enter_process(&self, alone: bool) -> Either<RwLockWriteGuard<'_, ()>, RwLockReadGuard<'_, ()>> {
+        if alone && let Ok(guard) = timeout(self.subscriber.settings.time_limit, self.process.write()).await {
+            return Either::Left(guard);
+        }
+        Either::Right(self.process.read().await)
     }
 
     fn marker(&self) -> Marker<'_> {
@@ -306,6 +322,7 @@ impl Lane {
         let events: Vec<Uuid> = group.iter().map(|queued| queued.event.id.as_uuid()).collect();
         let begun = inbox::begin_batch(connection, limit, self.marker(), &events);
         let mut tx = self.own(begun).await.map_err(Trouble::Outage)?;
+        fault::point("worker-marked");
         match self.fill(&mut tx, group).await {
             Ok(held) => {
                 fault::point("worker-handled");
@@ -421,6 +438,9 @@ impl Lane {
             true => HashSet::new(),
             false => redrive::take(tx, &ids).await?.into_iter().collect(),
         };
+        if !ids.is_empty() {
+            fault::point("worker-redrive-taken");
+        }
         let gone = |place| matches!(place, Place::Redrive(id) if !taken.contains(&id));
         let present = group.iter().filter(|queued| !gone(queued.place));
         let rows: Vec<inbox::Row> = present.map(|queued| queued.row()).collect();

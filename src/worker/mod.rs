@@ -218,6 +218,7 @@ impl Worker {
         let looking = sample::run(nats.clone(), Arc::clone(&connections), watched.clone());
         let _looking = AbortOnDropHandle::new(tokio::spawn(looking));
         let _service = AbortOnDropHandle::new(tokio::spawn(self.board.service(nats.clone())));
+        let process = Arc::default();
         let mut services = JoinSet::new();
         for (subscriber, (progress, spec)) in subscribers.into_iter().zip(watched) {
             let service = serve::Service {
@@ -226,6 +227,7 @@ impl Worker {
                 connections: Arc::clone(&connections),
                 client: nats.client.clone(),
                 holder: self.board.holder.clone(),
+                process: Arc::clone(&process),
                 remedy: self.remedy.clone(),
                 progress,
             };

@@ -13,6 +13,7 @@ use crate::error::Error;
 use crate::health::{Check, Health, Phase};
 use crate::jetstream::Connection;
 use crate::jetstream::service::{self, Service};
+use crate::postgres::lease;
 
 /// Where a worker writes what its monitors show.
 #[derive(Debug)]
@@ -28,7 +29,7 @@ pub(super) struct Board {
 impl Board {
     pub(super) fn new(stream: &str) -> Self {
         Self {
-            holder: holder(),
+            holder: lease::new_holder(),
             patience: Duration::from_secs(30),
             stream: stream.into(),
             subscribers: watch::Sender::default(),
@@ -208,12 +209,4 @@ impl fmt::Debug for Monitor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Monitor").field("holder", &self.holder).finish_non_exhaustive()
     }
-}
-
-/// Who holds a lease: host, process, and something random, because process numbers come again.
-pub(super) fn holder() -> String {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let host = Some(host.trim()).filter(|host| !host.is_empty()).unwrap_or("host");
-    let id = uuid::Uuid::now_v7().simple().to_string();
-    format!("{host}:{}:{}", std::process::id(), &id[24..])
 }

@@ -57,6 +57,18 @@ pub(super) enum Company {
     Any,
 }
 
+impl Company {
+    /// What an event bears that ran so often when the process died.
+    pub(super) fn of(crashes: u32) -> Self {
+        match crashes {
+            0 => Self::Any,
+            // The first time it may well have been another one.
+            1 => Self::Unsuspected,
+            _ => Self::None,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Slot {
     key: Option<Arc<str>>,

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{RwLock, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
@@ -51,6 +51,8 @@ pub(super) struct Service {
     pub(super) connections: Arc<Connections>,
     pub(super) client: Client,
     pub(super) holder: String,
+    /// See [`Lane`].
+    pub(super) process: Arc<RwLock<()>>,
     pub(super) remedy: String,
     pub(super) progress: Arc<Progress>,
 }
@@ -176,9 +178,10 @@ impl Service {
     }
 
     async fn hand_over(&self, tenure: &Tenure) {
-        let released = self
-            .connections
-            .run(async |connection| lease::release(connection, &tenure.name, &tenure.holder, tenure.epoch).await);
+        let released = self.connections.run(async |connection| {
+            running::clear_all(connection, tenure, self.name()).await?;
+            lease::release(connection, &tenure.name, &tenure.holder, tenure.epoch).await
+        });
         match tokio::time::timeout(Duration::from_secs(2), released).await {
             Ok(Ok(())) => tracing::info!(subscriber = self.name(), epoch = tenure.epoch, "stopped"),
             // It runs out by itself.
@@ -279,6 +282,7 @@ impl Service {
             connections: Arc::clone(&self.connections),
             source: Source::new(&context, &self.spec.stream),
             tenure: Arc::clone(tenure),
+            process: Arc::clone(&self.process),
             progress: Arc::clone(&self.progress),
             number: 0,
         };

@@ -23,7 +23,7 @@ use super::load::Item;
 use super::progress::{Load, Outcome};
 use super::redrive::Redrives;
 use super::scheduler::{Company, Place, Scheduler};
-use super::subscriber::FailurePolicy;
+use super::subscriber::{FailurePolicy, MAX_WAIT};
 
 /// The most payload bytes in memory, beside what is on its way.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
@@ -223,11 +223,8 @@ impl Session {
         }
         // Once: an event that an operator sends back after it was given up begins anew.
         let crashes = self.suspects.remove(&id.as_uuid()).unwrap_or(0);
-        match crashes {
-            0 => {}
-            // The first time it may well have been another one.
-            1 => self.scheduler.bears(place, Company::Unsuspected),
-            _ => self.scheduler.bears(place, Company::None),
+        if crashes > 0 {
+            self.scheduler.bears(place, Company::of(crashes));
         }
         if let (Some(_), Some(window)) = (key, self.lane.subscriber.settings.debounce) {
             self.scheduler.delay(place, Instant::now() + window);
@@ -356,10 +353,11 @@ impl Session {
                     Wait::Backoff => self.lane.subscriber.settings.backoff.after(pending.interruptions),
                     Wait::Exactly(wait) => wait,
                 };
-                return self.scheduler.hold(place, Instant::now() + wait);
+                return self.scheduler.hold(place, Instant::now() + wait.min(MAX_WAIT));
             }
             Verdict::Failed(wait) | Verdict::Later(wait) => {
                 pending.alive = false;
+                let wait = wait.min(MAX_WAIT);
                 let until = Instant::now() + wait;
                 match (&verdict, self.lane.subscriber.settings.failure_policy) {
                     (Verdict::Failed(_), FailurePolicy::Skip) => self.scheduler.set_aside(place, until),

@@ -39,6 +39,9 @@ pub struct Subscriber {
     problems: Vec<String>,
 }
 
+/// The longest wait, of settings and of what a handler asks for: the clock cannot add any length.
+pub(super) const MAX_WAIT: Duration = Duration::from_hours(365 * 24);
+
 /// The queue of subscribers that name none.
 pub(super) const DEFAULT_QUEUE: &str = "default";
 
@@ -245,7 +248,7 @@ impl Subscriber {
 
     /// How often the worker's process may die (abort, out of memory) while an event runs; the next time the event becomes
     /// a dead letter. An event that ran when the process died runs again in a transaction of its own, from the second
-    /// time on with nothing beside it; so at least 2. Defaults to 3.
+    /// time on with nothing beside it in the process; so at least 2. Defaults to 3.
     #[must_use]
     pub fn max_crashes(mut self, crashes: u32) -> Self {
         self.settings.max_crashes = crashes;
@@ -430,7 +433,12 @@ impl Settings {
             Self { backoff, .. } if backoff.max < backoff.first => {
                 Some("the backoff's max must not be below its first wait".into())
             }
-            _ => None,
+            Self { ack_wait, time_limit, backoff, debounce, .. } => {
+                let waits = [*ack_wait, *time_limit, backoff.max, debounce.unwrap_or_default()];
+                let names = ["ack_wait", "time_limit", "the backoff's max", "debounce"];
+                let too_long = names.into_iter().zip(waits).find(|(_, wait)| *wait > MAX_WAIT);
+                too_long.map(|(name, _)| format!("{name} must be at most 365 days"))
+            }
         }
     }
 }

@@ -23,6 +23,7 @@ pub use proxy::{Proxy, Way};
 pub use restore::{Copy, Dump, raise_transaction_ids};
 pub use scenario::{NAME, Scenario};
 pub use work::{Act, Number, Record, RunningWorker, Work, WorkerProcess};
+pub use work::{Act, Number, Record, RunningWorker, Work, WorkerProcess, child_worker};
 pub use writers::{Random, Writers};
 
 /// Long enough for a slow machine, short enough to tell that something hangs.

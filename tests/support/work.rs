@@ -5,7 +5,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit::envelope::Envelope;
+use aftercommit::subject::SubjectPrefix;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, Postgres};
 use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber, Worker};
@@ -224,6 +226,29 @@ impl Work {
         assert!(waited.is_ok(), "{:?}", self.consumer(subscriber).await.cached_info());
     }
 
+    /// A process with the worker that the ignored test `test` of this test program runs: see [`child_worker`].
+    pub fn child(&self, test: &str) -> Command {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
+            .args([test, "--exact", "--ignored", "--nocapture"])
+            .env("CHILD_STREAM", &self.outbox.naming.stream)
+            .env("CHILD_PREFIX", self.outbox.naming.prefix.to_string())
+            .env("CHILD_DATABASE", &self.outbox.postgres.url)
+            .env("CHILD_NATS", &self.outbox.nats.url)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        command
+    }
+
+    /// What waiting for the leases to run out would do.
+    pub async fn expire_leases(&self) {
+        sqlx::raw_sql("update aftercommit.lease set expires_at = '-infinity'")
+            .execute(&self.outbox.pool)
+            .await
+            .unwrap();
+    }
+
     /// The worker's program with a file of that content.
     pub fn process(&self, toml: &str) -> WorkerProcess {
         WorkerProcess(self.command(toml).spawn().unwrap())
@@ -252,6 +277,16 @@ impl Work {
         assert!(provisioned.status.success(), "{}", String::from_utf8_lossy(&provisioned.stderr));
         run(env!("CARGO_BIN_EXE_aftercommit-worker"), &[])
     }
+}
+
+/// The worker of a process that [`Work::child`] started, still without subscribers. None when the test runner started it.
+pub fn child_worker() -> Option<Worker> {
+    let stream = std::env::var("CHILD_STREAM").ok()?;
+    let setting = |name| std::env::var(name).unwrap();
+    let postgres = PostgresConfig::new(setting("CHILD_DATABASE"));
+    let nats = NatsConfig { url: setting("CHILD_NATS"), ..NatsConfig::default() };
+    let prefix = SubjectPrefix::new(setting("CHILD_PREFIX")).unwrap();
+    Some(Worker::new(postgres, nats, Naming { stream, prefix, ..Naming::default() }))
 }
 
 /// A worker in this process. Dropping it is like a crash: transactions are rolled back, nothing is given back.

@@ -14,7 +14,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::sending::Sending;
-use super::{Since, Subscription, ask, unhandled};
+use super::{Since, Subscription, ask, failed_to_send, unhandled};
 use crate::backoff::Backoff;
 use crate::config::NatsConfig;
 use crate::error::Error;
@@ -518,8 +518,4 @@ fn problems(
         ));
     }
     found
-}
-
-fn failed_to_send(subscriber: &str, error: sqlx::Error) -> Error {
-    crate::postgres::database_error(format!("events cannot be sent back to subscriber {subscriber}"), error)
 }

@@ -76,6 +76,10 @@ fn failed(run: &Run, error: sqlx::Error) -> Error {
     database_error(format!("{} cannot be compared", run.name), error)
 }
 
+fn failed_to_send(subscriber: &str, error: sqlx::Error) -> Error {
+    database_error(format!("events cannot be sent back to subscriber {subscriber}"), error)
+}
+
 /// Those of some events that the subscriber has neither done nor waiting.
 async fn unhandled(run: &Run, subscriber: &str, events: &[Uuid]) -> Result<HashMap<Uuid, Known>, Error> {
     if events.is_empty() {
