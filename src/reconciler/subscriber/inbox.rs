@@ -21,10 +21,11 @@ use crate::config::NatsConfig;
 use crate::envelope::Envelope;
 use crate::error::Error;
 use crate::fault;
+use crate::jetstream::history::History;
 use crate::jetstream::outbox_client::OutboxClient;
 use crate::jetstream::outbox_service::{Listed, Moved};
 use crate::jetstream::stream::StreamReader;
-use crate::jetstream::{self, consumer};
+use crate::jetstream::{self, consumer, stored};
 use crate::postgres::finding::Finding;
 use crate::postgres::place;
 use crate::postgres::resend::{self, Event, Known, Order};
@@ -122,7 +123,8 @@ impl InboxLeg {
         let found = consumer::locate(&jetstream::context(&nats.client), spec).await?;
         // Leg B says that it is missing.
         let Some(consumer) = found else { return Ok(Done::default()) };
-        let extent = StreamReader::new(&nats, &spec.stream).extent().await?;
+        let stream = StreamReader::new(&nats, &spec.stream);
+        let extent = stream.extent().await?;
         let floor = consumer.ack_floor.min(extent.last);
         let (name, subscriber) = (run.name.clone(), spec.name.clone());
         ask(run, async |session| resend::settle_handled(session, &name, MISSED, &subscriber).await).await?;
@@ -140,12 +142,15 @@ impl InboxLeg {
         let mut leg = Leg {
             leg: self,
             client: OutboxClient::new(&nats, &spec.stream),
+            history: History::new(&nats, &spec.stream).await?,
+            stream,
             floor,
             horizon: now.checked_sub_signed(retention).map_or(DateTime::UNIX_EPOCH, |horizon| horizon + CLOCKS),
             pending: HashSet::new(),
             stage: if run.mode == Mode::Repair { Stage::Earlier(0) } else { Stage::Ranges },
             token,
             range: None,
+            edge: None,
             complete_to: None,
             too_old: 0,
             displaced: position.displaced.clone(),
@@ -165,6 +170,8 @@ enum Stage {
     Earlier(i64),
     /// What lies before the ack floor.
     Ranges,
+    /// The range that the ack floor lies in.
+    Edge,
     /// What was missing in the stream.
     Displaced,
     Ended,
@@ -175,6 +182,8 @@ struct Leg<'a> {
     leg: &'a InboxLeg,
     run: &'a mut Run,
     client: OutboxClient,
+    stream: StreamReader,
+    history: History,
     /// The consumer's ack floor, in the stream.
     floor: u64,
     /// The inbox may have forgotten events that were written before.
@@ -185,6 +194,8 @@ struct Leg<'a> {
     token: Option<Value>,
     /// The range that is gone through page by page ends at this sequence.
     range: Option<u64>,
+    /// In the range that the floor lies in: what to ask behind, and where it ends.
+    edge: Option<(Option<Value>, u64)>,
     complete_to: Option<DateTime<Utc>>,
     too_old: u64,
     displaced: Option<Value>,
@@ -277,6 +288,7 @@ impl Leg<'_> {
             let page = match self.stage {
                 Stage::Earlier(after) => self.earlier(after).await?,
                 Stage::Ranges => self.range().await?,
+                Stage::Edge => self.edge().await?,
                 Stage::Displaced if self.run.mode == Mode::Repair => self.out_of_order().await?,
                 Stage::Displaced | Stage::Ended => return Ok(None),
             };
@@ -285,7 +297,8 @@ impl Leg<'_> {
             }
             self.stage = match self.stage {
                 Stage::Earlier(_) => Stage::Ranges,
-                Stage::Ranges => Stage::Displaced,
+                Stage::Ranges => Stage::Edge,
+                Stage::Edge => Stage::Displaced,
                 Stage::Displaced | Stage::Ended => Stage::Ended,
             };
         }
@@ -327,6 +340,36 @@ impl Leg<'_> {
             return Ok(Some(Page { rest: true, ..Page::default() }));
         }
         self.token = Some(page.next);
+        self.judge(page.events, page.to).await.map(Some)
+    }
+
+    /// The next page of the range that the ack floor lies in. Of its events the stream must have those that are not handled.
+    /// It is looked at by each run, until the floor has passed it.
+    async fn edge(&mut self) -> Result<Option<Page>, Error> {
+        let types = &self.leg.subscription.types;
+        let (token, end) = match self.edge.take() {
+            Some(edge) => edge,
+            None => {
+                let range = self.client.page(NEWEST, self.token.clone(), types, true).await?;
+                let last = self.stream.extent().await?.last;
+                if !range.more || range.behind >= self.floor || range.to > last {
+                    return Ok(None);
+                }
+                let mut next = Some(self.floor + 1);
+                while let Some(first) = next {
+                    let batch = self.history.batch(first..=range.to).await?;
+                    let events = batch.messages.iter().filter_map(|message| stored::event(message).ok());
+                    self.pending.extend(events.map(|event| event.id.as_uuid()));
+                    next = batch.next;
+                }
+                (self.token.clone(), range.to)
+            }
+        };
+        let page = self.client.page(NEWEST, token, types, false).await?;
+        if !page.more || page.behind >= end {
+            return Ok(None);
+        }
+        self.edge = Some((Some(page.next), end));
         self.judge(page.events, page.to).await.map(Some)
     }
 
