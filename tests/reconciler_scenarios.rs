@@ -1,204 +1,282 @@
-//! Faults of the store from beginning to end: services commit, a relay publishes, a worker handles in another database,
-//! something is lost, and in the end every event took effect once, the keys in order, with findings that say what happened.
+//! Losses from beginning to end: services commit, a relay publishes, a worker handles in another database, something is
+//! lost, and in the end every event took effect once, the keys in order, with findings that say what happened.
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::time::Duration;
 
-use aftercommit::reconciler::{Mode, Outcome, Scope};
-use aftercommit::testing::eventually;
-use support::{Copy, NAME, Random, SOON, Scenario};
+use aftercommit::testing::servers::Postgres;
+use async_nats::jetstream::consumer::{DeliverPolicy, pull};
+use support::{Copy, Dump, NAME, Random, Scenario};
+
+type Found = Vec<(String, String, i64)>;
 
 fn finding(kind: &str, state: &str, count: u64) -> (String, String, i64) {
     (kind.into(), state.into(), i64::try_from(count).unwrap())
 }
 
-/// Waits for the relay to have noticed that the stream is not as it left it, and runs the reconciler.
-async fn reconcile_when_rewound(scenario: &Scenario) {
-    eventually(SOON, "a run comes to its end", async || {
-        let summary = scenario.outbox_runner().run_now("outbox", Scope::Full, Mode::Repair).await.unwrap();
-        matches!(summary.outcome, Outcome::Ran)
-    })
-    .await
-    .unwrap();
+/// Everything that was written is handled, and known to the reconcilers.
+async fn reconciled(scenario: &Scenario, commits: u64) {
+    scenario.write(commits).await;
+    scenario.caught_up().await;
+    scenario.nothing_is_left().await;
 }
 
-/// Wipes the store. `behind` commits are not handled yet when that happens.
-async fn survives_a_wiped_store(behind: u64) {
-    let mut scenario = Scenario::start().await;
-    scenario.write(60).await;
-    scenario.caught_up().await;
+/// The worker stops, and something is published that it has not seen.
+async fn fall_behind(scenario: &mut Scenario, commits: u64) {
+    scenario.stop_worker().await;
+    scenario.write(commits).await;
+    scenario.published().await;
+}
+
+/// All reconcilers run, and after that the worker, if it does not run yet.
+async fn repair(scenario: &mut Scenario, worker_stopped: bool) {
     scenario.reconcile_outbox().await;
     scenario.reconcile_books().await;
-    if behind > 0 {
-        scenario.stop_worker().await;
-        scenario.write(behind).await;
-        scenario.published().await;
+    if worker_stopped {
+        scenario.start_worker();
+    }
+    scenario.write(10).await;
+    scenario.caught_up().await;
+    scenario.handled_in_order().await;
+    scenario.nothing_is_left().await;
+}
+
+async fn survives_a_wiped_store(behind: bool) {
+    let mut scenario = Scenario::start().await;
+    reconciled(&scenario, 60).await;
+    if behind {
+        fall_behind(&mut scenario, 60).await;
     }
     scenario.nats.stop().await.unwrap();
     fs::remove_dir_all(scenario.nats.store_directory()).unwrap();
     scenario.nats.restart().await.unwrap();
     scenario.write(20).await;
     scenario.provision().await;
-    if behind > 0 {
-        scenario.start_worker();
-    }
     scenario.write(20).await;
-    reconcile_when_rewound(&scenario).await;
-    scenario.caught_up().await;
-    scenario.reconcile_books().await;
-    scenario.handled_in_order().await;
+    repair(&mut scenario, behind).await;
     // The relay has put it right by itself.
     assert_eq!(scenario.outbox_findings().await, []);
     assert_eq!(scenario.books_findings().await, [finding("consumer_recreated", "repaired", 1)]);
-    scenario.nothing_is_left().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_store_is_wiped_when_all_is_handled() {
-    survives_a_wiped_store(0).await;
+async fn the_store_is_wiped() {
+    survives_a_wiped_store(false).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_store_is_wiped_when_the_worker_is_behind() {
-    survives_a_wiped_store(60).await;
+    survives_a_wiped_store(true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_store_goes_back_to_an_older_copy() {
     let mut scenario = Scenario::start().await;
-    scenario.write(60).await;
-    scenario.caught_up().await;
+    reconciled(&scenario, 60).await;
     scenario.nats.stop().await.unwrap();
     let copy = Copy::of(&scenario.nats.store_directory());
     scenario.nats.restart().await.unwrap();
-    scenario.write(60).await;
-    scenario.caught_up().await;
-    scenario.reconcile_outbox().await;
-    scenario.reconcile_books().await;
+    reconciled(&scenario, 60).await;
     scenario.nats.stop().await.unwrap();
     copy.replace(&scenario.nats.store_directory());
     scenario.nats.restart().await.unwrap();
     scenario.write(20).await;
-    reconcile_when_rewound(&scenario).await;
-    scenario.caught_up().await;
-    scenario.reconcile_books().await;
-    scenario.handled_in_order().await;
-    assert_eq!(scenario.outbox_findings().await, []);
-    scenario.nothing_is_left().await;
-    println!("{:?}", scenario.books_findings().await);
+    repair(&mut scenario, false).await;
+    assert_eq!((scenario.outbox_findings().await, scenario.books_findings().await), (vec![], vec![]));
 }
 
-/// The stream's messages go back to an older copy, and what the server knows of the consumer does not. New events come
+/// The stream's messages go back to an older copy, and what the server knows of the consumer does not: new events come
 /// into places that the consumer counts as acked.
-async fn survives_a_lost_tail(worker_runs: bool) {
-    let mut scenario = Scenario::start().await;
-    scenario.write(60).await;
-    scenario.caught_up().await;
+async fn loses_its_tail(scenario: &mut Scenario, meanwhile: u64) {
+    reconciled(scenario, 60).await;
     scenario.nats.stop().await.unwrap();
-    let copy = Copy::of(&scenario.stream_directory().join("msgs"));
-    scenario.nats.restart().await.unwrap();
-    scenario.write(60).await;
-    scenario.caught_up().await;
-    scenario.reconcile_outbox().await;
-    scenario.reconcile_books().await;
-    if !worker_runs {
-        scenario.stop_worker().await;
-    }
-    scenario.stop_relay().await;
-    scenario.write(30).await;
-    scenario.nats.stop().await.unwrap();
-    copy.replace(&scenario.stream_directory().join("msgs"));
-    scenario.nats.restart().await.unwrap();
-    println!("after restart: {:?}", scenario.stream().await.consumer_info(NAME).await.unwrap());
-    println!("books: {}", scenario.reconcile_books().await);
-    println!("books: {:?}", scenario.books_findings().await);
-    scenario.start_relay();
-    reconcile_when_rewound(&scenario).await;
-    if !worker_runs {
-        scenario.start_worker();
-    }
-    scenario.published().await;
-    println!("books: {}", scenario.reconcile_books().await);
-    println!("books: {:?}", scenario.books_findings().await);
-    scenario.handled_in_order().await;
-    assert_eq!(scenario.outbox_findings().await, []);
-    println!("books: {:?}", scenario.books_findings().await);
-    scenario.nothing_is_left().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_tail_is_lost_behind_a_consumer() {
-    survives_a_lost_tail(false).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_tail_is_lost_behind_a_running_worker() {
-    survives_a_lost_tail(true).await;
-}
-
-/// The same while everything runs and the reconcilers come later: new events have come into the lost places.
-#[tokio::test(flavor = "multi_thread")]
-async fn the_tail_is_lost_while_all_are_busy() {
-    let mut scenario = Scenario::start().await;
-    scenario.write(60).await;
-    scenario.caught_up().await;
-    scenario.nats.stop().await.unwrap();
-    let copy = Copy::of(&scenario.stream_directory().join("msgs"));
-    scenario.nats.restart().await.unwrap();
-    scenario.write(60).await;
-    scenario.caught_up().await;
-    scenario.reconcile_outbox().await;
-    scenario.reconcile_books().await;
-    scenario.nats.stop().await.unwrap();
-    copy.replace(&scenario.stream_directory().join("msgs"));
-    scenario.write(30).await;
-    scenario.nats.restart().await.unwrap();
-    scenario.write(100).await;
-    reconcile_when_rewound(&scenario).await;
-    scenario.published().await;
-    println!("books: {}", scenario.reconcile_books().await);
-    println!("books: {:?}", scenario.books_findings().await);
-    scenario.handled_in_order().await;
-}
-
-async fn flip(kill: bool, last: bool) {
-    let mut scenario = Scenario::start().await;
-    scenario.write(100).await;
-    scenario.caught_up().await;
-    scenario.reconcile_outbox().await;
-    scenario.reconcile_books().await;
-    scenario.stop_worker().await;
-    scenario.write(50).await;
-    scenario.published().await;
-    println!("{:?}", scenario.stream().await.cached_info().state);
-    scenario.stop_relay().await;
-    if kill { scenario.nats.kill().await.unwrap() } else { scenario.nats.stop().await.unwrap() }
     let messages = scenario.stream_directory().join("msgs");
-    for entry in fs::read_dir(&messages).unwrap() { let e = entry.unwrap(); println!("{:?} {}", e.path(), e.metadata().unwrap().len()); }
-    let block = messages.join("1.blk");
+    let copy = Copy::of(&messages);
+    scenario.nats.restart().await.unwrap();
+    reconciled(scenario, 60).await;
+    scenario.nats.stop().await.unwrap();
+    copy.replace(&messages);
+    scenario.write(meanwhile).await;
+    scenario.nats.restart().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_stream_loses_its_tail_under_a_consumer() {
+    let mut scenario = Scenario::start().await;
+    loses_its_tail(&mut scenario, 30).await;
+    scenario.write(60).await;
+    repair(&mut scenario, false).await;
+    assert_eq!((scenario.outbox_findings().await, scenario.books_findings().await), (vec![], vec![]));
+}
+
+/// Before the relay has filled the lost places, a consumer that stands behind the stream's end is found and made anew.
+/// Servers from 2.14 on put it back themselves.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_ahead_of_the_stream_is_found() {
+    let mut scenario = Scenario::start().await;
+    reconciled(&scenario, 60).await;
+    scenario.nats.stop().await.unwrap();
+    let copy = Copy::of(&scenario.stream_directory().join("msgs"));
+    scenario.nats.restart().await.unwrap();
+    reconciled(&scenario, 60).await;
+    scenario.stop_relay().await;
+    scenario.stop_worker().await;
+    scenario.nats.stop().await.unwrap();
+    copy.replace(&scenario.stream_directory().join("msgs"));
+    scenario.nats.restart().await.unwrap();
+    let summary = scenario.reconcile_consumer().await;
+    let found: Found = match scenario.nats.version().starts_with("2.12.") {
+        true => vec![finding("consumer_ahead", "repaired", 1)],
+        false => vec![],
+    };
+    assert_eq!(scenario.books_findings().await, found, "{summary}");
+    scenario.start_relay();
+    scenario.write(30).await;
+    repair(&mut scenario, true).await;
+    assert_eq!(scenario.outbox_findings().await, []);
+    assert_eq!(scenario.books_findings().await, found);
+}
+
+/// One bit of the stream's file changes. `killed` says how the server ended before.
+async fn survives_a_flipped_bit(killed: bool, behind: bool) -> (Scenario, u64) {
+    let mut scenario = Scenario::start().await;
+    reconciled(&scenario, 60).await;
+    if behind {
+        fall_behind(&mut scenario, 100).await;
+    }
+    match killed {
+        true => scenario.nats.kill().await.unwrap(),
+        false => scenario.nats.stop().await.unwrap(),
+    }
+    let block = scenario.stream_directory().join("msgs/1.blk");
     let mut bytes = fs::read(&block).unwrap();
-    let at = if last { bytes.len() - 20 } else { bytes.len() / 2 };
-    bytes[at] ^= 1;
+    let middle = bytes.len() * 2 / 3;
+    bytes[middle] ^= 1;
     fs::write(&block, bytes).unwrap();
     scenario.nats.restart().await.unwrap();
-    println!("kill {kill} last {last}: {:?}", scenario.stream().await.cached_info().state);
-    scenario.start_relay();
-    scenario.start_worker();
     scenario.write(20).await;
-    println!("{}", scenario.outbox_runner().run_now("outbox", Scope::Full, Mode::Repair).await.unwrap());
-    println!("{:?}", scenario.stream().await.cached_info().state);
-    println!("books: {}", scenario.reconcile_books().await);
-    println!("books: {:?}", scenario.books_findings().await);
-    println!("outbox: {:?}", scenario.outbox_findings().await);
-    scenario.handled_in_order().await;
+    repair(&mut scenario, behind).await;
+    let first = scenario.stream().await.cached_info().state.messages;
+    (scenario, first)
 }
+
+/// After an orderly stop the server relies on its index: it counts the message as there and cannot read it.
 #[tokio::test(flavor = "multi_thread")]
-async fn flip1() { flip(false, false).await }
+async fn a_bit_flips_in_a_handled_message() {
+    let (scenario, _) = survives_a_flipped_bit(false, false).await;
+    assert_eq!(scenario.outbox_findings().await, [finding("missing_from_stream", "repaired", 1)]);
+    assert_eq!(scenario.books_findings().await, []);
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn flip2() { flip(false, true).await }
+async fn a_bit_flips_in_a_message_that_waits() {
+    let (scenario, _) = survives_a_flipped_bit(false, true).await;
+    assert_eq!(scenario.outbox_findings().await, [finding("missing_from_stream", "repaired", 1)]);
+    assert_eq!(scenario.books_findings().await, [finding("not_handled", "repaired", 1)]);
+}
+
+/// After a crash the server reads its file again and drops everything from the damaged message on.
 #[tokio::test(flavor = "multi_thread")]
-async fn flip3() { flip(true, false).await }
+async fn a_bit_flips_before_a_crashed_server_comes_back() {
+    let (scenario, _) = survives_a_flipped_bit(true, true).await;
+    assert_eq!((scenario.outbox_findings().await, scenario.books_findings().await), (vec![], vec![]));
+}
+
+/// Some sequences between two.
+fn some(random: &mut Random, from: u64, to: u64, count: usize) -> BTreeSet<u64> {
+    let mut chosen = BTreeSet::new();
+    while chosen.len() < count {
+        chosen.insert(from + random.below(to - from + 1));
+    }
+    chosen
+}
+
+/// Within the time in which the server takes the same message id for a repeat.
 #[tokio::test(flavor = "multi_thread")]
-async fn flip4() { flip(true, true).await }
+async fn handled_messages_are_removed() {
+    let mut scenario = Scenario::start().await;
+    reconciled(&scenario, 60).await;
+    let info = scenario.stream().await.cached_info().clone();
+    assert!(info.config.duplicate_window.as_secs() >= 60);
+    scenario.delete(some(&mut Random(1), 1, info.state.last_sequence, 9)).await;
+    repair(&mut scenario, false).await;
+    assert_eq!(scenario.outbox_findings().await, [finding("missing_from_stream", "repaired", 9)]);
+    assert_eq!(scenario.books_findings().await, []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_that_wait_are_removed() {
+    let mut scenario = Scenario::start().await;
+    reconciled(&scenario, 60).await;
+    let handled = scenario.stream().await.cached_info().state.last_sequence;
+    fall_behind(&mut scenario, 100).await;
+    let last = scenario.stream().await.cached_info().state.last_sequence;
+    scenario.delete(some(&mut Random(2), handled + 1, last, 9)).await;
+    repair(&mut scenario, true).await;
+    assert_eq!(scenario.outbox_findings().await, [finding("missing_from_stream", "repaired", 9)]);
+    assert_eq!(scenario.books_findings().await, [finding("not_handled", "repaired", 9)]);
+}
+
+async fn survives_a_purge(keep: u64) {
+    let mut scenario = Scenario::start().await;
+    reconciled(&scenario, 60).await;
+    let handled = scenario.stream().await.cached_info().state.messages;
+    fall_behind(&mut scenario, 60).await;
+    let stream = scenario.stream().await;
+    let all = stream.cached_info().state.messages;
+    stream.purge().keep(keep).await.unwrap();
+    repair(&mut scenario, true).await;
+    assert_eq!(scenario.outbox_findings().await, [finding("missing_from_stream", "repaired", all - keep)]);
+    assert_eq!(scenario.books_findings().await, [finding("not_handled", "repaired", all - handled - keep)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_stream_is_purged() {
+    survives_a_purge(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_stream_is_purged_but_for_the_newest() {
+    survives_a_purge(20).await;
+}
+
+/// It goes back behind what its consumer counts as acked.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_subscribers_database_goes_back() {
+    let mut scenario = Scenario::start().await;
+    reconciled(&scenario, 60).await;
+    scenario.stop_worker().await;
+    let dump = Dump::of(&scenario.database.url);
+    let before = scenario.outbox.committed().await.len();
+    scenario.start_worker();
+    reconciled(&scenario, 60).await;
+    let forgotten = scenario.outbox.committed().await.len() - before;
+    fall_behind(&mut scenario, 20).await;
+    let restored = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    dump.restore(&restored);
+    scenario.move_books(restored).await;
+    repair(&mut scenario, true).await;
+    assert_eq!(scenario.outbox_findings().await, []);
+    assert_eq!(scenario.books_findings().await, [finding("acked_not_handled", "repaired", forgotten as u64)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_consumer_is_made_anew_at_the_end_of_the_stream() {
+    let mut scenario = Scenario::start().await;
+    reconciled(&scenario, 60).await;
+    fall_behind(&mut scenario, 40).await;
+    let stream = scenario.stream().await;
+    let filter_subject = stream.consumer_info(NAME).await.unwrap().config.filter_subject;
+    stream.delete_consumer(NAME).await.unwrap();
+    let durable_name = Some(NAME.to_string());
+    let config =
+        pull::Config { durable_name, filter_subject, deliver_policy: DeliverPolicy::New, ..pull::Config::default() };
+    stream.create_consumer(config).await.unwrap();
+    scenario.write(20).await;
+    scenario.published().await;
+    repair(&mut scenario, true).await;
+    assert_eq!(scenario.outbox_findings().await, []);
+    println!("{:?}", scenario.books_findings().await);
+}

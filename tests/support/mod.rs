@@ -22,7 +22,6 @@ pub use outbox::{Message, Outbox, RelayProcess, RunningRelay};
 pub use proxy::{Proxy, Way};
 pub use restore::{Copy, Dump, raise_transaction_ids};
 pub use scenario::{NAME, Scenario};
-pub use work::{Act, Number, Record, RunningWorker, Work, WorkerProcess};
 pub use work::{Act, Number, Record, RunningWorker, Work, WorkerProcess, child_worker};
 pub use writers::{Random, Writers};
 

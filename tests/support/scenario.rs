@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use aftercommit::admin;
 use aftercommit::config::PostgresConfig;
-use aftercommit::reconciler::{ConsumerLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
+use aftercommit::reconciler::{ConsumerLeg, InboxLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
 use aftercommit::worker::{Subscriber, Worker};
@@ -85,6 +85,12 @@ impl Scenario {
     pub async fn provision(&self) {
         admin::provision(&self.outbox.nats, &self.outbox.naming).await.unwrap();
         self.worker().provision().await.unwrap();
+    }
+
+    /// The subscriber's database is this one now.
+    pub async fn move_books(&mut self, url: String) {
+        self.books = PgPool::connect(&url).await.unwrap();
+        self.database = PostgresConfig::new(url);
     }
 
     pub async fn stream(&self) -> Stream {
@@ -185,31 +191,56 @@ impl Scenario {
         Runner::new(self.outbox.postgres.clone()).outbox(leg)
     }
 
-    pub fn books_runner(&self) -> Runner {
+    fn books_runner(&self) -> Runner {
+        let nats = &self.outbox.nats;
         let subscription = Self::subscriber().subscription(&self.outbox.naming);
-        let leg = ConsumerLeg { provision: true, ..ConsumerLeg::new(self.outbox.nats.clone(), subscription) };
-        Runner::new(self.database.clone()).consumer(leg)
+        let consumer = ConsumerLeg { provision: true, ..ConsumerLeg::new(nats.clone(), subscription.clone()) };
+        Runner::new(self.database.clone()).consumer(consumer).inbox(InboxLeg::new(nats.clone(), subscription))
     }
 
-    /// Looks at everything between outbox and stream, and repairs it.
+    /// Compares all of the outbox with the stream, and repairs that. Waits for the relay to have put right what it puts
+    /// right by itself.
     pub async fn reconcile_outbox(&self) -> Summary {
-        ran(self.outbox_runner().run_now("outbox", Scope::Full, Mode::Repair).await.unwrap())
+        let mut last = None;
+        eventually(SOON, "a run comes to its end", async || {
+            let summary = self.outbox_runner().run_now("outbox", Scope::Full, Mode::Repair).await.unwrap();
+            let ran = summary.outcome == Outcome::Ran;
+            last = Some(summary);
+            ran
+        })
+        .await
+        .unwrap_or_else(|error| panic!("{error}: {last:?}"));
+        last.unwrap()
     }
 
-    /// Looks at everything between stream, consumer and inbox, and repairs it.
-    pub async fn reconcile_books(&self) -> Summary {
-        ran(self.books_runner().run_now(&format!("consumer:{NAME}"), Scope::Full, Mode::Repair).await.unwrap())
+    /// Compares all of the stream and the outbox with the consumer and the inbox, and repairs that.
+    pub async fn reconcile_books(&self) -> [Summary; 2] {
+        let runner = self.books_runner();
+        let run = async |leg: &str| runner.run_now(&format!("{leg}:{NAME}"), Scope::Full, Mode::Repair).await.unwrap();
+        let summaries = [run("consumer").await, run("inbox").await];
+        for summary in &summaries {
+            assert_eq!(summary.outcome, Outcome::Ran, "{summary}");
+        }
+        summaries
     }
 
-    /// Both again find nothing.
+    /// Compares the stream with the consumer and the inbox only.
+    pub async fn reconcile_consumer(&self) -> Summary {
+        let leg = format!("consumer:{NAME}");
+        self.books_runner().run_now(&leg, Scope::Full, Mode::Repair).await.unwrap()
+    }
+
+    /// All three again find nothing, and nothing is open.
     pub async fn nothing_is_left(&self) {
-        for summary in [self.reconcile_outbox().await, self.reconcile_books().await] {
+        let [consumer, inbox] = self.reconcile_books().await;
+        for summary in [self.reconcile_outbox().await, consumer, inbox] {
             assert_eq!((summary.found, summary.failed), (0, 0), "{summary}");
         }
         for pool in [&self.outbox.pool, &self.books] {
             let open = findings(pool).await.into_iter().filter(|found| ["open", "repairing"].contains(&&*found.1));
             assert_eq!(open.collect::<Vec<_>>(), []);
         }
+        self.handled().await;
     }
 
     /// Kind, state and number of the findings of the outbox's reconciler.
@@ -221,11 +252,6 @@ impl Scenario {
     pub async fn books_findings(&self) -> Vec<(String, String, i64)> {
         findings(&self.books).await
     }
-}
-
-fn ran(summary: Summary) -> Summary {
-    assert_eq!(summary.outcome, Outcome::Ran, "{summary}");
-    summary
 }
 
 async fn findings(pool: &PgPool) -> Vec<(String, String, i64)> {
