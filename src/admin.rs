@@ -8,6 +8,7 @@ pub mod explain;
 pub mod peek;
 pub mod reconciler;
 pub mod relay;
+pub mod replay;
 pub mod status;
 pub mod worker;
 

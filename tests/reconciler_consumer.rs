@@ -3,15 +3,16 @@
 
 mod support;
 
+use std::process::Command;
 use std::time::Duration;
 
 use aftercommit::reconciler::{ConsumerLeg, Mode, Outcome, Runner, Scope, Summary};
 use aftercommit::testing::eventually;
-use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
+use aftercommit::testing::servers::Postgres;
 use aftercommit::worker::Subscriber;
 use async_nats::jetstream::consumer::{DeliverPolicy, pull};
 use futures_util::TryStreamExt;
-use support::{Act, Copy, Dump, Number, Outbox, Record, RunningWorker, SOON, Work};
+use support::{Act, Dump, Number, Outbox, Record, SOON, Work};
 
 const KEYS: [&str; 4] = ["a", "b", "c", "d"];
 
@@ -257,4 +258,104 @@ async fn a_type_that_a_subscriber_takes_on_later_is_compared_from_then_on() {
         assert_eq!((summary.outcome.clone(), summary.found), (Outcome::Ran, 1), "{summary}: its settings only");
     }
     assert_eq!(findings(&work.outbox).await, [finding("consumer_settings", "open", 1)]);
+}
+
+const TOML: &str = "[[subscriber]]\nname = \"back\"\ntypes = [\"test.number\"]\nsql = { function = \"apply\" }\n";
+
+/// The operator's tool, as somebody runs it with the worker's file.
+fn reconcile(work: &Work, leg: &str, arguments: &[&str]) -> Command {
+    let file = std::env::temp_dir().join(format!("{}-reconcile.toml", work.outbox.naming.stream));
+    std::fs::write(&file, TOML).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit"));
+    command.args(["reconcile", "--leg", leg, "--repair", "--config"]).arg(file).args(arguments);
+    command
+        .env("DATABASE_URL", &work.outbox.postgres.url)
+        .env("NATS_URL", &work.outbox.nats.url)
+        .env("AFTERCOMMIT_STREAM", &work.outbox.naming.stream)
+        .env("AFTERCOMMIT_SUBJECT_PREFIX", work.outbox.naming.prefix.to_string())
+        .env("RUST_LOG", "off");
+    command
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_every_step_and_resumed() {
+    let work = Work::shared().await;
+    work.worker_with(subscriber()).provision().await.unwrap();
+    send(&work, 1..=300).await;
+    steal(&work, 1100).await;
+    for step in ["reconciler-consumer-page:1", "resend-sent:1", "resend-sent:2", "resend-before-commit:1"] {
+        let died = reconcile(&work, "consumer", &[]).env("AFTERCOMMIT_FAULT", step).output().unwrap();
+        assert_eq!(died.status.code(), None, "it was to die at {step}: {}", String::from_utf8_lossy(&died.stdout));
+        let sent: i64 = sqlx::query_scalar(
+            "select (select count(*) from aftercommit.redrive) + (select count(*) from aftercommit.audit)",
+        )
+        .fetch_one(&work.outbox.pool)
+        .await
+        .unwrap();
+        assert_eq!(sent, 0, "all or nothing, {step}");
+    }
+    let died = reconcile(&work, "consumer", &[]).env("AFTERCOMMIT_FAULT", "resend-committed:1").output().unwrap();
+    assert_eq!(died.status.code(), None);
+    let ended = reconcile(&work, "consumer", &["--subscriber", "back", "--json"]).output().unwrap();
+    let summaries: serde_json::Value = serde_json::from_slice(&ended.stdout).unwrap();
+    let one = &summaries.as_array().unwrap()[0];
+    assert_eq!((&one["reconciler"], &one["result"]), (&"consumer:back".into(), &"ran".into()), "{one}");
+    assert_eq!((&one["found"], &one["repaired"]), (&0.into(), &0.into()), "nothing is sent twice");
+    run_until(&work, 1200).await;
+    work.assert_in_order(&KEYS, 300).await;
+    let unfinished = findings(&work.outbox).await.into_iter().filter(|(kind, ..)| kind != "acked_not_handled").count();
+    assert_eq!(unfinished, 0);
+}
+
+/// In the worker's own process, with what it loses while it runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn beside_the_worker_it_repairs_by_itself() {
+    let work = Work::shared().await;
+    sqlx::raw_sql(
+        "create function apply(event jsonb) returns void language sql as $$
+            insert into effect (event_id, key, n, attempt)
+            values ((event ->> 'id')::uuid, event ->> 'partitionkey', (event -> 'data' ->> 'n')::bigint, 1) $$",
+    )
+    .execute(&work.outbox.pool)
+    .await
+    .unwrap();
+    let mut command = work.command(TOML);
+    command.args(["--reconcile-every", "200ms"]).env("AFTERCOMMIT_RECONCILE_REPAIR", "true").env("RUST_LOG", "off");
+    send(&work, 1..=5).await;
+    steal(&work, 9).await;
+    let worker = support::WorkerProcess(command.spawn().unwrap());
+    work.wait_for(20).await;
+    let twice: i64 = sqlx::query_scalar("select count(*) - count(distinct event_id) from effect")
+        .fetch_one(&work.outbox.pool)
+        .await
+        .unwrap();
+    assert_eq!(twice, 0);
+    assert_eq!(worker.stop(), Some(0));
+}
+
+/// Without the file the subscriber is what its consumer shows.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subscriber_can_be_named_without_its_definition() {
+    let work = Work::shared().await;
+    work.worker_with(subscriber()).provision().await.unwrap();
+    send(&work, 1..=2).await;
+    steal(&work, 3).await;
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit"));
+        command.args(["reconcile", "--leg", "consumer"]).args(arguments);
+        command
+            .env("DATABASE_URL", &work.outbox.postgres.url)
+            .env("NATS_URL", &work.outbox.nats.url)
+            .env("AFTERCOMMIT_STREAM", &work.outbox.naming.stream)
+            .env("AFTERCOMMIT_SUBJECT_PREFIX", work.outbox.naming.prefix.to_string())
+            .env("RUST_LOG", "off");
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let (status, said) = run(&["--subscriber", "back"]);
+    assert!(status == Some(1) && said.contains("result=ran scanned=3 found=3 repaired=0"), "{status:?} {said}");
+    let (status, said) = run(&["--subscriber", "back", "--repair"]);
+    assert!(status == Some(0) && said.contains("found=3 repaired=3"), "{status:?} {said}");
+    assert_eq!(run(&[]).0, Some(2), "no subscriber is meant");
+    assert_eq!(run(&["--subscriber", "nobody"]).0, Some(1));
 }

@@ -2,6 +2,7 @@
 
 mod http;
 pub mod operator;
+mod reconciling;
 pub mod relay;
 mod servers;
 pub mod worker;

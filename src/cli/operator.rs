@@ -9,7 +9,9 @@ mod parked;
 mod peek;
 mod reconcile;
 mod relay;
+mod replay;
 mod selection;
+mod subscribers;
 mod terminal;
 mod who;
 mod worker;
@@ -64,6 +66,8 @@ enum Command {
     /// Pause or resume publishing, whichever relay leads
     #[command(subcommand)]
     Relay(relay::Relay),
+    /// Send events to one subscriber that it has missed, or once more
+    Replay(Box<replay::Replay>),
     /// Show what reconcilers did
     Runs(findings::Runs),
     /// Show the backlog, the leading relay, the stream and the subscribers
@@ -174,6 +178,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
             text
         }
         Command::Relay(command) => runtime.block_on(relay::run(command))?,
+        Command::Replay(command) => runtime.block_on(replay::run(*command))?,
         Command::Runs(command) => runtime.block_on(findings::runs(command))?,
         Command::Status(command) => runtime.block_on(status(command))?,
         Command::Worker(command) => runtime.block_on(worker::run(command))?,

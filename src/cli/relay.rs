@@ -5,14 +5,13 @@ use std::time::Duration;
 
 use clap::Parser;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 
 use super::http::{self, HttpArgs};
+use super::reconciling::{self, ReconcileArgs};
 use super::{NamingArgs, NatsArgs, PostgresArgs, fail, run_role};
 use crate::error::Error;
-use crate::health::{Check, Health};
-use crate::reconciler::{self, OutboxLeg, Runner};
-use crate::relay::{self, Mode, ParkPolicy, PublishMethod, Relay, RelayConfig};
+use crate::reconciler::{OutboxLeg, Runner};
+use crate::relay::{Mode, ParkPolicy, PublishMethod, Relay, RelayConfig};
 
 const NAME: &str = "aftercommit-relay";
 
@@ -44,12 +43,8 @@ struct Cli {
     /// How many events that were found missing in the stream are published again in a second at most
     #[arg(long, env = "AFTERCOMMIT_REPAIR_RATE", value_name = "EVENTS", default_value_t = 5000)]
     repair_rate: u32,
-    /// Compare outbox and stream so often, in the relays that have this, one at a time
-    #[arg(long, env = "AFTERCOMMIT_RECONCILE_EVERY", value_name = "DURATION", value_parser = humantime::parse_duration)]
-    reconcile_every: Option<Duration>,
-    /// Publish again what is missing in the stream
-    #[arg(long, env = "AFTERCOMMIT_RECONCILE_REPAIR", requires = "reconcile_every")]
-    reconcile_repair: bool,
+    #[command(flatten)]
+    reconcile: ReconcileArgs,
     #[command(flatten)]
     http: HttpArgs,
 }
@@ -120,10 +115,10 @@ impl Cli {
 
 impl Cli {
     fn reconciler(&self, config: &RelayConfig) -> Option<Runner> {
-        let interval = self.reconcile_every?;
+        let (interval, mode) = self.reconcile.schedule()?;
         let leg = OutboxLeg {
             interval,
-            mode: if self.reconcile_repair { reconciler::Mode::Repair } else { reconciler::Mode::Report },
+            mode,
             shared: config.mode == Mode::Shared,
             ..OutboxLeg::new(config.nats.clone(), config.naming.clone())
         };
@@ -152,44 +147,8 @@ async fn run(
 ) -> Result<(), Error> {
     let server = http.open().await?;
     let relay = Relay::new(config);
-    let checks = Checks { relay: relay.monitor(), reconciler: runner.as_ref().map(Runner::monitor) };
-    let _runner = runner.map(|runner| {
-        let reconciling = runner.run(shutdown.clone());
-        AbortOnDropHandle::new(tokio::spawn(async {
-            if let Err(error) = reconciling.await {
-                tracing::error!(error = error.report(), "outbox and stream are not compared");
-            }
-        }))
-    });
+    let (checks, _runner) = reconciling::start(relay.monitor(), runner, &shutdown);
     Box::pin(http::beside(server, checks, relay.run(shutdown))).await
-}
-
-/// The relay's health. A comparison that fails is told, but to start the relay again would not help.
-struct Checks {
-    relay: relay::Monitor,
-    reconciler: Option<reconciler::Monitor>,
-}
-
-impl Check for Checks {
-    fn health(&self) -> Health {
-        let mut health = self.relay.health();
-        let trouble = self.reconciler.as_ref().map(Check::health).filter(|reconciler| !reconciler.ok);
-        if let Some(trouble) = trouble {
-            health.text = format!("{}; {}", health.text, trouble.text);
-        }
-        health
-    }
-
-    fn readiness(&self) -> Health {
-        self.relay.readiness()
-    }
-
-    fn refresh_metrics(&self) {
-        self.relay.refresh_metrics();
-        if let Some(reconciler) = &self.reconciler {
-            reconciler.refresh_metrics();
-        }
-    }
 }
 
 #[cfg(test)]

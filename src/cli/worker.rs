@@ -7,6 +7,7 @@ use clap::Parser;
 use tokio_util::sync::CancellationToken;
 
 use super::http::{self, HttpArgs};
+use super::reconciling::{self, ReconcileArgs};
 use super::{NamingArgs, NatsArgs, PostgresArgs, fail, run_role};
 use crate::error::{Error, ErrorKind};
 use crate::worker::{Queues, Registry, Worker, read_file};
@@ -28,6 +29,8 @@ struct Cli {
     nats: NatsArgs,
     #[command(flatten)]
     naming: NamingArgs,
+    #[command(flatten)]
+    reconcile: ReconcileArgs,
     #[command(flatten)]
     http: HttpArgs,
 }
@@ -84,6 +87,8 @@ struct Service {
     #[command(flatten)]
     naming: NamingArgs,
     #[command(flatten)]
+    reconcile: ReconcileArgs,
+    #[command(flatten)]
     http: HttpArgs,
 }
 
@@ -103,14 +108,21 @@ pub(crate) fn serve(registry: Registry) -> ExitCode {
             }
             Ok(())
         }),
-        Ok(worker) => run_role(NAME, |shutdown| run(worker, cli.http, shutdown)),
+        Ok(worker) => run_role(NAME, |shutdown| run(worker, cli.reconcile, cli.http, shutdown)),
         Err(error) => fail(NAME, &error),
     }
 }
 
-async fn run(worker: Worker, http: HttpArgs, shutdown: CancellationToken) -> Result<(), Error> {
+async fn run(
+    worker: Worker,
+    reconcile: ReconcileArgs,
+    http: HttpArgs,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
     let server = http.open().await?;
-    Box::pin(http::beside(server, worker.monitor(), worker.run(shutdown))).await
+    let runner = reconcile.schedule().map(|(every, mode)| worker.reconcilers(every, mode));
+    let (checks, _runner) = reconciling::start(worker.monitor(), runner, &shutdown);
+    Box::pin(http::beside(server, checks, worker.run(shutdown))).await
 }
 
 /// Runs the worker of this process until a signal ends it. The exit status is 0 after an orderly stop, 2 when the
@@ -118,7 +130,7 @@ async fn run(worker: Worker, http: HttpArgs, shutdown: CancellationToken) -> Res
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli.worker() {
-        Ok(worker) => run_role(NAME, |shutdown| run(worker, cli.http, shutdown)),
+        Ok(worker) => run_role(NAME, |shutdown| run(worker, cli.reconcile, cli.http, shutdown)),
         Err(error) => fail(NAME, &error),
     }
 }

@@ -23,6 +23,7 @@ pub use item::{Drift, ItemError, Reconciler};
 pub use monitor::Monitor;
 pub use outbox::OutboxLeg;
 pub use runner::Runner;
+pub(crate) use subscriber::Sending;
 pub use subscriber::{ConsumerLeg, InboxLeg, Subscription};
 
 /// What a run does about what it finds.

@@ -85,6 +85,7 @@ use crate::jetstream;
 use crate::jetstream::Connection;
 use crate::jetstream::consumer;
 use crate::postgres::connections::Connections;
+use crate::reconciler::{ConsumerLeg, InboxLeg, Mode, Runner};
 use monitor::Board;
 use progress::Progress;
 
@@ -177,6 +178,23 @@ impl Worker {
     /// Tells how this worker is doing, while it runs.
     pub fn monitor(&self) -> Monitor {
         self.board.monitor()
+    }
+
+    /// The reconcilers of the subscribers that [`Self::run`] serves, to be run beside it: legs B and C, as
+    /// docs/reconciliation.md has it. Call it when the subscribers are defined.
+    pub fn reconcilers(&self, every: Duration, mode: Mode) -> Runner {
+        let mut runner = Runner::new(self.postgres.clone());
+        for subscriber in self.registry.of(&self.queues) {
+            let subscription = subscriber.subscription(&self.naming);
+            let consumer = ConsumerLeg::new(self.nats.clone(), subscription.clone());
+            let inbox = InboxLeg::new(self.nats.clone(), subscription);
+            runner = runner.consumer(ConsumerLeg { interval: every, mode, ..consumer }).inbox(InboxLeg {
+                interval: every,
+                mode,
+                ..inbox
+            });
+        }
+        runner
     }
 
     /// What the log tells to do when a consumer is missing.

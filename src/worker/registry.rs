@@ -184,6 +184,11 @@ impl Registry {
         Ok(self.subscribers.into_iter().filter(|subscriber| queues.have(subscriber)).collect())
     }
 
+    /// The same while the registry is still needed.
+    pub(super) fn of(&self, queues: &Queues) -> impl Iterator<Item = &Subscriber> {
+        self.subscribers.iter().filter(|subscriber| queues.have(subscriber))
+    }
+
     fn missing(&self) -> String {
         match self.failed.iter().map(|failed| failed.name.as_str()).collect::<Vec<_>>() {
             none if none.is_empty() => String::new(),

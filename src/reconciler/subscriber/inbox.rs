@@ -309,7 +309,8 @@ impl Leg<'_> {
         let open = ask(self.run, async |session| resend::open(session, &name, MISSED, after, FINDINGS).await).await?;
         let Some((last, _)) = open.last() else { return Ok(None) };
         self.stage = Stage::Earlier(*last);
-        let missed = open.into_iter().map(|(_, event_id)| event_id).collect();
+        let missed: Vec<Uuid> = open.into_iter().map(|(_, event_id)| event_id).collect();
+        self.pending.extend(&missed);
         Ok(Some(Page { missed, ..Page::default() }))
     }
 

@@ -21,6 +21,7 @@ use crate::postgres::session::Session;
 
 pub use consumer::ConsumerLeg;
 pub use inbox::InboxLeg;
+pub(crate) use sending::Sending;
 
 /// A subscriber as its reconcilers see it: what it reads and what it remembers. See
 /// [`crate::worker::Subscriber::subscription`].
@@ -42,7 +43,38 @@ impl Subscription {
         &self.spec.name
     }
 
-    pub(super) async fn connect(&self, nats: &crate::config::NatsConfig) -> Result<Connection, Error> {
+    /// The subscriber of a consumer as that is, without its definition: so its settings cannot be compared.
+    ///
+    /// # Errors
+    /// When NATS cannot be reached, or there is no such consumer.
+    #[cfg(feature = "cli")]
+    pub(crate) async fn discover(
+        nats: &crate::config::NatsConfig,
+        naming: &crate::config::Naming,
+        name: &str,
+    ) -> Result<Self, Error> {
+        let connection = jetstream::connect(nats, "aftercommit-reconciler", "_INBOX_worker").await?;
+        let context = jetstream::context(&connection.client);
+        let (stream, name) = (naming.stream.clone(), name.to_string());
+        let mut spec = ConsumerSpec { stream, name, subjects: Vec::new(), ack_wait: Duration::ZERO };
+        let remedy = "name its definition with --config worker.toml";
+        let Some(survey) = jetstream::consumer::survey(&context, &spec).await? else {
+            let problem = format!("stream {} has no consumer {}: {remedy}", spec.stream, spec.name);
+            return Err(Error::new(crate::error::ErrorKind::NotReady, problem));
+        };
+        spec.ack_wait = survey.position.ack_wait;
+        spec.subjects = if survey.subjects.is_empty() { vec![">".into()] } else { survey.subjects };
+        let types = spec.subjects.iter().map(|subject| naming.prefix.event_type(subject));
+        let types = types.map(|event_type| event_type.filter(|event_type| *event_type != ">").map(str::to_string));
+        Ok(Self {
+            types: types.collect::<Option<Vec<_>>>().unwrap_or_default(),
+            spec,
+            inbox_retention: Duration::from_hours(30 * 24),
+            remedy: "run `aftercommit provision --config worker.toml`, or the service with --provision".into(),
+        })
+    }
+
+    pub(crate) async fn connect(&self, nats: &crate::config::NatsConfig) -> Result<Connection, Error> {
         jetstream::connect(nats, "aftercommit-reconciler", "_INBOX_worker").await
     }
 }

@@ -6,7 +6,7 @@ use crate::postgres::resend::{self, Event, Order};
 use crate::postgres::session::{Session, Tx};
 
 /// An open transaction.
-pub(super) struct Sending<'s> {
+pub(crate) struct Sending<'s> {
     tx: Tx<'s>,
     order: Order,
     /// The first row that it wrote.
@@ -15,11 +15,11 @@ pub(super) struct Sending<'s> {
 }
 
 impl<'s> Sending<'s> {
-    pub(super) async fn begin(session: &'s mut Session, order: Order) -> Result<Self, sqlx::Error> {
+    pub(crate) async fn begin(session: &'s mut Session, order: Order) -> Result<Self, sqlx::Error> {
         Ok(Self { tx: resend::begin(session).await?, order, first: None, sent: 0 })
     }
 
-    pub(super) async fn send(&mut self, events: &[Event]) -> Result<(), sqlx::Error> {
+    pub(crate) async fn send(&mut self, events: &[Event]) -> Result<(), sqlx::Error> {
         if events.is_empty() {
             return Ok(());
         }
@@ -31,7 +31,7 @@ impl<'s> Sending<'s> {
     }
 
     /// Makes it valid, and returns how many rows are new.
-    pub(super) async fn commit(mut self, action: &str) -> Result<u64, sqlx::Error> {
+    pub(crate) async fn commit(mut self, action: &str) -> Result<u64, sqlx::Error> {
         if let Some(first) = self.first {
             resend::sort(&mut self.tx, &self.order.subscriber, first).await?;
             resend::log(&mut self.tx, &self.order, action, self.sent).await?;
