@@ -5,10 +5,11 @@ mod support;
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::time::Duration;
 
 use aftercommit::testing::servers::Postgres;
 use async_nats::jetstream::consumer::{DeliverPolicy, pull};
-use support::{Copy, Dump, NAME, Random, Scenario};
+use support::{Copy, Dump, NAME, Random, Scenario, Writers};
 
 type Found = Vec<(String, String, i64)>;
 
@@ -279,4 +280,41 @@ async fn the_consumer_is_made_anew_at_the_end_of_the_stream() {
     repair(&mut scenario, true).await;
     assert_eq!(scenario.outbox_findings().await, []);
     println!("{:?}", scenario.books_findings().await);
+}
+
+/// Handled messages are removed again and again, under writers, a relay and a worker that do not stop. Two reconcilers of
+/// the outbox race each other and the subscriber's; one of them is killed, and so are relays and workers.
+#[tokio::test(flavor = "multi_thread")]
+async fn reconcilers_race_all_the_others_and_are_killed() {
+    let mut scenario = Scenario::start().await;
+    reconciled(&scenario, 60).await;
+    let writers = Writers::start(&scenario.outbox.pool, 1, 6).await;
+    let mut random = Random(11);
+    let mut removed = 0;
+    for round in 0..4 {
+        let handled = scenario.stream().await.consumer_info(NAME).await.unwrap().ack_floor.stream_sequence;
+        for sequence in some(&mut random, 1, handled, 6) {
+            // One that was removed in an earlier round is not there any more.
+            removed += u64::from(scenario.stream().await.delete_message(sequence).await.is_ok());
+        }
+        let mut killed = scenario.reconcile_command().spawn().unwrap();
+        let mut other = scenario.reconcile_command().spawn().unwrap();
+        tokio::time::sleep(Duration::from_millis(random.below(400))).await;
+        match round % 3 {
+            0 => scenario.kill_relay(),
+            1 => scenario.kill_worker(),
+            _ => {}
+        }
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+        writers.more(10).await;
+        scenario.reconcile_books().await;
+        tokio::task::spawn_blocking(move || other.wait()).await.unwrap().unwrap();
+    }
+    writers.stop().await;
+    repair(&mut scenario, false).await;
+    assert_eq!(scenario.outbox_findings().await, [finding("missing_from_stream", "repaired", removed)]);
+    assert_eq!(scenario.books_findings().await, []);
+    let repairs = scenario.stream().await.cached_info().state.messages;
+    assert_eq!(repairs, scenario.outbox.committed().await.len() as u64, "nothing is in the stream twice");
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 use aftercommit::admin;
 use aftercommit::config::PostgresConfig;
@@ -19,7 +20,8 @@ use super::{Outbox, RunningRelay, RunningWorker, SOON, Writers};
 pub const NAME: &str = "books";
 
 /// What the subscriber does: it writes down what it sees.
-const EFFECTS: &str = "create table effect (id bigint generated always as identity, event_id uuid, key text, version int);
+const EFFECTS: &str =
+    "create table effect (id bigint generated always as identity, event_id uuid, key text, version int);
      create function see(event jsonb) returns void language sql as $$
         insert into effect (event_id, key, version)
         values ((event ->> 'id')::uuid, event ->> 'partitionkey', (event -> 'data' ->> 'version')::int) $$";
@@ -67,9 +69,31 @@ impl Scenario {
         self.worker.take().unwrap().stop().await;
     }
 
-    /// As a crash does.
-    pub fn drop_worker(&mut self) {
+    /// As a crash does, and another one takes over.
+    pub fn kill_relay(&mut self) {
+        self.relay = None;
+        self.start_relay();
+    }
+
+    /// The same for the worker.
+    pub fn kill_worker(&mut self) {
         self.worker = None;
+        self.start_worker();
+    }
+
+    /// The program that compares all of the outbox with the stream, and repairs that.
+    pub fn reconcile_command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit"));
+        command
+            .args(["reconcile", "--leg", "outbox", "--repair", "--full"])
+            .env("DATABASE_URL", &self.outbox.postgres.url)
+            .env("NATS_URL", &self.outbox.nats.url)
+            .env("AFTERCOMMIT_STREAM", &self.outbox.naming.stream)
+            .env("AFTERCOMMIT_SUBJECT_PREFIX", self.outbox.naming.prefix.to_string())
+            .env("AFTERCOMMIT_SOURCE", &self.outbox.naming.source)
+            .env("RUST_LOG", "warn,aftercommit::reconciler=off")
+            .stdout(Stdio::null());
+        command
     }
 
     fn subscriber() -> Subscriber {
