@@ -112,6 +112,47 @@ async fn the_stream_loses_its_tail_under_a_consumer() {
     assert_eq!((scenario.outbox_findings().await, scenario.books_findings().await), (vec![], vec![]));
 }
 
+/// A transaction that began before what is lost, and commits after the loss, comes into a lost place: the relay fills them
+/// in the order of the outbox. Before 2.14 the server takes the message in this place for acked.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_transaction_commits_into_the_lost_tail() {
+    let mut scenario = Scenario::start().await;
+    let pool = scenario.outbox.pool.clone();
+    let mut old = Vec::new();
+    reconciled(&scenario, 60).await;
+    let messages = scenario.stream_directory().join("msgs");
+    scenario.nats.stop().await.unwrap();
+    let copy = Copy::of(&messages);
+    scenario.nats.restart().await.unwrap();
+    for version in 1..=2 {
+        let mut transaction = pool.begin().await.unwrap();
+        let publish = "select aftercommit.publish('key.changed', jsonb_build_object('version', $1::int), 'old')";
+        sqlx::query(publish).bind(version).execute(&mut *transaction).await.unwrap();
+        old.push(transaction);
+    }
+    reconciled(&scenario, 60).await;
+    scenario.stop_relay().await;
+    scenario.nats.stop().await.unwrap();
+    copy.replace(&messages);
+    scenario.nats.restart().await.unwrap();
+    for transaction in old {
+        transaction.commit().await.unwrap();
+    }
+    scenario.start_relay();
+    scenario.published().await;
+    repair(&mut scenario, false).await;
+    let found = match ahead_is_skipped(&scenario) {
+        true => vec![finding("acked_not_handled", "repaired", 2)],
+        false => vec![],
+    };
+    assert_eq!((scenario.outbox_findings().await, scenario.books_findings().await), (vec![], found));
+}
+
+/// Whether the server lets a consumer stand behind the end of its stream.
+fn ahead_is_skipped(scenario: &Scenario) -> bool {
+    scenario.nats.version().starts_with("2.12.")
+}
+
 /// Before the relay has filled the lost places, a consumer that stands behind the stream's end is found and made anew.
 /// Servers from 2.14 on put it back themselves.
 #[tokio::test(flavor = "multi_thread")]
@@ -128,7 +169,7 @@ async fn a_consumer_ahead_of_the_stream_is_found() {
     copy.replace(&scenario.stream_directory().join("msgs"));
     scenario.nats.restart().await.unwrap();
     let summary = scenario.reconcile_consumer().await;
-    let found: Found = match scenario.nats.version().starts_with("2.12.") {
+    let found: Found = match ahead_is_skipped(&scenario) {
         true => vec![finding("consumer_ahead", "repaired", 1)],
         false => vec![],
     };
@@ -141,7 +182,7 @@ async fn a_consumer_ahead_of_the_stream_is_found() {
 }
 
 /// One bit of the stream's file changes. `killed` says how the server ended before.
-async fn survives_a_flipped_bit(killed: bool, behind: bool) -> (Scenario, u64) {
+async fn survives_a_flipped_bit(killed: bool, behind: bool) -> Scenario {
     let mut scenario = Scenario::start().await;
     reconciled(&scenario, 60).await;
     if behind {
@@ -159,21 +200,20 @@ async fn survives_a_flipped_bit(killed: bool, behind: bool) -> (Scenario, u64) {
     scenario.nats.restart().await.unwrap();
     scenario.write(20).await;
     repair(&mut scenario, behind).await;
-    let first = scenario.stream().await.cached_info().state.messages;
-    (scenario, first)
+    scenario
 }
 
 /// After an orderly stop the server relies on its index: it counts the message as there and cannot read it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bit_flips_in_a_handled_message() {
-    let (scenario, _) = survives_a_flipped_bit(false, false).await;
+    let scenario = survives_a_flipped_bit(false, false).await;
     assert_eq!(scenario.outbox_findings().await, [finding("missing_from_stream", "repaired", 1)]);
     assert_eq!(scenario.books_findings().await, []);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bit_flips_in_a_message_that_waits() {
-    let (scenario, _) = survives_a_flipped_bit(false, true).await;
+    let scenario = survives_a_flipped_bit(false, true).await;
     assert_eq!(scenario.outbox_findings().await, [finding("missing_from_stream", "repaired", 1)]);
     assert_eq!(scenario.books_findings().await, [finding("not_handled", "repaired", 1)]);
 }
@@ -181,7 +221,7 @@ async fn a_bit_flips_in_a_message_that_waits() {
 /// After a crash the server reads its file again and drops everything from the damaged message on.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bit_flips_before_a_crashed_server_comes_back() {
-    let (scenario, _) = survives_a_flipped_bit(true, true).await;
+    let scenario = survives_a_flipped_bit(true, true).await;
     assert_eq!((scenario.outbox_findings().await, scenario.books_findings().await), (vec![], vec![]));
 }
 
@@ -279,7 +319,8 @@ async fn the_consumer_is_made_anew_at_the_end_of_the_stream() {
     scenario.published().await;
     repair(&mut scenario, true).await;
     assert_eq!(scenario.outbox_findings().await, []);
-    println!("{:?}", scenario.books_findings().await);
+    let found = ["consumer_recreated", "consumer_settings"].map(|kind| finding(kind, "repaired", 1));
+    assert_eq!(scenario.books_findings().await, found);
 }
 
 /// Handled messages are removed again and again, under writers, a relay and a worker that do not stop. Two reconcilers of
@@ -290,12 +331,15 @@ async fn reconcilers_race_all_the_others_and_are_killed() {
     reconciled(&scenario, 60).await;
     let writers = Writers::start(&scenario.outbox.pool, 1, 6).await;
     let mut random = Random(11);
-    let mut removed = 0;
+    let mut removed = BTreeSet::new();
     for round in 0..4 {
         let handled = scenario.stream().await.consumer_info(NAME).await.unwrap().ack_floor.stream_sequence;
         for sequence in some(&mut random, 1, handled, 6) {
             // One that was removed in an earlier round is not there any more.
-            removed += u64::from(scenario.stream().await.delete_message(sequence).await.is_ok());
+            if let Ok(message) = scenario.stream().await.get_raw_message(sequence).await {
+                removed.insert(message.headers.get("ce-id").unwrap().to_string());
+                scenario.delete([sequence]).await;
+            }
         }
         let mut killed = scenario.reconcile_command().spawn().unwrap();
         let mut other = scenario.reconcile_command().spawn().unwrap();
@@ -313,7 +357,7 @@ async fn reconcilers_race_all_the_others_and_are_killed() {
     }
     writers.stop().await;
     repair(&mut scenario, false).await;
-    assert_eq!(scenario.outbox_findings().await, [finding("missing_from_stream", "repaired", removed)]);
+    assert_eq!(scenario.outbox_findings().await, [finding("missing_from_stream", "repaired", removed.len() as u64)]);
     assert_eq!(scenario.books_findings().await, []);
     let repairs = scenario.stream().await.cached_info().state.messages;
     assert_eq!(repairs, scenario.outbox.committed().await.len() as u64, "nothing is in the stream twice");
