@@ -5,6 +5,7 @@ mod support;
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use aftercommit::testing::servers::Postgres;
@@ -181,6 +182,20 @@ async fn a_consumer_ahead_of_the_stream_is_found() {
     assert_eq!(scenario.books_findings().await, found);
 }
 
+/// Changes one bit of a message in the second half: in its length, or in its payload.
+fn flip_a_bit(block: &Path, in_length: bool) {
+    let mut bytes = fs::read(block).unwrap();
+    let (mut begin, mut end) = (0, 0);
+    while end < bytes.len() * 3 / 4 {
+        begin = end;
+        // A record begins with its length, whose highest bit says that there are headers, and ends with a checksum.
+        let length = u32::from_le_bytes(bytes[end..end + 4].try_into().unwrap()) & 0x7fff_ffff;
+        end += usize::try_from(length).unwrap();
+    }
+    bytes[if in_length { begin } else { end - 10 }] ^= 1;
+    fs::write(block, bytes).unwrap();
+}
+
 /// One bit of the stream's file changes. `killed` says how the server ended before.
 async fn survives_a_flipped_bit(killed: bool, behind: bool) -> Scenario {
     let mut scenario = Scenario::start().await;
@@ -192,11 +207,7 @@ async fn survives_a_flipped_bit(killed: bool, behind: bool) -> Scenario {
         true => scenario.nats.kill().await.unwrap(),
         false => scenario.nats.stop().await.unwrap(),
     }
-    let block = scenario.stream_directory().join("msgs/1.blk");
-    let mut bytes = fs::read(&block).unwrap();
-    let middle = bytes.len() * 2 / 3;
-    bytes[middle] ^= 1;
-    fs::write(&block, bytes).unwrap();
+    flip_a_bit(&scenario.stream_directory().join("msgs/1.blk"), false);
     scenario.nats.restart().await.unwrap();
     scenario.write(20).await;
     repair(&mut scenario, behind).await;
@@ -223,6 +234,26 @@ async fn a_bit_flips_in_a_message_that_waits() {
 async fn a_bit_flips_before_a_crashed_server_comes_back() {
     let scenario = survives_a_flipped_bit(true, true).await;
     assert_eq!((scenario.outbox_findings().await, scenario.books_findings().await), (vec![], vec![]));
+}
+
+/// The server cannot tell where messages begin, and notices that late: it needs a restart, and then it has lost its end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bit_flips_in_a_length() {
+    let mut scenario = Scenario::start().await;
+    reconciled(&scenario, 60).await;
+    fall_behind(&mut scenario, 100).await;
+    scenario.nats.stop().await.unwrap();
+    flip_a_bit(&scenario.stream_directory().join("msgs/1.blk"), true);
+    scenario.nats.restart().await.unwrap();
+    scenario.write(20).await;
+    // Whoever reads it makes the server notice.
+    let last = scenario.stream().await.cached_info().state.last_sequence;
+    for sequence in 1..=last {
+        drop(scenario.stream().await.get_raw_message(sequence).await);
+    }
+    scenario.nats.restart().await.unwrap();
+    repair(&mut scenario, true).await;
+    println!("{:?} {:?}", scenario.outbox_findings().await, scenario.books_findings().await);
 }
 
 /// Some sequences between two.
