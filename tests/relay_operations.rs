@@ -250,7 +250,7 @@ async fn nobody_makes_the_relay_answer_into_its_stream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_the_permissions_of_a_service_there_is_one_warning() {
+async fn without_the_permissions_of_a_service_there_is_one_warning_of_each_kind() {
     let config = "no_auth_user: admin
     authorization { users: [
         { user: admin, password: admin },
@@ -269,7 +269,8 @@ async fn without_the_permissions_of_a_service_there_is_one_warning() {
     outbox.publish("order.placed", "{}", None).await;
     outbox.assert_complete().await;
     let said = || fs::read_to_string(&log).unwrap();
-    eventually(SOON, "the relay warns", async || said().contains("micro service")).await.unwrap();
+    let warned = async || said().contains("micro service") && said().contains("questions about the outbox");
+    eventually(SOON, "the relay warns", warned).await.unwrap();
 
     nats.restart().await.unwrap();
     outbox.publish("order.placed", "{}", None).await;
@@ -277,5 +278,6 @@ async fn without_the_permissions_of_a_service_there_is_one_warning() {
     let said = said();
     fs::remove_file(&log).unwrap();
     assert_eq!(said.matches("micro service").count(), 1, "{said}");
-    assert_eq!(said.matches("Permissions Violation").count(), 1, "{said}");
+    assert_eq!(said.matches("questions about the outbox").count(), 1, "{said}");
+    assert_eq!(said.matches("Permissions Violation").count(), 2, "{said}");
 }

@@ -248,6 +248,17 @@ async fn what_is_left_of_events_that_never_come_again_keeps_nobody_waiting() {
     .execute(&work.outbox.pool)
     .await
     .unwrap();
+    // It was done by a worker that was thought dead.
+    sqlx::raw_sql(
+        "with done as (
+            insert into aftercommit.inbox (subscriber, event_id, stream_seq)
+            values ('fragile', aftercommit.new_event_id(), 1) returning event_id)
+         insert into aftercommit.attempt (subscriber, event_id, crashes, last_error)
+         select 'fragile', event_id, 5, '' from done",
+    )
+    .execute(&work.outbox.pool)
+    .await
+    .unwrap();
     work.send_many(&KEYS, 20).await;
     let worker = work.run(Subscriber::new("fragile").on::<Number>(Record::good())).await;
     work.wait_for(6 * 20).await;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use aftercommit::backoff::Backoff;
 use aftercommit::config::NatsConfig;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
@@ -42,6 +43,51 @@ async fn a_database_that_crashes_costs_no_attempt() {
     }
     work.wait_for(400).await;
     assert_unharmed(&work, 100).await;
+    worker.stop().await;
+}
+
+/// Handlers are in the middle when it begins, and it lasts many times as long as all the waits of three attempts.
+#[tokio::test(flavor = "multi_thread")]
+async fn outages_longer_than_all_backoffs_give_nothing_up() {
+    let mut postgres = Postgres::start(PostgresOptions::default()).await.unwrap();
+    let mut nats = Nats::start(NatsOptions::default()).await.unwrap();
+    let work = Work::on(postgres.create_database().await.unwrap(), nats.url()).await;
+    let runs = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&runs);
+    let handler = Record::new(move |_| {
+        counter.fetch_add(1, Ordering::SeqCst);
+        Act::Sleep(Duration::from_millis(400))
+    });
+    let backoff = Backoff { first: Duration::from_millis(10), max: Duration::from_millis(50) };
+    let subscriber = Subscriber::new("long").on::<Number>(handler).max_attempts(3).backoff(backoff).max_batch(2);
+    let worker = work.run(subscriber.ack_wait(Duration::from_secs(1))).await;
+    let next_runs = async || {
+        let before = runs.load(Ordering::SeqCst);
+        eventually(SOON, "handlers run", async || runs.load(Ordering::SeqCst) >= before + 4).await.unwrap();
+    };
+    let length = Duration::from_secs(4);
+    work.send_many(&KEYS, 16).await;
+    next_runs().await;
+    nats.kill().await.unwrap();
+    tokio::time::sleep(length).await;
+    nats.restart().await.unwrap();
+    next_runs().await;
+    postgres.kill().await.unwrap();
+    tokio::time::sleep(length).await;
+    postgres.restart().await.unwrap();
+    next_runs().await;
+    tokio::join!(async { nats.kill().await.unwrap() }, async { postgres.kill().await.unwrap() });
+    tokio::time::sleep(length).await;
+    postgres.restart().await.unwrap();
+    nats.restart().await.unwrap();
+    work.wait_for(64).await;
+    work.wait_until_acked("long").await;
+    assert_unharmed(&work, 16).await;
+    let crashes: i64 = sqlx::query_scalar("select count(*) from aftercommit.attempt where crashes > 0")
+        .fetch_one(&work.outbox.pool)
+        .await
+        .unwrap();
+    assert_eq!(crashes, 0);
     worker.stop().await;
 }
 

@@ -147,14 +147,17 @@ pub(super) fn is_inbox(reply: &Subject) -> bool {
 }
 
 /// Whether the server's error only says that this process may not be a service, or may not answer as one. The first
-/// such error is reported here.
+/// such error of each kind is reported here.
 pub(super) fn explains(error: &str) -> bool {
+    static NO_ANSWERS: Once = Once::new();
     static REPORTED: Once = Once::new();
     if error.contains("Permissions Violation for Subscription to \"aftercommit.outbox.") {
-        tracing::warn!(
-            error,
-            "the NATS user may not answer questions about the outbox; reconcilers of subscribers cannot ask"
-        );
+        NO_ANSWERS.call_once(|| {
+            tracing::warn!(
+                error,
+                "the NATS user may not answer questions about the outbox; reconcilers of subscribers cannot ask"
+            );
+        });
         return true;
     }
     let denied = ["Subscription to \"$SRV.", "Subscription to \"aftercommit.", "Publish to \"_INBOX"];

@@ -84,12 +84,17 @@ pub(crate) async fn take_over(
             select $1, event_id, 1, 'the worker''s process died while this event ran' from suspect order by event_id
             on conflict (subscriber, event_id) do update
                set crashes = attempt.crashes + 1, last_error = excluded.last_error, last_failed_at = clock_timestamp()
-            returning event_id, crashes)
+            returning event_id, crashes),
+         forgotten as (
+            delete from aftercommit.attempt as before using aftercommit.inbox as done
+             where before.subscriber = $1 and done.subscriber = $1 and done.event_id = before.event_id
+            returning before.event_id)
          select event_id, crashes from counted
          union all
          select event_id, crashes from aftercommit.attempt as before
           where subscriber = $1 and crashes > 0
-            and not exists (select from suspect where suspect.event_id = before.event_id)",
+            and not exists (select from suspect where suspect.event_id = before.event_id)
+            and not exists (select from forgotten where forgotten.event_id = before.event_id)",
     )
     .bind(subscriber)
     .bind(tenure.epoch)
