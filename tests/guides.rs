@@ -5,7 +5,7 @@ use std::time::Duration;
 use aftercommit::outbox::{Publisher, RawEvent};
 use aftercommit::testing::coverage::Coverage;
 use aftercommit::testing::{self, Environment};
-use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
+use aftercommit::worker::{BatchError, BatchHandler, Delivery, Handler, HandlerError, Subscriber};
 use aftercommit::{Event, EventId, outbox};
 use serde::{Deserialize, Serialize};
 use sqlx::{PgPool, PgTransaction};
@@ -80,6 +80,32 @@ impl Handler<OrderPlaced> for SendReceipt {
             .await?;
         Ok(())
     }
+}
+
+struct SumRevenue;
+
+impl BatchHandler<OrderPlaced> for SumRevenue {
+    async fn handle(&self, tx: &mut PgTransaction<'_>, placed: &[Delivery<OrderPlaced>]) -> Result<(), BatchError> {
+        let (orders, cents): (Vec<i64>, Vec<i64>) =
+            placed.iter().map(|placed| (placed.event.order, placed.event.cents)).unzip();
+        if let Some(at) = cents.iter().position(|cents| *cents < 0) {
+            return Err(BatchError::at(at, HandlerError::reject("an order cannot have a negative total")));
+        }
+        sqlx::query("insert into revenue select * from unnest($1::bigint[], $2::bigint[]) on conflict do nothing")
+            .bind(orders)
+            .bind(cents)
+            .execute(&mut **tx)
+            .await?;
+        Ok(())
+    }
+}
+
+fn batch_subscribers() -> [Subscriber; 2] {
+    [
+        Subscriber::new("revenue").on_batch::<OrderPlaced>(SumRevenue).max_batch(500),
+        // Gathers the events of an order for ten seconds, and then handles them at once.
+        Subscriber::new("totals").on_batch::<OrderPlaced>(SumRevenue).debounce(Duration::from_secs(10)),
+    ]
 }
 
 fn subscribers() -> Vec<Subscriber> {
@@ -203,6 +229,21 @@ async fn an_order_is_counted_and_receipted() -> Result<(), Error> {
     assert_eq!(drained["revenue"].handled, [id]);
     let mails: i64 = sqlx::query_scalar("select count(*) from mail where order_id = 7").fetch_one(&pool).await?;
     assert_eq!(mails, 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn orders_are_counted_in_batches_and_a_negative_one_is_refused_alone() -> Result<(), Error> {
+    let pool = pool().await?;
+    let mut tx = pool.begin().await?;
+    for (order, cents) in [(1, 10), (2, -1), (3, 30)] {
+        Orders::place(&mut tx, order, 1, cents).await?;
+    }
+    tx.commit().await?;
+    let drained = testing::drain(&pool, batch_subscribers()).await?;
+    assert_eq!((drained["revenue"].handled.len(), drained["revenue"].dead.len()), (2, 1));
+    let sum: i64 = sqlx::query_scalar("select sum(cents)::bigint from revenue").fetch_one(&pool).await?;
+    assert_eq!(sum, 40);
     Ok(())
 }
 

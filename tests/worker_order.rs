@@ -77,8 +77,24 @@ async fn a_successor_runs_what_was_left_unacked_before_newer_events_and_at_once(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_that_were_lost_on_the_way_are_read_from_the_stream() {
+    lose_messages(&[]).await;
+}
+
+/// What comes again has a newer delivery number than what was lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_that_were_lost_between_redeliveries_are_read_from_the_stream_too() {
+    lose_messages(&["p", "q", "r", "s", "t", "u"]).await;
+}
+
+/// Loses messages of the keys `a` and `b`, while the events of other keys come again and again.
+async fn lose_messages(again: &'static [&'static str]) {
     let work = Work::shared().await;
-    let worker = work.run(Subscriber::new("order").on::<Number>(Record::good())).await;
+    let act = |delivery: &Delivery<Number>| match again.contains(&delivery.key.as_deref().unwrap_or_default()) {
+        true => Act::Fail(HandlerError::snooze(Duration::from_millis(5))),
+        false => Act::Succeed,
+    };
+    work.send_many(again, 1).await;
+    let worker = work.run(Subscriber::new("order").on::<Number>(Record::new(act))).await;
     work.send("a", 1).await;
     work.wait_for(1).await;
     // Another client of the consumer gets some messages and never answers.

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use aftercommit::admin::dead::{self, Filter};
+use aftercommit::admin::worker::{Which, pause, resume};
 use aftercommit::backoff::Backoff;
 use aftercommit::envelope::Envelope;
 use aftercommit::testing::eventually;
@@ -186,6 +187,29 @@ async fn a_redriven_event_waits_for_the_running_one_of_its_key_and_for_no_other(
     assert!(work.numbers("a").await.is_empty(), "it ran beside another one of its key");
     work.wait_for(6).await;
     assert_eq!(work.numbers("a").await, [10, 1, 2, 11]);
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_sent_back_during_a_pause_runs_after_it_and_before_the_live_events_of_its_key() {
+    let work = Work::shared().await;
+    let refuse = Arc::new(AtomicBool::new(true));
+    let worker = work.run(Subscriber::new("back").on::<Number>(refusing(&refuse))).await;
+    work.send("a", 1).await;
+    eventually(SOON, "the dead letter", async || work.dead_letters().await.len() == 1).await.unwrap();
+    refuse.store(false, Ordering::SeqCst);
+    let subscriber = Which::Subscriber("back");
+    pause(&work.outbox.postgres, subscriber, "test", None).await.unwrap();
+    // It is looked at once a second.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(send_back(&work, "back").await, 1);
+    work.send("a", 2).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!((work.count().await, rows_left(&work).await), (0, 1));
+    resume(&work.outbox.postgres, subscriber, "test").await.unwrap();
+    work.wait_for(2).await;
+    work.assert_in_order(&["a"], 2).await;
+    wait_until_empty(&work).await;
     worker.stop().await;
 }
 

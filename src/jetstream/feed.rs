@@ -146,6 +146,7 @@ pub(crate) fn start(
         created: position.created,
         seen: position.delivered,
         deliveries: position.deliveries,
+        missed: false,
         failures: 0,
         // Nothing is known of the messages: be careful at first.
         typical: 1_000_000,
@@ -166,6 +167,8 @@ struct Feed {
     seen: u64,
     /// The consumer sequence of the last delivery.
     deliveries: u64,
+    /// Whether deliveries were missed since the last new message.
+    missed: bool,
     /// Interruptions since the last sign of life of the consumer.
     failures: u32,
     /// The size of messages, a moving average.
@@ -338,8 +341,10 @@ impl Feed {
             }
         };
         let message = message.message;
+        // What was missed may have been new, also when the next to come is one that comes again.
+        self.missed |= delivery != self.deliveries + 1;
         if sequence > self.seen {
-            if delivery != self.deliveries + 1 {
+            if std::mem::take(&mut self.missed) {
                 tracing::info!(
                     subscriber = self.spec.name,
                     first = self.seen + 1,
