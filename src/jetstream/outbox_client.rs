@@ -17,6 +17,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How often a question is asked that nobody answers: relays may be about to take over.
 const TRIES: u32 = 5;
 const BETWEEN_TRIES: Duration = Duration::from_secs(1);
+/// Between two looks for what the relay does not tell yet.
+const LATELY: Duration = Duration::from_millis(200);
 
 /// Asks the outbox of a stream.
 pub(crate) struct OutboxClient {
@@ -46,9 +48,16 @@ impl OutboxClient {
         self.one(&question).await
     }
 
-    /// The next events that are not where the outbox's order would have them.
+    /// The next events that are not where the outbox's order would have them. Waits for those of the last second, which
+    /// the relay does not tell yet.
     pub(crate) async fn displaced(&self, after: Option<Value>) -> Result<Displaced, Error> {
-        self.one(&Question::Displaced { after }).await
+        loop {
+            let displaced: Displaced = self.one(&Question::Displaced { after: after.clone() }).await?;
+            if !displaced.more || !displaced.events.is_empty() {
+                return Ok(displaced);
+            }
+            tokio::time::sleep(LATELY).await;
+        }
     }
 
     /// Events by their ids, those that the outbox still has, in its order.

@@ -84,20 +84,24 @@ pub(crate) async fn record(
     .map(drop)
 }
 
-/// The outbox ids behind `after` of findings that nothing has been done about, in order.
+/// The outbox ids behind `after` of findings that nothing has been done about and that the run `since` or a later one has
+/// made, in order.
 pub(crate) async fn open(
     session: &mut Session,
     name: &str,
     kind: &str,
+    since: i64,
     after: i64,
     limit: i64,
 ) -> Result<Vec<i64>, sqlx::Error> {
     sqlx::query_scalar(
         "select outbox_id from aftercommit.finding
-          where name = $1 and kind = $2 and state = 'open' and outbox_id > $3 order by outbox_id limit $4",
+          where name = $1 and kind = $2 and state = 'open' and last_run >= $3 and outbox_id > $4
+          order by outbox_id limit $5",
     )
     .bind(name)
     .bind(kind)
+    .bind(since)
     .bind(after)
     .bind(limit)
     .fetch_all(session)

@@ -65,6 +65,15 @@ pub(crate) async fn digest(
 /// An event that was missing in the stream.
 pub(crate) type Repaired = (i64, Uuid, Option<String>, String, Option<i64>, DateTime<Utc>);
 
+/// Whether something was found missing in the stream this second, which [`repaired`] leaves out for now.
+pub(crate) async fn repaired_lately(connection: &mut Session) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(
+        "select exists (select from aftercommit.repair where queued_at >= clock_timestamp() - interval '1 second')",
+    )
+    .fetch_one(connection)
+    .await
+}
+
 /// The next events that were missing in the stream, in the order in which that was found, behind a time and an id.
 /// What was found this second is left for the next question, because transactions may still commit before it.
 pub(crate) async fn repaired(

@@ -200,9 +200,11 @@ impl Library {
             None => (0, 0),
         };
         let time = DateTime::from_timestamp_micros(after.0).unwrap_or_default();
+        // First, so that nothing is too new for this look and too old for the next.
+        let lately = questions::repaired_lately(&mut self.session).await?;
         let rows = questions::repaired(&mut self.session, (time, after.1), PAGE).await?;
         let next = rows.last().map_or(after, |(id, .., at)| (at.timestamp_micros(), *id));
-        let more = !rows.is_empty();
+        let more = lately || !rows.is_empty();
         let events = rows
             .into_iter()
             .map(|(id, event_id, key, state, sequence, _)| Moved {

@@ -8,6 +8,7 @@ mod http;
 mod outbox;
 mod proxy;
 mod restore;
+mod scenario;
 mod work;
 mod writers;
 
@@ -20,6 +21,7 @@ pub use http::{free_address, get, metric};
 pub use outbox::{Message, Outbox, RelayProcess, RunningRelay};
 pub use proxy::{Proxy, Way};
 pub use restore::{Copy, Dump, raise_transaction_ids};
+pub use scenario::{NAME, Scenario};
 pub use work::{Act, Number, Record, RunningWorker, Work, WorkerProcess, child_worker};
 pub use writers::{Random, Writers};
 

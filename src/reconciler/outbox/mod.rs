@@ -192,7 +192,7 @@ impl Leg<'_> {
         }
         let mut up_to = self.advance(swept_since.is_some()).await?;
         if self.run.mode == Mode::Repair {
-            self.repair_earlier_findings(&up_to).await?;
+            self.repair_earlier_findings(&up_to, swept_since.unwrap_or(0)).await?;
             if self.queued > 0 && !self.run.scheduled && self.wait_for_relay().await? {
                 up_to = self.advance(false).await?;
             }
@@ -280,6 +280,10 @@ impl Leg<'_> {
         if after.created != before.created || after.last < to.sequence {
             return Err(lost_its_end());
         }
+        // It may have published that again meanwhile, some of it behind our back; then it has gone back in its log before.
+        if self.ask(async |session| place::gone_back(session, &self.leg.naming.stream, to).await).await?.is_some() {
+            return Err(lost_its_end());
+        }
         let (run, queued) = (&mut *self.run, &mut self.queued);
         let stream = &self.leg.naming.stream;
         let mut next = Some(0);
@@ -337,11 +341,11 @@ impl Leg<'_> {
         if known.is_empty() { Err(lost_its_end()) } else { Ok(()) }
     }
 
-    /// Queues what runs before this one found and did not repair.
-    async fn repair_earlier_findings(&mut self, at: &Place) -> Result<(), Error> {
+    /// Queues what runs from `since` on found and did not repair. What a sweep did not find again is there by now.
+    async fn repair_earlier_findings(&mut self, at: &Place, since: i64) -> Result<(), Error> {
         let mut after = 0;
         loop {
-            let ids = self.ask(async |session| finding::open(session, NAME, MISSING, after, 1000).await).await?;
+            let ids = self.ask(async |session| finding::open(session, NAME, MISSING, since, after, 1000).await).await?;
             let Some(last) = ids.last() else { return Ok(()) };
             after = *last;
             let rows = self.ask(async |session| compare::absent(session, &ids).await).await?;

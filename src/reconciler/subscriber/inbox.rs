@@ -137,7 +137,7 @@ impl InboxLeg {
         let wanted = if types.is_empty() { vec!["*".to_string()] } else { types.clone() };
         position.types.update(&wanted, floor);
         let begins = run.scope == Scope::Full || position.compared.is_none();
-        let sweep = position.sweep.take().or_else(|| begins.then(|| (run.id, None)));
+        let sweep = position.sweep.take().or_else(|| begins.then_some((run.id, None)));
         let token = sweep.as_ref().map_or_else(|| position.compared.clone(), |(_, token)| token.clone());
         let mut leg = Leg {
             leg: self,

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::job::Run;
+use crate::config::{Naming, NatsConfig};
 use crate::error::Error;
 use crate::jetstream::consumer::ConsumerSpec;
 use crate::jetstream::{self, Connection};
@@ -43,16 +44,12 @@ impl Subscription {
         &self.spec.name
     }
 
-    /// The subscriber of a consumer as that is, without its definition: so its settings cannot be compared.
+    /// The subscriber of a consumer as that is, without its definition: its settings cannot be compared then, and its
+    /// inbox is taken to remember what [`crate::worker::Subscriber::inbox_retention`] defaults to.
     ///
     /// # Errors
     /// When NATS cannot be reached, or there is no such consumer.
-    #[cfg(feature = "cli")]
-    pub(crate) async fn discover(
-        nats: &crate::config::NatsConfig,
-        naming: &crate::config::Naming,
-        name: &str,
-    ) -> Result<Self, Error> {
+    pub async fn discover(nats: &NatsConfig, naming: &Naming, name: &str) -> Result<Self, Error> {
         let connection = jetstream::connect(nats, "aftercommit-reconciler", "_INBOX_worker").await?;
         let context = jetstream::context(&connection.client);
         let (stream, name) = (naming.stream.clone(), name.to_string());
@@ -74,7 +71,7 @@ impl Subscription {
         })
     }
 
-    pub(crate) async fn connect(&self, nats: &crate::config::NatsConfig) -> Result<Connection, Error> {
+    pub(crate) async fn connect(&self, nats: &NatsConfig) -> Result<Connection, Error> {
         jetstream::connect(nats, "aftercommit-reconciler", "_INBOX_worker").await
     }
 }
