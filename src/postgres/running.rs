@@ -46,13 +46,21 @@ pub(crate) async fn clear(connection: &mut Session, marker: Marker<'_>) -> Resul
         .map(drop)
 }
 
-/// Removes all markers of a tenure whose lanes have ended in an orderly way: what an outage kept them from.
+/// Removes what an outage kept the lanes of a tenure from removing, and what was locked when it took over: the process
+/// has lived through those events, or ends without having run them. What is still locked stays.
 pub(crate) async fn clear_all(connection: &mut Session, tenure: &Tenure, subscriber: &str) -> Result<(), sqlx::Error> {
     connection
         .execute(
-            sqlx::query("delete from aftercommit.running where subscriber = $1 and epoch = $2")
-                .bind(subscriber)
-                .bind(tenure.epoch),
+            sqlx::query(
+                "with left_behind as (
+                    select epoch, lane from aftercommit.running
+                     where subscriber = $1 and epoch <= $2
+                       for update skip locked)
+                 delete from aftercommit.running as r using left_behind as l
+                  where r.subscriber = $1 and r.epoch = l.epoch and r.lane = l.lane",
+            )
+            .bind(subscriber)
+            .bind(tenure.epoch),
         )
         .await
         .map(drop)

@@ -187,6 +187,11 @@ impl Scheduler {
         self.held.len()
     }
 
+    /// Whether there is an event that waits for nothing but its turn.
+    pub(super) fn any_ready(&self) -> bool {
+        !self.ready.is_empty() || !self.suspects.is_empty()
+    }
+
     /// Gives out up to `max` events for one lane, oldest first: the first `heads` ready ones and what follows them
     /// with the same key. Until all events of a key are settled no other lane gets one of it. A suspect comes first.
     /// Live events and those that were sent back take turns, so that many of the latter do not keep other keys waiting.

@@ -236,7 +236,7 @@ impl Session {
     /// events and lets their payloads go, so that others can come in. Lanes read them again when their time comes.
     fn make_room(&mut self) {
         let busy = self.lanes.len() >= self.lane.subscriber.settings.concurrency;
-        if busy || !self.budget.is_full() || self.scheduler.ready() > 0 {
+        if busy || !self.budget.is_full() || self.scheduler.any_ready() {
             return;
         }
         for place in self.scheduler.idle() {

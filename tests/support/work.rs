@@ -241,8 +241,16 @@ impl Work {
         command
     }
 
-    /// What waiting for the leases to run out would do.
+    /// What waiting for the leases to run out would do: PostgreSQL notices that a process is dead, and then its leases end.
     pub async fn expire_leases(&self) {
+        let open = "select count(*) from pg_stat_activity
+                     where datname = current_database() and application_name = 'aftercommit-worker'
+                       and xact_start is not null and query not like '%aftercommit.lease%'";
+        // Another one may be at work meanwhile.
+        let _ = eventually(Duration::from_secs(2), "open transactions end", async || {
+            sqlx::query_scalar::<_, i64>(open).fetch_one(&self.outbox.pool).await.unwrap() == 0
+        })
+        .await;
         sqlx::raw_sql("update aftercommit.lease set expires_at = '-infinity'")
             .execute(&self.outbox.pool)
             .await
