@@ -323,7 +323,7 @@ async fn killed_at_every_step_and_raced() {
             assert!(!dying.ends(SOON).await.success(), "it was to die at {fault}");
             relay = Some(outbox.relay_process());
         } else {
-            let mut command = reconcile_command(&outbox);
+            let mut command = reconcile_command(&outbox, &["--leg", "outbox", "--full"]);
             let status = command.env("AFTERCOMMIT_FAULT", fault).env("RUST_LOG", "off").status().unwrap();
             assert!(!status.success(), "it was to die at {fault}");
         }
@@ -374,10 +374,11 @@ async fn ran_without_relay(outbox: &Outbox) {
     .unwrap();
 }
 
-fn reconcile_command(outbox: &Outbox) -> std::process::Command {
+fn reconcile_command(outbox: &Outbox, arguments: &[&str]) -> std::process::Command {
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_aftercommit"));
     command
-        .args(["reconcile", "--leg", "outbox", "--repair", "--full"])
+        .args(["reconcile", "--repair"])
+        .args(arguments)
         .env("DATABASE_URL", &outbox.postgres.url)
         .env("NATS_URL", &outbox.nats.url)
         .env("AFTERCOMMIT_STREAM", &outbox.naming.stream)
@@ -452,6 +453,33 @@ async fn a_repair_that_can_never_be_stored_is_refused() {
     relay.stop().await.unwrap();
 }
 
+/// `aftercommit reconcile --every`: an outbox, without a word of which leg, as a process of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_of_its_own_repairs_again_and_again_until_it_is_told_to_stop() {
+    let outbox = shared().await;
+    let _relay = outbox.relay_process();
+    publish(&outbox, 1..21).await;
+    published(&outbox).await;
+    let mut process = RelayProcess(reconcile_command(&outbox, &["--every", "1s"]).spawn().unwrap());
+    for sequence in [3, 11] {
+        delete(&outbox, [sequence]).await;
+        let repaired = eventually(SOON, "it is repaired", async || {
+            // The first run is a sweep over everything, the later ones look at what is new.
+            let due = sqlx::raw_sql("update aftercommit.reconciler set full_sweep_at = now() - interval '9 days'");
+            due.execute(&outbox.pool).await.unwrap();
+            outbox.stored().await == 20
+        });
+        repaired.await.unwrap();
+    }
+    process.signal("-TERM");
+    assert_eq!(process.ends(SOON).await.code(), Some(0));
+    let repaired: i64 = sqlx::query_scalar("select count(*) from aftercommit.finding where state <> 'open'")
+        .fetch_one(&outbox.pool)
+        .await
+        .unwrap();
+    assert_eq!(repaired, 2);
+}
+
 /// Prints what a sweep takes. `AFTERCOMMIT_EVENTS=10000000 cargo test --release --all-features --test reconciler_outbox --
 /// --ignored --nocapture`.
 #[tokio::test(flavor = "multi_thread")]
@@ -476,7 +504,10 @@ async fn a_million_events_of_which_a_hundred_are_missing() {
     settled(&outbox).await;
     println!("published {events} events in {:.1} s", began.elapsed().as_secs_f64());
     let sweep = async |what: &str| {
-        let child = reconcile_command(&outbox).arg("--json").stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let child = reconcile_command(&outbox, &["--leg", "outbox", "--full", "--json"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
         let status = format!("/proc/{}/status", child.id());
         let ended = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap());
         let mut peak = String::new();
@@ -487,6 +518,7 @@ async fn a_million_events_of_which_a_hundred_are_missing() {
         }
         let output = ended.await.unwrap();
         let summary: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let summary = summary[0].clone();
         println!("{what}: {summary} {peak}");
         summary
     };

@@ -141,7 +141,11 @@ fn header(text: &str) -> Result<(String, String), String> {
 /// Runs the command line of this process. The exit status is 0 when all went well, 1 when it did not or the doctor found
 /// something that fails, and 2 when the command line or a setting is at fault.
 pub fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    let result = match Cli::parse() {
+        Cli { command: Command::Reconcile(command) } if command.goes_on() => return reconcile::go_on(*command),
+        cli => run(cli),
+    };
+    match result {
         Ok(status) => status,
         Err(error) => fail("aftercommit", &error),
     }

@@ -1,14 +1,16 @@
 //! `aftercommit reconcile`.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::as_json;
 use super::subscribers::SubscriberArgs;
+use crate::cli::http::{self, HttpArgs};
 use crate::cli::relay::Writers;
-use crate::cli::{NamingArgs, NatsArgs, PostgresArgs};
+use crate::cli::{NamingArgs, NatsArgs, PostgresArgs, run_role};
 use crate::error::Error;
 use crate::reconciler::{ConsumerLeg, InboxLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
 use crate::relay;
@@ -16,15 +18,18 @@ use crate::relay;
 /// What the relay was given too has the same names here, so that one environment serves both.
 #[derive(Args)]
 pub(super) struct Reconcile {
-    /// What to compare
+    /// What to compare. Without it the outbox with its stream; with --subscriber or --config what belongs to subscribers
     #[arg(long, value_enum)]
-    leg: Leg,
+    leg: Option<Leg>,
     /// Repair what is found
     #[arg(long)]
     repair: bool,
     /// Look at everything, not only at what is new
     #[arg(long)]
     full: bool,
+    /// Go on until a signal and compare so often, unless another process has done it; everything once a day
+    #[arg(long, value_name = "DURATION", conflicts_with_all = ["full", "json"], value_parser = humantime::parse_duration)]
+    every: Option<Duration>,
     #[command(flatten)]
     subscribers: SubscriberArgs,
     /// Print it as JSON
@@ -39,9 +44,12 @@ pub(super) struct Reconcile {
     nats: NatsArgs,
     #[command(flatten)]
     naming: NamingArgs,
+    /// With --every only
+    #[command(flatten)]
+    http: HttpArgs,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
 enum Leg {
     /// The outbox with its stream, in the publisher's database
     Outbox,
@@ -51,38 +59,89 @@ enum Leg {
     Inbox,
 }
 
+impl Reconcile {
+    /// Whether it goes on until a signal.
+    pub(super) fn goes_on(&self) -> bool {
+        self.every.is_some()
+    }
+
+    fn legs(&self) -> &[Leg] {
+        match self.leg {
+            Some(Leg::Outbox) => &[Leg::Outbox],
+            Some(Leg::Consumer) => &[Leg::Consumer],
+            Some(Leg::Inbox) => &[Leg::Inbox],
+            None if self.subscribers.any() => &[Leg::Consumer, Leg::Inbox],
+            None => &[Leg::Outbox],
+        }
+    }
+
+    fn mode(&self) -> Mode {
+        if self.repair { Mode::Repair } else { Mode::Report }
+    }
+
+    /// A runner of everything that is meant, and the names.
+    async fn runner(&self) -> Result<(Runner, Vec<String>), Error> {
+        let (nats, naming) = (self.nats.config()?, self.naming.config()?);
+        let (mut runner, mut names) = (Runner::new(self.postgres.config()?), Vec::new());
+        let mode = self.mode();
+        let subscriptions = match self.legs() {
+            [Leg::Outbox] => Vec::new(),
+            _ => self.subscribers.subscriptions(&nats, &naming).await?,
+        };
+        for leg in self.legs() {
+            if *leg == Leg::Outbox {
+                let shared = relay::Mode::from(self.mode) == relay::Mode::Shared;
+                let leg = OutboxLeg { shared, mode, ..OutboxLeg::new(nats.clone(), naming.clone()) };
+                runner = runner.outbox(OutboxLeg { interval: self.every.unwrap_or(leg.interval), ..leg });
+                names.push("outbox".into());
+            }
+        }
+        for subscription in subscriptions {
+            let subscriber = subscription.name().to_string();
+            if self.legs().contains(&Leg::Consumer) {
+                // Whoever has the rights to that shall make the consumer, too.
+                let leg = ConsumerLeg::new(nats.clone(), subscription.clone());
+                let interval = self.every.unwrap_or(leg.interval);
+                runner = runner.consumer(ConsumerLeg { provision: true, mode, interval, ..leg });
+                names.push(format!("consumer:{subscriber}"));
+            }
+            if self.legs().contains(&Leg::Inbox) {
+                let leg = InboxLeg::new(nats.clone(), subscription);
+                let interval = self.every.unwrap_or(leg.interval);
+                runner = runner.inbox(InboxLeg { mode, interval, ..leg });
+                names.push(format!("inbox:{subscriber}"));
+            }
+        }
+        Ok((runner, names))
+    }
+}
+
+/// Compares again and again until a signal ends it. The exit status is 0 after an orderly stop, 2 when a setting is at
+/// fault.
+pub(super) fn go_on(command: Reconcile) -> ExitCode {
+    run_role("aftercommit", async |shutdown| {
+        let (runner, _) = command.runner().await?;
+        let server = command.http.open().await?;
+        let checks = runner.monitor();
+        Box::pin(http::beside(server, checks, runner.run(shutdown))).await
+    })
+}
+
 /// The report, and the exit status: 0 when nothing is left to do, 1 when something was found that is not repaired, or
 /// the run failed.
 pub(super) async fn run(command: Reconcile) -> Result<(String, ExitCode), Error> {
-    let (scope, mode) =
-        (if command.full { Scope::Full } else { Scope::New }, if command.repair { Mode::Repair } else { Mode::Report });
-    let (postgres, nats, naming) = (command.postgres.config()?, command.nats.config()?, command.naming.config()?);
+    let scope = if command.full { Scope::Full } else { Scope::New };
+    let (runner, names) = command.runner().await?;
     let mut summaries = Vec::new();
-    if let Leg::Outbox = command.leg {
-        let shared = relay::Mode::from(command.mode) == relay::Mode::Shared;
-        let runner = Runner::new(postgres).outbox(OutboxLeg { shared, ..OutboxLeg::new(nats, naming) });
-        summaries.push(runner.run_now("outbox", scope, mode).await?);
-    } else {
-        for subscription in command.subscribers.subscriptions(&nats, &naming).await? {
-            let (subscriber, runner) = (subscription.name().to_string(), Runner::new(postgres.clone()));
-            let (runner, name) = match command.leg {
-                Leg::Inbox => (runner.inbox(InboxLeg::new(nats.clone(), subscription)), format!("inbox:{subscriber}")),
-                // Whoever has the rights to that shall make the consumer, too.
-                _ => {
-                    let leg = ConsumerLeg { provision: true, ..ConsumerLeg::new(nats.clone(), subscription) };
-                    (runner.consumer(leg), format!("consumer:{subscriber}"))
-                }
-            };
-            summaries.push(runner.run_now(&name, scope.clone(), mode).await?);
-        }
+    for name in names {
+        summaries.push(runner.run_now(&name, scope.clone(), command.mode()).await?);
     }
     let well = summaries
         .iter()
         .all(|summary| summary.outcome == Outcome::Ran && summary.found <= summary.repaired && summary.failed == 0);
-    let text = match (command.json, command.leg) {
-        (false, _) => summaries.iter().map(|summary| format!("{summary}\n")).collect(),
-        (true, Leg::Outbox) => as_json(&summaries.first().map(object))?,
-        (true, _) => as_json(&summaries.iter().map(object).collect::<Vec<_>>())?,
+    let text = match command.json {
+        false => summaries.iter().map(|summary| format!("{summary}\n")).collect(),
+        true => as_json(&summaries.iter().map(object).collect::<Vec<_>>())?,
     };
     Ok((text, if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }))
 }

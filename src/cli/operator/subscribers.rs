@@ -21,6 +21,11 @@ pub(super) struct SubscriberArgs {
 }
 
 impl SubscriberArgs {
+    /// Whether any are given.
+    pub(super) fn any(&self) -> bool {
+        self.config.is_some() || self.subscriber.is_some()
+    }
+
     pub(super) async fn subscriptions(&self, nats: &NatsConfig, naming: &Naming) -> Result<Vec<Subscription>, Error> {
         let config = |text: String| Err(Error::new(ErrorKind::Config, text));
         let wanted = self.subscriber.as_deref();
