@@ -129,6 +129,16 @@ pub(crate) async fn check_alive(tx: &mut Tx<'_>) -> Result<(), sqlx::Error> {
     tx.execute("select 1").await.map(|_| ())
 }
 
+/// Whether the transaction still has the inbox row of an event that was new: not when a handler has rolled it back on its
+/// own. Fails as [`check_alive`] does.
+pub(crate) async fn still_has(tx: &mut Tx<'_>, subscriber: &str, event: Uuid) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("select exists (select from aftercommit.inbox where subscriber = $1 and event_id = $2)")
+        .bind(subscriber)
+        .bind(event)
+        .fetch_one(tx)
+        .await
+}
+
 /// Counts a failed attempt and returns how many there are now; none when the tenure is over, and nothing is counted.
 pub(crate) async fn count_failure(
     connection: &mut Session,

@@ -413,7 +413,7 @@ impl Lane {
                     let handled = self.told(handled).instrument(self.span(&queued)).await;
                     handled.map_err(|error| trouble(culprit.and_then(at), error))?;
                 }
-                self.own_or_conflict(inbox::check_alive(tx)).await?;
+                self.check_alive(tx, &new).await?;
             }
         }
         if !on_record.is_empty() {
@@ -448,6 +448,16 @@ impl Lane {
     }
 
     /// Runs the handler of events that have the same type.
+    /// Fails when the handlers of these events left a transaction behind that would commit nothing.
+    async fn check_alive(&self, tx: &mut Tx<'_>, new: &[&Queued]) -> Result<(), Trouble> {
+        let Some(first) = new.first() else { return Ok(()) };
+        let alive = inbox::still_has(tx, &self.subscriber.name, first.event.id.as_uuid());
+        match self.own_or_conflict(alive).await? {
+            true => Ok(()),
+            false => Err(trouble(None, HandlerError::retry("the handler rolled the worker's transaction back"))),
+        }
+    }
+
     async fn handle(&self, tx: &mut Tx<'_>, events: &[&Queued]) -> Result<(), BatchError> {
         let Work::Handlers(routes) = &self.subscriber.work else { return Ok(()) };
         let event_type = events.first().map_or("", |queued| queued.event.event_type.as_str());

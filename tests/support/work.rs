@@ -43,6 +43,8 @@ pub enum Act {
     Sleep(Duration),
     /// Break the transaction and hide it.
     Swallow,
+    /// End the worker's transaction.
+    RollBack,
 }
 
 /// Writes a row per event, then does as it is told.
@@ -77,6 +79,10 @@ impl Handler<Number> for Record {
             Act::Panic => panic!("as told"),
             Act::Sleep(time) => {
                 tokio::time::sleep(time).await;
+                Ok(())
+            }
+            Act::RollBack => {
+                sqlx::raw_sql("rollback").execute(&mut **tx).await?;
                 Ok(())
             }
             Act::Swallow => {
