@@ -10,7 +10,6 @@ use crate::postgres;
 use crate::postgres::connections::Connections;
 use crate::postgres::redrive::{self, Waiting};
 
-
 /// How often the table is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 /// How often it is looked at from its beginning although nothing is new: a row may become visible behind a later one.
