@@ -157,8 +157,8 @@ impl<R: Reconciler> ItemJob<R> {
     }
 
     async fn all(&self, run: &mut Run) -> Result<Done, Error> {
-        let mut sweep = match serde_json::from_value(run.position.clone()) {
-            Ok(sweep) if run.scope == Scope::New => sweep,
+        let mut sweep = match run.position() {
+            Some(sweep) if run.scope == Scope::New => sweep,
             _ => Sweep { since: run.id, after: None },
         };
         let mut pace = self.reconciler.per_second().map(Pace::new);
@@ -173,7 +173,7 @@ impl<R: Reconciler> ItemJob<R> {
             sweep.after = Some(last);
             fault::point("reconciler-page");
             if run.mode == Mode::Repair {
-                run.save_position(serde_json::to_value(&sweep).unwrap_or_default()).await?;
+                run.save_position(&sweep).await?;
                 fault::point("reconciler-saved");
             }
         }
