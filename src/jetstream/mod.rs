@@ -2,6 +2,8 @@
 
 mod access;
 pub(crate) mod ack;
+#[cfg(feature = "cli")]
+pub(crate) mod bench;
 pub(crate) mod consumer;
 pub(crate) mod doctor;
 pub(crate) mod feed;
