@@ -8,7 +8,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::config::{ClientCertificate, NatsAuth, NatsConfig, NatsTls, PostgresConfig, Secret};
+use super::NamingArgs;
+use crate::config::{ClientCertificate, Naming, NatsAuth, NatsConfig, NatsTls, PostgresConfig, Secret};
 use crate::error::{Error, ErrorKind};
 
 /// Where PostgreSQL is.
@@ -123,6 +124,23 @@ impl NatsArgs {
             (Some((_, auth)), None) => Ok(auth),
             (Some((one, _)), Some((other, _))) => Err(both(one, other)),
         }
+    }
+}
+
+/// Where both are, and the names under which an outbox is published.
+#[derive(Args)]
+pub(super) struct Servers {
+    #[command(flatten)]
+    postgres: PostgresArgs,
+    #[command(flatten)]
+    nats: NatsArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
+}
+
+impl Servers {
+    pub(super) fn config(&self) -> Result<(PostgresConfig, NatsConfig, Naming), Error> {
+        Ok((self.postgres.config()?, self.nats.config()?, self.naming.config()?))
     }
 }
 

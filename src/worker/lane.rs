@@ -14,6 +14,7 @@ use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use crate::backoff::Backoff;
+use crate::error::panic_text;
 use crate::fault;
 use crate::jetstream::stored::Source;
 use crate::postgres::connections::Connections;
@@ -31,7 +32,7 @@ use super::progress::{Outcome, Progress};
 use super::scheduler::{Company, Place};
 use super::span;
 use super::subscriber::{FailurePolicy, Subscriber, Work};
-use super::trouble::{Trouble, clip, database_text, describe, panic_text, timed_out, trouble};
+use super::trouble::{Trouble, describe, timed_out, trouble};
 
 /// How often a conflict with other transactions is answered with another run before it counts as a failure.
 const MAX_CONFLICTS: u32 = 10;
@@ -242,7 +243,7 @@ impl Lane {
                 self.progress.count(Outcome::Snoozed);
                 Ok(Verdict::Later(wait))
             }
-            HandlerError::Reject { reason } => self.give_up(queued, &clip(&reason), true).await,
+            HandlerError::Reject { reason } => self.give_up(queued, &postgres::clip(&reason), true).await,
             HandlerError::Retry { after, .. } | HandlerError::Unavailable { after, .. } => {
                 let text = describe(&error);
                 if queued.failures.load(Ordering::Relaxed) + 1 >= self.subscriber.settings.max_attempts {
@@ -501,7 +502,7 @@ impl Lane {
     /// Runs a statement of our own that no event can be blamed for.
     pub(super) async fn own<T>(&self, statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, String> {
         match timeout(self.subscriber.settings.time_limit + GRACE, statement).await {
-            Ok(result) => result.map_err(|error| database_text(&error)),
+            Ok(result) => result.map_err(|error| postgres::message(&error)),
             Err(_) => Err("PostgreSQL does not answer".into()),
         }
     }
@@ -510,7 +511,7 @@ impl Lane {
     async fn own_or_conflict<T>(&self, statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, Trouble> {
         match timeout(self.subscriber.settings.time_limit + GRACE, statement).await {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) if postgres::is_outage(&error) => Err(Trouble::Outage(database_text(&error))),
+            Ok(Err(error)) if postgres::is_outage(&error) => Err(Trouble::Outage(postgres::message(&error))),
             Ok(Err(error)) => Err(trouble(None, error.into())),
             Err(_) => Err(Trouble::Outage("PostgreSQL does not answer".into())),
         }
