@@ -13,6 +13,7 @@ mod poison;
 mod policies;
 mod privileges;
 mod pruning;
+mod reconcilers;
 mod redrive;
 mod registry;
 mod soak;
