@@ -32,6 +32,12 @@ impl Outgoing {
         self.headers.insert(NATS_MESSAGE_ID, id);
     }
 
+    /// Subject, headers and payload.
+    #[cfg(feature = "cli")]
+    pub(crate) fn into_parts(self) -> (String, HeaderMap, Bytes) {
+        (self.subject, self.headers, self.payload)
+    }
+
     /// Marks the message as published out of the outbox's order, and says why.
     pub(crate) fn mark_repair(&mut self, why: &str) {
         self.headers.insert(REPAIR, why);

@@ -1,4 +1,4 @@
-//! The server and its databases as a whole, for tests.
+//! The server and its databases as a whole, for tests and the bench.
 
 use sqlx::AssertSqlSafe;
 
@@ -12,11 +12,23 @@ pub(crate) async fn create(connection: &mut Session, name: &str) -> Result<(), E
     sqlx::query(AssertSqlSafe(sql))
         .execute(connection)
         .await
-        .map(drop)
+        .map(std::mem::drop)
         .map_err(|error| super::database_error(format!("making the database {name} failed"), error))
 }
 
+/// Removes a database, whoever is connected to it.
+#[cfg(feature = "cli")]
+pub(crate) async fn drop(connection: &mut Session, name: &str) -> Result<(), Error> {
+    let sql = format!("drop database if exists \"{}\" with (force)", name.replace('"', "\"\""));
+    sqlx::query(AssertSqlSafe(sql))
+        .execute(connection)
+        .await
+        .map(std::mem::drop)
+        .map_err(|error| super::database_error(format!("removing the database {name} failed"), error))
+}
+
 /// The name that the server was started under.
+#[cfg(all(unix, feature = "testing"))]
 pub(crate) async fn cluster_name(connection: &mut Session) -> Result<String, Error> {
     sqlx::query_scalar("select current_setting('cluster_name')")
         .fetch_one(connection)
