@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use async_nats::HeaderMap;
 use async_nats::header::{NATS_EXPECTED_LAST_MESSAGE_ID, NATS_EXPECTED_LAST_SEQUENCE, NATS_MESSAGE_ID};
 use async_nats::jetstream::consumer::{AckPolicy, pull};
+use async_nats::{HeaderMap, Subject};
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 use futures_util::{FutureExt, StreamExt, TryStreamExt};
 use serde::Deserialize;
 
@@ -20,7 +21,7 @@ const WINDOW: u64 = 2048;
 
 /// A message with everything that goes out with it.
 pub(crate) struct Ready {
-    subject: String,
+    subject: Subject,
     headers: HeaderMap,
     payload: Bytes,
 }
@@ -74,8 +75,14 @@ pub(crate) async fn publish(connection: &Connection, messages: Vec<Ready>) -> Re
     Ok(())
 }
 
+/// An event in a stream, and when the server stored it.
+pub(crate) struct Arrival {
+    pub(crate) event: Envelope,
+    pub(crate) stored: DateTime<Utc>,
+}
+
 /// All messages of a stream, in order.
-pub(crate) async fn contents(connection: &Connection, name: &str) -> Result<Vec<Envelope>, Error> {
+pub(crate) async fn contents(connection: &Connection, name: &str) -> Result<Vec<Arrival>, Error> {
     let stream = context(&connection.client).get_stream(name).await.map_err(|error| failed(error.into()))?;
     let left = usize::try_from(stream.cached_info().state.messages).unwrap_or(usize::MAX);
     if left == 0 {
@@ -86,8 +93,11 @@ pub(crate) async fn contents(connection: &Connection, name: &str) -> Result<Vec<
     let messages = consumer.stream().max_messages_per_batch(5000).messages().await;
     let messages = messages.map_err(|error| failed(error.into()))?.take(left).map_err(|error| failed(error.into()));
     let read = |message: async_nats::jetstream::Message| async move {
+        let stored = message.info().map_err(failed)?.published.unix_timestamp_nanos();
+        let stored = DateTime::from_timestamp_nanos(i64::try_from(stored).unwrap_or_default());
         let message = message.message;
-        envelope(message.headers.as_ref(), message.payload).map_err(|error| failed(error.into()))
+        let event = envelope(message.headers.as_ref(), message.payload).map_err(|error| failed(error.into()))?;
+        Ok(Arrival { event, stored })
     };
     messages.and_then(read).try_collect().await
 }
