@@ -8,7 +8,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::http::{self, HttpArgs};
 use super::reconciling::{self, ReconcileArgs};
-use super::{NamingArgs, NatsArgs, PostgresArgs, fail, run_role};
+use super::servers::Servers;
+use super::{fail, run_role};
 use crate::error::{Error, ErrorKind};
 use crate::worker::{Queues, Registry, Worker, read_file};
 
@@ -24,11 +25,7 @@ struct Cli {
     #[command(flatten)]
     queues: QueueArgs,
     #[command(flatten)]
-    postgres: PostgresArgs,
-    #[command(flatten)]
-    nats: NatsArgs,
-    #[command(flatten)]
-    naming: NamingArgs,
+    servers: Servers,
     #[command(flatten)]
     reconcile: ReconcileArgs,
     #[command(flatten)]
@@ -38,7 +35,8 @@ struct Cli {
 impl Cli {
     fn worker(&self) -> Result<Worker, Error> {
         let remedy = format!("run `aftercommit provision --config {}`", self.config.display());
-        let worker = Worker::new(self.postgres.config()?, self.nats.config()?, self.naming.config()?).remedy(remedy);
+        let (postgres, nats, naming) = self.servers.config()?;
+        let worker = Worker::new(postgres, nats, naming).remedy(remedy);
         let worker = worker.unhealthy_after(self.http.unhealthy_after);
         Ok(worker.queues(self.queues.config()?).registry(read_file(&self.config)?))
     }
@@ -81,11 +79,7 @@ struct Service {
     #[command(flatten)]
     queues: QueueArgs,
     #[command(flatten)]
-    postgres: PostgresArgs,
-    #[command(flatten)]
-    nats: NatsArgs,
-    #[command(flatten)]
-    naming: NamingArgs,
+    servers: Servers,
     #[command(flatten)]
     reconcile: ReconcileArgs,
     #[command(flatten)]
@@ -96,7 +90,8 @@ struct Service {
 pub(crate) fn serve(registry: Registry) -> ExitCode {
     let cli = Service::parse();
     let worker = || -> Result<Worker, Error> {
-        let worker = Worker::new(cli.postgres.config()?, cli.nats.config()?, cli.naming.config()?);
+        let (postgres, nats, naming) = cli.servers.config()?;
+        let worker = Worker::new(postgres, nats, naming);
         let worker = worker.remedy("run this program with --provision".into());
         let worker = worker.unhealthy_after(cli.http.unhealthy_after);
         Ok(worker.queues(cli.queues.config()?).registry(registry))

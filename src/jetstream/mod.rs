@@ -85,11 +85,12 @@ impl fmt::Debug for Connection {
 }
 
 /// Connects once, and from then on reconnects for ever. `name` is what `nats server report connections` shows;
-/// `inbox_prefix` is where answers come, so that permissions can tell roles apart.
+/// `inbox_prefix` is where answers come unless the configuration says so, so that permissions can tell roles apart.
 pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str) -> Result<Connection, Error> {
     let (lost, losses) = watch::channel(0_u64);
     let (complain, complaint) = watch::channel(None);
     let (options, servers) = access::options(config)?;
+    let inbox_prefix = access::inbox_prefix(config)?.unwrap_or(inbox_prefix);
     let options = options.name(name).custom_inbox_prefix(inbox_prefix).event_callback(move |event| {
         if matches!(event, ClientEvent::Disconnected) {
             lost.send_modify(|count| *count += 1);

@@ -10,6 +10,7 @@ use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
 use super::session::Session;
+use super::window;
 
 /// A row of the outbox that a message says it was made of.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,10 +55,6 @@ pub(crate) async fn originals(
 }
 
 fn original(row: &PgRow) -> Result<Original, sqlx::Error> {
-    let headers = match row.try_get::<Option<&str>, _>(7)? {
-        Some(headers) => serde_json::from_str(headers).map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
-        None => BTreeMap::new(),
-    };
     Ok(Original {
         event_id: row.try_get(1)?,
         event_type: row.try_get(2)?,
@@ -65,7 +62,7 @@ fn original(row: &PgRow) -> Result<Original, sqlx::Error> {
         key: row.try_get(4)?,
         content_type: row.try_get(5)?,
         created_at: row.try_get(6)?,
-        headers,
+        headers: window::read_headers(row.try_get(7)?)?,
         payload: row.try_get::<Option<Vec<u8>>, _>(8)?.map(Bytes::from),
     })
 }

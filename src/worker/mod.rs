@@ -63,6 +63,7 @@ mod progress;
 mod pruner;
 mod redrive;
 mod registry;
+mod route;
 mod sample;
 mod scheduler;
 mod serve;
@@ -70,6 +71,7 @@ mod session;
 mod span;
 mod subscriber;
 mod trouble;
+mod verdict;
 
 use std::sync::Arc;
 use std::time::Duration;

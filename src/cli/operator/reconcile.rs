@@ -10,7 +10,8 @@ use super::as_json;
 use super::subscribers::SubscriberArgs;
 use crate::cli::http::{self, HttpArgs};
 use crate::cli::relay::Writers;
-use crate::cli::{NamingArgs, NatsArgs, PostgresArgs, run_role};
+use crate::cli::run_role;
+use crate::cli::servers::Servers;
 use crate::error::Error;
 use crate::reconciler::{ConsumerLeg, InboxLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
 use crate::relay;
@@ -39,11 +40,7 @@ pub(super) struct Reconcile {
     #[arg(long, env = "AFTERCOMMIT_MODE", value_enum, default_value = "exclusive")]
     mode: Writers,
     #[command(flatten)]
-    postgres: PostgresArgs,
-    #[command(flatten)]
-    nats: NatsArgs,
-    #[command(flatten)]
-    naming: NamingArgs,
+    servers: Servers,
     /// With --every only
     #[command(flatten)]
     http: HttpArgs,
@@ -81,8 +78,8 @@ impl Reconcile {
 
     /// A runner of everything that is meant, and the names.
     async fn runner(&self) -> Result<(Runner, Vec<String>), Error> {
-        let (nats, naming) = (self.nats.config()?, self.naming.config()?);
-        let (mut runner, mut names) = (Runner::new(self.postgres.config()?), Vec::new());
+        let (postgres, nats, naming) = self.servers.config()?;
+        let (mut runner, mut names) = (Runner::new(postgres), Vec::new());
         let mode = self.mode();
         let subscriptions = match self.legs() {
             [Leg::Outbox] => Vec::new(),

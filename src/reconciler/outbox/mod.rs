@@ -131,9 +131,8 @@ struct Sweep {
 }
 
 impl Position {
-    fn read(value: &serde_json::Value, stream: &str) -> Self {
-        let position: Option<Self> = serde_json::from_value(value.clone()).ok();
-        let position = position.filter(|position| position.stream == stream);
+    fn of(run: &Run, stream: &str) -> Self {
+        let position = run.position().filter(|position: &Self| position.stream == stream);
         position.unwrap_or_else(|| Self { stream: stream.into(), ..Self::default() })
     }
 }
@@ -145,7 +144,7 @@ impl OutboxLeg {
             leg: self,
             stream: StreamReader::new(&nats, &self.naming.stream),
             history: History::new(&nats, &self.naming.stream).await?,
-            position: Position::read(&run.position, &self.naming.stream),
+            position: Position::of(run, &self.naming.stream),
             odd: Odd::default(),
             queued: 0,
             run,
@@ -248,7 +247,7 @@ impl Leg<'_> {
     }
 
     async fn save(&mut self) -> Result<(), Error> {
-        self.run.save_position(serde_json::to_value(&self.position).unwrap_or_default()).await
+        self.run.save_position(&self.position).await
     }
 
     async fn chunk(&mut self, from: &Place, to: &Place) -> Result<(), Error> {
