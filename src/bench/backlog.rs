@@ -109,7 +109,12 @@ async fn memory(bench: &Bench, big: &Scratch, small: &Scratch) -> Result<Vec<Row
     let known = |peaks: Vec<Option<f64>>| peaks.into_iter().flatten().collect::<Vec<f64>>();
     let large = Series::new("10 million", "MiB", known(large));
     let small = Series::new("10 thousand", "MiB", known(small));
-    let most = Row::absolute(12, "most memory of the relay at 10 million rows of backlog", Some(Goal::AtMost(64.0)), large.clone());
+    let most = Row::absolute(
+        12,
+        "most memory of the relay at 10 million rows of backlog",
+        Some(Goal::AtMost(64.0)),
+        large.clone(),
+    );
     let flat = Row::ratio(12, "the same ÷ at 10 thousand", Some(Goal::AtMost(1.2)), large, small);
     Ok(vec![most.counted(counts), flat.counted(counts)])
 }

@@ -61,14 +61,13 @@ async fn drains<T, const N: usize>(
 pub(super) async fn drain(bench: &Bench) -> Result<Vec<Row>, Error> {
     let (mut counts, events) = (Counts::default(), bench.events());
     let arms = ["relay", "pure publish", "pure read"];
-    let [relay, publish, read] = drains(bench, &bench.config.nats, "drain", events, arms, async |arm, scratch| {
-        match arm {
+    let [relay, publish, read] =
+        drains(bench, &bench.config.nats, "drain", events, arms, async |arm, scratch| match arm {
             0 => relays(scratch, 1, events, &mut counts).await,
             1 => publish(scratch, Arm::PublishChained, events, &mut counts).await,
             _ => Ok(Drained::of(run_arm(Arm::Read, events, scratch).await?, events)),
-        }
-    })
-    .await?;
+        })
+        .await?;
     let floor: Vec<f64> = cpu(&publish).iter().zip(cpu(&read)).map(|(publish, read)| publish + read).collect();
     let speed = Row::ratio(
         1,
@@ -122,10 +121,11 @@ pub(super) async fn synced(bench: &Bench) -> Result<Vec<Row>, Error> {
 /// Figure 11: further relays stand by and are not in the way.
 pub(super) async fn several(bench: &Bench) -> Result<Vec<Row>, Error> {
     let (mut counts, events) = (Counts::default(), bench.events());
-    let [four, one] = drains(bench, &bench.config.nats, "several relays", events, ["four", "one"], async |arm, scratch| {
-        relays(scratch, if arm == 0 { RELAYS } else { 1 }, events, &mut counts).await
-    })
-    .await?;
+    let [four, one] =
+        drains(bench, &bench.config.nats, "several relays", events, ["four", "one"], async |arm, scratch| {
+            relays(scratch, if arm == 0 { RELAYS } else { 1 }, events, &mut counts).await
+        })
+        .await?;
     let row = Row::ratio(
         11,
         "four relays on one outbox ÷ one relay",

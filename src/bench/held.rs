@@ -122,7 +122,8 @@ async fn queue(scratch: &Scratch, rows: u64, pages: u64) -> Result<Ends, Error> 
 /// Figure 5: undisturbed, beside an open transaction, undisturbed again; each third in spans of equal length.
 pub(super) async fn writer(bench: &Bench) -> Result<Vec<Row>, Error> {
     let spans = bench.config.rounds();
-    let length = bench.size(Duration::from_secs(10).max(HELD / u32::try_from(spans).unwrap_or(1)), Duration::from_secs(1));
+    let length =
+        bench.size(Duration::from_secs(10).max(HELD / u32::try_from(spans).unwrap_or(1)), Duration::from_secs(1));
     let (undisturbed, beside, counts) = bench
         .scratch(&bench.config.nats, async |scratch| {
             let mut relay = Child::start("aftercommit-relay", &[], scratch)?;
@@ -148,8 +149,12 @@ pub(super) async fn writer(bench: &Bench) -> Result<Vec<Row>, Error> {
             let all = postgres::bench::event_ids(&mut session, u64::MAX).await?.len() as u64;
             scratch.stored(all, Some(&mut relay)).await?;
             relay.kill().await?;
-            let stored: HashMap<Uuid, DateTime<Utc>> =
-                scratch.arrived().await?.into_iter().map(|arrival| (arrival.event.id.as_uuid(), arrival.stored)).collect();
+            let stored: HashMap<Uuid, DateTime<Utc>> = scratch
+                .arrived()
+                .await?
+                .into_iter()
+                .map(|arrival| (arrival.event.id.as_uuid(), arrival.stored))
+                .collect();
             let of = |held: bool| -> Vec<Vec<f64>> {
                 let spans = committed.iter().filter(|(beside, _)| *beside == held);
                 spans.map(|(_, span)| latencies(span, &stored)).collect()

@@ -1,5 +1,6 @@
 //! What only the bench asks of NATS: floors beside which the product is measured, and what is in a stream.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use async_nats::header::{NATS_EXPECTED_LAST_MESSAGE_ID, NATS_EXPECTED_LAST_SEQUENCE, NATS_MESSAGE_ID};
@@ -73,6 +74,65 @@ pub(crate) async fn publish(connection: &Connection, messages: Vec<Ready>) -> Re
         }
     }
     Ok(())
+}
+
+/// Messages of an atomic batch, and batches under way. More batches than two do not make it faster.
+const BATCH: usize = 1000;
+const BATCHES: usize = 2;
+
+/// Messages in atomic batches, as the relay makes them.
+pub(crate) fn batched(messages: impl Iterator<Item = Outgoing>) -> Vec<Vec<Ready>> {
+    let mut batches: Vec<Vec<Ready>> = Vec::new();
+    for (number, message) in messages.enumerate() {
+        let (subject, mut headers, payload) = message.into_parts();
+        let position = number % BATCH + 1;
+        headers.insert("Nats-Batch-Id", format!("batch-{}", number / BATCH));
+        headers.insert("Nats-Batch-Sequence", position.to_string());
+        if position == 1 {
+            headers.insert(NATS_EXPECTED_LAST_SEQUENCE, number.to_string());
+            batches.push(Vec::with_capacity(BATCH));
+        }
+        if let Some(batch) = batches.last_mut() {
+            batch.push(Ready { subject, headers, payload });
+        }
+    }
+    for last in batches.iter_mut().filter_map(|batch| batch.last_mut()) {
+        last.headers.insert("Nats-Batch-Commit", "1");
+    }
+    batches
+}
+
+/// A floor: publishes atomic batches, the next while the last one is being stored.
+pub(crate) async fn publish_batches(connection: &Connection, batches: Vec<Vec<Ready>>) -> Result<(), Error> {
+    let client = &connection.client;
+    let inbox = client.new_inbox();
+    let mut answers = client.subscribe(format!("{inbox}.*")).await.map_err(|error| failed(error.into()))?;
+    let (mut under_way, mut stored) = (VecDeque::new(), 0);
+    let mut batches = batches.into_iter().enumerate();
+    loop {
+        while under_way.len() < BATCHES
+            && let Some((number, batch)) = batches.next()
+        {
+            under_way.push_back(batch.len() as u64);
+            let last = batch.len() - 1;
+            for (position, Ready { subject, headers, payload }) in batch.into_iter().enumerate() {
+                let published = if position == last {
+                    let reply = format!("{inbox}.{number}");
+                    client.publish_with_reply_and_headers(subject, reply, headers, payload).await
+                } else {
+                    client.publish_with_headers(subject, headers, payload).await
+                };
+                published.map_err(|error| failed(error.into()))?;
+            }
+        }
+        let Some(size) = under_way.pop_front() else { return Ok(()) };
+        stored += size;
+        let Some(answer) = answers.next().await else { return Err(failed("the client was closed".into())) };
+        let stored_as: Stored = serde_json::from_slice(&answer.payload).map_err(|error| failed(error.into()))?;
+        if stored_as.seq != stored {
+            return Err(Error::new(ErrorKind::Integrity, format!("message {stored} became {}", stored_as.seq)));
+        }
+    }
 }
 
 /// An event in a stream, and when the server stored it.

@@ -89,11 +89,13 @@ pub(crate) async fn make_queue(session: &mut Session, rows: u64) -> Result<(), E
         .execute(&mut *session)
         .await
         .map_err(failed)?;
-    sqlx::query("insert into public.queue select n, convert_to(repeat('x', 256), 'UTF8') from generate_series(1, $1) as n")
-        .bind(rows.cast_signed())
-        .execute(&mut *session)
-        .await
-        .map_err(failed)?;
+    sqlx::query(
+        "insert into public.queue select n, convert_to(repeat('x', 256), 'UTF8') from generate_series(1, $1) as n",
+    )
+    .bind(rows.cast_signed())
+    .execute(&mut *session)
+    .await
+    .map_err(failed)?;
     sqlx::query("vacuum (analyze) public.queue").execute(session).await.map(drop).map_err(failed)
 }
 
