@@ -11,7 +11,6 @@ mod outages;
 mod pause;
 mod poison;
 mod policies;
-mod privileges;
 mod pruning;
 mod reconcilers;
 mod redrive;
