@@ -7,10 +7,12 @@
 #![allow(dead_code, reason = "the figures that use the rest are being added")]
 
 mod arm;
+mod backlog;
 mod child;
 mod counts;
 mod drain;
 mod figure;
+mod held;
 mod machine;
 mod report;
 mod scratch;
@@ -70,6 +72,21 @@ pub async fn run(config: BenchConfig, interrupted: CancellationToken) -> Result<
     let mut rows = Vec::new();
     if bench.wants(&[1, 2]) {
         rows.extend(drain::drain(&bench).await?);
+    }
+    if bench.wants(&[3, 12]) {
+        rows.extend(backlog::backlog(&bench).await?);
+    }
+    if bench.wants(&[4]) {
+        rows.extend(held::snapshot(&bench).await?);
+    }
+    if bench.wants(&[5]) {
+        rows.extend(held::writer(&bench).await?);
+    }
+    if bench.wants(&[8]) {
+        rows.extend(drain::synced(&bench).await?);
+    }
+    if bench.wants(&[11]) {
+        rows.extend(drain::several(&bench).await?);
     }
     rows.retain(|row| bench.wants(&[row.figure]));
     rows.sort_by_key(|row| row.figure);
