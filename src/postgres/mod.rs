@@ -1,9 +1,11 @@
 //! Everything that speaks SQL. One module per concern; functions take a session or an open transaction.
 
 pub(crate) mod audit;
+#[cfg(feature = "cli")]
+pub(crate) mod bench;
 pub(crate) mod compare;
 pub(crate) mod connections;
-#[cfg(all(unix, feature = "testing"))]
+#[cfg(any(feature = "cli", all(unix, feature = "testing")))]
 pub(crate) mod database;
 pub(crate) mod dead_letter;
 pub(crate) mod doctor;

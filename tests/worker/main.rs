@@ -12,6 +12,7 @@ mod pause;
 mod poison;
 mod policies;
 mod pruning;
+mod reconcilers;
 mod redrive;
 mod registry;
 mod soak;
