@@ -87,22 +87,25 @@ impl Envelope {
 
     /// The headers of the NATS message, names and values, without those that steer a publish.
     pub fn to_headers(&self) -> Vec<(Cow<'_, str>, Cow<'_, str>)> {
-        let mut headers: Vec<(Cow<'_, str>, Cow<'_, str>)> = Vec::with_capacity(10 + self.headers.len());
+        let own = self.headers.iter().map(|(name, value)| (name.into(), value.into()));
+        self.attributes().map(|(name, value)| (name.into(), value)).chain(own).collect()
+    }
+
+    /// The headers that every event has.
+    pub(crate) fn attributes(&self) -> impl Iterator<Item = (&'static str, Cow<'_, str>)> {
         let id = self.id.to_string();
-        headers.push((NATS_MSG_ID.into(), id.clone().into()));
-        headers.push((CE_ID.into(), id.into()));
-        headers.push((CE_SPECVERSION.into(), "1.0".into()));
-        headers.push((CE_TYPE.into(), self.event_type.as_str().into()));
-        headers.push((CE_SOURCE.into(), encode(&self.source)));
-        headers.push((CE_TIME.into(), self.time.to_rfc3339_opts(SecondsFormat::Micros, true).into()));
-        headers.push((CE_DATACONTENTTYPE.into(), encode(&self.content_type)));
-        if let Some(key) = &self.key {
-            headers.push((CE_PARTITIONKEY.into(), encode(key)));
-        }
-        headers.push((CE_SEQUENCE.into(), self.sequence.to_string().into()));
-        headers.push((CE_DATAVERSION.into(), self.version.to_string().into()));
-        headers.extend(self.headers.iter().map(|(name, value)| (name.into(), value.into())));
-        headers
+        let attributes = [
+            (NATS_MSG_ID, id.clone().into()),
+            (CE_ID, id.into()),
+            (CE_SPECVERSION, "1.0".into()),
+            (CE_TYPE, self.event_type.as_str().into()),
+            (CE_SOURCE, encode(&self.source)),
+            (CE_TIME, self.time.to_rfc3339_opts(SecondsFormat::Micros, true).into()),
+            (CE_DATACONTENTTYPE, encode(&self.content_type)),
+            (CE_SEQUENCE, self.sequence.to_string().into()),
+            (CE_DATAVERSION, self.version.to_string().into()),
+        ];
+        attributes.into_iter().chain(self.key.as_deref().map(|key| (CE_PARTITIONKEY, encode(key))))
     }
 
     /// Reads an event from the headers and payload of a NATS message. Headers that NATS and CloudEvents reserve are

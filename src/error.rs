@@ -1,7 +1,9 @@
 //! The error of everything that runs: relay, worker, operator's tool.
 
+use std::any::Any;
 use std::error::Error as StdError;
 use std::fmt;
+use std::{io, iter};
 
 /// What went wrong, with the thing it concerns and the way out in its message.
 ///
@@ -59,17 +61,37 @@ impl Error {
 
 /// An error's message and every cause behind it, on one line.
 pub(crate) fn with_causes(error: &(dyn StdError + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.ends_with(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
+    on_one_line(causes(error).map(ToString::to_string))
+}
+
+/// These texts, without those that the text before ends with.
+pub(crate) fn on_one_line(texts: impl Iterator<Item = String>) -> String {
+    let mut line = String::new();
+    for text in texts {
+        if !line.ends_with(&text) {
+            line.push_str(if line.is_empty() { "" } else { ": " });
+            line.push_str(&text);
         }
-        cause = error.source();
     }
-    text
+    line
+}
+
+/// An error and every cause behind it.
+pub(crate) fn causes<'e>(error: Cause<'e>) -> iter::Successors<Cause<'e>, fn(&Cause<'e>) -> Option<Cause<'e>>> {
+    fn next<'e>(error: &Cause<'e>) -> Option<Cause<'e>> {
+        let error: Cause<'e> = *error;
+        // An io::Error names as its source the source of what it wraps, not the wrapped error itself.
+        let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        wrapped.map(|wrapped| wrapped as Cause<'e>).or_else(|| error.source())
+    }
+    iter::successors(Some(error), next)
+}
+
+type Cause<'e> = &'e (dyn StdError + 'static);
+
+/// What a panic said.
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("?")
 }
 
 impl fmt::Display for Error {

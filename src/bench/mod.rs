@@ -7,11 +7,13 @@
 #![allow(dead_code, reason = "the figures that use the rest are being added")]
 
 mod arm;
+mod backlog;
 mod child;
 mod counts;
 mod drain;
 mod event;
 mod figure;
+mod held;
 mod idle;
 mod latency;
 mod machine;
@@ -75,6 +77,21 @@ pub async fn run(config: BenchConfig, interrupted: CancellationToken) -> Result<
     let mut rows = Vec::new();
     if bench.wants(&[1, 2]) {
         rows.extend(drain::drain(&bench).await?);
+    }
+    if bench.wants(&[3, 12]) {
+        rows.extend(backlog::backlog(&bench).await?);
+    }
+    if bench.wants(&[4]) {
+        rows.extend(held::snapshot(&bench).await?);
+    }
+    if bench.wants(&[5]) {
+        rows.extend(held::writer(&bench).await?);
+    }
+    if bench.wants(&[8]) {
+        rows.extend(drain::synced(&bench).await?);
+    }
+    if bench.wants(&[11]) {
+        rows.extend(drain::several(&bench).await?);
     }
     if bench.wants(&[6]) {
         rows.extend(Box::pin(latency::latency(&bench)).await?);

@@ -190,7 +190,7 @@ async fn rate(session: &mut Session) -> Result<f64, Error> {
 /// What took effect, compared with what was committed; the order only if it is promised.
 async fn effects(scratch: &Scratch, session: &mut Session, in_order: bool) -> Result<Counts, Error> {
     let mut outbox = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
-    let committed = postgres::bench::event_ids(&mut outbox).await?;
+    let committed = postgres::bench::event_ids(&mut outbox, u64::MAX).await?;
     let effects = bench_work::effects(session).await?.into_iter();
     let place = |(event_id, outbox_id, key): Effect| Place { event_id, outbox_id, key: key.filter(|_| in_order) };
     Ok(Counts::compare(&committed, &effects.map(place).collect::<Vec<_>>()))

@@ -21,7 +21,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use crate::config::{Naming, check_stream};
 use crate::error::{Error, ErrorKind};
 use crate::subject::SubjectPrefix;
-use servers::{NatsArgs, PostgresArgs};
+use servers::PostgresArgs;
 
 /// How long a soft stop may take before the process ends anyway.
 const STOP_DEADLINE: Duration = Duration::from_secs(25);

@@ -24,7 +24,8 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use serde::de::IgnoredAny;
 
-use super::{NamingArgs, NatsArgs, PostgresArgs, fail, start_logging};
+use super::servers::{NatsArgs, PostgresArgs, Servers};
+use super::{NamingArgs, fail, start_logging};
 use crate::admin;
 use crate::envelope::is_json;
 use crate::error::{Error, ErrorKind};
@@ -110,11 +111,7 @@ struct Status {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    postgres: PostgresArgs,
-    #[command(flatten)]
-    nats: NatsArgs,
-    #[command(flatten)]
-    naming: NamingArgs,
+    servers: Servers,
 }
 
 #[derive(Args)]
@@ -238,8 +235,8 @@ async fn provision(command: Provision) -> Result<String, Error> {
 }
 
 async fn status(command: Status) -> Result<String, Error> {
-    let naming = command.naming.config()?;
-    let status = admin::status::status(&command.postgres.config()?, &command.nats.config()?, &naming).await?;
+    let (postgres, nats, naming) = command.servers.config()?;
+    let status = admin::status::status(&postgres, &nats, &naming).await?;
     if !command.json {
         return Ok(status.to_string());
     }

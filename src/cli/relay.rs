@@ -8,7 +8,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::http::{self, HttpArgs};
 use super::reconciling::{self, ReconcileArgs};
-use super::{NamingArgs, NatsArgs, PostgresArgs, fail, run_role};
+use super::servers::Servers;
+use super::{fail, run_role};
 use crate::error::Error;
 use crate::reconciler::{OutboxLeg, Runner};
 use crate::relay::{Mode, ParkPolicy, PublishMethod, Relay, RelayConfig};
@@ -20,11 +21,7 @@ const NAME: &str = "aftercommit-relay";
 #[command(name = NAME, version)]
 struct Cli {
     #[command(flatten)]
-    postgres: PostgresArgs,
-    #[command(flatten)]
-    nats: NatsArgs,
-    #[command(flatten)]
-    naming: NamingArgs,
+    servers: Servers,
     /// Who writes to the stream
     #[arg(long, env = "AFTERCOMMIT_MODE", value_enum, default_value = "exclusive")]
     mode: Writers,
@@ -93,6 +90,7 @@ pub(super) fn days(text: &str) -> Result<f64, String> {
 
 impl Cli {
     fn config(&self) -> Result<RelayConfig, Error> {
+        let (postgres, nats, naming) = self.servers.config()?;
         Ok(RelayConfig {
             mode: self.mode.into(),
             once: self.once,
@@ -108,7 +106,7 @@ impl Cli {
             repair_rate: self.repair_rate,
             retention: Duration::from_secs_f64(self.retention_days * 86_400.0),
             unhealthy_after: self.http.unhealthy_after,
-            ..RelayConfig::new(self.postgres.config()?, self.nats.config()?, self.naming.config()?)
+            ..RelayConfig::new(postgres, nats, naming)
         })
     }
 }
@@ -147,8 +145,10 @@ async fn run(
 ) -> Result<(), Error> {
     let server = http.open().await?;
     let relay = Relay::new(config);
-    let (checks, _runner) = reconciling::start(relay.monitor(), runner, &shutdown);
-    Box::pin(http::beside(server, checks, relay.run(shutdown))).await
+    let (checks, running) = reconciling::start(relay.monitor(), runner, &shutdown);
+    let result = Box::pin(http::beside(server, checks, relay.run(shutdown))).await;
+    running.end().await;
+    result
 }
 
 #[cfg(test)]

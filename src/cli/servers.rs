@@ -8,7 +8,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::config::{ClientCertificate, NatsAuth, NatsConfig, NatsTls, PostgresConfig, Secret};
+use super::NamingArgs;
+use crate::config::{ClientCertificate, Naming, NatsAuth, NatsConfig, NatsTls, PostgresConfig, Secret};
 use crate::error::{Error, ErrorKind};
 
 /// Where PostgreSQL is.
@@ -71,6 +72,9 @@ pub(super) struct NatsArgs {
     /// Start with TLS before the server's greeting
     #[arg(long, env = "NATS_TLS_FIRST")]
     nats_tls_first: bool,
+    /// Where answers come, for a user who has an inbox of its own, such as _INBOX_worker.receipts
+    #[arg(long, env = "NATS_INBOX_PREFIX", value_name = "SUBJECT")]
+    nats_inbox_prefix: Option<String>,
 }
 
 impl NatsArgs {
@@ -87,7 +91,8 @@ impl NatsArgs {
             (None, Some(_)) => return Err(refuse("NATS_KEY (--nats-key) needs NATS_CERT (--nats-cert)")),
         };
         let tls = NatsTls { ca: given(&self.nats_ca), certificate, first: self.nats_tls_first };
-        Ok(NatsConfig { url: self.nats_url.clone(), auth: self.auth(token, password)?, tls })
+        let inbox_prefix = self.nats_inbox_prefix.clone().filter(|prefix| !prefix.is_empty());
+        Ok(NatsConfig { url: self.nats_url.clone(), auth: self.auth(token, password)?, tls, inbox_prefix })
     }
 
     fn auth(&self, token: Option<Secret>, password: Option<Secret>) -> Result<NatsAuth, Error> {
@@ -119,6 +124,23 @@ impl NatsArgs {
             (Some((_, auth)), None) => Ok(auth),
             (Some((one, _)), Some((other, _))) => Err(both(one, other)),
         }
+    }
+}
+
+/// Where both are, and the names under which an outbox is published.
+#[derive(Args)]
+pub(super) struct Servers {
+    #[command(flatten)]
+    postgres: PostgresArgs,
+    #[command(flatten)]
+    nats: NatsArgs,
+    #[command(flatten)]
+    naming: NamingArgs,
+}
+
+impl Servers {
+    pub(super) fn config(&self) -> Result<(PostgresConfig, NatsConfig, Naming), Error> {
+        Ok((self.postgres.config()?, self.nats.config()?, self.naming.config()?))
     }
 }
 

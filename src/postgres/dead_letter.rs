@@ -120,6 +120,21 @@ macro_rules! selected {
     };
 }
 
+/// The head of a statement that takes up to `$10` of the selected letters, in the order in which they would run again:
+/// `gone` has them.
+macro_rules! taken {
+    () => {
+        concat!(
+            "with picked as (
+                select id from aftercommit.dead_letter where ",
+            selected!(),
+            " order by stream_seq, id limit $10 for update),
+             gone as (
+                delete from aftercommit.dead_letter d using picked where d.id = picked.id returning d.*)"
+        )
+    };
+}
+
 /// What identifies a letter in the audit trail.
 macro_rules! identity {
     () => {
@@ -290,12 +305,8 @@ pub(crate) async fn retry(
     limit: i64,
 ) -> Result<Vec<i64>, sqlx::Error> {
     let query = sqlx::query(concat!(
-        "with picked as (
-            select id from aftercommit.dead_letter where ",
-        selected!(),
-        " order by stream_seq, id limit $10 for update),
-         gone as (
-            delete from aftercommit.dead_letter d using picked where d.id = picked.id returning d.*),
+        taken!(),
+        ",
          open as (
             delete from aftercommit.inbox i using gone
              where i.subscriber = gone.subscriber and i.event_id = gone.event_id and i.outcome = 'dead'),
@@ -327,12 +338,8 @@ pub(crate) async fn discard(
     limit: i64,
 ) -> Result<Vec<i64>, sqlx::Error> {
     let query = sqlx::query(concat!(
-        "with picked as (
-            select id from aftercommit.dead_letter where ",
-        selected!(),
-        " order by stream_seq, id limit $10 for update),
-         gone as (
-            delete from aftercommit.dead_letter d using picked where d.id = picked.id returning d.*),
+        taken!(),
+        ",
          closed as (
             insert into aftercommit.inbox as i (subscriber, event_id, stream_seq, sequence, outcome)
             select subscriber, event_id, stream_seq, sequence, 'discarded' from gone order by subscriber, event_id

@@ -51,7 +51,7 @@ use sqlx::error::DatabaseError;
 use sqlx::postgres::PgConnectOptions;
 
 use crate::config::{PostgresConfig, read_file};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, causes, on_one_line};
 use session::Session;
 
 /// Reads the URL. The password stays out of the error.
@@ -125,7 +125,7 @@ pub(crate) fn database_error(doing: impl Into<String>, error: sqlx::Error) -> Er
                 _ => "",
             };
             let code = db.code().unwrap_or_default().into_owned();
-            Error::new(ErrorKind::Database, format!("{doing}: {} [{code}]{hint}", db.message()))
+            Error::new(ErrorKind::Database, format!("{doing}: {} [{code}]{hint}", without_values(&*db)))
         }
         other => Error::with_source(ErrorKind::Database, doing, other),
     }
@@ -156,18 +156,39 @@ pub(crate) fn is_outage(error: &sqlx::Error) -> bool {
     }
 }
 
-/// The first error of the driver among an error and its causes.
-pub(crate) fn database_cause<'e>(error: &'e (dyn StdError + 'static)) -> Option<&'e sqlx::Error> {
-    let mut cause = Some(error);
-    while let Some(next) = cause {
-        if let Some(database) = next.downcast_ref() {
-            return Some(database);
-        }
-        // An io::Error names as its source the source of what it wraps, not the wrapped error itself.
-        let wrapped = next.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        cause = wrapped.map(|wrapped| wrapped as &(dyn StdError + 'static)).or_else(|| next.source());
+/// An error with its causes, on one line, without the server's DETAIL and without values, as a text column takes it.
+pub(crate) fn describe(error: &(dyn StdError + 'static)) -> String {
+    // What stands behind an error of the server is that error again.
+    let server = causes(error).position(|cause| matches!(cause.downcast_ref(), Some(sqlx::Error::Database(_))));
+    let causes = causes(error).take(server.map_or(usize::MAX, |at| at + 1));
+    clip(&on_one_line(causes.map(|cause| cause.downcast_ref().map_or_else(|| cause.to_string(), message))))
+}
+
+/// The driver's error; of an error of the server only the message, without DETAIL and the place in its source.
+pub(crate) fn message(error: &sqlx::Error) -> String {
+    match error {
+        sqlx::Error::Database(database) if is_mixed_up(&**database) => format!("{}{POOLED}", database.message()),
+        sqlx::Error::Database(database) => without_values(&**database),
+        other => other.to_string(),
     }
-    None
+}
+
+/// The server's message. That of a value that does not fit (SQLSTATE class 22) quotes the value, which may be a part of a
+/// payload, so it is left out.
+fn without_values(error: &dyn DatabaseError) -> String {
+    let message = error.message();
+    let quotes = message.find(['"', '«', '„', '“']).zip(message.rfind(['"', '»', '“', '”']));
+    match quotes {
+        Some((first, last)) if first < last && error.code().is_some_and(|code| code.starts_with("22")) => {
+            format!("{}…{}", &message[..first], message[last..].trim_start_matches(['"', '»', '“', '”']))
+        }
+        _ => message.to_string(),
+    }
+}
+
+/// What fits into a log line and a text column.
+pub(crate) fn clip(text: &str) -> String {
+    text.chars().filter(|c| *c != '\0').take(2000).collect()
 }
 
 /// Whether somebody else's prepared statement was in our way, or ours was gone: it is not we alone who use this session

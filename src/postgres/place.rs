@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
+use super::relay_log;
 use super::session::Session;
 use super::snapshot::Mark;
 
@@ -158,15 +159,9 @@ pub(crate) async fn now(connection: &mut Session) -> Result<DateTime<Utc>, sqlx:
 }
 
 fn place(row: &PgRow) -> Result<Place, sqlx::Error> {
-    let wrong = |error: Box<dyn std::error::Error + Send + Sync>| sqlx::Error::Decode(error);
     Ok(Place {
         seq: row.try_get(0)?,
-        mark: Mark {
-            snapshot: row.try_get::<&str, _>(1)?.parse().map_err(|error| wrong(Box::new(error)))?,
-            last_id: row.try_get(2)?,
-            next_xid: row.try_get::<&str, _>(3)?.parse().map_err(|error| wrong(Box::new(error)))?,
-            floor: row.try_get(4)?,
-        },
+        mark: relay_log::mark(row, 1, row.try_get(4)?)?,
         sequence: row.try_get::<i64, _>(5)?.cast_unsigned(),
     })
 }

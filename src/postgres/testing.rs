@@ -103,19 +103,6 @@ pub(crate) async fn now(connection: &mut Session) -> Result<Mark, sqlx::Error> {
     relay_log::mark(&row, 0, 0)
 }
 
-/// Which of these events a subscriber is done with.
-pub(crate) async fn done(
-    connection: &mut Session,
-    subscriber: &str,
-    events: &[Uuid],
-) -> Result<Vec<Uuid>, sqlx::Error> {
-    sqlx::query_scalar("select event_id from aftercommit.inbox where subscriber = $1 and event_id = any($2)")
-        .bind(subscriber)
-        .bind(events)
-        .fetch_all(connection)
-        .await
-}
-
 /// The failed attempts of those of these events that have some, each with the last error.
 pub(crate) async fn attempts(
     connection: &mut Session,

@@ -282,9 +282,12 @@ fn event(row: &PgRow) -> Result<OutboxEvent, sqlx::Error> {
 }
 
 fn read_body(headers: Option<&str>, payload: Vec<u8>) -> Result<Body, sqlx::Error> {
-    let headers = match headers {
-        Some(headers) => serde_json::from_str(headers).map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
-        None => BTreeMap::new(),
-    };
-    Ok(Body { headers, payload: payload.into() })
+    Ok(Body { headers: read_headers(headers)?, payload: payload.into() })
+}
+
+/// Headers as they were read; none stand for an empty object.
+pub(super) fn read_headers(headers: Option<&str>) -> Result<BTreeMap<String, String>, sqlx::Error> {
+    headers.map_or(Ok(BTreeMap::new()), |headers| {
+        serde_json::from_str(headers).map_err(|error| sqlx::Error::Decode(Box::new(error)))
+    })
 }

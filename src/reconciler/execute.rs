@@ -11,7 +11,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::job::{Done, Job, Run, Tally};
 use super::{Mode, Outcome, Scope, Summary};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, panic_text};
 use crate::fault;
 use crate::postgres::connections::Connections;
 use crate::postgres::reconcile::{self, Begun, Counts, Ending, NewRun, RunRow};
@@ -172,7 +172,7 @@ impl Executor {
                 Ok(Ok(done)) => End::Done(done),
                 Ok(Err(error)) if error.kind() == ErrorKind::Fenced => End::Lost,
                 Ok(Err(error)) => End::Failed(error.report()),
-                Err(panic) => End::Failed(format!("it panicked: {}", super::item::panic_text(&*panic))),
+                Err(panic) => End::Failed(format!("it panicked: {}", panic_text(&*panic))),
             }
         }
     }

@@ -1,6 +1,5 @@
 //! Users' reconcilers: derived state, item by item.
 
-use std::any::Any;
 use std::error::Error as StdError;
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
@@ -15,7 +14,7 @@ use tokio::time::timeout;
 use super::job::{Done, FAILED, Job, Pace, Run, Schedule};
 use super::{Failure, Mode, Scope};
 use crate::backoff::Backoff;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, causes, panic_text};
 use crate::fault;
 use crate::postgres::finding::{Finding, State};
 use crate::postgres::session::{Session, Tx};
@@ -158,8 +157,8 @@ impl<R: Reconciler> ItemJob<R> {
     }
 
     async fn all(&self, run: &mut Run) -> Result<Done, Error> {
-        let mut sweep = match serde_json::from_value(run.position.clone()) {
-            Ok(sweep) if run.scope == Scope::New => sweep,
+        let mut sweep = match run.position() {
+            Some(sweep) if run.scope == Scope::New => sweep,
             _ => Sweep { since: run.id, after: None },
         };
         let mut pace = self.reconciler.per_second().map(Pace::new);
@@ -174,7 +173,7 @@ impl<R: Reconciler> ItemJob<R> {
             sweep.after = Some(last);
             fault::point("reconciler-page");
             if run.mode == Mode::Repair {
-                run.save_position(serde_json::to_value(&sweep).unwrap_or_default()).await?;
+                run.save_position(&sweep).await?;
                 fault::point("reconciler-saved");
             }
         }
@@ -323,29 +322,9 @@ impl<R: Reconciler> Job for ItemJob<R> {
 
 /// Is it the item's fault, or the world's around it?
 fn sort(error: &(dyn StdError + 'static)) -> Trouble {
-    match postgres::database_cause(error) {
-        Some(cause) if postgres::is_outage(cause) => Trouble::Outage(describe(error)),
-        Some(cause) if postgres::is_conflict(cause) => Trouble::Conflict(describe(error)),
-        _ => Trouble::Failed(describe(error)),
+    match causes(error).find_map(|cause| cause.downcast_ref()) {
+        Some(cause) if postgres::is_outage(cause) => Trouble::Outage(postgres::describe(error)),
+        Some(cause) if postgres::is_conflict(cause) => Trouble::Conflict(postgres::describe(error)),
+        _ => Trouble::Failed(postgres::describe(error)),
     }
-}
-
-/// The error with its causes, on one line, without a server's DETAIL, as a text column takes it.
-fn describe(error: &(dyn StdError + 'static)) -> String {
-    let mut text = String::new();
-    let mut cause = Some(error);
-    while let Some(next) = cause {
-        let database = next.downcast_ref::<sqlx::Error>().and_then(sqlx::Error::as_database_error);
-        let more = database.map_or_else(|| next.to_string(), |database| database.message().to_string());
-        if !text.ends_with(&more) {
-            text.push_str(if text.is_empty() { "" } else { ": " });
-            text.push_str(&more);
-        }
-        cause = next.source().filter(|_| database.is_none());
-    }
-    text.chars().filter(|c| *c != '\0').take(2000).collect()
-}
-
-pub(super) fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("?")
 }

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use futures_util::future::BoxFuture;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::time::Instant;
 
@@ -74,8 +76,8 @@ pub(crate) struct Run {
     pub(crate) scope: Scope,
     /// Whether the schedule wanted it, not somebody who waits for it.
     pub(crate) scheduled: bool,
-    /// What the last [`Run::save_position`] kept; `{}` before the first.
-    pub(crate) position: Value,
+    /// `{}` before the first one was saved.
+    pub(super) position: Value,
     pub(super) tally: Tally,
     pub(super) failures: Vec<Failure>,
     /// How many findings there were so far.
@@ -164,8 +166,14 @@ impl Run {
             .map_err(|error| postgres::database_error("findings cannot be settled", error))
     }
 
+    /// Where the last [`Run::save_position`] or [`Done::position`] left off; none when that cannot be read as such.
+    pub(crate) fn position<P: DeserializeOwned>(&self) -> Option<P> {
+        P::deserialize(&self.position).ok()
+    }
+
     /// Keeps where the next page or run goes on. Fails when another process has taken over.
-    pub(crate) async fn save_position(&mut self, position: Value) -> Result<(), Error> {
+    pub(crate) async fn save_position(&mut self, position: &impl Serialize) -> Result<(), Error> {
+        let position = written(position);
         let counts = self.tally.counts();
         let saved = self
             .on(async |session| reconcile::save_position(session, &self.name, self.id, &position, counts).await)
@@ -185,6 +193,11 @@ impl Run {
     async fn on<T>(&self, work: impl AsyncFnOnce(&mut Session) -> Result<T, sqlx::Error>) -> Result<T, sqlx::Error> {
         self.connections.run(work).await
     }
+}
+
+/// A position as its column has it. One that cannot be written makes the next run begin at the beginning.
+pub(crate) fn written(position: &impl Serialize) -> Value {
+    serde_json::to_value(position).unwrap_or_default()
 }
 
 fn count(items: usize) -> i64 {

@@ -1,6 +1,7 @@
 //! Moves the events of a window from the reader into the stream, many under way at a time.
 
 use std::collections::VecDeque;
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -85,10 +86,14 @@ impl Pump<'_> {
         let mut told_to_stop = std::pin::pin!(stop(self.setting.shutdown.clone(), self.setting.paused.clone()));
         let (mut more, mut stopping) = (true, false);
         let mut heard = Instant::now();
+        let ack_timeout = self.setting.limits.ack_timeout;
+        // One timer for all answers: it is set anew only when it rings too early.
+        let mut silence = std::pin::pin!(tokio::time::sleep_until(heard + ack_timeout));
         if !connection.is_up() {
             return Ok(Pumped::Doubt(Doubt::ConnectionLost));
         }
         loop {
+            let sent_at = std::time::Instant::now();
             while self.has_room()
                 && let Some(next) = self.under_way.take_next(waiting)
             {
@@ -96,16 +101,21 @@ impl Pump<'_> {
                     heard = Instant::now();
                 }
                 *sending = Some(next.event.outbox_id);
-                let patience = self.setting.limits.ack_timeout;
-                let sent = self.send(next);
-                tokio::select! {
-                    biased;
-                    () = &mut lost => return Ok(Pumped::Doubt(Doubt::ConnectionLost)),
-                    // The client takes no more when it cannot pass on what it has.
-                    () = tokio::time::sleep(patience) => {
-                        return Ok(Pumped::Doubt(Doubt::Timeout { complaint: connection.complaint() }));
-                    }
-                    sent = sent => if let Some(doubt) = sent? { return Ok(Pumped::Doubt(doubt)) },
+                let mut sent = std::pin::pin!(self.send(next, sent_at));
+                let doubt = match futures_util::poll!(sent.as_mut()) {
+                    Poll::Ready(sent) => sent?,
+                    Poll::Pending => tokio::select! {
+                        biased;
+                        () = &mut lost => return Ok(Pumped::Doubt(Doubt::ConnectionLost)),
+                        // The client takes no more when it cannot pass on what it has.
+                        () = tokio::time::sleep(ack_timeout) => {
+                            return Ok(Pumped::Doubt(Doubt::Timeout { complaint: connection.complaint() }));
+                        }
+                        sent = sent => sent?,
+                    },
+                };
+                if let Some(doubt) = doubt {
+                    return Ok(Pumped::Doubt(doubt));
                 }
                 *sending = None;
             }
@@ -127,8 +137,11 @@ impl Pump<'_> {
                     Some(chunk) => waiting.extend(chunk?),
                     None => more = false,
                 },
-                () = tokio::time::sleep_until(heard + self.setting.limits.ack_timeout), if !idle => {
-                    return Ok(Pumped::Doubt(Doubt::Timeout { complaint: connection.complaint() }));
+                () = &mut silence, if !idle => {
+                    if heard + ack_timeout <= Instant::now() {
+                        return Ok(Pumped::Doubt(Doubt::Timeout { complaint: connection.complaint() }));
+                    }
+                    silence.as_mut().reset(heard + ack_timeout);
                 }
                 () = &mut told_to_stop, if !stopping => {
                     // What is under way is still heard out, so that the next leader finds a quiet stream.
@@ -145,11 +158,11 @@ impl Pump<'_> {
         messages < self.setting.limits.messages && bytes < MAX_BYTES
     }
 
-    async fn send(&mut self, next: Prepared) -> Result<Option<Doubt>, Error> {
+    async fn send(&mut self, next: Prepared, sent_at: std::time::Instant) -> Result<Option<Doubt>, Error> {
         let Prepared { event, message } = next;
         match self.publisher.send(self.under_way.next_number(), message, self.under_way.predecessor()).await {
             Ok(()) => {
-                self.under_way.sent(Sent { sent_at: Some(std::time::Instant::now()), ..event });
+                self.under_way.sent(Sent { sent_at: Some(sent_at), ..event });
                 fault::point("relay-sent");
                 Ok(None)
             }
@@ -163,20 +176,23 @@ impl Pump<'_> {
         &mut self,
         first: Option<(u64, crate::jetstream::publisher::Answer)>,
     ) -> Result<Option<Doubt>, Error> {
-        let Some(mut answer) = first else { return Err(closed()) };
-        loop {
-            match self.under_way.answered(answer.0, answer.1) {
-                Ok(stored) => {
-                    self.setting.progress.stored(&stored, self.under_way.sequence());
-                    fault::point("relay-acknowledged");
-                }
-                Err(doubt) => return Ok(Some(doubt)),
-            }
-            match self.publisher.ready_answer() {
-                Some(next) => answer = next,
-                None => return Ok(None),
-            }
+        if first.is_none() {
+            return Err(closed());
         }
+        let (mut next, mut stored, mut doubt) = (first, Vec::new(), None);
+        while let Some((number, answer)) = next {
+            match self.under_way.answered(number, answer) {
+                Ok(more) => stored.extend(more),
+                Err(ended) => {
+                    doubt = Some(ended);
+                    break;
+                }
+            }
+            fault::point("relay-acknowledged");
+            next = self.publisher.ready_answer();
+        }
+        self.setting.progress.stored(&stored, self.under_way.sequence());
+        Ok(doubt)
     }
 }
 

@@ -12,14 +12,15 @@ use crate::event::EventId;
 use crate::jetstream::stored::Source;
 use crate::postgres::connections::Connections;
 use crate::postgres::lease::{self, Tenure};
-use crate::postgres::{database_error, function, testing};
+use crate::postgres::{database_error, function, inbox, testing};
 
-use super::lane::{Lane, Verdict};
+use super::lane::Lane;
 use super::load::Item;
 use super::progress::Progress;
 use super::scheduler::Place;
 use super::serve::{LEASE, lease_name};
 use super::subscriber::{Subscriber, Work};
+use super::verdict::Verdict;
 
 /// Where dead letters and inbox rows say that their event came from; its place there is the outbox id.
 const SOURCE: &str = "outbox";
@@ -143,7 +144,7 @@ impl Run {
         let taken: Vec<&Arc<Envelope>> = events.iter().filter(|event| subscriber.takes(&event.event_type)).collect();
         let ids: Vec<Uuid> = taken.iter().map(|event| event.id.as_uuid()).collect();
         let name = &subscriber.name;
-        let done = connections.run(async |connection| testing::done(connection, name, &ids).await);
+        let done = connections.run(async |connection| inbox::done(connection, name, &ids).await);
         let done: HashSet<Uuid> = done.await.map_err(failed)?.into_iter().collect();
         self.left = taken.into_iter().filter(|event| !done.contains(&event.id.as_uuid())).cloned().collect();
         self.failures(&ids).await.map(|counted| self.attempts = counted.into_iter().map(|(id, n, _)| (id, n)).collect())

@@ -26,7 +26,7 @@ use super::handler::HandlerError;
 use super::trouble::Unreachable;
 use crate::config::{ClientCertificate, Secret, read_file};
 use crate::envelope::Envelope;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, causes, on_one_line};
 
 /// How long connecting may take at most, TLS included; half of the timeout when that is shorter, so that it can be told
 /// from an endpoint that does not answer.
@@ -215,12 +215,12 @@ impl Endpoint {
                 verdict
             }
             Ok(Err(error)) if error.is_connect() => {
-                Err(Unreachable(format!("{self} cannot be reached: {}", causes(&error))).into())
+                Err(Unreachable(format!("{self} cannot be reached: {}", reasons(&error))).into())
             }
             // Whether it was taken is unknown; it is sent again.
             Ok(Err(error)) => Err(HandlerError::unavailable(format!(
                 "the connection to {self} was lost before an answer came: {}",
-                causes(&error)
+                reasons(&error)
             ))),
             Err(_) => Err(HandlerError::retry(format!("{self} did not answer within {:?}", self.timeout))),
         }
@@ -305,18 +305,9 @@ fn trusting(roots: RootCertStore, certificate: Option<&ClientCertificate>) -> Re
     })
 }
 
-/// The error with its causes; those of the client say nothing of what was sent.
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = String::new();
-    let mut cause = error.source().or(Some(error));
-    while let Some(next) = cause {
-        let more = next.to_string();
-        if !text.ends_with(&more) {
-            text = if text.is_empty() { more } else { format!("{text}: {more}") };
-        }
-        cause = next.source();
-    }
-    text
+/// The causes of an error; those of the client say nothing of what was sent.
+fn reasons(error: &(dyn std::error::Error + 'static)) -> String {
+    on_one_line(causes(error).skip(usize::from(error.source().is_some())).map(ToString::to_string))
 }
 
 /// Connects within a limit that holds for the handshake of TLS, too.

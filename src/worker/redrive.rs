@@ -6,10 +6,9 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
 use crate::backoff::Backoff;
+use crate::postgres;
 use crate::postgres::connections::Connections;
 use crate::postgres::redrive::{self, Waiting};
-
-use super::trouble::database_text;
 
 /// How often the table is looked at.
 const LOOK: Duration = Duration::from_secs(1);
@@ -130,7 +129,7 @@ impl Redrives {
 
     fn failed(&mut self, error: &sqlx::Error) {
         if self.failures == 0 {
-            let error = database_text(error);
+            let error = postgres::message(error);
             tracing::warn!(subscriber = self.subscriber, error, "the table of redriven events cannot be read, waiting");
         }
         self.failures = self.failures.saturating_add(1);

@@ -18,12 +18,13 @@ use crate::jetstream::ack::{Answer, Answers, Reply};
 use crate::jetstream::feed::{Budget, Fed, Incoming, Permit};
 use crate::postgres::redrive::Waiting;
 
-use super::lane::{Lane, Report, Verdict, Wait};
+use super::lane::Lane;
 use super::load::Item;
 use super::progress::{Load, Outcome};
 use super::redrive::Redrives;
 use super::scheduler::{Company, Place, Scheduler};
 use super::subscriber::{FailurePolicy, MAX_WAIT};
+use super::verdict::{Report, Verdict, Wait};
 
 /// The most payload bytes in memory, beside what is on its way.
 const MAX_BYTES: usize = 64 * 1024 * 1024;

@@ -1,9 +1,7 @@
 //! What went wrong with a transaction: is the event at fault, or the world around it?
 
-use std::any::Any;
-use std::error::Error as StdError;
-
-use crate::postgres;
+use crate::error::causes;
+use crate::postgres::{self, clip};
 
 use super::handler::HandlerError;
 
@@ -51,12 +49,11 @@ pub(super) fn trouble(at: Option<usize>, error: HandlerError) -> Trouble {
         HandlerError::Unavailable { .. } => return Trouble::Interrupted { at, error },
         _ => return Trouble::Failed { at, error },
     };
-    let mut cause: Option<&(dyn StdError + 'static)> = Some(cause.as_ref());
-    while let Some(next) = cause {
-        if let Some(Unreachable(reason)) = next.downcast_ref() {
+    for cause in causes(cause.as_ref()) {
+        if let Some(Unreachable(reason)) = cause.downcast_ref() {
             return Trouble::Unreachable(reason.clone());
         }
-        if let Some(database) = next.downcast_ref::<sqlx::Error>() {
+        if let Some(database) = cause.downcast_ref::<sqlx::Error>() {
             let mixed_up = database.as_database_error().is_some_and(postgres::is_mixed_up);
             if mixed_up || postgres::is_outage(database) {
                 return Trouble::Interrupted { at, error };
@@ -65,9 +62,6 @@ pub(super) fn trouble(at: Option<usize>, error: HandlerError) -> Trouble {
                 return Trouble::Conflict { at, error };
             }
         }
-        // An io::Error names as its source the source of what it wraps, not the wrapped error itself.
-        let wrapped = next.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        cause = wrapped.map(|wrapped| wrapped as &(dyn StdError + 'static)).or_else(|| next.source());
     }
     Trouble::Failed { at, error }
 }
@@ -85,40 +79,9 @@ pub(crate) fn describe(error: &HandlerError) -> String {
         HandlerError::Snooze(wait) => format!("snoozed for {wait:?}"),
         HandlerError::Reject { reason } => clip(reason),
         HandlerError::Retry { error, .. } | HandlerError::Unavailable { error, .. } => {
-            let mut text = String::new();
-            let mut cause: Option<&(dyn StdError + 'static)> = Some(error.as_ref());
-            while let Some(next) = cause {
-                let more = next.downcast_ref::<sqlx::Error>().map_or_else(|| next.to_string(), database_text);
-                if !text.ends_with(&more) {
-                    text.push_str(if text.is_empty() { "" } else { ": " });
-                    text.push_str(&more);
-                }
-                let told = matches!(next.downcast_ref(), Some(sqlx::Error::Database(_)));
-                cause = next.source().filter(|_| !told);
-            }
-            clip(&text)
+            postgres::describe(error.as_ref())
         }
     }
-}
-
-/// The error's text; of an error of the server only the message, without DETAIL and the place in its source.
-pub(super) fn database_text(error: &sqlx::Error) -> String {
-    match error {
-        sqlx::Error::Database(database) if postgres::is_mixed_up(&**database) => {
-            format!("{}{}", database.message(), postgres::POOLED)
-        }
-        sqlx::Error::Database(database) => database.message().to_string(),
-        other => other.to_string(),
-    }
-}
-
-/// What fits into a log line and a text column.
-pub(super) fn clip(text: &str) -> String {
-    text.chars().filter(|c| *c != '\0').take(2000).collect()
-}
-
-pub(super) fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("?")
 }
 
 #[cfg(test)]

@@ -8,8 +8,8 @@ use std::time::Duration;
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit::envelope::Envelope;
 use aftercommit::subject::SubjectPrefix;
-use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, Postgres};
+use aftercommit::testing::{eventually, unique_name};
 use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber, Worker};
 use aftercommit::{Error, Event, EventId};
 use async_nats::HeaderMap;
@@ -270,7 +270,8 @@ impl Work {
 
     /// The command that runs it, its consumers provisioned.
     pub fn command(&self, toml: &str) -> Command {
-        let file = std::env::temp_dir().join(format!("{}.toml", self.outbox.naming.stream));
+        // Each has a file of its own: another process may be reading the one before.
+        let file = std::env::temp_dir().join(format!("{}.toml", unique_name("worker")));
         std::fs::write(&file, toml).unwrap();
         let run = |program: &str, arguments: &[&str]| {
             let mut command = Command::new(program);

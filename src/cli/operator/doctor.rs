@@ -7,7 +7,7 @@ use clap::Args;
 use super::as_json;
 use crate::admin::doctor::{DoctorConfig, Severity, doctor};
 use crate::cli::relay::{Writers, days};
-use crate::cli::{NamingArgs, NatsArgs, PostgresArgs};
+use crate::cli::servers::Servers;
 use crate::error::Error;
 
 /// What the relay was given too has the same names here, so that one environment serves both.
@@ -26,20 +26,17 @@ pub(super) struct Doctor {
     #[arg(long, env = "AFTERCOMMIT_RETENTION_DAYS", value_name = "DAYS", default_value_t = 7.0, value_parser = days)]
     retention_days: f64,
     #[command(flatten)]
-    postgres: PostgresArgs,
-    #[command(flatten)]
-    nats: NatsArgs,
-    #[command(flatten)]
-    naming: NamingArgs,
+    servers: Servers,
 }
 
 /// The report, and whether nothing in it fails.
 pub(super) async fn run(command: Doctor) -> Result<(String, bool), Error> {
+    let (postgres, nats, naming) = command.servers.config()?;
     let config = DoctorConfig {
         mode: command.mode.into(),
         nats_monitor: command.nats_monitor.filter(|url| !url.is_empty()),
         retention: Duration::from_secs_f64(command.retention_days * 86_400.0),
-        ..DoctorConfig::new(command.postgres.config()?, command.nats.config()?, command.naming.config()?)
+        ..DoctorConfig::new(postgres, nats, naming)
     };
     let report = doctor(&config).await?;
     let text = if command.json { as_json(&report)? } else { report.to_string() };

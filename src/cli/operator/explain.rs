@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::as_json;
 use super::terminal::{payload, payload_member, plain, time};
 use crate::admin::explain::{self, ExplainConfig, Explanation, Standing};
-use crate::cli::{NamingArgs, NatsArgs, PostgresArgs};
+use crate::cli::servers::Servers;
 use crate::config::PostgresConfig;
 use crate::error::{Error, ErrorKind};
 
@@ -26,21 +26,17 @@ pub(super) struct Explain {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    postgres: PostgresArgs,
-    #[command(flatten)]
-    nats: NatsArgs,
-    #[command(flatten)]
-    naming: NamingArgs,
+    servers: Servers,
 }
 
 pub(super) async fn run(command: Explain) -> Result<String, Error> {
-    let publisher = command.postgres.config()?;
+    let (publisher, nats, naming) = command.servers.config()?;
     let pooled = publisher.pooled;
     let urls = command.subscriber_database.into_iter().filter(|url| !url.is_empty());
     let config = ExplainConfig {
         subscribers: urls.map(|url| PostgresConfig { url, pooled }).collect(),
         payload: command.payload,
-        ..ExplainConfig::new(publisher, command.nats.config()?, command.naming.config()?)
+        ..ExplainConfig::new(publisher, nats, naming)
     };
     let explanation = explain::explain(&config, command.event_id.into()).await?;
     if !command.json {

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::as_json;
 use super::terminal::{cut, payload, payload_member, plain, table, time};
 use crate::admin::peek::{self, Waiting};
-use crate::cli::{NamingArgs, NatsArgs, PostgresArgs};
+use crate::cli::servers::Servers;
 use crate::error::{Error, ErrorKind};
 
 #[derive(Args)]
@@ -25,15 +25,11 @@ pub(super) struct Peek {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    postgres: PostgresArgs,
-    #[command(flatten)]
-    nats: NatsArgs,
-    #[command(flatten)]
-    naming: NamingArgs,
+    servers: Servers,
 }
 
 pub(super) async fn run(command: Peek) -> Result<String, Error> {
-    let (postgres, nats, naming) = (command.postgres.config()?, command.nats.config()?, command.naming.config()?);
+    let (postgres, nats, naming) = command.servers.config()?;
     let peek = peek::peek(&postgres, &nats, &naming, &command.subscriber, command.limit).await?;
     if command.json {
         return json(&peek, command.payload);

@@ -9,8 +9,10 @@ use serde_json::json;
 use super::as_json;
 use super::subscribers::SubscriberArgs;
 use crate::cli::http::{self, HttpArgs};
+use crate::cli::reconciling::is_well;
 use crate::cli::relay::Writers;
-use crate::cli::{NamingArgs, NatsArgs, PostgresArgs, run_role};
+use crate::cli::run_role;
+use crate::cli::servers::Servers;
 use crate::error::Error;
 use crate::reconciler::{ConsumerLeg, InboxLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
 use crate::relay;
@@ -39,11 +41,7 @@ pub(super) struct Reconcile {
     #[arg(long, env = "AFTERCOMMIT_MODE", value_enum, default_value = "exclusive")]
     mode: Writers,
     #[command(flatten)]
-    postgres: PostgresArgs,
-    #[command(flatten)]
-    nats: NatsArgs,
-    #[command(flatten)]
-    naming: NamingArgs,
+    servers: Servers,
     /// With --every only
     #[command(flatten)]
     http: HttpArgs,
@@ -81,8 +79,8 @@ impl Reconcile {
 
     /// A runner of everything that is meant, and the names.
     async fn runner(&self) -> Result<(Runner, Vec<String>), Error> {
-        let (nats, naming) = (self.nats.config()?, self.naming.config()?);
-        let (mut runner, mut names) = (Runner::new(self.postgres.config()?), Vec::new());
+        let (postgres, nats, naming) = self.servers.config()?;
+        let (mut runner, mut names) = (Runner::new(postgres), Vec::new());
         let mode = self.mode();
         let subscriptions = match self.legs() {
             [Leg::Outbox] => Vec::new(),
@@ -136,9 +134,7 @@ pub(super) async fn run(command: Reconcile) -> Result<(String, ExitCode), Error>
     for name in names {
         summaries.push(runner.run_now(&name, scope.clone(), command.mode()).await?);
     }
-    let well = summaries
-        .iter()
-        .all(|summary| summary.outcome == Outcome::Ran && summary.found <= summary.repaired && summary.failed == 0);
+    let well = summaries.iter().all(is_well);
     let text = match command.json {
         false => summaries.iter().map(|summary| format!("{summary}\n")).collect(),
         true => as_json(&summaries.iter().map(object).collect::<Vec<_>>())?,

@@ -10,7 +10,7 @@ use super::subscribers::SubscriberArgs;
 use super::terminal::{cut, plain, table, time};
 use super::who::WhoArgs;
 use crate::admin::replay::{Filter, Found, Replayed, replay};
-use crate::cli::{NamingArgs, NatsArgs, PostgresArgs};
+use crate::cli::servers::Servers;
 use crate::error::{Error, ErrorKind};
 
 #[derive(Args)]
@@ -50,15 +50,11 @@ pub(super) struct Replay {
     #[command(flatten)]
     who: WhoArgs,
     #[command(flatten)]
-    postgres: PostgresArgs,
-    #[command(flatten)]
-    nats: NatsArgs,
-    #[command(flatten)]
-    naming: NamingArgs,
+    servers: Servers,
 }
 
 pub(super) async fn run(command: Replay) -> Result<String, Error> {
-    let (postgres, nats, naming) = (command.postgres.config()?, command.nats.config()?, command.naming.config()?);
+    let (postgres, nats, naming) = command.servers.config()?;
     let subscriptions = command.subscribers.subscriptions(&nats, &naming).await?;
     let [subscription] = subscriptions.as_slice() else {
         return Err(Error::new(ErrorKind::Config, "which subscriber shall get the events? Name it with --subscriber"));

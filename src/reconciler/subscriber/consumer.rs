@@ -7,15 +7,12 @@ use std::time::Duration;
 
 use async_nats::jetstream::message::StreamMessage;
 use chrono::{DateTime, TimeDelta, Utc};
-use futures_util::FutureExt;
-use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use uuid::Uuid;
 
 use super::sending::Sending;
-use super::{Since, Subscription, ask, failed_to_send, unhandled};
-use crate::backoff::Backoff;
+use super::{Compare, LegJob, RETRY, Since, Subscription, ask, failed_to_send, unhandled};
 use crate::config::NatsConfig;
 use crate::error::Error;
 use crate::fault;
@@ -25,7 +22,7 @@ use crate::jetstream::stream::{Extent, StreamReader};
 use crate::jetstream::{self, Connection, stored};
 use crate::postgres::finding::{Finding, State};
 use crate::postgres::resend::{self, Event, Known, Order};
-use crate::reconciler::job::{Done, Job, Run, Schedule};
+use crate::reconciler::job::{Done, Run, Schedule};
 use crate::reconciler::{Mode, Runner, Scope};
 use crate::subject;
 
@@ -42,7 +39,6 @@ const STATES: [&str; 5] = [AHEAD, ABSENT, RECREATED, SETTINGS, STUCK];
 
 /// Batches between two saved positions.
 const SAVE_EVERY: u32 = 20;
-const RETRY: Backoff = Backoff { first: Duration::from_secs(2), max: Duration::from_mins(1) };
 
 /// Compares a subscriber's inbox with the stream, up to where its consumer counts everything as acked, and sends back to
 /// the subscriber what it has not handled. It also looks at the consumer itself. Give it to a [`Runner`] on the
@@ -89,40 +85,25 @@ impl Runner {
     /// Adds the comparison of a subscriber's inbox with the stream. Its name is `consumer:` and the subscriber's name.
     #[must_use]
     pub fn consumer(self, leg: ConsumerLeg) -> Self {
-        self.job(ConsumerJob { name: format!("consumer:{}", leg.subscription.name()), leg })
+        let ConsumerLeg { interval, full_every, mode, .. } = leg;
+        let name = format!("consumer:{}", leg.subscription.name());
+        self.job(LegJob { name, schedule: Schedule { interval, full_every, mode, retry: RETRY }, leg })
     }
 }
 
-struct ConsumerJob {
-    name: String,
-    leg: ConsumerLeg,
-}
-
-impl Job for ConsumerJob {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn schedule(&self) -> Schedule {
-        let ConsumerLeg { interval, full_every, mode, .. } = self.leg;
-        Schedule { interval, full_every, mode, retry: RETRY }
-    }
-
-    fn run<'a>(&'a self, run: &'a mut Run) -> BoxFuture<'a, Result<Done, Error>> {
-        async move {
-            let nats = self.leg.subscription.connect(&self.leg.nats).await?;
-            let stream = &self.leg.subscription.spec.stream;
-            let leg = Leg {
-                leg: &self.leg,
-                stream: StreamReader::new(&nats, stream),
-                history: History::new(&nats, stream).await?,
-                position: Position::read(&run.position, stream),
-                nats,
-                run,
-            };
-            leg.work().await
-        }
-        .boxed()
+impl Compare for ConsumerLeg {
+    async fn compare(&self, run: &mut Run) -> Result<Done, Error> {
+        let nats = self.subscription.connect(&self.nats).await?;
+        let stream = &self.subscription.spec.stream;
+        let leg = Leg {
+            leg: self,
+            stream: StreamReader::new(&nats, stream),
+            history: History::new(&nats, stream).await?,
+            position: Position::of(run, stream),
+            nats,
+            run,
+        };
+        leg.work().await
     }
 }
 
@@ -144,9 +125,8 @@ struct Position {
 }
 
 impl Position {
-    fn read(value: &serde_json::Value, stream: &str) -> Self {
-        let position: Option<Self> = serde_json::from_value(value.clone()).ok();
-        let position = position.filter(|position| position.stream == stream);
+    fn of(run: &Run, stream: &str) -> Self {
+        let position = run.position().filter(|position: &Self| position.stream == stream);
         position.unwrap_or_else(|| Self { stream: stream.into(), ..Self::default() })
     }
 }
@@ -348,8 +328,7 @@ impl Leg<'_> {
         }
         self.position.acked = range.to;
         self.position.sweep = None;
-        let position = serde_json::to_value(&self.position).unwrap_or_default();
-        self.run.save_position(position).await?;
+        self.run.save_position(&self.position).await?;
         Ok(stored_at)
     }
 
@@ -358,8 +337,7 @@ impl Leg<'_> {
             Some(since) => self.position.sweep = Some((since, done)),
             None => self.position.acked = done,
         }
-        let position = serde_json::to_value(&self.position).unwrap_or_default();
-        self.run.save_position(position).await?;
+        self.run.save_position(&self.position).await?;
         fault::point("reconciler-consumer-saved");
         Ok(())
     }

@@ -8,15 +8,12 @@ use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
-use futures_util::FutureExt;
-use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::sending::Sending;
-use super::{Since, Subscription, ask, failed_to_send, unhandled};
-use crate::backoff::Backoff;
+use super::{Compare, LegJob, RETRY, Since, Subscription, ask, failed_to_send, unhandled};
 use crate::config::NatsConfig;
 use crate::envelope::Envelope;
 use crate::error::Error;
@@ -29,7 +26,7 @@ use crate::jetstream::{self, consumer, stored};
 use crate::postgres::finding::Finding;
 use crate::postgres::place;
 use crate::postgres::resend::{self, Event, Known, Order};
-use crate::reconciler::job::{Done, Job, Run, Schedule};
+use crate::reconciler::job::{Done, Run, Schedule, written};
 use crate::reconciler::{Mode, Runner, Scope};
 
 const MISSED: &str = "not_handled";
@@ -41,7 +38,6 @@ const FINDINGS: i64 = 500;
 const KEYS: usize = 100;
 /// Differences between the clocks of the two databases.
 const CLOCKS: TimeDelta = TimeDelta::minutes(10);
-const RETRY: Backoff = Backoff { first: Duration::from_secs(2), max: Duration::from_mins(1) };
 
 /// Compares the publisher's outbox with a subscriber's inbox, up to where the subscriber's consumer counts everything as
 /// acked, and sends back to the subscriber what it has not handled. Give it to a [`Runner`] on the subscriber's database
@@ -79,27 +75,9 @@ impl Runner {
     /// name.
     #[must_use]
     pub fn inbox(self, leg: InboxLeg) -> Self {
-        self.job(InboxJob { name: format!("inbox:{}", leg.subscription.name()), leg })
-    }
-}
-
-struct InboxJob {
-    name: String,
-    leg: InboxLeg,
-}
-
-impl Job for InboxJob {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn schedule(&self) -> Schedule {
-        let InboxLeg { interval, full_every, mode, .. } = self.leg;
-        Schedule { interval, full_every, mode, retry: RETRY }
-    }
-
-    fn run<'a>(&'a self, run: &'a mut Run) -> BoxFuture<'a, Result<Done, Error>> {
-        self.leg.compare(run).boxed()
+        let InboxLeg { interval, full_every, mode, .. } = leg;
+        let name = format!("inbox:{}", leg.subscription.name());
+        self.job(LegJob { name, schedule: Schedule { interval, full_every, mode, retry: RETRY }, leg })
     }
 }
 
@@ -116,7 +94,7 @@ struct Position {
     sweep: Option<(i64, Option<Value>)>,
 }
 
-impl InboxLeg {
+impl Compare for InboxLeg {
     async fn compare(&self, run: &mut Run) -> Result<Done, Error> {
         let Subscription { spec, types, inbox_retention, .. } = &self.subscription;
         let nats = self.subscription.connect(&self.nats).await?;
@@ -131,8 +109,7 @@ impl InboxLeg {
         let now = ask(run, async |session| place::now(session).await).await?;
         let retention = TimeDelta::from_std(*inbox_retention).unwrap_or(TimeDelta::MAX);
 
-        let position: Option<Position> = serde_json::from_value(run.position.clone()).ok();
-        let position = position.filter(|position| position.stream == spec.stream);
+        let position = run.position().filter(|position: &Position| position.stream == spec.stream);
         let mut position = position.unwrap_or_else(|| Position { stream: spec.stream.clone(), ..Position::default() });
         let wanted = if types.is_empty() { vec!["*".to_string()] } else { types.clone() };
         position.types.update(&wanted, floor);
@@ -231,11 +208,10 @@ impl Leg<'_> {
         if self.run.mode == Mode::Repair {
             self.position.displaced = self.displaced.clone();
         }
-        let position = serde_json::to_value(&self.position).unwrap_or_default();
         Ok(Done {
             reconciled_up_to: self.complete_to,
             swept_since: self.sweep,
-            position: Some(position),
+            position: Some(written(&self.position)),
             detail: Some(json!({ "stream_sequence": self.floor, "too_old": self.too_old })),
         })
     }
@@ -245,8 +221,7 @@ impl Leg<'_> {
             Some(since) => self.position.sweep = Some((since, self.token.clone())),
             None => self.position.compared = self.token.clone(),
         }
-        let position = serde_json::to_value(&self.position).unwrap_or_default();
-        self.run.save_position(position).await?;
+        self.run.save_position(&self.position).await?;
         self.position.sweep = None;
         fault::point("reconciler-inbox-saved");
         Ok(())

@@ -8,10 +8,13 @@ mod sending;
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::job::Run;
+use super::job::{Done, Job, Run, Schedule};
+use crate::backoff::Backoff;
 use crate::config::{Naming, NatsConfig};
 use crate::error::Error;
 use crate::jetstream::consumer::ConsumerSpec;
@@ -73,6 +76,34 @@ impl Subscription {
 
     pub(crate) async fn connect(&self, nats: &NatsConfig) -> Result<Connection, Error> {
         jetstream::connect(nats, "aftercommit-reconciler", "_INBOX_worker").await
+    }
+}
+
+const RETRY: Backoff = Backoff { first: Duration::from_secs(2), max: Duration::from_mins(1) };
+
+/// What a leg does in a run.
+trait Compare: Send + Sync + 'static {
+    fn compare(&self, run: &mut Run) -> impl Future<Output = Result<Done, Error>> + Send;
+}
+
+/// A leg as the runner sees it.
+struct LegJob<L> {
+    name: String,
+    schedule: Schedule,
+    leg: L,
+}
+
+impl<L: Compare> Job for LegJob<L> {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn schedule(&self) -> Schedule {
+        self.schedule
+    }
+
+    fn run<'a>(&'a self, run: &'a mut Run) -> BoxFuture<'a, Result<Done, Error>> {
+        self.leg.compare(run).boxed()
     }
 }
 

@@ -1,0 +1,10 @@
+//! The programs and questions of operators.
+
+mod dead;
+mod doctor;
+mod explain;
+mod nats_cli;
+mod replay;
+mod status;
+#[path = "../support/mod.rs"]
+mod support;
