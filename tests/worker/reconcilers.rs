@@ -3,11 +3,11 @@
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
+use crate::support::{Number, Record, SOON, Work, WorkerProcess, free_address, get, metric};
 use aftercommit::reconciler::{Drift, ItemError, Reconciler};
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Registry, Subscriber};
 use sqlx::PgTransaction;
-use crate::support::{Number, Record, SOON, Work, WorkerProcess, free_address, get, metric};
 
 /// Keeps `account.balance` equal to the sum of the bookings; the account `slow` takes its time.
 struct Balances(&'static str);
