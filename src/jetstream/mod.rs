@@ -16,6 +16,7 @@ pub(crate) mod search;
 pub(crate) mod service;
 pub(crate) mod stored;
 pub(crate) mod stream;
+pub(crate) mod sweep;
 pub(crate) mod topology;
 
 use std::fmt;

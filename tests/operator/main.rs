@@ -5,7 +5,6 @@ mod doctor;
 mod explain;
 mod nats_cli;
 mod replay;
-mod rights;
 mod status;
 #[path = "../support/mod.rs"]
 mod support;

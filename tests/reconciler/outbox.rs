@@ -485,18 +485,22 @@ async fn a_process_of_its_own_repairs_again_and_again_until_it_is_told_to_stop()
 async fn a_million_events_of_which_a_hundred_are_missing() {
     let events: u64 = std::env::var("AFTERCOMMIT_EVENTS").map_or(1_000_000, |text| text.parse().unwrap());
     let (_nats, outbox) = private().await;
-    sqlx::query(
-        "insert into aftercommit.outbox (event_id, type, key, payload)
-         select aftercommit.new_event_id(), 'test.number', 'key-' || n % 1000,
-                convert_to(jsonb_build_object('n', n, 'text', repeat('x', 200))::text, 'UTF8')
-           from generate_series(1, $1::bigint) n",
-    )
-    .bind(events.cast_signed())
-    .execute(&outbox.pool)
-    .await
-    .unwrap();
     let began = std::time::Instant::now();
+    // The relay publishes while the rest is still written.
     let _relay = outbox.relay_process();
+    for first in (1..=events).step_by(200_000) {
+        sqlx::query(
+            "insert into aftercommit.outbox (event_id, type, key, payload)
+             select aftercommit.new_event_id(), 'test.number', 'key-' || n % 1000,
+                    convert_to(format('{\"n\": %s, \"text\": \"%s\"}', n, repeat('x', 200)), 'UTF8')
+               from generate_series($1::bigint, $2::bigint) n",
+        )
+        .bind(first.cast_signed())
+        .bind(events.min(first + 199_999).cast_signed())
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+    }
     let long = Duration::from_secs(1800);
     eventually(long, "everything is in the stream", async || outbox.stored().await == events).await.unwrap();
     settled(&outbox).await;

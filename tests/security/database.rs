@@ -240,7 +240,7 @@ async fn running_it_again_takes_away_what_is_too_much() {
     let stage = Stage::new().await;
     let dump = |stage: &Stage| stage.database.pg_dump(&["--schema-only", "--schema", "aftercommit"]);
     let before = dump(&stage);
-    let worker = format!("{}worker", stage.prefix);
+    let worker = format!("{}worker", stage.roles.0);
     stage
         .database
         .execute(&format!(
@@ -251,6 +251,6 @@ async fn running_it_again_takes_away_what_is_too_much() {
         ))
         .await;
     assert_ne!(dump(&stage), before);
-    stage.roles();
+    stage.roles.grant(&stage.database);
     assert_eq!(dump(&stage), before);
 }
