@@ -17,6 +17,8 @@ pub enum Way {
     Open,
     /// What the server says does not arrive; what the client says does.
     Deaf,
+    /// What the client says does not arrive; what the server says does.
+    Mute,
     /// What the server says arrives later.
     Slow(Duration),
     /// Connections are cut and new ones refused.
@@ -85,8 +87,8 @@ async fn pass(
         let way = *told.borrow();
         match way {
             Way::Cut => return,
-            Way::Deaf if answers => {
-                // Half a message must not follow: this connection stays deaf until it is cut.
+            Way::Deaf | Way::Mute if answers == (way == Way::Deaf) => {
+                // Half a message must not follow: this connection stays so until it is cut.
                 _ = told.wait_for(|way| *way == Way::Cut).await;
                 return;
             }
