@@ -1,5 +1,5 @@
 //! aftercommit beside what else a Rust service could use, each set up as its own documentation shows, on the same
-//! servers in the same run, in rounds that take turns.
+//! private servers in the same run, in rounds that take turns.
 //!
 //! Not a figure of the product's own table: it says how far apart designs are, on one machine, with one workload.
 
@@ -12,6 +12,7 @@ mod stream;
 
 use std::time::Duration;
 
+use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
 use clap::Parser;
 
 use crate::arms::Kind;
@@ -26,12 +27,6 @@ const SMALL: u64 = 10_000;
 /// Measures aftercommit beside other outboxes and job queues
 #[derive(Parser)]
 struct Options {
-    /// PostgreSQL, as a role that may create databases
-    #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
-    database_url: String,
-    /// A nats-server with JetStream
-    #[arg(long, env = "NATS_URL", hide_env_values = true)]
-    nats_url: String,
     /// How often each arm is measured
     #[arg(long, default_value_t = 7)]
     rounds: usize,
@@ -50,7 +45,9 @@ struct Options {
 async fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     let mut report = Report::default();
-    let servers = Servers { database_url: options.database_url.parse()?, nats_url: options.nats_url.clone() };
+    let postgres = Postgres::start(PostgresOptions::default()).await?;
+    let nats = Nats::start(NatsOptions::default()).await?;
+    let servers = Servers { database_url: postgres.url("postgres").parse()?, nats_url: nats.url() };
     for round in 0..options.rounds {
         for kind in in_turn(&Kind::OUTBOXES, round) {
             measure(&servers, *kind, Duration::from_secs(options.seconds), &mut report).await?;
