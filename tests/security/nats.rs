@@ -48,6 +48,8 @@ const PUBLISH: [(&str, &[&str]); 7] = [
     (
         "relay",
         &[
+            "$JS.API.CONSUMER.CREATE.EVENTS.receipts",
+            "$JS.API.CONSUMER.DELETE.EVENTS.receipts",
             "$JS.API.CONSUMER.MSG.NEXT.EVENTS.receipts",
             "$JS.API.CONSUMER.INFO.EVENTS.receipts",
             "$JS.ACK.EVENTS.receipts.1.1.1.1.1",
@@ -58,6 +60,8 @@ const PUBLISH: [(&str, &[&str]); 7] = [
     (
         "outbox_reconciler",
         &[
+            "$JS.API.CONSUMER.CREATE.EVENTS.receipts",
+            "$JS.API.CONSUMER.DELETE.EVENTS.receipts",
             "events.test.number",
             "$JS.API.CONSUMER.MSG.NEXT.EVENTS.receipts",
             "$JS.ACK.EVENTS.receipts.1.1.1.1.1",
