@@ -26,6 +26,8 @@ pub(super) const BATCH: u64 = 1000;
 pub(super) const BATCH_BYTES: u64 = 4 << 20;
 /// How long the next message of a batch may take.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+/// With so many wanted messages in it, the whole batch is read.
+const DENSE: usize = 100;
 /// Questions to the leader that are under way at the same time.
 const QUESTIONS: usize = 32;
 
@@ -77,6 +79,24 @@ impl History {
         };
         let messages = self.complete(messages, first, end).await?;
         Ok(Batch { messages, next: Some(end + 1).filter(|next| *next <= last) })
+    }
+
+    /// The first of the messages under these ascending sequences, as far as the stream's leader has them, and for how many
+    /// of the sequences that is.
+    pub(crate) async fn some(&self, sequences: &[u64]) -> Result<(Vec<StreamMessage>, usize), Error> {
+        let Some(first) = sequences.first().copied() else { return Ok((Vec::new(), 0)) };
+        let near = sequences.partition_point(|sequence| *sequence < first + BATCH);
+        if near >= DENSE {
+            let last = sequences.get(near - 1).copied().unwrap_or(first);
+            let Batch { mut messages, next } = self.batch(first..=last).await?;
+            messages.retain(|message| sequences.binary_search(&message.sequence).is_ok());
+            return Ok((messages, next.map_or(near, |next| sequences.partition_point(|sequence| *sequence < next))));
+        }
+        let few: Vec<u64> = sequences.iter().copied().take(QUESTIONS).collect();
+        let looked_for = few.len();
+        let messages = futures_util::stream::iter(few).map(|sequence| self.one(sequence)).buffered(QUESTIONS);
+        let messages: Vec<Option<StreamMessage>> = messages.try_collect().await?;
+        Ok((messages.into_iter().flatten().collect(), looked_for))
     }
 
     /// The message under a sequence, as the stream's leader has it.

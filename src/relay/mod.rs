@@ -49,6 +49,7 @@ use method::Method;
 pub use method::PublishMethod;
 pub use monitor::{Monitor, RelayReport};
 use progress::{Position, Progress};
+pub(crate) use questions::Library;
 use reader::Exceptions;
 use repairs::Repairs;
 use resume::Found;
