@@ -3,6 +3,10 @@
 pub(crate) mod audit;
 #[cfg(feature = "cli")]
 pub(crate) mod bench;
+#[cfg(feature = "cli")]
+pub(crate) mod bench_publish;
+#[cfg(feature = "cli")]
+pub(crate) mod bench_work;
 pub(crate) mod compare;
 pub(crate) mod connections;
 #[cfg(any(feature = "cli", all(unix, feature = "testing")))]
@@ -29,6 +33,7 @@ pub(crate) mod relay_status;
 pub(crate) mod repair;
 pub(crate) mod resend;
 pub(crate) mod restamp;
+pub(crate) mod rights;
 pub(crate) mod running;
 pub(crate) mod session;
 pub(crate) mod snapshot;

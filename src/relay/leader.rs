@@ -13,6 +13,7 @@ use super::batch::BatchPump;
 use super::chain::Doubt;
 use super::classify::Class;
 use super::method::Method;
+use super::polling::{self, Polling};
 use super::progress::Progress;
 use super::pump::{Limits, Pump, Pumped, Setting};
 use super::reader::{Exceptions, Prepared, Reader, Remainder};
@@ -33,8 +34,6 @@ use crate::postgres::session::Session;
 use crate::postgres::snapshot::Mark;
 use crate::postgres::{database_error, parked, window};
 
-/// The shortest pause between two looks at an outbox that has just had something.
-const BUSY_POLL: Duration = Duration::from_millis(2);
 /// After so long without news the window is closed in the log, and its mark moves past transactions that came to
 /// nothing. Also how often released events are looked for.
 const REST: Duration = Duration::from_secs(1);
@@ -79,7 +78,7 @@ impl Leader<'_> {
     pub(super) async fn run(mut self) -> Result<(), Error> {
         self.restamp_if_restored().await?;
         self.load_parked().await?;
-        let mut pause = BUSY_POLL;
+        let mut polling = Polling::new(self.config.idle_poll, std::time::Instant::now());
         let mut last_news = Instant::now();
         let mut last_rest = Instant::now();
         let mut last_stream_look = Instant::now();
@@ -115,7 +114,8 @@ impl Leader<'_> {
             if look.news || unseen > MANY_IDS {
                 self.open().await?;
                 if look.news {
-                    (pause, last_news) = (BUSY_POLL, Instant::now());
+                    polling.news(std::time::Instant::now());
+                    last_news = Instant::now();
                 }
                 continue;
             }
@@ -136,8 +136,11 @@ impl Leader<'_> {
                 continue;
             }
             self.progress.idle();
-            self.rest(pause).await;
-            pause = (pause * 2).min(self.config.idle_poll);
+            let pause = polling.pause(std::time::Instant::now());
+            tokio::select! {
+                () = polling::sleep(pause) => {}
+                () = self.shutdown.cancelled() => {}
+            }
         }
         Ok(())
     }
