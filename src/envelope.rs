@@ -88,22 +88,29 @@ impl Envelope {
     /// The headers of the NATS message, names and values, without those that steer a publish.
     pub fn to_headers(&self) -> Vec<(Cow<'_, str>, Cow<'_, str>)> {
         let own = self.headers.iter().map(|(name, value)| (name.into(), value.into()));
-        self.attributes().map(|(name, value)| (name.into(), value)).chain(own).collect()
+        let attributes = self.attributes_of_kind().into_iter().chain(self.attributes_of_event());
+        attributes.map(|(name, value)| (name.into(), value)).chain(own).collect()
     }
 
-    /// The headers that every event has.
-    pub(crate) fn attributes(&self) -> impl Iterator<Item = (&'static str, Cow<'_, str>)> {
+    /// The headers that all events of the same source, type, version and content type share.
+    pub(crate) fn attributes_of_kind(&self) -> [(&'static str, Cow<'_, str>); 5] {
+        [
+            (CE_SPECVERSION, "1.0".into()),
+            (CE_TYPE, self.event_type.as_str().into()),
+            (CE_SOURCE, encode(&self.source)),
+            (CE_DATACONTENTTYPE, encode(&self.content_type)),
+            (CE_DATAVERSION, self.version.to_string().into()),
+        ]
+    }
+
+    /// The other headers that do not come from the publisher.
+    pub(crate) fn attributes_of_event(&self) -> impl Iterator<Item = (&'static str, Cow<'_, str>)> {
         let id = self.id.to_string();
         let attributes = [
             (NATS_MSG_ID, id.clone().into()),
             (CE_ID, id.into()),
-            (CE_SPECVERSION, "1.0".into()),
-            (CE_TYPE, self.event_type.as_str().into()),
-            (CE_SOURCE, encode(&self.source)),
             (CE_TIME, self.time.to_rfc3339_opts(SecondsFormat::Micros, true).into()),
-            (CE_DATACONTENTTYPE, encode(&self.content_type)),
             (CE_SEQUENCE, self.sequence.to_string().into()),
-            (CE_DATAVERSION, self.version.to_string().into()),
         ];
         attributes.into_iter().chain(self.key.as_deref().map(|key| (CE_PARTITIONKEY, encode(key))))
     }

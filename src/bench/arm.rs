@@ -6,9 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::child;
 use crate::config::{Naming, NatsConfig, PostgresConfig};
-use crate::envelope::Envelope;
 use crate::error::Error;
-use crate::jetstream::publisher::Outgoing;
+use crate::jetstream::publisher::Messages;
 use crate::{jetstream, postgres};
 
 /// What such a process does.
@@ -79,8 +78,8 @@ pub async fn run_arm(
         }
         Arm::PublishChained | Arm::PublishBatches => {
             let envelopes = postgres::bench::envelopes(&mut session, events, &naming.source).await?;
-            let message = |event: &Envelope| Outgoing::new(naming.prefix.subject(&event.event_type), event);
-            let messages = envelopes.iter().map(message);
+            let mut make = Messages::new(naming.prefix.clone());
+            let messages = envelopes.iter().map(|event| make.message(event));
             let connection = jetstream::connect(&nats, "aftercommit-bench", "_INBOX").await?;
             if arm == Arm::PublishChained {
                 let messages = jetstream::bench::chained(messages);

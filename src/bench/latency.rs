@@ -18,7 +18,7 @@ use super::figure::{Goal, Row, Series};
 use super::{Bench, wait_until};
 use crate::error::Error;
 use crate::jetstream::bench_pull;
-use crate::jetstream::publisher::Outgoing;
+use crate::jetstream::publisher::Messages;
 use crate::postgres::bench_publish::Service;
 use crate::postgres::bench_work;
 use crate::worker::{Delivery, Handler, HandlerError, Subscriber, Worker};
@@ -192,8 +192,8 @@ async fn floor(bench: &Bench, poll_and_deliver: bool) -> Result<Taken, Error> {
             return Ok(queries);
         }
         let events = postgres::bench::envelopes(&mut session, samples, &scratch.naming.source).await?;
-        let prefix = &scratch.naming.prefix;
-        let messages = events.iter().map(|event| Outgoing::new(prefix.subject(&event.event_type), event));
+        let mut make = Messages::new(scratch.naming.prefix.clone());
+        let messages = events.iter().map(|event| make.message(event));
         let publisher = jetstream::connect(&scratch.nats, "aftercommit-bench", "_INBOX").await?;
         let subscriber = jetstream::connect(&scratch.nats, "aftercommit-bench", "_INBOX").await?;
         let stream = &scratch.naming.stream;

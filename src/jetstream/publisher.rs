@@ -1,5 +1,6 @@
 //! Publishing without waiting for each acknowledgement: messages go out under numbers, answers come back with them.
 
+use std::borrow::Cow;
 use std::fmt::Write;
 
 use async_nats::client::PublishErrorKind;
@@ -14,6 +15,7 @@ use serde::Deserialize;
 use super::Connection;
 use crate::envelope::{Envelope, REPAIR};
 use crate::error::{Error, ErrorKind};
+use crate::subject::SubjectPrefix;
 
 /// A message that is ready to be sent.
 #[derive(Debug)]
@@ -23,18 +25,82 @@ pub(crate) struct Outgoing {
     payload: Bytes,
 }
 
-impl Outgoing {
-    pub(crate) fn new(subject: String, event: &Envelope) -> Self {
+/// Makes messages of events. What messages of one kind have in common is made once and copied.
+#[derive(Debug)]
+pub(crate) struct Messages {
+    prefix: SubjectPrefix,
+    kinds: Vec<Kind>,
+}
+
+/// The kinds of events whose common part is kept. There are rarely more in an outbox.
+const KINDS: usize = 64;
+
+#[derive(Debug)]
+struct Kind {
+    source: String,
+    event_type: String,
+    version: u32,
+    content_type: String,
+    subject: Subject,
+    headers: HeaderMap,
+}
+
+impl Kind {
+    fn new(prefix: &SubjectPrefix, event: &Envelope) -> Self {
         let mut headers = HeaderMap::new();
-        for (name, value) in event.attributes() {
+        // Those of the event take their places at once, so that the copies do not grow.
+        let places = event.attributes_of_event().map(|(name, _)| (name, Cow::Borrowed("")));
+        for (name, value) in event.attributes_of_kind().into_iter().chain(places.take(3)) {
+            headers.insert(HeaderName::from_static(name), value.into_owned());
+        }
+        Self {
+            source: event.source.clone(),
+            event_type: event.event_type.clone(),
+            version: event.version,
+            content_type: event.content_type.clone(),
+            subject: prefix.subject(&event.event_type).into(),
+            headers,
+        }
+    }
+
+    fn is_of(&self, event: &Envelope) -> bool {
+        self.event_type == event.event_type
+            && self.version == event.version
+            && self.content_type == event.content_type
+            && self.source == event.source
+    }
+}
+
+impl Messages {
+    pub(crate) fn new(prefix: SubjectPrefix) -> Self {
+        Self { prefix, kinds: Vec::new() }
+    }
+
+    /// The message of an event.
+    pub(crate) fn message(&mut self, event: &Envelope) -> Outgoing {
+        let kind = match self.kinds.iter().position(|kind| kind.is_of(event)) {
+            Some(known) => known,
+            None => {
+                if self.kinds.len() == KINDS {
+                    self.kinds.clear();
+                }
+                self.kinds.push(Kind::new(&self.prefix, event));
+                self.kinds.len() - 1
+            }
+        };
+        let Kind { subject, headers, .. } = &self.kinds[kind];
+        let mut headers = headers.clone();
+        for (name, value) in event.attributes_of_event() {
             headers.insert(HeaderName::from_static(name), value.into_owned());
         }
         for (name, value) in &event.headers {
             headers.append(name.as_str(), value.as_str());
         }
-        Self { subject: subject.into(), headers, payload: event.payload.clone() }
+        Outgoing { subject: subject.clone(), headers, payload: event.payload.clone() }
     }
+}
 
+impl Outgoing {
     /// Gives the message another id than the event's, for a server that would take it for a repeat.
     pub(crate) fn set_message_id(&mut self, id: &str) {
         self.headers.insert(NATS_MESSAGE_ID, id);
@@ -237,6 +303,33 @@ fn read(payload: &[u8]) -> Answer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn messages_of_one_kind_share_nothing_but_what_they_have_in_common() {
+        let event = |n: u128, event_type: &str, key: Option<&str>| Envelope {
+            id: uuid::Uuid::from_u128(n).into(),
+            event_type: event_type.into(),
+            version: 1,
+            key: key.map(str::to_string),
+            source: "/s".into(),
+            time: chrono::DateTime::UNIX_EPOCH,
+            sequence: n as i64,
+            headers: [("X-N".to_string(), n.to_string())].into(),
+            content_type: "application/json".into(),
+            payload: Bytes::from(n.to_string()),
+        };
+        let mut messages = Messages::new(SubjectPrefix::default());
+        let events = [event(1, "a", Some("k")), event(2, "a", None), event(3, "b", None), event(4, "a", Some("l"))];
+        for event in events {
+            let message = messages.message(&event);
+            assert_eq!(message.subject.as_str(), format!("events.{}", event.event_type));
+            let mut expected = HeaderMap::new();
+            for (name, value) in event.to_headers() {
+                expected.append(name.as_ref(), value.as_ref());
+            }
+            assert_eq!((message.headers, message.payload), (expected, event.payload));
+        }
+    }
 
     #[test]
     fn answers_are_read_as_the_server_writes_them() {

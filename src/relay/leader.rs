@@ -27,7 +27,7 @@ use crate::error::{Error, ErrorKind};
 use crate::fault;
 use crate::health::Phase;
 use crate::jetstream::Connection;
-use crate::jetstream::publisher::Publisher;
+use crate::jetstream::publisher::{Messages, Publisher};
 use crate::jetstream::stream::StreamReader;
 use crate::postgres::relay_log::{self, Appended, Base, Opening, State};
 use crate::postgres::session::Session;
@@ -397,8 +397,10 @@ impl Leader<'_> {
                 return Ok(false);
             }
             let failed = |error| database_error("publishing a released event failed", error);
+            let mut messages = Messages::new(self.naming.prefix.clone());
             let row = window::one(&mut self.log, outbox_id).await.map_err(failed)?;
-            let mut prepared = super::reader::prepare(&mut self.log, &self.naming, row).await.map_err(failed)?;
+            let mut prepared =
+                super::reader::prepare(&mut self.log, &mut messages, &self.naming.source, row).await.map_err(failed)?;
             let event_id = prepared.event.event_id;
             prepared.message.mark_repair("released");
             let (chunks, received) = mpsc::channel(1);
