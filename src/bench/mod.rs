@@ -4,8 +4,6 @@
 //! meets both. Each run of an arm is checked: a figure from a run that lost, doubled or re-ordered an event does not
 //! exist. `aftercommit bench` prints the report; `docs/performance.md` says how each figure is taken.
 
-#![allow(dead_code, reason = "the figures that use the rest are being added")]
-
 mod arm;
 mod backlog;
 mod child;

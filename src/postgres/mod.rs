@@ -33,6 +33,7 @@ pub(crate) mod relay_status;
 pub(crate) mod repair;
 pub(crate) mod resend;
 pub(crate) mod restamp;
+pub(crate) mod rights;
 pub(crate) mod running;
 pub(crate) mod session;
 pub(crate) mod snapshot;

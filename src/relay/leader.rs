@@ -1,5 +1,6 @@
 //! The leading relay: opens windows and sees each one into the stream.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -285,7 +286,7 @@ impl Leader<'_> {
 
     pub(super) async fn publish(
         &mut self,
-        chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+        mut chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>,
     ) -> Result<Pumped, Error> {
         let setting = Setting {
             connection: self.connection,
@@ -294,19 +295,20 @@ impl Leader<'_> {
             paused: self.paused.clone(),
             shutdown: self.shutdown,
         };
-        let publisher = &mut self.publisher;
-        match &mut self.under_way {
-            None => Ok(Pumped::Stopped),
-            Some(UnderWay::Chained(chain)) if self.method.batches() => {
-                BatchPump { publisher, chain, setting }.run(chunks).await
+        let (publisher, mut waiting) = (&mut self.publisher, VecDeque::new());
+        let Some(under_way) = &mut self.under_way else { return Ok(Pumped::Stopped) };
+        if !self.method.batches() || matches!(under_way, UnderWay::Keyed(_)) {
+            let pump = Pump { publisher, under_way, setting: setting.clone(), watch: self.method.watch() };
+            let (pumped, stored_up_to) = pump.run(&mut chunks, &mut waiting).await?;
+            self.stored_up_to = self.stored_up_to.max(stored_up_to);
+            if let Some(pumped) = pumped {
+                return Ok(pumped);
             }
-            Some(under_way) => {
-                let (before, started) = (under_way.sequence(), Instant::now());
-                let (pumped, stored_up_to) = Pump { publisher, under_way, setting }.run(chunks).await?;
-                self.method.measured(under_way.sequence().saturating_sub(before), started.elapsed());
-                self.stored_up_to = self.stored_up_to.max(stored_up_to);
-                Ok(pumped)
-            }
+        }
+        match under_way {
+            UnderWay::Chained(chain) => BatchPump { publisher, chain, setting }.run(&mut chunks, waiting).await,
+            // Its pace changes nothing, so its pump tells how it ended.
+            UnderWay::Keyed(_) => Ok(Pumped::Stopped),
         }
     }
 
