@@ -15,7 +15,7 @@ use super::child::Child;
 use super::counts::{Counts, Place};
 use super::event::Measured;
 use super::figure::{Goal, Row, Series};
-use super::{Bench, wait_until};
+use super::{Bench, ended, wait_until};
 use crate::error::Error;
 use crate::jetstream::bench_pull;
 use crate::jetstream::publisher::Messages;
@@ -105,9 +105,7 @@ pub(super) async fn latency(bench: &Bench) -> Result<Vec<Row>, Error> {
         });
         let rounds = Box::pin(rounds).await?;
         stop.cancel();
-        working.await.map_err(|error| {
-            Error::with_source(crate::error::ErrorKind::Integrity, "the worker broke down", error)
-        })??;
+        ended(working.await)?;
         relay.kill().await?;
         Ok(rounds)
     });

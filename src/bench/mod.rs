@@ -28,10 +28,11 @@ pub use report::Report;
 
 use std::time::{Duration, Instant};
 
+use tokio::task::JoinError;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{NatsConfig, PostgresConfig};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 
 /// The numbers of all figures.
 pub const FIGURES: std::ops::RangeInclusive<u8> = 1..=13;
@@ -169,6 +170,11 @@ impl Bench {
     }
 }
 
+/// What a task of the bench found.
+fn ended<T>(task: Result<Result<T, Error>, JoinError>) -> Result<T, Error> {
+    task.map_err(|error| Error::with_source(ErrorKind::Integrity, "a task of the bench broke down", error))?
+}
+
 /// Looks until `ready` holds, and gives up after `deadline`.
 async fn wait_until(
     what: &str,
@@ -182,7 +188,7 @@ async fn wait_until(
         Ok(())
     };
     tokio::time::timeout(deadline, looking).await.unwrap_or_else(|_| {
-        Err(Error::new(crate::error::ErrorKind::NotReady, format!("waited {deadline:?} in vain for this: {what}")))
+        Err(Error::new(ErrorKind::NotReady, format!("waited {deadline:?} in vain for this: {what}")))
     })
 }
 

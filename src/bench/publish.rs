@@ -1,15 +1,17 @@
 //! What a publisher pays (figure 7).
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use futures_util::future::try_join_all;
+use tokio::task::JoinSet;
+use uuid::Uuid;
 
-use super::Bench;
 use super::counts::{Counts, Place};
 use super::event::Measured;
 use super::figure::{Goal, Row, Series};
 use super::scratch::Scratch;
+use super::{Bench, ended};
 use crate::error::Error;
 use crate::postgres;
 use crate::postgres::bench_publish::{self, ACCOUNTS, Service, Way};
@@ -63,31 +65,36 @@ pub(super) async fn publish(bench: &Bench) -> Result<Vec<Row>, Error> {
 }
 
 /// So many transactions in all, spread over the connections. Returns the ids of the events.
-async fn transact(
-    services: &mut [Service],
-    way: Way,
-    transactions: u64,
-    events: u64,
-) -> Result<Vec<uuid::Uuid>, Error> {
-    let next = AtomicU64::new(0);
-    let working = services.iter_mut().enumerate().map(async |(service, connection)| {
-        let mut ids = Vec::new();
-        loop {
-            let transaction = next.fetch_add(1, Ordering::Relaxed);
-            if transaction >= transactions {
-                return Ok::<_, Error>(ids);
+async fn transact(services: &mut Vec<Service>, way: Way, transactions: u64, events: u64) -> Result<Vec<Uuid>, Error> {
+    let next = Arc::new(AtomicU64::new(0));
+    let mut working = JoinSet::new();
+    for (key, mut service) in services.drain(..).enumerate() {
+        let next = Arc::clone(&next);
+        working.spawn(async move {
+            let mut ids = Vec::new();
+            loop {
+                let transaction = next.fetch_add(1, Ordering::Relaxed);
+                if transaction >= transactions {
+                    return Ok::<_, Error>((service, ids));
+                }
+                let numbers = transaction * events..(transaction + 1) * events;
+                let made: Vec<Measured> = numbers.map(|number| Measured::new(number, key.to_string())).collect();
+                let account = (transaction.cast_signed() % ACCOUNTS) + 1;
+                ids.extend(service.transact(way, account, &made).await?);
             }
-            let numbers = transaction * events..(transaction + 1) * events;
-            let made: Vec<Measured> = numbers.map(|number| Measured::new(number, service.to_string())).collect();
-            let account = (transaction.cast_signed() % ACCOUNTS) + 1;
-            ids.extend(connection.transact(way, account, &made).await?);
-        }
-    });
-    Ok(try_join_all(working).await?.concat())
+        });
+    }
+    let mut published = Vec::new();
+    while let Some(worked) = working.join_next().await {
+        let (service, ids) = ended(worked)?;
+        services.push(service);
+        published.extend(ids);
+    }
+    Ok(published)
 }
 
 /// Whether the outbox has what was published, in its order.
-async fn written(scratch: &Scratch, published: &[uuid::Uuid]) -> Result<Counts, Error> {
+async fn written(scratch: &Scratch, published: &[Uuid]) -> Result<Counts, Error> {
     let mut session = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
     let found = postgres::bench::envelopes(&mut session, u64::MAX, "/bench").await?;
     let places: Vec<Place> = found

@@ -1,10 +1,11 @@
 //! How fast a worker handles a backlog (figures 9 and 10).
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use futures_util::future::try_join_all;
 use sqlx::PgTransaction;
-use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -12,7 +13,8 @@ use super::counts::{Counts, Place};
 use super::event::Measured;
 use super::figure::{Goal, Row, Series};
 use super::scratch::Scratch;
-use super::{Bench, wait_until};
+use super::{Bench, ended, wait_until};
+use crate::config::PostgresConfig;
 use crate::error::{Error, ErrorKind};
 use crate::jetstream;
 use crate::jetstream::bench_pull::{self, Puller};
@@ -147,27 +149,33 @@ async fn work(scratch: &Scratch, session: &mut Session, subscriber: Subscriber, 
     });
     handled.await?;
     stop.cancel();
-    (&mut working).await.map_err(|error| Error::with_source(ErrorKind::Integrity, "the worker broke down", error))?
+    ended((&mut working).await)
 }
 
 /// The control: as many lanes with as large batches, and the same handler.
 async fn without_inbox(scratch: &Scratch, events: u64, at_once: bool) -> Result<(), Error> {
     let connection = jetstream::connect(&scratch.nats, "aftercommit-bench", "_INBOX").await?;
     let pullers = bench_pull::pullers(&connection, &scratch.naming.stream, &durable(), CONCURRENCY, MAX_BATCH).await?;
-    let handled = watch::Sender::new(0_u64);
-    let lanes = pullers.into_iter().map(|puller| lane(scratch, puller, &handled, events, at_once));
-    try_join_all(lanes).await.map(drop)
+    let handled = Arc::new(AtomicU64::new(0));
+    let mut lanes = JoinSet::new();
+    for puller in pullers {
+        lanes.spawn(lane(scratch.postgres.clone(), puller, Arc::clone(&handled), events, at_once));
+    }
+    while let Some(lane) = lanes.join_next().await {
+        ended(lane)?;
+    }
+    Ok(())
 }
 
 async fn lane(
-    scratch: &Scratch,
+    postgres: PostgresConfig,
     mut puller: Puller,
-    handled: &watch::Sender<u64>,
+    handled: Arc<AtomicU64>,
     events: u64,
     at_once: bool,
 ) -> Result<(), Error> {
-    let mut session = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
-    while *handled.borrow() < events {
+    let mut session = postgres::connect(&postgres, "aftercommit-bench").await?;
+    while handled.load(Ordering::Relaxed) < events {
         let Some(delivered) = puller.next(Duration::from_millis(50)).await? else { continue };
         let batch = delivered.events()?;
         for event in &batch {
@@ -176,7 +184,7 @@ async fn lane(
         }
         bench_work::handle_without_inbox(&mut session, &batch, at_once).await?;
         delivered.ack().await?;
-        handled.send_modify(|handled| *handled += batch.len() as u64);
+        handled.fetch_add(batch.len() as u64, Ordering::Relaxed);
     }
     Ok(())
 }

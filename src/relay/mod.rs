@@ -236,7 +236,7 @@ impl Relay {
                 .map_err(|error| database_error("asking for the relay's lease failed", error))?;
             if let Some(epoch) = epoch {
                 self.progress.lead(epoch);
-                return self.lead(epoch, log, &nats, stream, shutdown).await;
+                return Box::pin(self.lead(epoch, log, &nats, stream, shutdown)).await;
             }
             self.progress.enter(Phase::StandingBy, "another relay leads");
             tokio::select! {
