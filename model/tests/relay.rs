@@ -42,7 +42,7 @@ fn bad_stream() -> Scope {
 
 /// Two transactions and two relays that take over from each other.
 fn take_over() -> Scope {
-    scope(&[Transaction::durable(&[1]), Transaction::durable(&[1])], 2, Faults { expiries: 1, ..NONE })
+    scope(&[Transaction::durable(&[1]), Transaction::durable(&[2])], 2, Faults { expiries: 1, ..NONE })
 }
 
 fn holds(name: &str, scope: Scope) {
@@ -59,9 +59,13 @@ fn is_caught(broken: Broken, mut scope: Scope, property: &'static str) {
     scope.broken = Some(broken);
     let wanted = HasDiscoveries::AnyOf([property].into());
     let started = std::time::Instant::now();
-    let checker = scope.checker().finish_when(wanted).spawn_bfs().join();
-    let path = checker.discovery(property);
-    let path = path.unwrap_or_else(|| panic!("{broken:?} was not caught: {} states", checker.unique_state_count()));
+    let checker = scope.checker().finish_when(wanted);
+    // Where the shortest way is long, any way is found sooner depth first.
+    let path = match broken {
+        Broken::NoLogFence => checker.spawn_dfs().join().discovery(property),
+        _ => checker.spawn_bfs().join().discovery(property),
+    };
+    let path = path.unwrap_or_else(|| panic!("{broken:?} was not caught"));
     println!("{broken:?}: caught in {} steps, {:?}", path.into_actions().len(), started.elapsed());
 }
 
@@ -127,13 +131,6 @@ fn a_chain_that_begins_at_a_later_end_doubles_events() {
 }
 
 #[test]
-fn order() {
+fn without_an_expected_sequence_keys_lose_their_order() {
     is_caught(Broken::NoExpectedSequence, two_relays(), IN_ORDER);
-}
-
-#[test]
-fn second_look() {
-    for property in [ONCE, NOTHING_LOST, IN_ORDER, NO_GHOST] {
-        is_caught(Broken::NoSecondLook, two_relays(), property);
-    }
 }
