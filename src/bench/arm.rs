@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::child;
 use crate::config::{Naming, NatsConfig, PostgresConfig};
+use crate::envelope::Envelope;
 use crate::error::Error;
 use crate::jetstream::publisher::Outgoing;
 use crate::{jetstream, postgres};
@@ -15,6 +16,8 @@ use crate::{jetstream, postgres};
 pub enum Arm {
     /// Publish the events of an outbox, prepared in memory, many under way, each naming its predecessor
     PublishChained,
+    /// Publish them in atomic batches, some of them under way
+    PublishBatches,
     /// Read the events of an outbox, page by page
     Read,
 }
@@ -24,6 +27,7 @@ impl Arm {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::PublishChained => "publish-chained",
+            Self::PublishBatches => "publish-batches",
             Self::Read => "read",
         }
     }
@@ -73,16 +77,22 @@ pub async fn run_arm(
             postgres::bench::read(&mut session, events).await?;
             clock.stop()
         }
-        Arm::PublishChained => {
+        Arm::PublishChained | Arm::PublishBatches => {
             let envelopes = postgres::bench::envelopes(&mut session, events, &naming.source).await?;
-            let message =
-                |event: &crate::envelope::Envelope| Outgoing::new(naming.prefix.subject(&event.event_type), event);
-            let messages = jetstream::bench::chained(envelopes.iter().map(message));
-            drop(envelopes);
+            let message = |event: &Envelope| Outgoing::new(naming.prefix.subject(&event.event_type), event);
+            let messages = envelopes.iter().map(message);
             let connection = jetstream::connect(&nats, "aftercommit-bench", "_INBOX").await?;
-            let clock = Clock::start();
-            jetstream::bench::publish(&connection, messages).await?;
-            clock.stop()
+            if arm == Arm::PublishChained {
+                let messages = jetstream::bench::chained(messages);
+                let clock = Clock::start();
+                jetstream::bench::publish(&connection, messages).await?;
+                clock.stop()
+            } else {
+                let messages = jetstream::bench::batched(messages);
+                let clock = Clock::start();
+                jetstream::bench::publish_batches(&connection, messages).await?;
+                clock.stop()
+            }
         }
     };
     Ok(serde_json::json!(cost).to_string())

@@ -11,6 +11,7 @@ use crate::admin;
 use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind};
+use crate::jetstream::bench::Arrival;
 use crate::jetstream::stream::StreamReader;
 use crate::jetstream::{self, Connection};
 use crate::postgres;
@@ -34,10 +35,29 @@ pub(super) struct Scratch {
 }
 
 impl Bench {
-    /// Does some work on a database and a stream that are removed afterwards, however it ends.
+    /// Does some work on a database and a stream that are removed afterwards, however it ends. The outbox is empty.
     pub(super) async fn scratch<T>(
         &self,
         nats: &NatsConfig,
+        work: impl AsyncFnOnce(&Scratch) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.scratch_like(nats, "template1", work).await
+    }
+
+    /// The same with what is in another one's database, to which nobody may be connected.
+    pub(super) async fn copy<T>(
+        &self,
+        of: &Scratch,
+        nats: &NatsConfig,
+        work: impl AsyncFnOnce(&Scratch) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.scratch_like(nats, &of.naming.prefix.to_string(), work).await
+    }
+
+    async fn scratch_like<T>(
+        &self,
+        nats: &NatsConfig,
+        template: &str,
         work: impl AsyncFnOnce(&Scratch) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let name = format!("aftercommit_bench_{}", Uuid::now_v7().simple());
@@ -46,7 +66,7 @@ impl Bench {
             pooled: self.config.postgres.pooled,
         };
         let mut server = postgres::connect(&self.config.postgres, "aftercommit-bench").await?;
-        postgres::database::create(&mut server, &name).await?;
+        postgres::database::copy(&mut server, template, &name).await?;
         let working = async { work(&Scratch::make(postgres, nats, &name).await?).await };
         let result = tokio::select! {
             result = working => result,
@@ -113,14 +133,23 @@ impl Scratch {
         Ok((extent.last - extent.first) as f64 / took.as_secs_f64())
     }
 
-    /// Compares what was committed with what is in the stream.
-    pub(super) async fn counts(&self) -> Result<Counts, Error> {
+    /// The seconds from one message of the stream to another.
+    pub(super) async fn seconds_between(&self, first: u64, last: u64) -> Result<f64, Error> {
+        Ok(jetstream::bench::time_between(&self.stream, first, last).await?.as_secs_f64())
+    }
+
+    /// Compares what was committed, up to so many events, with what is in the stream.
+    pub(super) async fn counts(&self, events: u64) -> Result<Counts, Error> {
         let mut session = postgres::connect(&self.postgres, "aftercommit-bench").await?;
-        let committed = postgres::bench::event_ids(&mut session).await?;
-        let arrived = jetstream::bench::contents(&self.connection, &self.naming.stream).await?;
+        let committed = postgres::bench::event_ids(&mut session, events).await?;
         let place = |event: Envelope| Place { event_id: event.id.as_uuid(), outbox_id: event.sequence, key: event.key };
-        let arrived: Vec<Place> = arrived.into_iter().map(place).collect();
+        let arrived: Vec<Place> = self.arrived().await?.into_iter().map(|arrival| place(arrival.event)).collect();
         Ok(Counts::compare(&committed, &arrived))
+    }
+
+    /// What is in the stream, in order.
+    pub(super) async fn arrived(&self) -> Result<Vec<Arrival>, Error> {
+        jetstream::bench::contents(&self.connection, &self.naming.stream).await
     }
 }
 

@@ -7,10 +7,11 @@ use sqlx::Row;
 use uuid::Uuid;
 
 use super::database_error;
-use super::session::Session;
+use super::session::{Session, Tx};
+use super::snapshot::Mark;
 use super::window;
 use crate::envelope::Envelope;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 
 /// Rows per page, as the relay reads them.
 const PAGE_ROWS: i64 = 1000;
@@ -47,9 +48,88 @@ pub(crate) async fn come_to_rest(session: &mut Session) -> Result<(), Error> {
     Ok(())
 }
 
-/// The events of the outbox, by their outbox ids.
-pub(crate) async fn event_ids(session: &mut Session) -> Result<Vec<Uuid>, Error> {
-    sqlx::query_scalar("select event_id from aftercommit.outbox order by id").fetch_all(session).await.map_err(failed)
+/// The first `count` events of the outbox, by their outbox ids.
+pub(crate) async fn event_ids(session: &mut Session, count: u64) -> Result<Vec<Uuid>, Error> {
+    sqlx::query_scalar("select event_id from aftercommit.outbox order by id limit $1")
+        .bind(i64::try_from(count).unwrap_or(i64::MAX))
+        .fetch_all(session)
+        .await
+        .map_err(failed)
+}
+
+/// Publishes one event in a transaction of its own, as services in any language do, and returns its id.
+pub(crate) async fn publish(session: &mut Session, key: u64) -> Result<Uuid, Error> {
+    sqlx::query_scalar(
+        "select aftercommit.publish('bench.measured', jsonb_build_object('text', repeat('x', 244)), $1::bigint::text)",
+    )
+    .bind(key.cast_signed())
+    .fetch_one(session)
+    .await
+    .map_err(failed)
+}
+
+/// What the whole outbox holds now, as the end of a window.
+pub(crate) async fn whole(session: &mut Session) -> Result<Mark, Error> {
+    let (snapshot, last_id, next_xid): (String, i64, String) = sqlx::query_as(
+        "select pg_current_snapshot()::text, case when is_called then last_value else 0 end,
+                pg_snapshot_xmax(pg_current_snapshot())::text
+           from aftercommit.outbox_id_seq",
+    )
+    .fetch_one(session)
+    .await
+    .map_err(failed)?;
+    let unreadable = || Error::new(ErrorKind::Integrity, "a snapshot cannot be read");
+    let snapshot = snapshot.parse().map_err(|_| unreadable())?;
+    Ok(Mark { snapshot, last_id, next_xid: next_xid.parse().map_err(|_| unreadable())?, floor: 0 })
+}
+
+/// A control: a queue of so many rows with the same payload, of which each page is deleted when it is done.
+pub(crate) async fn make_queue(session: &mut Session, rows: u64) -> Result<(), Error> {
+    sqlx::query("create table public.queue (id bigint primary key, payload bytea not null)")
+        .execute(&mut *session)
+        .await
+        .map_err(failed)?;
+    sqlx::query(
+        "insert into public.queue select n, convert_to(repeat('x', 256), 'UTF8') from generate_series(1, $1) as n",
+    )
+    .bind(rows.cast_signed())
+    .execute(&mut *session)
+    .await
+    .map_err(failed)?;
+    sqlx::query("vacuum (analyze) public.queue").execute(session).await.map(drop).map_err(failed)
+}
+
+/// Takes the next page of the queue as such queues do; returns how many rows it had.
+pub(crate) async fn take_from_queue(session: &mut Session) -> Result<usize, Error> {
+    let rows = sqlx::query(
+        "delete from public.queue where id = any (array(
+            select id from public.queue order by id limit $1 for update skip locked))
+         returning id, payload",
+    )
+    .bind(PAGE_ROWS)
+    .fetch_all(session)
+    .await
+    .map_err(failed)?;
+    Ok(rows.len())
+}
+
+/// Takes a snapshot that is held until the transaction ends.
+pub(crate) async fn hold_snapshot(session: &mut Session) -> Result<Tx<'_>, Error> {
+    let mut tx = session.begin_with("begin isolation level repeatable read".into()).await.map_err(failed)?;
+    sqlx::query("select count(*) from aftercommit.lease").execute(&mut tx).await.map_err(failed)?;
+    Ok(tx)
+}
+
+/// Begins a transaction that has written an event and has not ended.
+pub(crate) async fn hold_writing(session: &mut Session) -> Result<Tx<'_>, Error> {
+    let mut tx = session.begin().await.map_err(failed)?;
+    sqlx::query("select aftercommit.publish('bench.held', '{}')").execute(&mut tx).await.map_err(failed)?;
+    Ok(tx)
+}
+
+/// Lets it commit.
+pub(crate) async fn commit(tx: Tx<'_>) -> Result<(), Error> {
+    tx.commit().await.map_err(failed)
 }
 
 /// The first `count` events as they travel.

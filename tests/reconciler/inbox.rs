@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use crate::support::{Copy, Dump, Number, Outbox, Record, RunningRelay, SOON, Work};
+use crate::support::{Copy, Database, Dump, Number, Outbox, Record, Roles, SOON, Work};
 use aftercommit::admin;
 use aftercommit::config::NatsConfig;
 use aftercommit::reconciler::{ConsumerLeg, InboxLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
@@ -298,25 +298,11 @@ async fn what_the_inbox_may_have_forgotten_is_left_alone() {
     relay.stop().await.unwrap();
 }
 
-/// Databases, roles and NATS users of publisher and subscriber have nothing in common, and the subscriber's may do no more
-/// than what the documentation names.
+/// The subscriber's database is its own, and the role may do no more there than what roles.sql grants.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_documented_rights_suffice() {
-    let config = "accounts { A { jetstream: enabled, users: [
-        { user: admin, password: a },
-        { user: relay, password: r, permissions: {
-            publish: [\"$JS.API.STREAM.INFO.*\", \"$JS.API.STREAM.MSG.GET.*\", \"$JS.API.DIRECT.GET.*\", \"*.test.>\", \"_INBOX_worker.>\"],
-            subscribe: [\"_INBOX_relay.>\", \"aftercommit.outbox.*\"] } },
-        { user: worker, password: w, permissions: {
-            publish: [\"$JS.API.CONSUMER.INFO.*.back\", \"$JS.API.CONSUMER.MSG.NEXT.*.back\", \"$JS.API.STREAM.MSG.GET.*\", \"$JS.ACK.*.back.>\",
-                      \"$JS.API.STREAM.INFO.*\", \"$JS.API.DIRECT.GET.*\", \"aftercommit.outbox.*\"],
-            subscribe: [\"_INBOX_worker.>\"] } } ] } }";
-    let nats = Nats::start(NatsOptions { config: config.into(), ..NatsOptions::default() }).await.unwrap();
-    let as_user = |user: &str| nats.url().replace("nats://", &format!("nats://{user}@"));
-    let apart = Apart::on(as_user("admin:a")).await;
-    let mut config = apart.publisher.relay_config();
-    config.nats.url = as_user("relay:r");
-    let relay = RunningRelay::start(config);
+async fn the_rights_of_its_role_suffice() {
+    let apart = Apart::shared().await;
+    let relay = apart.publisher.relay();
     apart.publish(1..=5).await;
     apart.run_worker_until(20).await;
     apart.publish(6..=10).await;
@@ -327,18 +313,9 @@ async fn the_documented_rights_suffice() {
     }
     apart.stream().await.delete_message(24).await.unwrap();
 
-    let role = aftercommit::testing::unique_name("worker");
-    let grants = "grant usage on schema aftercommit to worker;
-        grant select, insert, update on aftercommit.reconciler to worker;
-        grant select, insert, update, delete on aftercommit.reconcile_run, aftercommit.finding to worker;
-        grant select on aftercommit.inbox, aftercommit.dead_letter to worker;
-        grant select, insert, delete on aftercommit.redrive to worker;
-        grant insert on aftercommit.audit to worker;";
-    let setup = format!("create role {role} login; {}", grants.replace("worker", &role));
-    sqlx::raw_sql(sqlx::AssertSqlSafe(setup)).execute(&apart.work.outbox.pool).await.unwrap();
-    let mut restricted = apart.work.outbox.moved_to(apart.work.outbox.postgres.url.clone()).await;
-    restricted.postgres.url = restricted.postgres.url.replace("//postgres@", &format!("//{role}@"));
-    restricted.nats.url = as_user("worker:w");
+    let database = Database { config: apart.work.outbox.postgres.clone() };
+    let role = Roles::of(&database).login(&database, "back", &["inbox_reconciler"]).await;
+    let restricted = apart.work.outbox.moved_to(database.url_of(&role)).await;
     for (leg, found) in [("consumer:back", 19), ("inbox:back", 1)] {
         let summary = runner(&restricted, &restricted.nats).run_now(leg, Scope::Full, Mode::Repair).await.unwrap();
         assert_eq!((&summary.outcome, summary.found, summary.repaired), (&Outcome::Ran, found, found), "{summary}");

@@ -313,17 +313,15 @@ async fn killed_at_every_step_and_raced() {
             (0..5).map(|_| messages[random.below(messages.len() as u64 - 1) as usize].sequence).collect();
         delete(&outbox, victims).await;
         if fault.starts_with("relay") {
-            drop(relay.take());
+            outbox.kill(relay.take().unwrap()).await;
             ran_without_relay(&outbox).await;
-            let mut command = outbox.relay_command();
-            let mut dying =
-                RelayProcess(command.env("AFTERCOMMIT_FAULT", fault).env("RUST_LOG", "off").spawn().unwrap());
-            assert!(!dying.ends(SOON).await.success(), "it was to die at {fault}");
+            outbox.dies_at(fault).await;
             relay = Some(outbox.relay_process());
         } else {
             let mut command = reconcile_command(&outbox, &["--leg", "outbox", "--full"]);
             let status = command.env("AFTERCOMMIT_FAULT", fault).env("RUST_LOG", "off").status().unwrap();
             assert!(!status.success(), "it was to die at {fault}");
+            outbox.expire_leases().await;
         }
         let (one, other) =
             tokio::join!(run(&outbox, Scope::Full, Mode::Repair), run(&outbox, Scope::Full, Mode::Repair));
@@ -485,18 +483,22 @@ async fn a_process_of_its_own_repairs_again_and_again_until_it_is_told_to_stop()
 async fn a_million_events_of_which_a_hundred_are_missing() {
     let events: u64 = std::env::var("AFTERCOMMIT_EVENTS").map_or(1_000_000, |text| text.parse().unwrap());
     let (_nats, outbox) = private().await;
-    sqlx::query(
-        "insert into aftercommit.outbox (event_id, type, key, payload)
-         select aftercommit.new_event_id(), 'test.number', 'key-' || n % 1000,
-                convert_to(jsonb_build_object('n', n, 'text', repeat('x', 200))::text, 'UTF8')
-           from generate_series(1, $1::bigint) n",
-    )
-    .bind(events.cast_signed())
-    .execute(&outbox.pool)
-    .await
-    .unwrap();
     let began = std::time::Instant::now();
+    // The relay publishes while the rest is still written.
     let _relay = outbox.relay_process();
+    for first in (1..=events).step_by(200_000) {
+        sqlx::query(
+            "insert into aftercommit.outbox (event_id, type, key, payload)
+             select aftercommit.new_event_id(), 'test.number', 'key-' || n % 1000,
+                    convert_to(format('{\"n\": %s, \"text\": \"%s\"}', n, repeat('x', 200)), 'UTF8')
+               from generate_series($1::bigint, $2::bigint) n",
+        )
+        .bind(first.cast_signed())
+        .bind(events.min(first + 199_999).cast_signed())
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+    }
     let long = Duration::from_secs(1800);
     eventually(long, "everything is in the stream", async || outbox.stored().await == events).await.unwrap();
     settled(&outbox).await;

@@ -240,7 +240,7 @@ async fn running_it_again_takes_away_what_is_too_much() {
     let stage = Stage::new().await;
     let dump = |stage: &Stage| stage.database.pg_dump(&["--schema-only", "--schema", "aftercommit"]);
     let before = dump(&stage);
-    let worker = format!("{}worker", stage.prefix);
+    let worker = format!("{}worker", stage.roles.0);
     stage
         .database
         .execute(&format!(
@@ -251,6 +251,65 @@ async fn running_it_again_takes_away_what_is_too_much() {
         ))
         .await;
     assert_ne!(dump(&stage), before);
-    stage.roles();
+    stage.roles.grant(&stage.database);
     assert_eq!(dump(&stage), before);
+}
+
+/// `aftercommit doctor --role` tells what a login lacks and what it may do besides.
+#[tokio::test(flavor = "multi_thread")]
+async fn doctor_compares_a_login_with_its_role() {
+    let stage = Stage::provisioned().await;
+    let grants = |login: &str, roles: &str| {
+        let output = stage.run("aftercommit", login, "operator", &["doctor", "--json", "--role", roles]);
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let checks = report["checks"].as_array().unwrap().iter().filter(|check| check["name"] == "grants");
+        checks.map(|check| format!("{} {} {}", check["status"], check["finding"], check["remedy"])).collect::<Vec<_>>()
+    };
+    for (login, roles) in [
+        ("publisher", "publisher"),
+        ("relay", "relay"),
+        ("leader", "relay,outbox_reconciler"),
+        ("worker", "worker"),
+        ("active", "worker,inbox_reconciler"),
+        ("outbox_reconciler", "outbox_reconciler"),
+        ("inbox_reconciler", "inbox_reconciler"),
+        ("own_reconciler", "own_reconciler"),
+        ("reader", "reader"),
+        ("operator", "operator"),
+    ] {
+        let found = grants(login, roles);
+        assert!(found.len() == 1 && found[0].starts_with("\"OK\""), "{login}: {found:#?}");
+    }
+    let found = grants("worker", "relay").join("\n");
+    for part in [
+        "grant delete, select, update (xid) on aftercommit.outbox",
+        "may do more than relay needs: delete, insert, select on aftercommit.inbox",
+    ] {
+        assert!(found.contains(part), "{part}: {found}");
+    }
+    let worker = stage.login("worker");
+    stage
+        .database
+        .execute(&format!(
+            "grant select (payload) on aftercommit.outbox to {worker}; grant create on schema aftercommit to {worker}"
+        ))
+        .await;
+    let found = grants("worker", "worker").join("\n");
+    assert!(
+        found.contains("select (payload) on aftercommit.outbox") && found.contains("create on schema aftercommit"),
+        "{found}"
+    );
+    // Rights that were granted by hand are of no use where row-level security knows no role of the login.
+    let stranger = stage.login("stranger");
+    stage
+        .database
+        .execute(&format!(
+            "create role {stranger} login; grant usage on schema aftercommit to {stranger};
+        grant all on all tables in schema aftercommit to {stranger}"
+        ))
+        .await;
+    let found = grants("stranger", "worker").join("\n");
+    assert!(found.contains("row-level security of aftercommit.lease knows no other"), "{found}");
+    let owner = grants("owner", "relay").join("\n");
+    assert!(owner.starts_with("\"WARN\"") && owner.contains("may do everything"), "{owner}");
 }

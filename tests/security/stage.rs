@@ -5,12 +5,10 @@ use std::process::{Command, Output, Stdio};
 
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
-use aftercommit::testing::unique_name;
 use async_nats::ConnectOptions;
 
-use crate::support::{Database, Directory, Outbox};
+use crate::support::{Database, Directory, Outbox, Roles};
 
-pub const ROLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/postgres/roles.sql");
 const ACCOUNTS: &str = include_str!("../../deploy/nats/accounts.conf");
 pub const SUBSCRIBER: &str = "receipts";
 
@@ -36,7 +34,9 @@ pub fn accounts(password: impl Fn(&str) -> String) -> String {
         // What is defined in the file is as good as what is in the environment.
         format!("{name}: \"{}\"\n", password(&user.to_lowercase()))
     });
-    variables.collect::<String>() + ACCOUNTS
+    // Somebody has to stand for whoever damages a stream: none of the shipped users can.
+    let vandal = "jetstream: enabled\n    users: [\n      { user: vandal, password: of-vandal }";
+    variables.collect::<String>() + &ACCOUNTS.replace("jetstream: enabled\n    users: [", vandal)
 }
 
 /// The password of a user of [`Stage`]; `user` is as in the name of its variable.
@@ -47,8 +47,7 @@ pub fn password(user: &str) -> String {
 pub struct Stage {
     pub nats: Nats,
     pub database: Database,
-    /// The roles' names begin with it.
-    pub prefix: String,
+    pub roles: Roles,
     pub naming: Naming,
     pub files: Directory,
 }
@@ -60,36 +59,27 @@ impl Stage {
         let database = Database {
             config: PostgresConfig::new(Postgres::shared().await.unwrap().create_database().await.unwrap()),
         };
-        let stage = Self {
-            nats,
-            database,
-            prefix: unique_name("ac") + "_",
-            naming: Naming { source: "/test".into(), ..Naming::default() },
-            files: Directory::new(),
-        };
         // Without a schema it makes the roles, and then the owner makes the schema.
-        stage.roles();
-        for (login, roles) in [
-            ("owner", "owner"),
-            ("publisher", "publisher"),
-            ("relay", "relay"),
-            ("leader", "relay,outbox_reconciler"),
-            ("worker", "worker"),
-            ("active", "worker,inbox_reconciler"),
-            ("outbox_reconciler", "outbox_reconciler"),
-            ("inbox_reconciler", "inbox_reconciler"),
-            ("own_reconciler", "own_reconciler"),
-            ("reader", "reader"),
-            ("operator", "operator"),
+        let roles = Roles::of(&database);
+        for (login, granted) in [
+            ("owner", &["owner"][..]),
+            ("publisher", &["publisher"]),
+            ("relay", &["relay"]),
+            ("leader", &["relay", "outbox_reconciler"]),
+            ("worker", &["worker"]),
+            ("active", &["worker", "inbox_reconciler"]),
+            ("outbox_reconciler", &["outbox_reconciler"]),
+            ("inbox_reconciler", &["inbox_reconciler"]),
+            ("own_reconciler", &["own_reconciler"]),
+            ("reader", &["reader"]),
+            ("operator", &["operator"]),
         ] {
-            let roles: Vec<String> = roles.split(',').map(|role| format!("{}{role}", stage.prefix)).collect();
-            stage
-                .database
-                .execute(&format!("create role {} login in role {}", stage.login(login), roles.join(", ")))
-                .await;
+            roles.login(&database, login, granted).await;
         }
+        let naming = Naming { source: "/test".into(), ..Naming::default() };
+        let stage = Self { nats, database, roles, naming, files: Directory::new() };
         succeeded(&stage.run("aftercommit", "owner", "", &["migrate"]));
-        stage.roles();
+        stage.roles.grant(&stage.database);
         stage
     }
 
@@ -109,16 +99,6 @@ impl Stage {
         stage
     }
 
-    /// Runs roles.sql as a superuser.
-    pub fn roles(&self) {
-        let psql = Command::new(Postgres::program("psql").unwrap())
-            .args(["--no-psqlrc", "--file", ROLES, "--dbname", &self.database.config.url])
-            .args(["--set", &format!("prefix={}", self.prefix)])
-            .output()
-            .unwrap();
-        succeeded(&psql);
-    }
-
     /// The file with the subscriber's definition.
     pub fn toml(&self) -> String {
         self.files.write("worker.toml", TOML).display().to_string()
@@ -130,7 +110,7 @@ impl Stage {
 
     /// The name of the login that has the role.
     pub fn login(&self, role: &str) -> String {
-        format!("{}{role}_login", self.prefix)
+        format!("{}{role}_login", self.roles.0)
     }
 
     pub fn url_of(&self, role: &str) -> String {
@@ -167,9 +147,9 @@ impl Stage {
         self.command(program, role, user).args(arguments).output().unwrap()
     }
 
-    /// The outbox and its stream, for a superuser and a NATS user.
+    /// The outbox and its stream, for those who may do everything.
     pub async fn outbox(&self) -> Outbox {
-        let url = self.nats.url().replace("nats://", &format!("nats://provisioner:{}@", password("provisioner")));
+        let url = self.nats.url().replace("nats://", "nats://vandal:of-vandal@");
         let nats = NatsConfig { url, ..NatsConfig::default() };
         let pool = self.database.pool().await;
         Outbox { postgres: self.database.config.clone(), nats, naming: self.naming.clone(), pool }

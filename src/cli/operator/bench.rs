@@ -7,7 +7,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::as_json;
 use crate::bench::{self, Arm, BenchConfig, FIGURES};
-use crate::cli::{NamingArgs, NatsArgs, PostgresArgs, signal};
+use crate::cli::servers::{NatsArgs, PostgresArgs, Servers};
+use crate::cli::signal;
 use crate::config::NatsConfig;
 use crate::error::Error;
 
@@ -54,11 +55,7 @@ pub(super) struct BenchArm {
     #[arg(long)]
     events: u64,
     #[command(flatten)]
-    postgres: PostgresArgs,
-    #[command(flatten)]
-    nats: NatsArgs,
-    #[command(flatten)]
-    naming: NamingArgs,
+    servers: Servers,
 }
 
 /// The report, and a failure when an event went wrong in any run.
@@ -83,40 +80,41 @@ pub(super) async fn run(command: Bench) -> Result<(String, ExitCode), Error> {
 
 /// What the process found, for the bench that started it.
 pub(super) async fn arm(command: BenchArm) -> Result<String, Error> {
-    let BenchArm { arm, events, postgres, nats, naming } = command;
-    Box::pin(bench::run_arm(arm, events, postgres.config()?, nats.config()?, naming.config()?)).await
+    let BenchArm { arm, events, servers } = command;
+    let (postgres, nats, naming) = servers.config()?;
+    Box::pin(bench::run_arm(arm, events, postgres, nats, naming)).await
 }
 
 impl Bench {
     /// What is to be measured, and the servers that were started for it.
-    async fn config(&self) -> Result<(BenchConfig, Servers), Error> {
+    async fn config(&self) -> Result<(BenchConfig, OwnServers), Error> {
         let (mut config, servers) = self.servers().await?;
         config.only.clone_from(&self.only);
         (config.quick, config.rounds, config.events) = (self.quick, self.rounds, self.events);
         Ok((config, servers))
     }
 
-    async fn servers(&self) -> Result<(BenchConfig, Servers), Error> {
+    async fn servers(&self) -> Result<(BenchConfig, OwnServers), Error> {
         #[cfg(all(unix, feature = "testing"))]
         if self.own_servers {
-            return Servers::start().await;
+            return OwnServers::start().await;
         }
         let mut config = BenchConfig::new(self.postgres.config()?, self.nats.config()?);
         let sync = self.nats_sync_url.clone().filter(|url| !url.is_empty());
         config.nats_sync = sync.map(|url| NatsConfig { url, ..config.nats.clone() });
-        Ok((config, Servers::default()))
+        Ok((config, OwnServers::default()))
     }
 }
 
-/// Servers that end with this value.
+/// OwnServers that end with this value.
 #[derive(Default)]
-struct Servers {
+struct OwnServers {
     #[cfg(all(unix, feature = "testing"))]
     _own: Option<(crate::testing::servers::Postgres, crate::testing::servers::Nats, crate::testing::servers::Nats)>,
 }
 
 #[cfg(all(unix, feature = "testing"))]
-impl Servers {
+impl OwnServers {
     async fn start() -> Result<(BenchConfig, Self), Error> {
         use crate::config::PostgresConfig;
         use crate::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
