@@ -447,6 +447,20 @@ impl State {
         }
     }
 
+    /// Hands a delivered message on, behind all that come before it.
+    fn hand_on(&mut self, scope: &Scope, at: usize, sequence: u8) {
+        self.delivered_past(Some(at));
+        let Instance::Active { seen, missed, .. } = &mut self.instances[at] else { return };
+        if sequence > *seen {
+            let (from, gap) = (*seen + 1, *missed);
+            (*seen, *missed) = (sequence, false);
+            if gap {
+                self.read_stream(scope, at, from, sequence - 1);
+            }
+        }
+        self.take_in(scope, at, sequence, true);
+    }
+
     /// The others see a gap in what is delivered.
     fn delivered_past(&mut self, to: Option<usize>) {
         for (other, instance) in self.instances.iter_mut().enumerate() {
@@ -473,15 +487,7 @@ impl State {
                 self.delivered += 1;
                 let sequence = self.delivered;
                 self.unacked.insert(sequence);
-                self.delivered_past(Some(at));
-                if let Instance::Active { seen, missed, .. } = &mut self.instances[at] {
-                    let (from, gap) = (*seen + 1, *missed);
-                    (*seen, *missed) = (sequence, false);
-                    if gap {
-                        self.read_stream(scope, at, from, sequence - 1);
-                    }
-                }
-                self.take_in(scope, at, sequence, true);
+                self.hand_on(scope, at, sequence);
             }
             Action::LoseDelivery => {
                 self.left.lost_deliveries -= 1;
@@ -495,8 +501,7 @@ impl State {
                 if self.instances.iter().any(is) {
                     self.left.redeliveries -= 1;
                 }
-                self.delivered_past(Some(at));
-                self.take_in(scope, at, sequence, true);
+                self.hand_on(scope, at, sequence);
             }
             Action::FindRedriven(at) => self.find_redriven(at),
             Action::Expire => {
