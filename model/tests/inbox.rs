@@ -1,5 +1,5 @@
 //! The worker's protocol holds within these scopes, and without any one of its parts it does not.
-//! With `AFTERCOMMIT_MODEL=long` larger scopes are checked too.
+//! With `AFTERCOMMIT_MODEL=long` a larger scope is checked too.
 
 use aftercommit_model::inbox::{Broken, Faults, IN_ORDER, NOTHING_LOST, ONCE, SENT_BACK_FIRST, Scope};
 use stateright::{Checker, HasDiscoveries, Model};
@@ -45,7 +45,7 @@ fn holds(name: &str, scope: Scope) {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let started = std::time::Instant::now();
     let checker = scope.checker().threads(threads).finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
-    for (property, path) in checker.discoveries() {
+    if let Some((property, path)) = checker.discoveries().into_iter().next() {
         panic!("{name}: it does not hold that {property}: {:#?}", path.into_actions());
     }
     println!("{name}: {} states, depth {}, {:?}", checker.unique_state_count(), checker.max_depth(), started.elapsed());
@@ -67,7 +67,6 @@ fn the_protocol_holds() {
     holds("doubled", doubled());
     if std::env::var("AFTERCOMMIT_MODEL").is_ok_and(|size| size == "long") {
         holds("all faults", scope(Faults { crashes: 1, lost_acks: 1, failures: 2, redrives: 1, expiries: 1, ..NONE }));
-        holds("three events", Scope { stream: vec![0, 1, 2], keys: vec![1, 2, 1], ..instances() });
     }
 }
 

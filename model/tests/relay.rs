@@ -1,5 +1,4 @@
 //! The relay's protocol holds within these scopes, and without any one of its parts it does not.
-//! With `AFTERCOMMIT_MODEL=long` larger scopes are checked too.
 
 use aftercommit_model::relay::{Broken, Faults, IN_ORDER, NO_GHOST, NOTHING_LOST, ONCE, Scope, Transaction};
 use stateright::{Checker, HasDiscoveries, Model};
@@ -40,7 +39,7 @@ fn bad_stream() -> Scope {
     scope(&[Transaction::durable(&[1, 1])], 1, faults)
 }
 
-/// Two transactions and two relays that take over from each other.
+/// Two transactions and two relays that take over from each other: too much to be gone through whole.
 fn take_over() -> Scope {
     scope(&[Transaction::durable(&[1]), Transaction::durable(&[2])], 2, Faults { expiries: 1, ..NONE })
 }
@@ -49,7 +48,7 @@ fn holds(name: &str, scope: Scope) {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let started = std::time::Instant::now();
     let checker = scope.checker().threads(threads).finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
-    for (property, path) in checker.discoveries() {
+    if let Some((property, path)) = checker.discoveries().into_iter().next() {
         panic!("{name}: it does not hold that {property}: {:#?}", path.into_actions());
     }
     println!("{name}: {} states, depth {}, {:?}", checker.unique_state_count(), checker.max_depth(), started.elapsed());
@@ -75,9 +74,6 @@ fn the_protocol_holds() {
     holds("database crash", database_crash());
     holds("two relays", two_relays());
     holds("bad stream", bad_stream());
-    if std::env::var("AFTERCOMMIT_MODEL").is_ok_and(|size| size == "long") {
-        holds("take-over", take_over());
-    }
 }
 
 #[test]
