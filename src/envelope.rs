@@ -182,7 +182,9 @@ impl Envelope {
     fn extensions(&self) -> impl Iterator<Item = (String, &str)> {
         let attribute = |name: &String| {
             let name: String = name.chars().filter(char::is_ascii_alphanumeric).collect();
-            Some(name.to_ascii_lowercase()).filter(|name| !name.is_empty() && name != "data")
+            let name = name.to_ascii_lowercase();
+            // The other attributes of ours are always there and replace a header of their name; the key may be missing.
+            (!matches!(name.as_str(), "" | "data" | "partitionkey")).then_some(name)
         };
         self.headers.iter().filter_map(move |(name, value)| Some((attribute(name)?, value.as_str())))
     }

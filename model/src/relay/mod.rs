@@ -90,8 +90,6 @@ pub enum Broken {
     NoTail,
     /// The chain begins at the stream's end as it is when a message is sent, not as it was when the stream was read.
     LateEnd,
-    /// A leader does not look at the log again after it has read where the stream ends.
-    NoSecondLook,
 }
 
 /// An event, by its place among all of the scope.

@@ -367,7 +367,7 @@ impl State {
     }
 
     fn find_place(&mut self, scope: &Scope, at: usize) {
-        if self.fenced(scope, at) && scope.broken != Some(Broken::NoSecondLook) {
+        if self.fenced(scope, at) {
             return self.stand_by(at);
         }
         let leader = self.leader(at).clone();
