@@ -1,7 +1,8 @@
-//! Named places in which a test can let the process die: what a SIGKILL at exactly that step would leave behind.
+//! Named places in which a test can let the process die: what a SIGKILL at exactly that step would leave behind. And
+//! mechanisms that a test can take away, to see that it notices.
 //!
-//! With the feature `testing`, `AFTERCOMMIT_FAULT=name:n` aborts the process when it passes `name` for the n-th time.
-//! Without the feature there is nothing.
+//! With the feature `testing`, `AFTERCOMMIT_FAULT=name:n` aborts the process when it passes `name` for the n-th time, and
+//! `AFTERCOMMIT_BROKEN=name` takes the mechanism `name` away. Without the feature there is nothing.
 
 /// The process passes `name`.
 #[cfg(not(feature = "testing"))]
@@ -25,4 +26,19 @@ pub(crate) fn point(name: &str) {
     {
         std::process::abort();
     }
+}
+
+/// Whether the mechanism `name` is taken away.
+#[cfg(not(feature = "testing"))]
+pub(crate) fn broken(_name: &str) -> bool {
+    false
+}
+
+/// Whether the mechanism `name` is taken away.
+#[cfg(feature = "testing")]
+pub(crate) fn broken(name: &str) -> bool {
+    use std::sync::OnceLock;
+
+    static BROKEN: OnceLock<Option<String>> = OnceLock::new();
+    BROKEN.get_or_init(|| std::env::var("AFTERCOMMIT_BROKEN").ok()).as_deref() == Some(name)
 }

@@ -162,6 +162,11 @@ pub(crate) struct Reply {
 }
 
 impl Reply {
+    /// How many bytes a message of an answer may have.
+    pub(crate) fn room(&self) -> usize {
+        self.connection.client.server_info().max_payload
+    }
+
     pub(crate) async fn refuse(&self, why: &str) {
         self.send(Answer::One(json!({ "error": why }))).await;
     }

@@ -15,6 +15,7 @@ use serde::Deserialize;
 use super::Connection;
 use crate::envelope::{Envelope, REPAIR};
 use crate::error::{Error, ErrorKind};
+use crate::fault;
 use crate::subject::SubjectPrefix;
 
 /// A message that is ready to be sent.
@@ -194,7 +195,7 @@ impl Publisher {
         mut message: Outgoing,
         behind: Option<Predecessor>,
     ) -> Result<(), SendError> {
-        if let Some(behind) = behind {
+        if let Some(behind) = behind.filter(|_| !fault::broken("chain")) {
             message.headers.insert(NATS_EXPECTED_LAST_SEQUENCE, behind.sequence.to_string());
             if let Some(id) = behind.message_id {
                 message.headers.insert(NATS_EXPECTED_LAST_MESSAGE_ID, id);

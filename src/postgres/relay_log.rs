@@ -1,12 +1,13 @@
 //! The relay's progress: a log of states, the newest one valid, fenced by its own primary key.
 
 use chrono::{DateTime, Utc};
-use sqlx::Row;
 use sqlx::postgres::PgRow;
+use sqlx::{PgExecutor, Row};
 
 use super::session::{Session, Tx};
 use super::snapshot::Mark;
 use super::{parked, repair};
+use crate::fault;
 
 /// The columns of a state, as [`state`] reads them.
 macro_rules! columns {
@@ -120,6 +121,21 @@ pub(crate) async fn open_window(
     base: &Base,
     opening: Opening,
 ) -> Result<Appended, sqlx::Error> {
+    if fault::broken("barrier") {
+        let mut tx = connection.begin().await?;
+        let appended = open_window_in(&mut tx, after, base, opening).await?;
+        sqlx::raw_sql("set local synchronous_commit = off").execute(&mut tx).await?;
+        return tx.commit().await.map(|()| appended);
+    }
+    open_window_in(connection, after, base, opening).await
+}
+
+async fn open_window_in(
+    executor: impl PgExecutor<'_>,
+    after: &State,
+    base: &Base,
+    opening: Opening,
+) -> Result<Appended, sqlx::Error> {
     appended(
         sqlx::query(concat!(
             "with durable as materialized (
@@ -150,7 +166,7 @@ pub(crate) async fn open_window(
         .bind(base.sequence.cast_signed())
         .bind(opening != Opening::Next)
         .bind(opening == Opening::Again { scattered: true })
-        .fetch_one(connection)
+        .fetch_one(executor)
         .await,
     )
 }

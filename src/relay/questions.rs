@@ -17,8 +17,12 @@ use crate::postgres::place::{self, Place};
 use crate::postgres::session::Session;
 use crate::postgres::{self, database_error, questions, window};
 
-/// Events in a page. With the largest keys and types it fits into a message.
+/// Events in a page, unless they are more than a message holds.
 const PAGE: i64 = 500;
+/// What an answer holds beside its events, at most.
+const OVERHEAD: usize = 4 << 10;
+/// As long as the rest of an event that was moved.
+const MOVED: &str = "\"id\":9223372036854775807,\"event_id\":\"00000000-0000-0000-0000-000000000000\",\"state\":\"published\",\"sequence\":18446744073709551615";
 /// Ids that are read at a time for a digest.
 const IDS: i64 = 10_000;
 /// Messages of the stream that one range covers, unless the relay's log has no place so near.
@@ -48,7 +52,7 @@ pub(super) async fn answer(postgres: PostgresConfig, nats: Connection, naming: A
         let mut library = match connection.take() {
             Some(library) => library,
             None => match postgres::connect(&postgres, "aftercommit-relay").await {
-                Ok(session) => Library { session, naming: naming.clone() },
+                Ok(session) => Library { session, naming: naming.clone(), room: reply.room() },
                 Err(error) => {
                     tracing::warn!(error = error.report(), "a question about the outbox cannot be answered");
                     reply.refuse("the outbox's database does not answer").await;
@@ -99,6 +103,18 @@ impl From<sqlx::Error> for Refusal {
 pub(crate) struct Library {
     session: Session,
     naming: Arc<Naming>,
+    /// Bytes of one message.
+    room: usize,
+}
+
+/// How many of these fit into a message: at least one, so that every page leads on.
+fn fitting<T: Serialize>(events: &[T], room: usize) -> usize {
+    let mut bytes = OVERHEAD;
+    let fits = |event: &&T| {
+        bytes += serde_json::to_vec(event).map_or(0, |json| json.len() + 1);
+        bytes <= room
+    };
+    events.iter().take_while(fits).count().max(1)
 }
 
 impl Library {
@@ -171,10 +187,6 @@ impl Library {
         let ids = window::ids(&mut self.session, &from.mark, &to.mark, id, PAGE).await?;
         let heads = questions::heads(&mut self.session, &ids, types).await?;
         let (behind, sequence) = (from.sequence, to.sequence);
-        let next = match ids.last() {
-            Some(last) => Token { from, to: Some(to), id: *last },
-            None => Token { from: to, to: None, id: 0 },
-        };
         let listed = |head: questions::Head| Listed {
             id: head.id,
             event_id: head.event_id,
@@ -182,7 +194,17 @@ impl Library {
             key: head.key,
             time: head.created_at,
         };
-        let events = heads.into_iter().map(listed).collect();
+        let mut events: Vec<Listed> = heads.into_iter().map(listed).collect();
+        let mut last = ids.last().copied();
+        let fit = fitting(&events, self.room);
+        if fit < events.len() {
+            events.truncate(fit);
+            last = events.last().map(|event| event.id);
+        }
+        let next = match last {
+            Some(last) => Token { from, to: Some(to), id: last },
+            None => Token { from: to, to: None, id: 0 },
+        };
         Ok(Page {
             behind,
             to: sequence,
@@ -236,7 +258,10 @@ impl Library {
         let time = DateTime::from_timestamp_micros(after.0).unwrap_or_default();
         // First, so that nothing is too new for this look and too old for the next.
         let lately = questions::repaired_lately(&mut self.session).await?;
-        let rows = questions::repaired(&mut self.session, (time, after.1), PAGE).await?;
+        let mut rows = questions::repaired(&mut self.session, (time, after.1), PAGE).await?;
+        // Keys are the only part that can be long.
+        let keys: Vec<_> = rows.iter().map(|row| (row.2.clone(), MOVED)).collect();
+        rows.truncate(fitting(&keys, self.room));
         let next = rows.last().map_or(after, |(id, .., at)| (at.timestamp_micros(), *id));
         let more = lately || !rows.is_empty();
         let events = rows

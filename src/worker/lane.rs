@@ -244,6 +244,9 @@ impl Lane {
         })?;
         fault::point("worker-inserted");
         let mut fresh: HashMap<Uuid, Option<i32>> = fresh.into_iter().collect();
+        if fault::broken("inbox") {
+            group.iter().for_each(|queued| _ = fresh.entry(queued.event.id.as_uuid()).or_default());
+        }
         for queued in group {
             let failures = fresh.get(&queued.event.id.as_uuid());
             queued.fresh.store(failures.is_some(), Ordering::Relaxed);

@@ -237,6 +237,7 @@ impl Session {
     /// Gives an event to the scheduler and returns how often the process died while it ran; none when it is known
     /// already.
     fn schedule(&mut self, place: Place, id: EventId, key: Option<&str>) -> Option<u32> {
+        let key = key.filter(|_| !fault::broken("order of keys"));
         if !self.scheduler.add(place, key) {
             return None;
         }
@@ -291,7 +292,11 @@ impl Session {
                     crashes: pending.map_or(0, |pending| pending.crashes),
                 }
             });
-            let items = items.collect();
+            let items: Vec<Item> = items.collect();
+            if fault::broken("ack after commit") {
+                let replies = items.iter().filter_map(|item| self.pending.get(&item.place)?.reply.as_ref());
+                replies.for_each(|reply| self.answers.send(reply, &Answer::Done));
+            }
             let number = (0..).find(|number| !self.numbers.contains(number)).unwrap_or_default();
             self.numbers.insert(number);
             let lane = Lane { number, ..self.lane.clone() };

@@ -306,10 +306,13 @@ pub fn story(history: &[Entry], event: Uuid) -> String {
     let is_it = |entry: &&Entry| entry.what.event() == Some(event);
     let tx = history.iter().filter(is_it).find_map(|entry| entry.what.transaction());
     let begin = history.iter().find(is_it).map_or(0, |entry| entry.at);
+    let end = history.iter().rfind(is_it).map_or(0, |entry| entry.at).min(begin + 15_000_000);
     let mut lines = Vec::new();
     for entry in history {
         let told = match &entry.what {
-            What::Fault { .. } | What::Healed { .. } | What::Drained { .. } => entry.at >= begin - 5_000_000,
+            What::Fault { .. } | What::Healed { .. } | What::Drained { .. } => {
+                (begin - 3_000_000..end + 3_000_000).contains(&entry.at)
+            }
             What::Wrote { .. } => entry.what.event() == Some(event),
             what => what.event() == Some(event) || (tx.is_some() && what.transaction() == tx && what.event().is_none()),
         };

@@ -59,7 +59,7 @@ pub async fn disturb(system: &System, step: Step) {
         Kind::PostgresCut(who) => on_the_way(system, who, step, true, Way::Cut).await,
         Kind::PostgresDeaf(who) => on_the_way(system, who, step, true, Way::Deaf).await,
         Kind::LeasesTaken => {
-            let take = "update aftercommit.lease set expires_at = '-infinity'";
+            let take = "update aftercommit.lease set expires_at = now() - interval '1 hour'";
             let pool = if step.target % 2 == 0 { &system.publisher } else { &system.subscriber };
             _ = sqlx::raw_sql(take).execute(pool).await;
         }

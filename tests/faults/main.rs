@@ -2,6 +2,7 @@
 //! from a seed kills, freezes, cuts off and spoils them; then a checker judges the history. See docs/reliability.md.
 
 mod check;
+mod check_tests;
 mod disturb;
 mod history;
 mod part;
@@ -21,6 +22,7 @@ use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit::reconciler::Mode;
 use aftercommit::subject::SubjectPrefix;
 use aftercommit::worker::Worker;
+use check::Invariant;
 use plan::Plan;
 use run::{Outcome, run};
 use tokio::signal::unix::{SignalKind, signal};
@@ -103,6 +105,28 @@ fn assert_clean(outcomes: &[Outcome]) {
 async fn whatever_happens_the_guarantees_hold() {
     let plans = [1, 2, 3].map(|seed| Plan::new(seed, Duration::from_secs(30), &[]));
     assert_clean(&play(plans, 1).await);
+}
+
+/// A suite that cannot fail proves nothing: without each mechanism, it must tell which guarantee is broken.
+#[tokio::test(flavor = "multi_thread")]
+async fn each_mechanism_that_is_taken_away_is_missed() {
+    let relays = ["relay-killed", "relay-frozen", "relay-nats-deaf", "nats-killed", "nats-all-killed", "stream-full"];
+    let workers = ["worker-killed", "worker-frozen", "worker-nats-deaf"];
+    let mechanisms = [
+        ("ack after commit", &workers[..1], Invariant::NothingLost),
+        ("inbox", &workers[..], Invariant::OneEffect),
+        ("order of keys", &[][..], Invariant::KeyOrder),
+        ("chain", &relays[..], Invariant::NothingLost),
+        ("stragglers", &["transaction-held"][..], Invariant::NothingLost),
+        ("barrier", &["publisher-postgres-killed"][..], Invariant::NoGhost),
+    ];
+    let plans = mechanisms.iter().map(|(mechanism, only, _)| Plan::without(mechanism, only));
+    let outcomes = play(plans, 3).await;
+    for (mechanism, _, invariant) in mechanisms {
+        let outcome = outcomes.iter().find(|outcome| outcome.broken == Some(mechanism)).unwrap();
+        let found = outcome.verdict.violations.iter().any(|violation| violation.invariant == invariant);
+        assert!(found, "without {mechanism} nothing breaks {invariant}: {outcome}");
+    }
 }
 
 /// The long form, which scripts/faults runs.

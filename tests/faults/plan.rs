@@ -123,6 +123,10 @@ pub struct Plan {
     pub steps: Vec<Step>,
     /// Whether reconcilers run and repair.
     pub reconciled: bool,
+    /// The mechanism of the product that is taken away, to see that it is missed.
+    pub broken: Option<&'static str>,
+    /// How long it may take until everything is handled once everything is healed.
+    pub bound: Duration,
 }
 
 impl Plan {
@@ -150,7 +154,21 @@ impl Plan {
             // Now and then several come at once.
             at += Duration::from_millis(if random.one_in(5) { 50 } else { 300 + random.below(1500) });
         }
-        Self { seed, length, replicas, steps, reconciled: true }
+        Self { seed, length, replicas, steps, reconciled: true, broken: None, bound: Duration::from_secs(120) }
+    }
+
+    /// A short run without a mechanism, and with nobody who repairs what then goes wrong.
+    pub fn without(mechanism: &'static str, only: &[&str]) -> Self {
+        let only: Vec<String> = only.iter().map(|name| (*name).into()).collect();
+        let mut plan = Self::new(1, Duration::from_secs(25), &only);
+        // Enough time in between for something to go wrong.
+        let mut last = Duration::ZERO;
+        plan.steps.retain(|step| {
+            let keep = !only.is_empty() && step.at >= last + Duration::from_secs(2);
+            last = if keep { step.at } else { last };
+            keep
+        });
+        Self { reconciled: false, broken: Some(mechanism), bound: Duration::from_secs(60), ..plan }
     }
 }
 

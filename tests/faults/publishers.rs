@@ -46,6 +46,8 @@ impl Event for Changed {
 pub struct Publisher {
     pool: PgPool,
     journal: Journal,
+    /// Whether no commit waits for the disk.
+    asynchronous: bool,
 }
 
 impl Publisher {
@@ -53,7 +55,8 @@ impl Publisher {
         let url = std::env::var("FAULTS_DATABASE").ok()?;
         let journal = Journal::open(&PathBuf::from(std::env::var("FAULTS_JOURNAL").ok()?));
         let options = PgPoolOptions::new().max_connections(4).acquire_timeout(Duration::from_secs(2));
-        Some(Self { pool: options.connect_lazy(&url).ok()?, journal })
+        let asynchronous = std::env::var("FAULTS_ALL_ASYNCHRONOUS").is_ok_and(|all| all == "true");
+        Some(Self { pool: options.connect_lazy(&url).ok()?, journal, asynchronous })
     }
 
     /// Writes until the process is killed.
@@ -77,7 +80,7 @@ impl Publisher {
     async fn transaction(&self, random: &mut Random) -> Result<(), sqlx::Error> {
         let mut tx = self.pool.begin().await?;
         let id = Uuid::now_v7();
-        let durable = !random.one_in(4);
+        let durable = !self.asynchronous && !random.one_in(4);
         match self.fill(&mut tx, id, durable, random).await {
             Ok(true) => {}
             Ok(false) => {

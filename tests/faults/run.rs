@@ -14,13 +14,14 @@ use super::plan::Plan;
 use super::subscribers;
 use super::system::{System, directory};
 
-/// How long it may take until everything is handled once everything is healed.
-const BOUND: Duration = Duration::from_secs(120);
+/// How long nothing may happen until nothing more is expected where a mechanism is taken away.
+const STALLED: Duration = Duration::from_secs(10);
 
 /// What a run came to.
 pub struct Outcome {
     pub seed: u64,
     pub replicas: usize,
+    pub broken: Option<&'static str>,
     pub played: Duration,
     pub verdict: Verdict,
     /// The first violation with its story.
@@ -33,6 +34,9 @@ pub struct Outcome {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let counts = &self.verdict.counts;
+        if let Some(mechanism) = self.broken {
+            write!(f, "without {mechanism} | ")?;
+        }
         write!(
             f,
             "seed {} | R{} | {:.1} min | {} faults | {} events written | {} commits, {} rollbacks, {} unknown | \
@@ -81,11 +85,13 @@ pub async fn run(plan: Plan) -> Outcome {
         publisher.end().await;
     }
     let drained = tokio::select! {
-        drained = drain(&system) => drained,
+        drained = drain(&system, &plan) => drained,
         () = supervise(&system, true) => None,
     };
     system.journal.write(What::Drained { seconds: drained });
-    complaints(&system).await;
+    if drained.is_some() {
+        complaints(&system).await;
+    }
     for part in system.parts() {
         part.end().await;
     }
@@ -97,10 +103,19 @@ pub async fn run(plan: Plan) -> Outcome {
         let which = first.event.map(|event| format!(", event {event}")).unwrap_or_default();
         format!("{}{which}: {}\n{told}", first.invariant, first.says)
     });
-    if story.is_none() {
+    if story.is_none() || plan.broken.is_some() {
         _ = std::fs::remove_dir_all(&directory);
     }
-    Outcome { seed: plan.seed, replicas: plan.replicas, played, verdict, story, drained, directory }
+    Outcome {
+        seed: plan.seed,
+        replicas: plan.replicas,
+        broken: plan.broken,
+        played,
+        verdict,
+        story,
+        drained,
+        directory,
+    }
 }
 
 /// Starts again what has ended, as systemd would.
@@ -117,11 +132,19 @@ async fn supervise(system: &System, over: bool) {
 }
 
 /// Waits until every event that is in the ledger has come to every subscriber, and nothing is left to be acked.
-async fn drain(system: &System) -> Option<f64> {
+async fn drain(system: &System, plan: &Plan) -> Option<f64> {
     let started = Instant::now();
-    while started.elapsed() < BOUND {
+    let (mut effects, mut stalled) = (-1, Instant::now());
+    while started.elapsed() < plan.bound {
         if is_drained(system).await.unwrap_or(false) {
             return Some(started.elapsed().as_secs_f64());
+        }
+        let now = sqlx::query_scalar("select count(*) from effect").fetch_one(&system.subscriber).await.unwrap_or(-1);
+        if now != effects {
+            (effects, stalled) = (now, Instant::now());
+        } else if plan.broken.is_some() && stalled.elapsed() > STALLED {
+            // What is missing now is lost.
+            return None;
         }
         tokio::time::sleep(Duration::from_millis(250)).await;
     }

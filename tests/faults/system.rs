@@ -38,6 +38,7 @@ pub struct System {
     pub subscriber_config: PostgresConfig,
     pub context: jetstream::Context,
     pub replicas: usize,
+    broken: Option<&'static str>,
     pub publishers: Vec<Part>,
     pub relays: Vec<Part>,
     pub workers: Vec<Part>,
@@ -58,7 +59,9 @@ fn server(url: &str) -> String {
 impl System {
     /// Servers with everything provisioned, and no process yet.
     pub async fn new(plan: &Plan, directory: PathBuf) -> Self {
-        let postgres = || Postgres::start(PostgresOptions { fsync: false, settings: Vec::new() });
+        // What is not flushed for a commit stays unflushed, so that a crash takes all of it back.
+        let settings = vec![("wal_writer_delay".to_string(), "10s".to_string())];
+        let postgres = || Postgres::start(PostgresOptions { fsync: false, settings: settings.clone() });
         let options = NatsOptions { config: "max_payload: 65536".into(), ..NatsOptions::default() };
         let cluster = NatsCluster::start(plan.replicas, options);
         // A cluster of one would wait for others.
@@ -102,6 +105,7 @@ impl System {
             subscriber_config,
             context,
             replicas: plan.replicas,
+            broken: plan.broken,
             publishers: Vec::new(),
             relays: Vec::new(),
             workers: Vec::new(),
@@ -120,14 +124,15 @@ impl System {
     }
 
     async fn try_provision(&self) -> Option<()> {
+        // With its replicas from the beginning; the rest is corrected.
+        let config = jetstream::stream::Config {
+            name: self.naming.stream.clone(),
+            subjects: vec![format!("{}.>", self.naming.prefix)],
+            num_replicas: self.replicas,
+            ..Default::default()
+        };
+        self.context.get_or_create_stream(config).await.ok()?;
         admin::provision(&self.nats_config, &self.naming).await.ok()?;
-        if self.replicas > 1 {
-            let mut config = self.context.get_stream(&self.naming.stream).await.ok()?.cached_info().config.clone();
-            if config.num_replicas != self.replicas {
-                config.num_replicas = self.replicas;
-                self.context.update_stream(config).await.ok()?;
-            }
-        }
         let worker = || Worker::new(self.subscriber_config.clone(), self.nats_config.clone(), self.naming.clone());
         worker().registry(subscribers::all()).provision().await.ok()?;
         worker().registry(read_file(&self.directory.join("worker.toml")).unwrap()).provision().await.ok()?;
@@ -137,6 +142,7 @@ impl System {
     async fn make_parts(&mut self, plan: &Plan) {
         for n in 0..3 {
             let mut command = child("publishing");
+            command.env("FAULTS_ALL_ASYNCHRONOUS", (plan.broken == Some("barrier")).to_string());
             command.env("FAULTS_DATABASE", &self.publisher_config.url);
             command.env("FAULTS_JOURNAL", self.directory.join(format!("publisher-{n}.jsonl")));
             self.publishers.push(Part::new(format!("publisher-{n}"), &self.directory, command));
@@ -180,6 +186,7 @@ impl System {
             .env("AFTERCOMMIT_STREAM", &self.naming.stream)
             .env("AFTERCOMMIT_SUBJECT_PREFIX", self.naming.prefix.to_string())
             .env("AFTERCOMMIT_SOURCE", &self.naming.source)
+            .env("AFTERCOMMIT_BROKEN", self.broken.unwrap_or_default())
             .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "info".into()));
         Part::new(name, &self.directory, command).with_ways(nats, postgres)
     }
