@@ -118,17 +118,21 @@ impl Envelope {
         headers: impl Iterator<Item = (&'a str, &'a str)>,
         payload: Bytes,
     ) -> Result<Self, EnvelopeError> {
-        let mut attributes: BTreeMap<String, Cow<'a, str>> = BTreeMap::new();
+        // A handful: looking through them costs less than a map.
+        let mut attributes: Vec<(&'a str, Cow<'a, str>)> = Vec::with_capacity(12);
         let mut own = BTreeMap::new();
         for (name, value) in headers {
-            let lower = name.to_ascii_lowercase();
-            if lower.starts_with("ce-") {
-                attributes.insert(lower, percent_decode_str(value).decode_utf8_lossy());
-            } else if !lower.starts_with("nats-") && !lower.starts_with("aftercommit-") {
+            if starts_with(name, "ce-") {
+                attributes.push((name, percent_decode_str(value).decode_utf8_lossy()));
+            } else if !starts_with(name, "nats-") && !starts_with(name, "aftercommit-") {
                 own.insert(name.to_string(), value.to_string());
             }
         }
-        let mut take = |name: &'static str| attributes.remove(name);
+        // Of several with one name the last one counts.
+        let mut take = |name: &'static str| {
+            let at = attributes.iter().rposition(|(given, _)| given.eq_ignore_ascii_case(name))?;
+            Some(attributes.remove(at).1)
+        };
         let id = take(CE_ID).ok_or(EnvelopeError::Missing(CE_ID))?;
         let id = Uuid::parse_str(&id).map_err(|_| EnvelopeError::Malformed(CE_ID))?;
         let time = match take(CE_TIME) {
@@ -242,6 +246,11 @@ pub(crate) fn is_traceparent(text: &str) -> bool {
     let mut parts = text.split('-');
     let mut next = || parts.next().unwrap_or_default();
     next() == "00" && id(next(), 32) && id(next(), 16) && hex(next(), 2) && parts.next().is_none()
+}
+
+/// Whether a header's name begins so, in whatever case.
+fn starts_with(name: &str, prefix: &str) -> bool {
+    name.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix))
 }
 
 fn encode(value: &str) -> Cow<'_, str> {

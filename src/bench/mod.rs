@@ -4,18 +4,21 @@
 //! meets both. Each run of an arm is checked: a figure from a run that lost, doubled or re-ordered an event does not
 //! exist. `aftercommit bench` prints the report; `docs/performance.md` says how each figure is taken.
 
-#![allow(dead_code, reason = "the figures that use the rest are being added")]
-
 mod arm;
 mod backlog;
 mod child;
 mod counts;
 mod drain;
+mod event;
 mod figure;
 mod held;
+mod idle;
+mod latency;
 mod machine;
+mod publish;
 mod report;
 mod scratch;
+mod worker;
 
 pub use arm::{Arm, run_arm};
 pub use counts::Counts;
@@ -87,6 +90,21 @@ pub async fn run(config: BenchConfig, interrupted: CancellationToken) -> Result<
     }
     if bench.wants(&[11]) {
         rows.extend(drain::several(&bench).await?);
+    }
+    if bench.wants(&[6]) {
+        rows.extend(Box::pin(latency::latency(&bench)).await?);
+    }
+    if bench.wants(&[7]) {
+        rows.extend(Box::pin(publish::publish(&bench)).await?);
+    }
+    if bench.wants(&[9]) {
+        rows.extend(Box::pin(worker::inbox(&bench)).await?);
+    }
+    if bench.wants(&[10]) {
+        rows.extend(Box::pin(worker::function(&bench)).await?);
+    }
+    if bench.wants(&[13]) {
+        rows.extend(Box::pin(idle::idle(&bench)).await?);
     }
     rows.retain(|row| bench.wants(&[row.figure]));
     rows.sort_by_key(|row| row.figure);

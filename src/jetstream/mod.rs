@@ -4,6 +4,8 @@ mod access;
 pub(crate) mod ack;
 #[cfg(feature = "cli")]
 pub(crate) mod bench;
+#[cfg(feature = "cli")]
+pub(crate) mod bench_pull;
 pub(crate) mod consumer;
 pub(crate) mod doctor;
 pub(crate) mod feed;

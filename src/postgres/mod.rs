@@ -3,6 +3,10 @@
 pub(crate) mod audit;
 #[cfg(feature = "cli")]
 pub(crate) mod bench;
+#[cfg(feature = "cli")]
+pub(crate) mod bench_publish;
+#[cfg(feature = "cli")]
+pub(crate) mod bench_work;
 pub(crate) mod compare;
 pub(crate) mod connections;
 #[cfg(any(feature = "cli", all(unix, feature = "testing")))]

@@ -1,5 +1,6 @@
 //! The programs and questions of operators.
 
+mod bench;
 mod dead;
 mod doctor;
 mod explain;

@@ -294,9 +294,11 @@ async fn killed_at_every_step_and_resumed() {
         .await
         .unwrap();
         assert_eq!(sent, 0, "all or nothing, {step}");
+        work.outbox.expire_leases().await;
     }
     let died = reconcile(&work, "consumer", &[]).env("AFTERCOMMIT_FAULT", "resend-committed:1").output().unwrap();
     assert_eq!(died.status.code(), None);
+    work.outbox.expire_leases().await;
     let ended = reconcile(&work, "consumer", &["--subscriber", "back", "--json"]).output().unwrap();
     let summaries: serde_json::Value = serde_json::from_slice(&ended.stdout).unwrap();
     let one = &summaries.as_array().unwrap()[0];
@@ -312,14 +314,7 @@ async fn killed_at_every_step_and_resumed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn beside_the_worker_it_repairs_by_itself() {
     let work = Work::shared().await;
-    sqlx::raw_sql(
-        "create function apply(event jsonb) returns void language sql as $$
-            insert into effect (event_id, key, n, attempt)
-            values ((event ->> 'id')::uuid, event ->> 'partitionkey', (event -> 'data' ->> 'n')::bigint, 1) $$",
-    )
-    .execute(&work.outbox.pool)
-    .await
-    .unwrap();
+    work.create_apply("").await;
     let mut command = work.command(TOML);
     command.args(["--reconcile-every", "200ms"]).env("AFTERCOMMIT_RECONCILE_REPAIR", "true").env("RUST_LOG", "off");
     send(&work, 1..=5).await;

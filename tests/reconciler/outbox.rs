@@ -313,17 +313,15 @@ async fn killed_at_every_step_and_raced() {
             (0..5).map(|_| messages[random.below(messages.len() as u64 - 1) as usize].sequence).collect();
         delete(&outbox, victims).await;
         if fault.starts_with("relay") {
-            drop(relay.take());
+            outbox.kill(relay.take().unwrap()).await;
             ran_without_relay(&outbox).await;
-            let mut command = outbox.relay_command();
-            let mut dying =
-                RelayProcess(command.env("AFTERCOMMIT_FAULT", fault).env("RUST_LOG", "off").spawn().unwrap());
-            assert!(!dying.ends(SOON).await.success(), "it was to die at {fault}");
+            outbox.dies_at(fault).await;
             relay = Some(outbox.relay_process());
         } else {
             let mut command = reconcile_command(&outbox, &["--leg", "outbox", "--full"]);
             let status = command.env("AFTERCOMMIT_FAULT", fault).env("RUST_LOG", "off").status().unwrap();
             assert!(!status.success(), "it was to die at {fault}");
+            outbox.expire_leases().await;
         }
         let (one, other) =
             tokio::join!(run(&outbox, Scope::Full, Mode::Repair), run(&outbox, Scope::Full, Mode::Repair));
