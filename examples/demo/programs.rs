@@ -29,10 +29,15 @@ impl Programs {
         Ok(Self { binaries: binaries.to_path_buf(), logs })
     }
 
-    /// A command of this package with the environment that it reads.
+    /// A command of this package with the environment that it reads. What is empty is not to be set.
     pub fn aftercommit(&self, program: &str, environment: Vec<(&'static str, String)>) -> Command {
         let mut command = Command::new(self.binaries.join(program));
-        command.envs(environment);
+        for (name, value) in environment {
+            match value.as_str() {
+                "" => command.env_remove(name),
+                value => command.env(name, value),
+            };
+        }
         command
     }
 

@@ -121,7 +121,8 @@ impl Library {
     /// Without a relay, for somebody who may read the outbox's database.
     pub(crate) async fn open(postgres: &PostgresConfig, naming: &Naming) -> Result<Self, Error> {
         let session = postgres::connect(postgres, "aftercommit").await?;
-        Ok(Self { session, naming: Arc::new(naming.clone()) })
+        // What is read here goes into no message.
+        Ok(Self { session, naming: Arc::new(naming.clone()), room: usize::MAX })
     }
 
     /// As [`Question::Page`].
