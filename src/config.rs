@@ -67,17 +67,30 @@ pub struct NatsConfig {
     /// What makes the connection secret and the server trusted. Any of its settings makes TLS a must. Defaults to the
     /// system's certificates, when URL or server ask for TLS.
     pub tls: NatsTls,
+    /// Where answers come, for servers whose permissions give each user an inbox of its own: the first tokens of a
+    /// subject, beginning with `_INBOX`. Defaults to that of the role, such as `_INBOX_relay` or `_INBOX_worker`.
+    pub inbox_prefix: Option<String>,
 }
 
 impl Default for NatsConfig {
     fn default() -> Self {
-        Self { url: "nats://127.0.0.1:4222".into(), auth: NatsAuth::default(), tls: NatsTls::default() }
+        Self {
+            url: "nats://127.0.0.1:4222".into(),
+            auth: NatsAuth::default(),
+            tls: NatsTls::default(),
+            inbox_prefix: None,
+        }
     }
 }
 
 impl fmt::Debug for NatsConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("NatsConfig").field("auth", &self.auth).field("tls", &self.tls).finish_non_exhaustive()
+        let Self { url: _, auth, tls, inbox_prefix } = self;
+        f.debug_struct("NatsConfig")
+            .field("auth", auth)
+            .field("tls", tls)
+            .field("inbox_prefix", inbox_prefix)
+            .finish_non_exhaustive()
     }
 }
 

@@ -104,6 +104,9 @@ pub(super) struct NatsArgs {
     /// Start with TLS before the server's greeting
     #[arg(long, env = "NATS_TLS_FIRST")]
     nats_tls_first: bool,
+    /// Where answers come, for a user who has an inbox of its own, such as _INBOX_worker.receipts
+    #[arg(long, env = "NATS_INBOX_PREFIX", value_name = "SUBJECT")]
+    nats_inbox_prefix: Option<String>,
 }
 
 impl NatsArgs {
@@ -120,7 +123,8 @@ impl NatsArgs {
             (None, Some(_)) => return Err(refuse("NATS_KEY (--nats-key) needs NATS_CERT (--nats-cert)")),
         };
         let tls = NatsTls { ca: given(&self.nats_ca), certificate, first: self.nats_tls_first };
-        Ok(NatsConfig { url: self.nats_url.clone(), auth: self.auth(token, password)?, tls })
+        let inbox_prefix = self.nats_inbox_prefix.clone().filter(|prefix| !prefix.is_empty());
+        Ok(NatsConfig { url: self.nats_url.clone(), auth: self.auth(token, password)?, tls, inbox_prefix })
     }
 
     fn auth(&self, token: Option<Secret>, password: Option<Secret>) -> Result<NatsAuth, Error> {

@@ -6,6 +6,7 @@ use percent_encoding::percent_decode_str;
 
 use crate::config::{ClientCertificate, NatsAuth, NatsConfig, NatsTls, Secret, read_file};
 use crate::error::{Error, ErrorKind};
+use crate::subject::check_tokens;
 
 /// The client's options with everything that the configuration says, and the servers, without secrets in their URLs.
 pub(super) fn options(config: &NatsConfig) -> Result<(ConnectOptions, Vec<ServerAddr>), Error> {
@@ -27,6 +28,17 @@ pub(super) fn options(config: &NatsConfig) -> Result<(ConnectOptions, Vec<Server
         }
     };
     Ok((secure(&config.tls, tls, options)?, addresses))
+}
+
+/// The configured inbox. Relays and workers answer to inboxes only, which they know by their first token.
+pub(super) fn inbox_prefix(config: &NatsConfig) -> Result<Option<&str>, Error> {
+    let Some(prefix) = config.inbox_prefix.as_deref() else { return Ok(None) };
+    if prefix.starts_with("_INBOX") && check_tokens(prefix).is_ok() {
+        return Ok(Some(prefix));
+    }
+    Err(refuse(format!(
+        "{prefix:?} cannot be an inbox (NATS_INBOX_PREFIX or --nats-inbox-prefix): take one like _INBOX_worker.receipts"
+    )))
 }
 
 /// What the client says of itself when the server has sent `nonce`. Files are read each time, so that a new secret
@@ -188,6 +200,18 @@ mod tests {
         let error = options(&config).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Config);
         assert!(!error.report().contains("hunter"), "{}", error.report());
+    }
+
+    #[test]
+    fn answers_come_to_an_inbox() {
+        let inbox = |prefix: &str| {
+            inbox_prefix(&NatsConfig { inbox_prefix: Some(prefix.into()), ..Default::default() })
+                .map(|it| it.map(str::to_string))
+        };
+        assert_eq!(inbox("_INBOX_worker.receipts").unwrap().as_deref(), Some("_INBOX_worker.receipts"));
+        for wrong in ["", "events", "_INBOX.", "_INBOX.>", "_INBOX_worker.*", "_INBOX a"] {
+            assert!(inbox(wrong).unwrap_err().report().contains("NATS_INBOX_PREFIX"), "{wrong}");
+        }
     }
 
     #[test]

@@ -2,6 +2,10 @@
 
 mod access;
 pub(crate) mod ack;
+#[cfg(feature = "cli")]
+pub(crate) mod bench;
+#[cfg(feature = "cli")]
+pub(crate) mod bench_pull;
 pub(crate) mod consumer;
 pub(crate) mod doctor;
 pub(crate) mod feed;
@@ -14,6 +18,7 @@ pub(crate) mod search;
 pub(crate) mod service;
 pub(crate) mod stored;
 pub(crate) mod stream;
+pub(crate) mod sweep;
 pub(crate) mod topology;
 
 use std::fmt;
@@ -43,13 +48,16 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Returns when the connection breaks the next time. What was sent and not answered before is unknown then.
-    pub(crate) async fn lost(&self) {
+    /// Returns when the connection breaks the next time after this call, whenever the result is polled. What was sent and
+    /// not answered before is unknown then.
+    pub(crate) fn lost(&self) -> impl Future<Output = ()> + use<> {
         let mut losses = self.losses.clone();
         losses.mark_unchanged();
-        if losses.changed().await.is_err() {
-            // The client is gone, and with it whoever could tell.
-            std::future::pending::<()>().await;
+        async move {
+            if losses.changed().await.is_err() {
+                // The client is gone, and with it whoever could tell.
+                std::future::pending::<()>().await;
+            }
         }
     }
 
@@ -80,11 +88,12 @@ impl fmt::Debug for Connection {
 }
 
 /// Connects once, and from then on reconnects for ever. `name` is what `nats server report connections` shows;
-/// `inbox_prefix` is where answers come, so that permissions can tell roles apart.
+/// `inbox_prefix` is where answers come unless the configuration says so, so that permissions can tell roles apart.
 pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str) -> Result<Connection, Error> {
     let (lost, losses) = watch::channel(0_u64);
     let (complain, complaint) = watch::channel(None);
     let (options, servers) = access::options(config)?;
+    let inbox_prefix = access::inbox_prefix(config)?.unwrap_or(inbox_prefix);
     let options = options.name(name).custom_inbox_prefix(inbox_prefix).event_callback(move |event| {
         if matches!(event, ClientEvent::Disconnected) {
             lost.send_modify(|count| *count += 1);

@@ -1,7 +1,12 @@
 //! Publishing without waiting for each acknowledgement: messages go out under numbers, answers come back with them.
 
+use std::fmt::Write;
+
+use async_nats::client::PublishErrorKind;
+use async_nats::client::traits::Publisher as _;
 use async_nats::header::{HeaderMap, NATS_EXPECTED_LAST_MESSAGE_ID, NATS_EXPECTED_LAST_SEQUENCE, NATS_MESSAGE_ID};
-use async_nats::{HeaderName, StatusCode, Subscriber};
+use async_nats::message::OutboundMessage;
+use async_nats::{HeaderName, StatusCode, Subject, Subscriber};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use serde::Deserialize;
@@ -13,7 +18,7 @@ use crate::error::{Error, ErrorKind};
 /// A message that is ready to be sent.
 #[derive(Debug)]
 pub(crate) struct Outgoing {
-    subject: String,
+    subject: Subject,
     headers: HeaderMap,
     payload: Bytes,
 }
@@ -21,15 +26,24 @@ pub(crate) struct Outgoing {
 impl Outgoing {
     pub(crate) fn new(subject: String, event: &Envelope) -> Self {
         let mut headers = HeaderMap::new();
-        for (name, value) in event.to_headers() {
-            headers.append(name.as_ref(), value.as_ref());
+        for (name, value) in event.attributes() {
+            headers.insert(HeaderName::from_static(name), value.into_owned());
         }
-        Self { subject, headers, payload: event.payload.clone() }
+        for (name, value) in &event.headers {
+            headers.append(name.as_str(), value.as_str());
+        }
+        Self { subject: subject.into(), headers, payload: event.payload.clone() }
     }
 
     /// Gives the message another id than the event's, for a server that would take it for a repeat.
     pub(crate) fn set_message_id(&mut self, id: &str) {
         self.headers.insert(NATS_MESSAGE_ID, id);
+    }
+
+    /// Subject, headers and payload.
+    #[cfg(feature = "cli")]
+    pub(crate) fn into_parts(self) -> (Subject, HeaderMap, Bytes) {
+        (self.subject, self.headers, self.payload)
     }
 
     /// Marks the message as published out of the outbox's order, and says why.
@@ -87,6 +101,8 @@ pub(crate) struct Publisher {
     answers: Subscriber,
     /// Answers to messages from before the last [`Publisher::restart`] are ignored.
     generation: u64,
+    /// How the subjects of answers begin.
+    replies: String,
 }
 
 impl Publisher {
@@ -95,12 +111,14 @@ impl Publisher {
         let answers = connection.client.subscribe(format!("{inbox}.*.*")).await.map_err(|error| {
             Error::with_source(ErrorKind::Broker, "cannot subscribe to the publisher's own inbox", error)
         })?;
-        Ok(Self { connection, inbox, answers, generation: 0 })
+        let replies = format!("{inbox}.0.");
+        Ok(Self { connection, inbox, answers, generation: 0, replies })
     }
 
     /// Forgets what is under way.
     pub(crate) fn restart(&mut self) {
         self.generation += 1;
+        self.replies = format!("{}.{}.", self.inbox, self.generation);
     }
 
     /// Hands message `number` to the connection.
@@ -141,20 +159,23 @@ impl Publisher {
 
     async fn hand_over(&mut self, answer_to: Option<u64>, message: Outgoing) -> Result<(), SendError> {
         let Outgoing { subject, headers, payload } = message;
-        let size = payload.len() + header_bytes(&headers);
-        let limit = self.connection.client.max_payload();
-        if size > limit {
-            return Err(SendError::TooLarge { limit });
-        }
+        let reply = answer_to.map(|number| self.reply_to(number));
         let client = &self.connection.client;
-        match answer_to {
-            Some(number) => {
-                let reply = format!("{}.{}.{number}", self.inbox, self.generation);
-                client.publish_with_reply_and_headers(subject, reply, headers, payload).await
-            }
-            None => client.publish_with_headers(subject, headers, payload).await,
-        }
-        .map_err(|_| SendError::Closed)
+        let sent = client.publish_message(OutboundMessage { subject, reply, payload, headers: Some(headers) }).await;
+        sent.map_err(|error| match error.kind() {
+            PublishErrorKind::MaxPayloadExceeded => SendError::TooLarge { limit: client.max_payload() },
+            _ => SendError::Closed,
+        })
+    }
+
+    /// Where the answer to a message comes. It is as large as it must be, because spare room would cost the client
+    /// another allocation.
+    fn reply_to(&self, number: u64) -> Subject {
+        let digits = number.checked_ilog10().unwrap_or(0) as usize + 1;
+        let mut reply = String::with_capacity(self.replies.len() + digits);
+        reply.push_str(&self.replies);
+        _ = write!(reply, "{number}");
+        reply.into()
     }
 
     /// Waits for the next answer: the number of the message and what became of it. None when the client is closed.
@@ -181,16 +202,6 @@ impl Publisher {
         use futures_util::FutureExt;
         self.answer().now_or_never().flatten()
     }
-}
-
-/// The size of the headers on the wire.
-fn header_bytes(headers: &HeaderMap) -> usize {
-    const FRAME: usize = "NATS/1.0\r\n\r\n".len();
-    let line = |(name, values): (&HeaderName, &Vec<async_nats::HeaderValue>)| -> usize {
-        let name: &str = name.as_ref();
-        values.iter().map(|value| name.len() + value.as_str().len() + 4).sum()
-    };
-    FRAME + headers.iter().map(line).sum::<usize>()
 }
 
 #[derive(Deserialize)]

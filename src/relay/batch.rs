@@ -25,14 +25,15 @@ pub(super) struct BatchPump<'a> {
 }
 
 impl BatchPump<'_> {
+    /// Publishes what waits, and then what comes.
     pub(super) async fn run(
         mut self,
-        mut chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+        chunks: &mut mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+        mut waiting: VecDeque<Prepared>,
     ) -> Result<Pumped, Error> {
         let connection = self.setting.connection.clone();
         let mut lost = std::pin::pin!(connection.lost());
         let mut told_to_stop = std::pin::pin!(stop(self.setting.shutdown.clone(), self.setting.paused.clone()));
-        let mut waiting: VecDeque<Prepared> = VecDeque::new();
         if !connection.is_up() {
             return Ok(Pumped::Doubt(Doubt::ConnectionLost));
         }

@@ -10,6 +10,7 @@ mod keyed;
 mod leader;
 mod method;
 mod monitor;
+mod polling;
 mod progress;
 mod pump;
 mod questions;

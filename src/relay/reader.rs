@@ -121,7 +121,7 @@ impl Reader {
             let mut prepared = prepare(connection, &self.naming, row).await?;
             if let Some(id) = self.exceptions.renamed.get(&prepared.event.outbox_id) {
                 prepared.message.set_message_id(id);
-                prepared.event.message_id.clone_from(id);
+                prepared.event.renamed = Some(id.clone());
             }
             bytes += prepared.event.bytes;
             chunk.push(prepared);
@@ -147,7 +147,7 @@ pub(super) async fn prepare(
         outbox_id: envelope.sequence,
         event_id: envelope.id.as_uuid(),
         key: envelope.key.clone(),
-        message_id: envelope.id.to_string(),
+        renamed: None,
         bytes: envelope.payload.len(),
         created_at: envelope.time,
         sent_at: None,

@@ -106,8 +106,9 @@ impl Leader<'_> {
             if bytes > MAX_BYTES && !prepared.is_empty() {
                 break;
             }
-            one.event.message_id = format!("{}:r{times}", one.event.event_id);
-            one.message.set_message_id(&one.event.message_id);
+            let id = format!("{}:r{times}", one.event.event_id);
+            one.message.set_message_id(&id);
+            one.event.renamed = Some(id);
             one.message.mark_repair("missing");
             prepared.push(one);
         }

@@ -28,12 +28,14 @@
 //! | `AFTERCOMMIT_NATS_VERSION` | Which version of nats-server to take when there are several, such as `2.12.8`. |
 
 mod binaries;
+mod cluster;
 mod instance;
 mod nats;
 mod pgbouncer;
 mod postgres;
 mod processes;
 
+pub use cluster::NatsCluster;
 pub use nats::{Nats, NatsOptions};
 pub use pgbouncer::PgBouncer;
 pub use postgres::{Postgres, PostgresOptions};

@@ -37,6 +37,8 @@ pub struct Nats {
     options: NatsOptions,
     port: u16,
     monitor_port: u16,
+    /// Its block `cluster`, when it is a member of one.
+    cluster: Option<String>,
 }
 
 impl Nats {
@@ -45,11 +47,16 @@ impl Nats {
     /// # Errors
     /// When the program is not installed, or when the server does not start; the error then holds the end of its log.
     pub async fn start(options: NatsOptions) -> Result<Self, Error> {
+        Self::start_in(options, None).await
+    }
+
+    /// The same, as the member of a cluster when there is one.
+    pub(super) async fn start_in(options: NatsOptions, cluster: Option<String>) -> Result<Self, Error> {
         let wanted = options.version.clone().or_else(|| env::var("AFTERCOMMIT_NATS_VERSION").ok());
         let program = nats_server(wanted.as_deref())?;
         let version = nats_version(&program)?;
         let instance = Instance::create("nats-server", "KILL", None)?;
-        let mut nats = Self { instance, program, version, options, port: 0, monitor_port: 0 };
+        let mut nats = Self { instance, program, version, options, port: 0, monitor_port: 0, cluster };
         let mut tries = 0;
         loop {
             (nats.port, nats.monitor_port) = (free_port(), free_port());
@@ -78,6 +85,11 @@ impl Nats {
     /// Where the server tells about itself over HTTP (`/healthz`, `/varz`, `/jsz`).
     pub fn monitor_url(&self) -> String {
         format!("http://127.0.0.1:{}", self.monitor_port)
+    }
+
+    /// The name under which it is known to the others of its cluster.
+    pub fn name(&self) -> String {
+        self.instance.name()
     }
 
     /// The server's version, such as `2.15.1`.
@@ -155,12 +167,13 @@ impl Nats {
         let config = directory.join("nats.conf");
         let text = format!(
             "server_name: \"{name}\"\nlisten: \"127.0.0.1:{}\"\nhttp: \"127.0.0.1:{}\"\n\
-             jetstream {{\n  store_dir: \"{}\"\n  {}\n}}\n{}\n",
+             jetstream {{\n  store_dir: \"{}\"\n  {}\n}}\n{}\n{}\n",
             self.port,
             self.monitor_port,
             self.store_directory().display(),
             self.options.jetstream,
             self.options.config,
+            self.cluster.as_deref().unwrap_or_default(),
         );
         fs::write(&config, text).map_err(|error| cannot("cannot write the configuration of nats-server", error))?;
         let mut command = Command::new(&self.program);
@@ -168,9 +181,11 @@ impl Nats {
         self.instance.start(&command, None)?;
         let port = self.monitor_port;
         // The name tells that it is our server that answers.
+        // A member cannot be healthier than its cluster, which may wait for other members.
+        let health = if self.cluster.is_some() { "/healthz?js-enabled-only=true" } else { "/healthz" };
         let is_ready = async || {
             get(port, "/varz").await.is_some_and(|answer| answer.contains(&name))
-                && get(port, "/healthz").await.is_some_and(|answer| answer.contains(" 200 "))
+                && get(port, health).await.is_some_and(|answer| answer.contains(" 200 "))
         };
         self.instance.ready(is_ready).await
     }

@@ -1,0 +1,172 @@
+-- What each process may do in a database with the schema aftercommit, and nothing more. docs/security.md explains it.
+--
+--   psql --no-psqlrc --file roles.sql --dbname shop                          roles aftercommit_relay, aftercommit_worker, …
+--   psql --no-psqlrc --file roles.sql --dbname shop --set prefix=shop_       roles shop_relay, shop_worker, …
+--
+-- Run it as a superuser, or as the database's owner with CREATEROLE, in the publisher's database and in each subscriber's.
+-- The roles cannot log in: make a login for each process and grant it the role of its work.
+--
+--   create role relay_1 login password '…' in role aftercommit_relay;
+--
+-- Run it again after each `aftercommit migrate`, before the new programs start. It takes away what these roles should
+-- not have and grants what they need, in one transaction, so that running processes notice nothing. Run before the
+-- first `aftercommit migrate`, it makes the roles only.
+
+\set ON_ERROR_STOP on
+\set QUIET on
+\if :{?prefix}
+\else
+    \set prefix aftercommit_
+\endif
+\set owner :prefix owner
+\set publisher :prefix publisher
+\set relay :prefix relay
+\set worker :prefix worker
+\set outbox_reconciler :prefix outbox_reconciler
+\set inbox_reconciler :prefix inbox_reconciler
+\set own_reconciler :prefix own_reconciler
+\set reader :prefix reader
+\set operator :prefix operator
+
+begin;
+set local lock_timeout = '3s';
+set local client_min_messages = warning;
+
+select format('create role %I nologin', role)
+  from unnest(array[:'owner', :'publisher', :'relay', :'worker', :'outbox_reconciler', :'inbox_reconciler',
+                    :'own_reconciler', :'reader', :'operator']) as role
+ where not exists (select from pg_roles where rolname = role)
+\gexec
+
+-- The owner runs `aftercommit migrate`. A superuser gives it what is there; anybody else must be a member for that.
+select format('grant %I to current_user', :'owner') where not pg_has_role(current_user, :'owner', 'usage')
+\gexec
+select format('grant create on database %I to %I', current_database(), :'owner')
+\gexec
+
+select exists (select from pg_namespace where nspname = 'aftercommit') as migrated
+\gset
+\if :migrated
+
+grant usage, create on schema aftercommit to :"owner";
+alter schema aftercommit owner to :"owner";
+select format('alter %s aftercommit.%I owner to %I', case relkind when 'v' then 'view' else 'table' end, relname, :'owner')
+  from pg_class
+ where relnamespace = 'aftercommit'::regnamespace and relkind in ('r', 'p', 'v')
+   and relowner <> (select oid from pg_roles where rolname = :'owner')
+\gexec
+select format('alter function %s owner to %I', oid::regprocedure, :'owner')
+  from pg_proc
+ where pronamespace = 'aftercommit'::regnamespace
+   and proowner <> (select oid from pg_roles where rolname = :'owner')
+\gexec
+
+revoke all on schema aftercommit from public;
+revoke all on all functions in schema aftercommit from public;
+revoke all on schema aftercommit from
+    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"reader", :"operator";
+revoke all on all tables in schema aftercommit from
+    public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"reader", :"operator";
+revoke all on all sequences in schema aftercommit from
+    public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"reader", :"operator";
+revoke all on all functions in schema aftercommit from
+    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"reader", :"operator";
+
+grant usage on schema aftercommit to
+    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"reader", :"operator";
+-- Which version the schema has, for `aftercommit doctor`.
+grant select on aftercommit.migrations to :"relay", :"worker", :"reader", :"operator";
+
+-- The publishing service. It cannot read what it wrote, and it gives neither `id` nor `xid`.
+grant insert (event_id, type, version, key, headers, payload, content_type) on aftercommit.outbox to :"publisher";
+grant execute on function aftercommit.publish, aftercommit.new_event_id to :"publisher";
+
+-- aftercommit-relay. It deletes what is published and old, and stamps rows anew after a restore: `update (xid)`.
+grant select, delete, update (xid) on aftercommit.outbox to :"relay";
+grant select, update on sequence aftercommit.outbox_id_seq to :"relay";
+grant select, insert, update on aftercommit.lease to :"relay";
+grant select, insert, delete on aftercommit.relay_log to :"relay";
+grant select, insert, update on aftercommit.relay_status, aftercommit.parked to :"relay";
+grant select, update, delete on aftercommit.repair to :"relay";
+grant select on aftercommit.pause to :"relay";
+-- Everybody may call it, unless somebody has taken that away.
+select format('grant execute on function pg_control_system() to %I', :'relay')
+ where (select rolsuper from pg_roles where rolname = current_user)
+\gexec
+
+-- aftercommit-worker, beside what its handlers do themselves.
+grant select, insert, update on aftercommit.lease to :"worker";
+grant select, insert, delete on aftercommit.inbox to :"worker";
+grant select, insert, update, delete on aftercommit.attempt, aftercommit.running to :"worker";
+grant select, insert, update on aftercommit.dead_letter to :"worker";
+grant select, update, delete on aftercommit.redrive to :"worker";
+grant select on aftercommit.pause to :"worker";
+
+-- aftercommit-relay --reconcile-every and `aftercommit reconcile --leg outbox`, beside the relay's.
+grant select, insert, update on aftercommit.reconciler to :"outbox_reconciler";
+grant select, insert, update, delete on aftercommit.reconcile_run, aftercommit.finding to :"outbox_reconciler";
+grant select on aftercommit.outbox, aftercommit.relay_log, aftercommit.parked to :"outbox_reconciler";
+grant select on sequence aftercommit.outbox_id_seq to :"outbox_reconciler";
+grant select, insert, update on aftercommit.repair to :"outbox_reconciler";
+
+-- aftercommit-worker --reconcile-every and `aftercommit reconcile --leg consumer` and `--leg inbox`.
+grant select, insert, update on aftercommit.reconciler to :"inbox_reconciler";
+grant select, insert, update, delete on aftercommit.reconcile_run, aftercommit.finding to :"inbox_reconciler";
+grant select on aftercommit.inbox, aftercommit.dead_letter to :"inbox_reconciler";
+grant select, insert, delete on aftercommit.redrive to :"inbox_reconciler";
+grant insert on aftercommit.audit to :"inbox_reconciler";
+
+-- A service's own reconcilers, beside what they do themselves.
+grant select, insert, update on aftercommit.reconciler to :"own_reconciler";
+grant select, insert, update, delete on aftercommit.reconcile_run, aftercommit.finding to :"own_reconciler";
+
+-- Operators who look: status, explain, peek, audit, findings, runs, dead list and show, parked list. They see payloads.
+grant select on
+    aftercommit.outbox, aftercommit.events, aftercommit.parked, aftercommit.relay_log, aftercommit.relay_status, aftercommit.repair,
+    aftercommit.inbox, aftercommit.attempt, aftercommit.running, aftercommit.dead_letter, aftercommit.redrive,
+    aftercommit.reconciler, aftercommit.reconcile_run, aftercommit.finding,
+    aftercommit.lease, aftercommit.pause, aftercommit.audit
+    to :"reader", :"operator";
+grant select on sequence aftercommit.outbox_id_seq to :"reader", :"operator";
+grant execute on function aftercommit.payload_json to :"reader", :"operator";
+
+-- Operators who act: besides, dead retry, edit and discard, relay and worker pause and resume, parked release and discard,
+-- replay. The audit trail only grows.
+grant update, delete on aftercommit.dead_letter to :"operator";
+grant insert, update, delete on aftercommit.inbox to :"operator";
+grant insert, update, delete on aftercommit.redrive to :"operator";
+grant insert, delete on aftercommit.pause to :"operator";
+grant update on aftercommit.parked to :"operator";
+grant insert on aftercommit.audit to :"operator";
+
+-- Some tables have rows of several of them, where one database is publisher and subscriber at once: a worker cannot take
+-- the relay's lease, nor hold up the other's reconcilers. The owner sees all rows; roles that are not named here see none.
+alter table aftercommit.lease enable row level security;
+alter table aftercommit.reconciler enable row level security;
+alter table aftercommit.reconcile_run enable row level security;
+alter table aftercommit.finding enable row level security;
+
+drop policy if exists :"relay" on aftercommit.lease;
+create policy :"relay" on aftercommit.lease to :"relay" using (name = 'relay');
+drop policy if exists :"worker" on aftercommit.lease;
+create policy :"worker" on aftercommit.lease to :"worker" using (name like 'subscriber:%');
+
+\set own_name 'name <> ''outbox'' and name not like ''consumer:%'' and name not like ''inbox:%'''
+select format('drop policy if exists %1$I on aftercommit.%2$I', role, relation),
+       format('create policy %1$I on aftercommit.%2$I to %1$I using (%3$s)', role, relation, rows)
+  from unnest(array['reconciler', 'reconcile_run', 'finding']) as relation
+ cross join (values (:'outbox_reconciler', 'name = ''outbox'''),
+                    (:'inbox_reconciler', 'name like ''consumer:%'' or name like ''inbox:%'''),
+                    (:'own_reconciler', :'own_name')) as p (role, rows)
+\gexec
+select format('drop policy if exists %1$I on aftercommit.%2$I', role, relation),
+       format('create policy %1$I on aftercommit.%2$I for select to %1$I using (true)', role, relation)
+  from unnest(array['lease', 'reconciler', 'reconcile_run', 'finding']) as relation
+ cross join unnest(array[:'reader', :'operator']) as role
+\gexec
+
+\else
+\echo 'The roles are made. Now run `aftercommit migrate`, and then this again.'
+\endif
+
+commit;

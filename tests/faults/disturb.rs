@@ -1,0 +1,252 @@
+//! Doing what the schedule says.
+
+use std::time::Duration;
+
+use aftercommit::admin::{relay, worker};
+use futures_util::StreamExt;
+use tokio::sync::Mutex;
+use uuid::Uuid;
+
+use super::history::What;
+use super::part::Part;
+use super::plan::{Kind, Step, Who};
+use super::publishers;
+use super::subscribers;
+use super::support::Way;
+use super::system::System;
+
+/// Who pauses.
+const OPERATOR: &str = "the test";
+
+/// Carries out one step, from its fault to its end.
+pub async fn disturb(system: &System, step: Step) {
+    let name = step.kind.name().to_string();
+    let detail = format!("target {}, for {:?}", step.target, step.lasts);
+    system.journal.write(What::Fault { name: name.clone(), detail });
+    match step.kind {
+        Kind::PublisherKilled => some(&system.publishers, step).kill(step.lasts).await,
+        Kind::RelayKilled => some(&system.relays, step).kill(step.lasts).await,
+        Kind::RelayStopped => some(&system.relays, step).stop(step.lasts).await,
+        Kind::RelayFrozen => some(&system.relays, step).freeze(step.lasts).await,
+        Kind::WorkerKilled => some(&system.workers, step).kill(step.lasts).await,
+        Kind::WorkerStopped => some(&system.workers, step).stop(step.lasts).await,
+        Kind::WorkerFrozen => some(&system.workers, step).freeze(step.lasts).await,
+        Kind::ReconcilerKilled => match system.reconcilers.first() {
+            Some(part) => part.kill(step.lasts).await,
+            None => {}
+        },
+        Kind::PublisherPostgresKilled => kill_postgres(&system.publisher_postgres, step.lasts).await,
+        Kind::SubscriberPostgresKilled => kill_postgres(&system.subscriber_postgres, step.lasts).await,
+        Kind::NatsKilled => kill_nats(system, &[step.target % system.nats.len()], step.lasts).await,
+        Kind::NatsLeaderKilled => {
+            let leader = leader(system).await.unwrap_or(0);
+            kill_nats(system, &[leader], step.lasts).await;
+        }
+        Kind::NatsAllKilled => {
+            let all: Vec<usize> = (0..system.nats.len()).collect();
+            kill_nats(system, &all, step.lasts).await;
+        }
+        Kind::NatsFrozen => {
+            let nats = system.nats[step.target % system.nats.len()].lock().await;
+            nats.pause().unwrap();
+            tokio::time::sleep(step.lasts).await;
+            nats.resume().unwrap();
+        }
+        Kind::NatsCut(who) => on_the_way(system, who, step, false, Way::Cut).await,
+        Kind::NatsDeaf(who) => on_the_way(system, who, step, false, Way::Deaf).await,
+        Kind::NatsMute(who) => on_the_way(system, who, step, false, Way::Mute).await,
+        Kind::NatsSlow(who) => on_the_way(system, who, step, false, Way::Slow(Duration::from_millis(50))).await,
+        Kind::PostgresCut(who) => on_the_way(system, who, step, true, Way::Cut).await,
+        Kind::PostgresDeaf(who) => on_the_way(system, who, step, true, Way::Deaf).await,
+        Kind::LeasesTaken => {
+            let take = "update aftercommit.lease set expires_at = '-infinity'";
+            let pool = if step.target % 2 == 0 { &system.publisher } else { &system.subscriber };
+            _ = sqlx::raw_sql(take).execute(pool).await;
+        }
+        Kind::TransactionHeld => _ = publishers::hold(&system.publisher, &system.journal, step.lasts).await,
+        Kind::RelayPaused => {
+            _ = relay::pause(&system.publisher_config, OPERATOR, None).await;
+            tokio::time::sleep(step.lasts).await;
+            until(async || relay::resume(&system.publisher_config, OPERATOR).await.is_ok()).await;
+        }
+        Kind::WorkerPaused => {
+            let (config, which) = (&system.subscriber_config, || worker::Which::All);
+            _ = worker::pause(config, which(), OPERATOR, None).await;
+            tokio::time::sleep(step.lasts).await;
+            until(async || worker::resume(config, which(), OPERATOR).await.is_ok()).await;
+        }
+        Kind::ConsumerDeleted | Kind::ConsumerPaused => consumer(system, step).await,
+        Kind::MessageRepeated => _ = repeat(system, step).await,
+        Kind::MessagesRemoved | Kind::StreamPurged | Kind::StreamWiped => _ = remove(system, step).await,
+        Kind::StreamFull => _ = fill(system, step).await,
+    }
+    system.journal.write(What::Healed { name });
+}
+
+/// One of several.
+fn some(parts: &[Part], step: Step) -> &Part {
+    &parts[step.target % parts.len()]
+}
+
+/// Servers may be away meanwhile.
+async fn until(mut done: impl AsyncFnMut() -> bool) {
+    while !done().await {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn kill_postgres(postgres: &Mutex<aftercommit::testing::servers::Postgres>, pause: Duration) {
+    let mut postgres = postgres.lock().await;
+    postgres.kill().await.unwrap();
+    tokio::time::sleep(pause).await;
+    postgres.restart().await.unwrap();
+}
+
+async fn kill_nats(system: &System, which: &[usize], pause: Duration) {
+    // Always in the same order, so that two who lock all of them do not wait for each other.
+    let mut servers = Vec::new();
+    for n in which {
+        servers.push(system.nats[*n].lock().await);
+    }
+    for nats in &mut servers {
+        nats.kill().await.unwrap();
+    }
+    tokio::time::sleep(pause).await;
+    // None of them is ready before most of them run.
+    futures_util::future::join_all(servers.iter_mut().map(|nats| nats.restart()))
+        .await
+        .into_iter()
+        .for_each(Result::unwrap);
+}
+
+/// The number of the server that leads the stream.
+async fn leader(system: &System) -> Option<usize> {
+    let leader = system.stream().await?.cached_info().cluster.clone()?.leader?;
+    for (n, nats) in system.nats.iter().enumerate() {
+        if nats.lock().await.name() == leader {
+            return Some(n);
+        }
+    }
+    None
+}
+
+async fn on_the_way(system: &System, who: Who, step: Step, postgres: bool, how: Way) {
+    let parts = if who == Who::Relay { &system.relays } else { &system.workers };
+    let part = some(parts, step);
+    if let Some(ways) = if postgres { &part.postgres } else { &part.nats } {
+        ways.disturb(how, step.lasts).await;
+    }
+}
+
+async fn consumer(system: &System, step: Step) {
+    let (name, _) = subscribers::ALL[step.target % subscribers::ALL.len()];
+    let stream = &system.naming.stream;
+    if step.kind == Kind::ConsumerPaused {
+        let until = (chrono::Utc::now() + step.lasts).to_rfc3339();
+        let request = serde_json::json!({ "pause_until": until });
+        let asked = system.context.request(format!("CONSUMER.PAUSE.{stream}.{name}"), &request);
+        let _: Result<serde_json::Value, _> = asked.await;
+        return tokio::time::sleep(step.lasts).await;
+    }
+    let nothing = serde_json::json!({});
+    let asked = system.context.request(format!("CONSUMER.DELETE.{stream}.{name}"), &nothing);
+    let _: Result<serde_json::Value, _> = asked.await;
+    tokio::time::sleep(step.lasts).await;
+    system.provision().await;
+}
+
+/// The event's id in a message.
+fn event_of(headers: &async_nats::HeaderMap) -> Option<Uuid> {
+    headers.get("ce-id")?.as_str().parse().ok()
+}
+
+/// A stored message once more, so that the server does not take it for a repeat.
+async fn repeat(system: &System, step: Step) -> Option<()> {
+    let stream = system.stream().await?;
+    let state = &stream.cached_info().state;
+    let sequence = state.last_sequence.checked_sub(step.target as u64)?;
+    let message = stream.get_raw_message(sequence).await.ok()?;
+    let mut headers = async_nats::HeaderMap::new();
+    for (name, values) in message.headers.iter().filter(|(name, _)| !name.to_string().starts_with("Nats-")) {
+        values.iter().for_each(|value| headers.append(name.clone(), value.clone()));
+    }
+    let sent = system.context.publish_with_headers(message.subject, headers, message.payload).await.ok()?;
+    sent.await.ok().map(drop)
+}
+
+/// Takes messages away, and writes down which.
+async fn remove(system: &System, step: Step) -> Option<()> {
+    let stream = system.stream().await?;
+    let state = stream.cached_info().state.clone();
+    if step.kind == Kind::MessagesRemoved {
+        for n in 0..3 {
+            let sequence = state.last_sequence.checked_sub((step.target as u64 + 1) * n / 2)?;
+            if let Ok(message) = stream.get_raw_message(sequence).await
+                && let Some(event) = event_of(&message.headers)
+            {
+                system.journal.write(What::Removed { event });
+                _ = stream.delete_message(sequence).await;
+            }
+        }
+        return Some(());
+    }
+    // What comes in between is only removed when the whole stream is; it counts as removed then.
+    for (_, event, _) in stored(system).await? {
+        system.journal.write(What::Removed { event });
+    }
+    if step.kind == Kind::StreamPurged {
+        return stream.purge().sequence(state.last_sequence + 1).await.ok().map(drop);
+    }
+    system.context.delete_stream(&system.naming.stream).await.ok()?;
+    tokio::time::sleep(step.lasts).await;
+    system.provision().await;
+    Some(())
+}
+
+/// Limits the stream to what it holds, for a while.
+async fn fill(system: &System, step: Step) -> Option<()> {
+    let info = system.stream().await?.cached_info().clone();
+    let mut config = info.config.clone();
+    config.max_messages = i64::try_from(info.state.messages.max(1)).ok()?;
+    system.context.update_stream(config).await.ok()?;
+    tokio::time::sleep(step.lasts).await;
+    until(async || {
+        let Some(stream) = system.stream().await else { return false };
+        let mut config = stream.cached_info().config.clone();
+        config.max_messages = -1;
+        system.context.update_stream(config).await.is_ok()
+    })
+    .await;
+    Some(())
+}
+
+/// What the stream holds: sequence, event, and what its payload comes to.
+pub async fn stored(system: &System) -> Option<Vec<(u64, Uuid, u64)>> {
+    use async_nats::jetstream::consumer::{AckPolicy, pull};
+    let stream = system.stream().await?;
+    let last = stream.cached_info().state.last_sequence;
+    let config = pull::Config { ack_policy: AckPolicy::None, ..Default::default() };
+    let mut found = Vec::new();
+    if stream.cached_info().state.messages == 0 {
+        return Some(found);
+    }
+    let mut messages = stream.create_consumer(config).await.ok()?.messages().await.ok()?;
+    while let Ok(Some(Ok(message))) = tokio::time::timeout(Duration::from_secs(10), messages.next()).await {
+        let sequence = message.info().ok()?.stream_sequence;
+        if let Some(event) = message.headers.as_ref().and_then(event_of) {
+            found.push((sequence, event, fingerprint(&message.payload)));
+        }
+        if sequence >= last {
+            return Some(found);
+        }
+    }
+    None
+}
+
+/// The same for the same bytes.
+pub fn fingerprint(bytes: &[u8]) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    bytes.hash(&mut hasher);
+    hasher.finish()
+}

@@ -1,0 +1,152 @@
+//! Everything at once: publishers, relays, workers and a reconciler on private servers, while a schedule that follows
+//! from a seed kills, freezes, cuts off and spoils them; then a checker judges the history. See docs/reliability.md.
+
+mod check;
+mod disturb;
+mod history;
+mod part;
+mod plan;
+mod publishers;
+mod run;
+mod subscribers;
+#[path = "../support/mod.rs"]
+mod support;
+mod system;
+
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
+use aftercommit::reconciler::Mode;
+use aftercommit::subject::SubjectPrefix;
+use aftercommit::worker::Worker;
+use plan::Plan;
+use run::{Outcome, run};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+/// Not a test: the process of a publisher.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a process of the runs"]
+async fn publishing() {
+    if let Some(publisher) = publishers::Publisher::from_environment().await {
+        publisher.run().await;
+    }
+}
+
+/// Not a test: the process of a worker with its reconcilers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a process of the runs"]
+async fn working() {
+    let Ok(reconciled) = std::env::var("FAULTS_RECONCILED") else { return };
+    let setting = |name| std::env::var(name).unwrap();
+    tracing_subscriber::fmt().with_env_filter(setting("RUST_LOG")).with_ansi(false).init();
+    let naming = Naming {
+        stream: setting("AFTERCOMMIT_STREAM"),
+        prefix: SubjectPrefix::new(setting("AFTERCOMMIT_SUBJECT_PREFIX")).unwrap(),
+        source: setting("AFTERCOMMIT_SOURCE"),
+    };
+    let nats = NatsConfig { url: setting("NATS_URL"), ..NatsConfig::default() };
+    let worker = Worker::new(PostgresConfig::new(setting("DATABASE_URL")), nats, naming).registry(subscribers::all());
+    let stop = CancellationToken::new();
+    let stopping = stop.clone();
+    let mut term = signal(SignalKind::terminate()).unwrap();
+    tokio::spawn(async move {
+        term.recv().await;
+        stopping.cancel();
+    });
+    if reconciled == "true" {
+        let runner = worker.reconcilers(Duration::from_secs(2), Mode::Repair);
+        tokio::spawn(runner.run(stop.clone()));
+    }
+    worker.run(stop).await.unwrap();
+}
+
+/// Plays plans, so many at a time, and prints a line for each.
+async fn play(plans: impl IntoIterator<Item = Plan>, at_once: usize) -> Vec<Outcome> {
+    let (mut waiting, mut running, mut outcomes) =
+        (plans.into_iter().collect::<VecDeque<_>>(), JoinSet::new(), Vec::new());
+    loop {
+        while running.len() < at_once
+            && let Some(plan) = waiting.pop_front()
+        {
+            // A thread of its own, so that it keeps no other run waiting.
+            running.spawn_blocking(move || tokio::runtime::Handle::current().block_on(run(plan)));
+        }
+        let Some(outcome) = running.join_next().await else { return outcomes };
+        let outcome = outcome.unwrap();
+        println!("{outcome}");
+        if let Some(story) = &outcome.story {
+            let all = outcome.verdict.violations.iter().map(|violation| violation.invariant);
+            println!("VIOLATED {story}\n  (all: {:?}; everything is in {})", count(all), outcome.directory.display());
+        }
+        outcomes.push(outcome);
+    }
+}
+
+fn count<T: Ord + std::fmt::Debug>(all: impl Iterator<Item = T>) -> std::collections::BTreeMap<T, usize> {
+    all.fold(Default::default(), |mut counts: std::collections::BTreeMap<T, usize>, one| {
+        *counts.entry(one).or_default() += 1;
+        counts
+    })
+}
+
+fn assert_clean(outcomes: &[Outcome]) {
+    let broken: Vec<u64> = outcomes.iter().filter(|one| one.story.is_some()).map(|one| one.seed).collect();
+    assert!(broken.is_empty(), "violations with the seeds {broken:?}");
+}
+
+/// The short form.
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_happens_the_guarantees_hold() {
+    let plans = [1, 2, 3].map(|seed| Plan::new(seed, Duration::from_secs(30), &[]));
+    assert_clean(&play(plans, 1).await);
+}
+
+/// The long form, which scripts/faults runs.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "scripts/faults"]
+async fn on_demand() {
+    let setting = |name: &str| std::env::var(name).unwrap_or_default();
+    if setting("FAULTS_LIST") == "true" {
+        return plan::names().for_each(|name| println!("{name}"));
+    }
+    let only: Vec<String> = setting("FAULTS_ONLY").split(',').filter(|name| !name.is_empty()).map(Into::into).collect();
+    if let Some(name) = only.iter().find(|name| !plan::names().any(|known| known == name.as_str())) {
+        panic!("there is no fault called {name}: scripts/faults --list");
+    }
+    let (first, last) = (setting("FAULTS_FIRST").parse().unwrap(), setting("FAULTS_LAST").parse::<u64>().unwrap());
+    let length = Duration::from_secs_f64(setting("FAULTS_MINUTES").parse::<f64>().unwrap() * 60.0);
+    let plans = (first..=last).map(|seed| Plan::new(seed, length, &only));
+    let outcomes = play(plans, setting("FAULTS_AT_ONCE").parse().unwrap()).await;
+    let summary = summary(&outcomes);
+    println!("\n{summary}");
+    if !setting("FAULTS_SUMMARY").is_empty() {
+        std::fs::write(setting("FAULTS_SUMMARY"), &summary).unwrap();
+    }
+    assert_clean(&outcomes);
+}
+
+/// The table for docs/reliability.md.
+fn summary(outcomes: &[Outcome]) -> String {
+    let mut text = String::from("| Runs | Seeds | Minutes | Faults | Events | Messages | Effects | Violations |\n");
+    text += "|---|---|---|---|---|---|---|---|\n";
+    let sum = |of: fn(&Outcome) -> usize| outcomes.iter().map(of).sum::<usize>();
+    let seeds = outcomes.iter().map(|one| one.seed);
+    let minutes: f64 = outcomes.iter().map(|one| one.played.as_secs_f64() / 60.0).sum();
+    _ = writeln!(
+        text,
+        "| {} | {}-{} | {minutes:.0} | {} | {} | {} | {} | {} |",
+        outcomes.len(),
+        seeds.clone().min().unwrap_or(0),
+        seeds.max().unwrap_or(0),
+        sum(|one| one.verdict.counts.faults),
+        sum(|one| one.verdict.counts.written),
+        sum(|one| one.verdict.counts.stored),
+        sum(|one| one.verdict.counts.effects),
+        sum(|one| one.verdict.violations.len()),
+    );
+    text
+}

@@ -1,0 +1,9 @@
+//! What is logged and traced. These tests share the one log of their process.
+
+mod events;
+mod log;
+mod outbox;
+mod reconciler;
+#[path = "../support/mod.rs"]
+mod support;
+mod worker;

@@ -1,0 +1,9 @@
+//! What was lost all the same is found and repaired.
+
+mod consumer;
+mod inbox;
+mod outbox;
+mod runner;
+mod scenarios;
+#[path = "../support/mod.rs"]
+mod support;

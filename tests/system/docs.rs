@@ -1,0 +1,131 @@
+//! The documentation says what is: its links lead somewhere, the tests it names exist, its code runs.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::support::{SOON, Work};
+use aftercommit::testing::eventually;
+use sqlx::AssertSqlSafe;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn pages(directory: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            pages(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "md") {
+            found.push(path);
+        }
+    }
+}
+
+/// What GitHub makes of a heading.
+fn anchor(heading: &str) -> String {
+    let kept = |c: &char| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_');
+    heading.to_lowercase().chars().filter(kept).map(|c| if c == ' ' { '-' } else { c }).collect()
+}
+
+/// What is wrong with a link to `target` that reads `text`.
+fn problem(page: &Path, text: &str, target: &str) -> Option<String> {
+    let (path, fragment) = target.split_once('#').unwrap_or((target, ""));
+    let path = if path.is_empty() { page.to_path_buf() } else { page.parent()?.join(path) };
+    let Ok(content) = fs::read_to_string(&path) else {
+        return (!path.is_dir()).then(|| "leads nowhere".into());
+    };
+    let mut headings = content.lines().filter(|line| line.starts_with('#'));
+    if !fragment.is_empty() && !headings.any(|heading| anchor(heading.trim_start_matches(['#', ' '])) == fragment) {
+        return Some("leads to no heading".into());
+    }
+    let named = text.strip_prefix('`').and_then(|text| text.strip_suffix('`'));
+    // In the table of requirements every name of code is a test's.
+    let tests = target.contains("tests/") || (page.ends_with("docs/requirements.md") && target.ends_with(".rs"));
+    let test = named.filter(|name| name.chars().all(|c| c.is_alphanumeric() || c == '_') && tests);
+    test.filter(|name| !content.contains(&format!("fn {name}(")))
+        .map(|name| format!("names {name}, which is not there"))
+}
+
+#[test]
+fn links_lead_somewhere_and_the_tests_they_name_exist() {
+    let mut found = vec![root().join("README.md"), root().join("CHANGELOG.md")];
+    pages(&root().join("docs"), &mut found);
+    let (mut links, mut wrong) = (0, Vec::new());
+    for page in found {
+        let content = fs::read_to_string(&page).unwrap();
+        for (at, _) in content.match_indices("](") {
+            let target = content[at + 2..].split(')').next().unwrap_or_default();
+            if target.starts_with("http") {
+                continue;
+            }
+            links += 1;
+            let text = content[..at].rsplit('[').next().unwrap_or_default();
+            if let Some(problem) = problem(&page, text, target) {
+                wrong.push(format!("{}: [{text}]({target}) {problem}", page.display()));
+            }
+        }
+    }
+    assert!(links > 50, "only {links} links were found");
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// The README's code block in this language.
+fn block(language: &str) -> String {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let (_, rest) = readme.split_once(&format!("```{language}\n")).unwrap();
+    rest.split("```").next().unwrap().to_string()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_quickstart_without_rust_code_works() {
+    let work = Work::shared().await;
+    let pool = &work.outbox.pool;
+    sqlx::raw_sql("create table revenue (cents bigint not null); insert into revenue values (10)")
+        .execute(pool)
+        .await
+        .unwrap();
+    sqlx::raw_sql(AssertSqlSafe(block("sql"))).execute(pool).await.unwrap();
+    let _worker = work.process(&block("toml"));
+    let _relay = work.outbox.relay();
+    work.outbox.publish("order.placed", r#"{"order": 7, "cents": 990}"#, Some("order-7")).await;
+    eventually(SOON, "the revenue is counted", async || {
+        sqlx::query_scalar::<_, i64>("select cents from revenue").fetch_one(pool).await.unwrap() == 1000
+    })
+    .await
+    .unwrap();
+}
+
+#[test]
+fn the_code_of_the_guides_is_tested() {
+    let tested = fs::read_to_string(root().join("tests/system/guides.rs")).unwrap();
+    let mut found = Vec::new();
+    pages(&root().join("docs/guides"), &mut found);
+    let mut blocks = 0;
+    for page in found {
+        let content = fs::read_to_string(&page).unwrap();
+        for block in content.split("```rust\n").skip(1) {
+            let block = block.split("```").next().unwrap();
+            blocks += 1;
+            assert!(
+                tested.contains(block),
+                "{} has code that tests/system/guides.rs has not:\n{block}",
+                page.display()
+            );
+        }
+    }
+    assert!(blocks > 10, "only {blocks} blocks of code were found");
+}
+
+#[test]
+fn every_requirement_has_a_row_that_names_a_test_or_a_gap() {
+    let table = fs::read_to_string(root().join("docs/requirements.md")).unwrap();
+    let ids = (1..=36).map(|n| format!("E-{n:02}")).chain((1..=16).map(|n| format!("S-{n:02}")));
+    for id in ids.chain((1..=8).map(|n| format!("D{n}"))) {
+        let rows: Vec<&str> = table.lines().filter(|line| line.starts_with(&format!("| {id} |"))).collect();
+        let [row] = rows[..] else { panic!("{id} has {} rows", rows.len()) };
+        let columns: Vec<&str> = row.split(" | ").collect();
+        assert_eq!(columns.len(), 3, "{row}");
+        assert!(columns[2].contains(".rs)") || columns[2].starts_with("*Gap: "), "{id} names neither a test nor a gap");
+    }
+}

@@ -1,0 +1,13 @@
+//! All parts together: from end to end, in every set-up, in the examples and in the documentation.
+
+mod connections;
+mod docs;
+mod duplicates;
+mod end_to_end;
+mod guides;
+mod pgbouncer;
+mod ping;
+mod stats_debounce;
+mod stewardship;
+#[path = "../support/mod.rs"]
+mod support;

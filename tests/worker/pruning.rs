@@ -1,0 +1,121 @@
+//! The inbox forgets what is old, and nothing that can come again.
+
+use std::time::Duration;
+
+use crate::support::{Act, Number, Record, SOON, Work};
+use aftercommit::testing::eventually;
+use aftercommit::worker::{Delivery, HandlerError, Subscriber};
+
+/// Rejects number 3 and succeeds with all others.
+fn subscriber() -> Subscriber {
+    let act = |delivery: &Delivery<Number>| match delivery.event.n {
+        3 => Act::Fail(HandlerError::reject("not this one")),
+        _ => Act::Succeed,
+    };
+    Subscriber::new("pruned").on::<Number>(Record::new(act))
+}
+
+async fn execute(work: &Work, sql: &'static str) {
+    sqlx::raw_sql(sql).execute(&work.outbox.pool).await.unwrap();
+}
+
+/// The stream sequences of the subscriber's rows.
+async fn rows(work: &Work, subscriber: &str) -> Vec<i64> {
+    let query = "select stream_seq from aftercommit.inbox where subscriber = $1 order by stream_seq";
+    sqlx::query_scalar(query).bind(subscriber).fetch_all(&work.outbox.pool).await.unwrap()
+}
+
+/// Writes a row that may be removed, and waits until it is: then all others had their chance too. Twice, because the
+/// first time the pruner may have looked at the stream before.
+async fn wait_for_pruning(work: &Work) {
+    for _ in 0..2 {
+        execute(
+            work,
+            "insert into aftercommit.inbox (subscriber, event_id, stream_seq, handled_at)
+             values ('pruned', gen_random_uuid(), 0, '2020-01-01')",
+        )
+        .await;
+        let gone = eventually(SOON, "a row is pruned", async || !rows(work, "pruned").await.contains(&0));
+        gone.await.unwrap();
+    }
+}
+
+async fn delete_messages_below(work: &Work, sequence: u64) {
+    let stream = work.context.get_stream(&work.outbox.naming.stream).await.unwrap();
+    stream.purge().sequence(sequence).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_stream_still_holds_is_remembered_however_short_the_retention_is() {
+    let work = Work::shared().await;
+    work.send_many(&["a"], 10).await;
+    let worker = work.run(subscriber().inbox_retention(Duration::from_secs(1))).await;
+    work.wait_for(9).await;
+    work.wait_until_acked("pruned").await;
+    execute(&work, "insert into aftercommit.inbox select 'other', event_id, stream_seq from aftercommit.inbox").await;
+    // Older than the retention, and for the clocks older than the messages: these are still there.
+    execute(&work, "update aftercommit.inbox set handled_at = now() - interval '1 day'").await;
+    wait_for_pruning(&work).await;
+    assert_eq!(rows(&work, "pruned").await, Vec::from_iter(1..=10));
+
+    delete_messages_below(&work, 7).await;
+    // For the sequence before all messages, but handled later than the oldest of them: of a stream that was made anew.
+    execute(
+        &work,
+        "insert into aftercommit.inbox (subscriber, event_id, stream_seq) values ('pruned', gen_random_uuid(), 2);
+         select pg_sleep(1.1)",
+    )
+    .await;
+    wait_for_pruning(&work).await;
+    assert_eq!(rows(&work, "pruned").await, [2, 3, 7, 8, 9, 10], "3 is a dead letter");
+    assert_eq!(rows(&work, "other").await, Vec::from_iter(1..=10));
+    execute(&work, "delete from aftercommit.dead_letter").await;
+    wait_for_pruning(&work).await;
+    assert_eq!(rows(&work, "pruned").await, [2, 7, 8, 9, 10]);
+
+    // Everything that can come again comes again.
+    let stream = work.context.get_stream(&work.outbox.naming.stream).await.unwrap();
+    stream.delete_consumer("pruned").await.unwrap();
+    worker.stop().await;
+    work.send("a", 11).await;
+    let worker = work.run(subscriber().inbox_retention(Duration::from_secs(1))).await;
+    work.wait_for(10).await;
+    work.wait_until_acked("pruned").await;
+    worker.stop().await;
+    assert_eq!(work.numbers("a").await, [1, 2, 4, 5, 6, 7, 8, 9, 10, 11]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_stay_for_thirty_days() {
+    let work = Work::shared().await;
+    execute(
+        &work,
+        "insert into aftercommit.inbox (subscriber, event_id, stream_seq, handled_at)
+         select 'pruned', gen_random_uuid(), n, now() - make_interval(days => n) from generate_series(28, 32) as n;
+         insert into aftercommit.inbox (subscriber, event_id, stream_seq, handled_at)
+         select 'pruned', gen_random_uuid(), 33, now() - interval '33 days' from generate_series(1, 2500)",
+    )
+    .await;
+    let worker = work.run(subscriber()).await;
+    eventually(SOON, "old rows are gone", async || rows(&work, "pruned").await == [28, 29]).await.unwrap();
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_inbox_knows_the_place_in_the_outbox() {
+    let work = Work::shared().await;
+    for sequence in [0, 41, 42] {
+        let mut event = work.envelope(Some("a"), if sequence == 42 { 3 } else { sequence });
+        event.sequence = sequence;
+        work.put(&event).await;
+    }
+    let worker = work.run(subscriber()).await;
+    work.wait_until_acked("pruned").await;
+    worker.stop().await;
+    let places: Vec<(Option<i64>, String)> =
+        sqlx::query_as("select sequence, outcome from aftercommit.inbox order by stream_seq")
+            .fetch_all(&work.outbox.pool)
+            .await
+            .unwrap();
+    assert_eq!(places, [(None, "handled".into()), (Some(41), "handled".into()), (Some(42), "dead".into())]);
+}
