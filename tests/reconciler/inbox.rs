@@ -384,7 +384,8 @@ async fn killed_at_every_step_and_resumed() {
     let relay = apart.publisher.relay();
     apart.publish(1..=5).await;
     apart.run_worker_until(20).await;
-    apart.publish(6..=500).await;
+    apart.publish(6..=200).await;
+    apart.publish(201..=500).await;
     apart.stream().await.purge().sequence(1500).await.unwrap();
     for sequence in [1600, 1601, 1700] {
         apart.stream().await.delete_message(sequence).await.unwrap();

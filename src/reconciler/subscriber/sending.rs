@@ -90,12 +90,12 @@ impl Outstanding {
     pub(super) fn add(&mut self, event_id: Uuid, key: Option<&str>, place: i64) {
         let hasher = BuildHasherDefault::<DefaultHasher>::default();
         let group = key.map_or_else(|| hasher.hash_one(event_id), |key| hasher.hash_one(key));
-        if group % self.one_of == 0 {
+        if group.is_multiple_of(self.one_of) {
             self.items.push(Item { group, place, event_id });
         }
         while self.items.len() > self.limit && self.one_of < 1 << 62 {
             self.one_of *= 2;
-            self.items.retain(|item| item.group % self.one_of == 0);
+            self.items.retain(|item| item.group.is_multiple_of(self.one_of));
         }
     }
 
