@@ -170,15 +170,15 @@ impl Chain {
         }
     }
 
-    /// Takes in that all messages under way were stored together, the last of them under `sequence`.
-    pub(super) fn committed(&mut self, stream: String, sequence: u64) -> Result<Vec<Sent>, Doubt> {
-        let expected = self.sequence + self.under_way.len() as u64;
-        match self.under_way.back() {
+    /// Takes in that the first `size` messages under way were stored together, the last of them under `sequence`.
+    pub(super) fn committed(&mut self, size: usize, stream: String, sequence: u64) -> Result<Vec<Sent>, Doubt> {
+        let expected = self.sequence + size as u64;
+        match size.checked_sub(1).and_then(|last| self.under_way.get(last)) {
             Some((event, _)) if stream != self.stream || sequence != expected => {
                 Err(Doubt::Misplaced { event: Box::new(event.clone()), stream, sequence })
             }
             _ => {
-                self.under_way.iter_mut().for_each(|(_, stored)| *stored = true);
+                self.under_way.iter_mut().take(size).for_each(|(_, stored)| *stored = true);
                 Ok(self.advance())
             }
         }
@@ -266,10 +266,11 @@ mod tests {
     #[test]
     fn a_batch_is_stored_as_a_whole() {
         let mut chain = chain(3);
-        assert!(chain.committed("E".into(), 42).is_err(), "one is missing");
-        assert!(chain.committed("F".into(), 43).is_err(), "another stream");
-        assert_eq!(chain.committed("E".into(), 43), Ok(vec![event(1), event(2), event(3)]));
-        assert_eq!((chain.sequence(), chain.load()), (43, (0, 0)));
+        assert!(chain.committed(3, "E".into(), 42).is_err(), "one is missing");
+        assert!(chain.committed(3, "F".into(), 43).is_err(), "another stream");
+        chain.sent(event(4));
+        assert_eq!(chain.committed(3, "E".into(), 43), Ok(vec![event(1), event(2), event(3)]));
+        assert_eq!((chain.sequence(), chain.load()), (43, (1, 10)), "the next one is under way");
     }
 
     #[test]
