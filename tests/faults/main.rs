@@ -9,6 +9,7 @@ mod part;
 mod plan;
 mod publishers;
 mod run;
+mod scenarios;
 mod subscribers;
 #[path = "../support/mod.rs"]
 mod support;
@@ -113,16 +114,16 @@ async fn each_mechanism_that_is_taken_away_is_missed() {
     let relays = ["relay-killed", "relay-frozen", "relay-nats-deaf", "nats-killed", "nats-all-killed", "stream-full"];
     let workers = ["worker-killed", "worker-frozen", "worker-nats-deaf"];
     let mechanisms = [
-        ("ack after commit", &workers[..1], Invariant::NothingLost),
-        ("inbox", &workers[..], Invariant::OneEffect),
-        ("order of keys", &[][..], Invariant::KeyOrder),
-        ("chain", &relays[..], Invariant::NothingLost),
-        ("stragglers", &["transaction-held"][..], Invariant::NothingLost),
-        ("barrier", &["publisher-postgres-killed"][..], Invariant::NoGhost),
+        ("ack after commit", &workers[..1], 2, Invariant::NothingLost),
+        ("inbox", &workers[..], 2, Invariant::OneEffect),
+        ("order of keys", &[][..], 2, Invariant::KeyOrder),
+        ("chain", &relays[..], 2, Invariant::NothingLost),
+        ("stragglers", &["transaction-held"][..], 2, Invariant::NothingLost),
+        ("barrier", &["publisher-postgres-killed"][..], 5, Invariant::NoGhost),
     ];
-    let plans = mechanisms.iter().map(|(mechanism, only, _)| Plan::without(mechanism, only));
+    let plans = mechanisms.iter().map(|(mechanism, only, apart, _)| Plan::without(mechanism, only, *apart));
     let outcomes = play(plans, 3).await;
-    for (mechanism, _, invariant) in mechanisms {
+    for (mechanism, _, _, invariant) in mechanisms {
         let outcome = outcomes.iter().find(|outcome| outcome.broken == Some(mechanism)).unwrap();
         let found = outcome.verdict.violations.iter().any(|violation| violation.invariant == invariant);
         assert!(found, "without {mechanism} nothing breaks {invariant}: {outcome}");

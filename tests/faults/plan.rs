@@ -158,13 +158,13 @@ impl Plan {
     }
 
     /// A short run without a mechanism, and with nobody who repairs what then goes wrong.
-    pub fn without(mechanism: &'static str, only: &[&str]) -> Self {
+    pub fn without(mechanism: &'static str, only: &[&str], seconds_between: u64) -> Self {
         let only: Vec<String> = only.iter().map(|name| (*name).into()).collect();
-        let mut plan = Self::new(1, Duration::from_secs(25), &only);
+        let mut plan = Self::new(1, Duration::from_secs(30), &only);
         // Enough time in between for something to go wrong.
         let mut last = Duration::ZERO;
         plan.steps.retain(|step| {
-            let keep = !only.is_empty() && step.at >= last + Duration::from_secs(2);
+            let keep = !only.is_empty() && step.at >= last + Duration::from_secs(seconds_between);
             last = if keep { step.at } else { last };
             keep
         });

@@ -231,3 +231,35 @@ async fn asking_takes_a_permission_of_its_own() {
     assert_eq!((summary.found, summary.repaired), (1, 1), "{summary}");
     relay.stop().await.unwrap();
 }
+
+/// A page is as long as a message may be, wherever that is less than its events need.
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_fit_into_the_messages_of_a_server_that_takes_only_small_ones() {
+    let nats =
+        Nats::start(NatsOptions { config: "max_payload: 16384".into(), ..NatsOptions::default() }).await.unwrap();
+    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    let (outbox, client) = (Outbox::new(database, nats.url()).await, async_nats::connect(nats.url()).await.unwrap());
+    let relay = outbox.relay();
+    publish(&outbox, "a", 0..700).await;
+    let all = published(&outbox).await;
+    let (ids, _) = pages(&client, &outbox, all, Value::Null, &[]).await;
+    assert_eq!(ids, (1..=700).collect::<Vec<_>>());
+    let stream = outbox.js().await.get_stream(&outbox.naming.stream).await.unwrap();
+    for sequence in 1..=300 {
+        stream.delete_message(sequence).await.unwrap();
+    }
+    let leg = OutboxLeg::new(outbox.nats.clone(), outbox.naming.clone());
+    let runner = Runner::new(outbox.postgres.clone()).outbox(leg);
+    runner.run_now("outbox", Scope::Full, Mode::Repair).await.unwrap();
+    let (mut moved, mut after) = (0, Value::Null);
+    eventually(SOON, "all that was repaired is told", async || {
+        let (_, told) = ask(&client, &outbox, json!({ "displaced": { "after": after } })).await;
+        moved += told["events"].as_array().unwrap().len();
+        after = told["next"].clone();
+        moved >= 300
+    })
+    .await
+    .unwrap();
+    assert_eq!(moved, 300);
+    relay.stop().await.unwrap();
+}

@@ -145,6 +145,16 @@ impl Nats {
         self.restart().await
     }
 
+    /// Ends the server and starts another version of it, such as `2.15.1`, with its store on the same ports.
+    ///
+    /// # Errors
+    /// When that version is not installed, and those of [`Nats::restart`].
+    pub async fn change_version(&mut self, version: &str) -> Result<(), Error> {
+        self.program = nats_server(Some(version))?;
+        self.version = nats_version(&self.program)?;
+        self.restart().await
+    }
+
     /// Halts the server with SIGSTOP: connections stay open, and nothing answers.
     ///
     /// # Errors

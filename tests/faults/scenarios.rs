@@ -1,0 +1,325 @@
+//! Faults that the schedules leave out, because they need servers of their own or happen once in a lifetime.
+
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use aftercommit::admin;
+use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
+use aftercommit::testing::{eventually, unique_name};
+use aftercommit::worker::Subscriber;
+use sqlx::{AssertSqlSafe, PgPool};
+
+use super::plan::Plan;
+use super::support::{Outbox, Record, RelayProcess, SOON, Work, Writers, free_address, get};
+use super::{assert_clean, play};
+
+/// Plays a schedule with these faults only.
+async fn only(seed: u64, names: &[&str]) {
+    let names: Vec<String> = names.iter().map(|name| (*name).into()).collect();
+    assert_clean(&play([Plan::new(seed, Duration::from_secs(15), &names)], 1).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_loses_its_leader_one_member_and_all_members() {
+    only(2, &["nats-leader-killed", "nats-killed", "nats-all-killed", "nats-frozen"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn publishers_and_their_database_die_at_any_moment() {
+    only(5, &["publisher-killed", "publisher-postgres-killed", "transaction-held"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ways_break_in_one_direction_and_in_both() {
+    let ways = ["cut", "deaf", "mute"].into_iter().flat_map(|how| {
+        ["relay-nats", "worker-nats", "relay-postgres", "worker-postgres"].map(|way| format!("{way}-{how}"))
+    });
+    let ways: Vec<String> = ways.filter(|name| super::plan::names().any(|known| known == name)).collect();
+    only(7, &ways.iter().map(String::as_str).collect::<Vec<_>>()).await;
+}
+
+/// A small disk, which is there until it is dropped.
+struct Disk(PathBuf);
+
+impl Disk {
+    /// None where nothing may be mounted.
+    fn mount(place: &Path, megabytes: u32) -> Option<Self> {
+        let options = format!("size={megabytes}m");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &options, "none"]).arg(place).stderr(Stdio::null());
+        if mount.status().is_ok_and(|status| status.success()) {
+            return Some(Self(place.to_path_buf()));
+        }
+        println!("SKIPPED: only root may mount a small disk");
+        None
+    }
+
+    /// Takes all the room that is left, until the file is removed.
+    fn fill(&self) -> PathBuf {
+        let ballast = self.0.join("ballast");
+        let mut fill = Command::new("dd");
+        fill.args(["if=/dev/zero", "bs=4k"]).arg(format!("of={}", ballast.display())).stderr(Stdio::null());
+        fill.status().unwrap();
+        ballast
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+/// A relay that tells about itself, and is soon called stuck.
+fn relay(outbox: &Outbox) -> (RelayProcess, String) {
+    let address = free_address();
+    let mut command = outbox.relay_command();
+    command.env("AFTERCOMMIT_HTTP", &address).env("AFTERCOMMIT_UNHEALTHY_AFTER", "1s").env("RUST_LOG", "off");
+    (RelayProcess(command.spawn().unwrap()), address)
+}
+
+/// Waits until the process at the address is not well, and says why.
+async fn complaint(address: &str) -> String {
+    let mut last = String::new();
+    eventually(SOON, "the trouble is told", async || match get(address, "/healthz").await {
+        Some((503, says)) => {
+            last = says;
+            true
+        }
+        _ => false,
+    })
+    .await
+    .unwrap();
+    last
+}
+
+async fn publish(pool: &PgPool, events: i32) -> Result<(), sqlx::Error> {
+    let some = "select aftercommit.publish('some', to_jsonb(repeat('x', 2000))) from generate_series(1, $1)";
+    sqlx::query(some).bind(events).execute(pool).await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_under_nats_is_waited_out() {
+    let mut nats = Nats::start(NatsOptions::default()).await.unwrap();
+    nats.stop().await.unwrap();
+    let Some(disk) = Disk::mount(&nats.store_directory(), 12) else { return };
+    nats.restart().await.unwrap();
+    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    let outbox = Outbox::new(database, nats.url()).await;
+    let (_relay, address) = relay(&outbox);
+    publish(&outbox.pool, 100).await.unwrap();
+    outbox.assert_complete().await;
+    let ballast = disk.fill();
+    publish(&outbox.pool, 2000).await.unwrap();
+    let says = complaint(&address).await;
+    println!("{says}");
+    std::fs::remove_file(ballast).unwrap();
+    // Some versions refuse to write to a store that has failed once, until they are started again.
+    let well = eventually(Duration::from_secs(10), "it goes on", async || outbox.stored().await >= 2100).await;
+    if well.is_err() {
+        nats.restart().await.unwrap();
+    }
+    outbox.assert_complete().await;
+    assert_eq!(admin::relay::parked(&outbox.postgres, 10).await.unwrap().len(), 0, "nothing is to blame");
+    drop(nats);
+    drop(disk);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_under_postgresql_fails_writers_and_costs_no_attempt() {
+    let postgres = Postgres::start(PostgresOptions { fsync: false, settings: Vec::new() }).await.unwrap();
+    let place = postgres.data_directory().parent().unwrap().join("small");
+    std::fs::create_dir(&place).unwrap();
+    let Some(disk) = Disk::mount(&place, 64) else { return };
+    let owner = std::fs::metadata(postgres.data_directory()).unwrap();
+    chown(&place, Some(owner.uid()), Some(owner.gid())).unwrap();
+    let url = postgres.create_database().await.unwrap();
+    let pool = PgPool::connect(&postgres.url("postgres")).await.unwrap();
+    let name = url.rsplit('/').next().unwrap();
+    for sql in [
+        format!("create tablespace small location '{}'", place.display()),
+        format!("alter database {name} set tablespace small"),
+    ] {
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&pool).await.unwrap();
+    }
+    let work = Work::on(url, Nats::shared().await.unwrap().url()).await;
+    let worker = work.run(Subscriber::new("full").on(Record::good()).max_attempts(2)).await;
+    work.send_many(&["a", "b"], 20).await;
+    work.wait_for(40).await;
+    let ballast = disk.fill();
+    let refused = async || publish(&work.outbox.pool, 200).await.is_err();
+    eventually(SOON, "a writer is refused", refused).await.unwrap();
+    let written: i64 =
+        sqlx::query_scalar("select count(*) from aftercommit.outbox").fetch_one(&work.outbox.pool).await.unwrap();
+    // Those that still had room in pages that were there already are whole transactions.
+    assert_eq!(written % 200, 0, "nothing of a refused transaction is there");
+    for n in 21..=400 {
+        work.send("a", n).await;
+    }
+    // The worker, too, comes to where it cannot write.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    std::fs::remove_file(ballast).unwrap();
+    work.wait_for(420).await;
+    work.assert_in_order(&["a"], 400).await;
+    assert_eq!(work.dead_letters().await, []);
+    assert_eq!(work.attempts().await, [0; 0]);
+    worker.stop().await;
+    drop(work);
+    drop(postgres);
+    drop(disk);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prepared_transaction_holds_up_nobody_and_its_event_comes_in_the_end() {
+    let settings = vec![("max_prepared_transactions".to_string(), "5".to_string())];
+    let mut postgres = Postgres::start(PostgresOptions { fsync: false, settings }).await.unwrap();
+    let outbox = Outbox::new(postgres.create_database().await.unwrap(), Nats::shared().await.unwrap().url()).await;
+    let _relay = outbox.relay();
+    let prepare = "begin; select aftercommit.publish('prepared', '{}'); prepare transaction 'p'";
+    sqlx::raw_sql(prepare).execute(&outbox.pool).await.unwrap();
+    let writers = Writers::start(&outbox.pool, 4, 5).await;
+    writers.more(300).await;
+    // It survives a crash, and is still neither committed nor rolled back.
+    postgres.kill().await.unwrap();
+    postgres.restart().await.unwrap();
+    writers.more(300).await;
+    writers.stop().await;
+    let before = outbox.assert_complete().await;
+    assert!(before.iter().all(|message| message.headers["ce-type"] != "prepared"));
+    sqlx::raw_sql("commit prepared 'p'").execute(&outbox.pool).await.unwrap();
+    let after = outbox.assert_complete().await;
+    assert_eq!(after.len(), before.len() + 1);
+    assert_eq!(after.last().unwrap().headers["ce-type"], "prepared");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sealed_stream_is_named_and_its_successor_gets_everything() {
+    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    let outbox = Outbox::new(database, Nats::shared().await.unwrap().url()).await;
+    let (_relay, address) = relay(&outbox);
+    publish(&outbox.pool, 50).await.unwrap();
+    outbox.assert_complete().await;
+    let context = outbox.js().await;
+    let mut config = context.get_stream(&outbox.naming.stream).await.unwrap().cached_info().config.clone();
+    config.sealed = true;
+    context.update_stream(config).await.unwrap();
+    publish(&outbox.pool, 50).await.unwrap();
+    let says = complaint(&address).await;
+    assert!(says.contains("seal"), "{says}");
+    // Nothing opens it again.
+    context.delete_stream(&outbox.naming.stream).await.unwrap();
+    admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+    outbox.assert_complete().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nats_is_upgraded_under_a_busy_system() {
+    let newest = Nats::shared().await.unwrap().version().to_string();
+    let old = NatsOptions { version: Some("2.12.8".into()), ..NatsOptions::default() };
+    let mut nats = Nats::start(old).await.unwrap();
+    let work = Work::on(Postgres::shared().await.unwrap().create_database().await.unwrap(), nats.url()).await;
+    let outbox = &work.outbox;
+    let seen = "create table seen (id bigint generated always as identity, event_id text);
+                create function see(event jsonb) returns void language sql as
+                $$ insert into seen (event_id) values (event ->> 'id') $$";
+    sqlx::raw_sql(seen).execute(&outbox.pool).await.unwrap();
+    let _relay = outbox.relay();
+    let worker = work.run(Subscriber::sql("seen", "see", ["*"]).unwrap()).await;
+    let writers = Writers::start(&outbox.pool, 4, 5).await;
+    writers.more(200).await;
+    nats.change_version(&newest).await.unwrap();
+    writers.more(200).await;
+    writers.stop().await;
+    let messages = outbox.assert_complete().await;
+    eventually(SOON, "everything is handled", async || {
+        let seen: i64 = sqlx::query_scalar("select count(*) from seen").fetch_one(&outbox.pool).await.unwrap();
+        seen as usize >= messages.len()
+    })
+    .await
+    .unwrap();
+    let distinct: i64 =
+        sqlx::query_scalar("select count(distinct event_id) from seen").fetch_one(&outbox.pool).await.unwrap();
+    let all: i64 = sqlx::query_scalar("select count(*) from seen").fetch_one(&outbox.pool).await.unwrap();
+    assert_eq!((distinct as usize, all), (messages.len(), distinct));
+    worker.stop().await;
+}
+
+/// A second cluster that follows the first, as `pg_basebackup` makes it.
+async fn standby_of(primary: &Postgres) -> Postgres {
+    let mut standby = Postgres::start(PostgresOptions { fsync: false, settings: Vec::new() }).await.unwrap();
+    standby.stop().await.unwrap();
+    let data = standby.data_directory();
+    let owner = std::fs::metadata(&data).unwrap();
+    // The server is known by the name in its file.
+    let config = std::fs::read_to_string(data.join("postgresql.conf")).unwrap();
+    std::fs::remove_dir_all(&data).unwrap();
+    let url = primary.url("postgres");
+    let mut backup = Command::new(Postgres::program("pg_basebackup").unwrap());
+    std::os::unix::process::CommandExt::uid(&mut backup, owner.uid());
+    std::os::unix::process::CommandExt::gid(&mut backup, owner.gid());
+    backup.args(["--checkpoint=fast", "--wal-method=stream", "--dbname", &url, "--pgdata"]).arg(&data);
+    let made = backup.current_dir("/").output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let config = format!("{config}\nprimary_conninfo = '{url}'\n");
+    std::fs::write(data.join("postgresql.conf"), config).unwrap();
+    std::fs::write(data.join("standby.signal"), "").unwrap();
+    standby.restart().await.unwrap();
+    standby
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_that_lacks_commits_is_promoted() {
+    let mut primary = Postgres::start(PostgresOptions { fsync: false, settings: Vec::new() }).await.unwrap();
+    let nats = Nats::shared().await.unwrap();
+    let outbox = Outbox::new(primary.create_database().await.unwrap(), nats.url()).await;
+    let standby = standby_of(&primary).await;
+    let relay = outbox.relay();
+    let writers = Writers::start(&outbox.pool, 4, 5).await;
+    writers.more(200).await;
+    // From here on the standby gets nothing.
+    let other = PgPool::connect(&standby.url("postgres")).await.unwrap();
+    for sql in ["alter system set primary_conninfo = ''", "select pg_reload_conf()"] {
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&other).await.unwrap();
+    }
+    eventually(SOON, "it follows no more", async || {
+        let receivers = "select count(*) from pg_stat_wal_receiver";
+        sqlx::query_scalar::<_, i64>(receivers).fetch_one(&other).await.unwrap() == 0
+    })
+    .await
+    .unwrap();
+    writers.more(200).await;
+    writers.stop().await;
+    let before = outbox.assert_complete().await;
+    relay.stop().await.unwrap();
+    primary.kill().await.unwrap();
+    sqlx::raw_sql("select pg_promote()").execute(&other).await.unwrap();
+
+    let name = outbox.postgres.url.rsplit('/').next().unwrap().to_string();
+    let outbox = outbox.moved_to(standby.url(&name)).await;
+    let survived = outbox.committed().await;
+    assert!(survived.len() < before.len(), "some commits were lost");
+    let log = std::env::temp_dir().join(unique_name("log"));
+    let mut command = outbox.relay_command();
+    command.stderr(std::fs::File::create(&log).unwrap());
+    let relay = RelayProcess(command.spawn().unwrap());
+    let writers = Writers::start(&outbox.pool, 4, 5).await;
+    writers.more(300).await;
+    writers.stop().await;
+    // Everything that is committed now is in the stream once, although ids and transaction ids came again.
+    let committed = outbox.committed().await;
+    eventually(SOON, "what is committed is in the stream", async || {
+        let messages = outbox.messages().await;
+        let ids: Vec<&String> = messages.iter().map(|message| &message.headers["ce-id"]).collect();
+        committed.iter().all(|id| ids.iter().filter(|one| **one == id).count() == 1)
+    })
+    .await
+    .unwrap();
+    // What the database has forgotten is named.
+    let ghosts: Vec<String> =
+        before.iter().map(|message| message.headers["ce-id"].clone()).filter(|id| !survived.contains(id)).collect();
+    drop(relay);
+    let log = std::fs::read_to_string(&log).unwrap();
+    assert!(ghosts.iter().any(|id| log.contains(id.as_str())), "none of {} ghosts is named: {log}", ghosts.len());
+}
