@@ -113,19 +113,19 @@ mod tests {
     use super::*;
 
     /// Answers that come one by one at this pace, with more under way behind them; whether the server is slow.
-    fn watched(method: &mut Method, answers: u64, each: Duration) -> bool {
-        let mut now = Instant::now();
+    fn watched(method: &mut Method, now: &mut Instant, answers: u64, each: Duration) -> bool {
         (0..answers).any(|_| {
-            now += each;
-            method.watch().is_some_and(|watch| watch.answered(1, 100, now))
+            *now += each;
+            method.watch().is_some_and(|watch| watch.answered(1, 100, *now))
         })
     }
 
     #[test]
     fn a_slow_server_that_can_gets_batches() {
         let mut method = Method::new(PublishMethod::Auto, true);
-        assert!(!watched(&mut method, 2 * BURST, Duration::from_millis(1)), "two bursts may be a pause");
-        assert!(watched(&mut method, 2 * BURST, Duration::from_millis(1)));
+        let mut now = Instant::now();
+        assert!(!watched(&mut method, &mut now, 2 * BURST, Duration::from_millis(1)), "two bursts may be a pause");
+        assert!(watched(&mut method, &mut now, 2 * BURST, Duration::from_millis(1)));
         assert!(method.batches() && method.watch().is_none());
         method.single_out();
         assert!(!method.batches());
@@ -137,7 +137,7 @@ mod tests {
     fn a_fast_server_is_watched_for_one_burst() {
         let mut method = Method::new(PublishMethod::Auto, true);
         assert_eq!(method.watch().map(|watch| watch.limit()), Some(BURST as usize));
-        assert!(!watched(&mut method, 10 * BURST, Duration::from_micros(20)));
+        assert!(!watched(&mut method, &mut Instant::now(), 10 * BURST, Duration::from_micros(20)));
         assert!(!method.batches() && method.watch().is_none());
     }
 
