@@ -5,7 +5,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use crate::support::{Copy, Database, Dump, Number, Outbox, Record, Roles, SOON, Work};
+use crate::support::{Act, Copy, Database, Dump, Number, Outbox, Record, Roles, SOON, Work};
 use aftercommit::admin;
 use aftercommit::config::NatsConfig;
 use aftercommit::reconciler::{ConsumerLeg, InboxLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
@@ -500,5 +500,40 @@ async fn reconcilers_race_each_other_and_a_busy_worker() {
         .await
         .unwrap();
     assert_eq!((work.count().await, twice), (800, 0));
+    relay.stop().await.unwrap();
+}
+
+/// What is published while a run compares lies behind the consumer, and will be delivered: to send it back would put it in
+/// front of what waits.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_busy_relay_publishes_meanwhile_is_not_missed() {
+    let apart = Apart::shared().await;
+    let work = &apart.work;
+    let relay = apart.publisher.relay();
+    let stuck = |delivery: &aftercommit::worker::Delivery<Number>| match &delivery.key {
+        Some(key) if key == "a" && delivery.event.n >= 10 => {
+            Act::Fail(aftercommit::worker::HandlerError::snooze(Duration::from_secs(3600)))
+        }
+        _ => Act::Succeed,
+    };
+    // The consumer's floor stays in the middle of what one transaction published.
+    let worker = work.run(Subscriber::new("back").on::<Number>(Record::new(stuck))).await;
+    apart.publish(1..=25).await;
+    work.wait_for(84).await;
+    worker.stop().await;
+    let pool = apart.publisher.pool.clone();
+    let busy = tokio::spawn(async move {
+        for n in 26.. {
+            let one = "select aftercommit.publish('test.number', jsonb_build_object('key', 'a', 'n', $1::int), 'a')";
+            sqlx::query(one).bind(n).execute(&pool).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    });
+    let runner = runner(&work.outbox, &work.outbox.nats);
+    for _ in 0..15 {
+        let summary = runner.run_now("inbox:back", Scope::New, Mode::Report).await.unwrap();
+        assert_eq!((&summary.outcome, summary.found), (&Outcome::Ran, 0), "{summary}");
+    }
+    busy.abort();
     relay.stop().await.unwrap();
 }

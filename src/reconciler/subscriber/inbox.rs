@@ -337,13 +337,7 @@ impl Leg<'_> {
                 if !range.more || range.behind >= self.floor || range.to > last {
                     return Ok(None);
                 }
-                let mut next = Some(self.floor + 1);
-                while let Some(first) = next {
-                    let batch = self.history.batch(first..=range.to).await?;
-                    let events = batch.messages.iter().filter_map(|message| stored::event(message).ok());
-                    self.pending.extend(events.map(|event| event.id.as_uuid()));
-                    next = batch.next;
-                }
+                self.delivered_later(self.floor + 1, range.to).await?;
                 (self.token.clone(), range.to)
             }
         };
@@ -351,8 +345,24 @@ impl Leg<'_> {
         if !page.more || page.behind >= end {
             return Ok(None);
         }
-        self.edge = Some((Some(page.next), end));
+        // The relay may have gone on since the range was asked for; then it has become longer.
+        if page.to > end {
+            self.delivered_later(end + 1, page.to).await?;
+        }
+        self.edge = Some((Some(page.next), end.max(page.to)));
         self.judge(page.events, page.to).await.map(Some)
+    }
+
+    /// Takes note of what the stream has between two sequences: the consumer will deliver it.
+    async fn delivered_later(&mut self, first: u64, last: u64) -> Result<(), Error> {
+        let mut next = Some(first);
+        while let Some(first) = next {
+            let batch = self.history.batch(first..=last).await?;
+            let events = batch.messages.iter().filter_map(|message| stored::event(message).ok());
+            self.pending.extend(events.map(|event| event.id.as_uuid()));
+            next = batch.next;
+        }
+        Ok(())
     }
 
     async fn judge(&mut self, events: Vec<Listed>, to: u64) -> Result<Page, Error> {
