@@ -87,22 +87,32 @@ impl Envelope {
 
     /// The headers of the NATS message, names and values, without those that steer a publish.
     pub fn to_headers(&self) -> Vec<(Cow<'_, str>, Cow<'_, str>)> {
-        let mut headers: Vec<(Cow<'_, str>, Cow<'_, str>)> = Vec::with_capacity(10 + self.headers.len());
+        let own = self.headers.iter().map(|(name, value)| (name.into(), value.into()));
+        let attributes = self.attributes_of_kind().into_iter().chain(self.attributes_of_event());
+        attributes.map(|(name, value)| (name.into(), value)).chain(own).collect()
+    }
+
+    /// The headers that all events of the same source, type, version and content type share.
+    pub(crate) fn attributes_of_kind(&self) -> [(&'static str, Cow<'_, str>); 5] {
+        [
+            (CE_SPECVERSION, "1.0".into()),
+            (CE_TYPE, self.event_type.as_str().into()),
+            (CE_SOURCE, encode(&self.source)),
+            (CE_DATACONTENTTYPE, encode(&self.content_type)),
+            (CE_DATAVERSION, self.version.to_string().into()),
+        ]
+    }
+
+    /// The other headers that do not come from the publisher.
+    pub(crate) fn attributes_of_event(&self) -> impl Iterator<Item = (&'static str, Cow<'_, str>)> {
         let id = self.id.to_string();
-        headers.push((NATS_MSG_ID.into(), id.clone().into()));
-        headers.push((CE_ID.into(), id.into()));
-        headers.push((CE_SPECVERSION.into(), "1.0".into()));
-        headers.push((CE_TYPE.into(), self.event_type.as_str().into()));
-        headers.push((CE_SOURCE.into(), encode(&self.source)));
-        headers.push((CE_TIME.into(), self.time.to_rfc3339_opts(SecondsFormat::Micros, true).into()));
-        headers.push((CE_DATACONTENTTYPE.into(), encode(&self.content_type)));
-        if let Some(key) = &self.key {
-            headers.push((CE_PARTITIONKEY.into(), encode(key)));
-        }
-        headers.push((CE_SEQUENCE.into(), self.sequence.to_string().into()));
-        headers.push((CE_DATAVERSION.into(), self.version.to_string().into()));
-        headers.extend(self.headers.iter().map(|(name, value)| (name.into(), value.into())));
-        headers
+        let attributes = [
+            (NATS_MSG_ID, id.clone().into()),
+            (CE_ID, id.into()),
+            (CE_TIME, self.time.to_rfc3339_opts(SecondsFormat::Micros, true).into()),
+            (CE_SEQUENCE, self.sequence.to_string().into()),
+        ];
+        attributes.into_iter().chain(self.key.as_deref().map(|key| (CE_PARTITIONKEY, encode(key))))
     }
 
     /// Reads an event from the headers and payload of a NATS message. Headers that NATS and CloudEvents reserve are
@@ -115,17 +125,21 @@ impl Envelope {
         headers: impl Iterator<Item = (&'a str, &'a str)>,
         payload: Bytes,
     ) -> Result<Self, EnvelopeError> {
-        let mut attributes: BTreeMap<String, Cow<'a, str>> = BTreeMap::new();
+        // A handful: looking through them costs less than a map.
+        let mut attributes: Vec<(&'a str, Cow<'a, str>)> = Vec::with_capacity(12);
         let mut own = BTreeMap::new();
         for (name, value) in headers {
-            let lower = name.to_ascii_lowercase();
-            if lower.starts_with("ce-") {
-                attributes.insert(lower, percent_decode_str(value).decode_utf8_lossy());
-            } else if !lower.starts_with("nats-") && !lower.starts_with("aftercommit-") {
+            if starts_with(name, "ce-") {
+                attributes.push((name, percent_decode_str(value).decode_utf8_lossy()));
+            } else if !starts_with(name, "nats-") && !starts_with(name, "aftercommit-") {
                 own.insert(name.to_string(), value.to_string());
             }
         }
-        let mut take = |name: &'static str| attributes.remove(name);
+        // Of several with one name the last one counts.
+        let mut take = |name: &'static str| {
+            let at = attributes.iter().rposition(|(given, _)| given.eq_ignore_ascii_case(name))?;
+            Some(attributes.remove(at).1)
+        };
         let id = take(CE_ID).ok_or(EnvelopeError::Missing(CE_ID))?;
         let id = Uuid::parse_str(&id).map_err(|_| EnvelopeError::Malformed(CE_ID))?;
         let time = match take(CE_TIME) {
@@ -168,7 +182,9 @@ impl Envelope {
     fn extensions(&self) -> impl Iterator<Item = (String, &str)> {
         let attribute = |name: &String| {
             let name: String = name.chars().filter(char::is_ascii_alphanumeric).collect();
-            Some(name.to_ascii_lowercase()).filter(|name| !name.is_empty() && name != "data")
+            let name = name.to_ascii_lowercase();
+            // The other attributes of ours are always there and replace a header of their name; the key may be missing.
+            (!matches!(name.as_str(), "" | "data" | "partitionkey")).then_some(name)
         };
         self.headers.iter().filter_map(move |(name, value)| Some((attribute(name)?, value.as_str())))
     }
@@ -239,6 +255,11 @@ pub(crate) fn is_traceparent(text: &str) -> bool {
     let mut parts = text.split('-');
     let mut next = || parts.next().unwrap_or_default();
     next() == "00" && id(next(), 32) && id(next(), 16) && hex(next(), 2) && parts.next().is_none()
+}
+
+/// Whether a header's name begins so, in whatever case.
+fn starts_with(name: &str, prefix: &str) -> bool {
+    name.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix))
 }
 
 fn encode(value: &str) -> Cow<'_, str> {

@@ -4,6 +4,8 @@
 pub mod admin;
 pub mod backoff;
 #[cfg(feature = "cli")]
+pub mod bench;
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod config;
 pub mod envelope;

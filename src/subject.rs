@@ -74,7 +74,10 @@ impl SubjectPrefix {
 
     /// The subject of events of `event_type`: `{prefix}.{type}`.
     pub fn subject(&self, event_type: &str) -> String {
-        format!("{}.{event_type}", self.0)
+        // As large as it must be, because a message's subject with spare room costs the client another allocation.
+        let mut subject = String::with_capacity(self.0.len() + 1 + event_type.len());
+        subject.extend([&self.0, ".", event_type]);
+        subject
     }
 
     /// The subject filter that covers every type: `{prefix}.>`.

@@ -6,6 +6,7 @@
 
 mod programs;
 mod proof;
+mod secured;
 mod servers;
 mod show;
 mod watch;
@@ -22,7 +23,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::programs::{Program, Programs};
 use crate::proof::Proof;
-use crate::servers::Servers;
+use crate::servers::{Role, Servers};
 use crate::show::{Fault, Show, grouped, milliseconds};
 use crate::watch::Watch;
 
@@ -48,6 +49,9 @@ struct Options {
     /// Kill nothing on the way
     #[arg(long)]
     calm: bool,
+    /// Run on the shipped database roles and NATS permissions, with passwords and TLS, on servers of its own
+    #[arg(long)]
+    secured: bool,
 }
 
 #[tokio::main]
@@ -109,7 +113,7 @@ async fn demo(options: &Options, logs: &Path) -> Result<Proof> {
     let programs = Programs::new(logs.to_path_buf())?;
     let mut interrupted = pin!(interrupted());
     let mut servers = tokio::select! {
-        servers = Servers::start() => servers?,
+        servers = Servers::start(options.secured, logs) => servers?,
         error = &mut interrupted => return Err(error),
     };
     println!("servers: {}", servers.describe());
@@ -161,25 +165,36 @@ async fn run(options: &Options, programs: &Programs, servers: &mut Servers) -> R
 async fn prepare(options: &Options, programs: &Programs, servers: &Servers) -> Result<()> {
     let places = &servers.places;
     servers.create_databases().await?;
+    let admin = [&places.bank_url, &places.projection_url];
+    if let Some(secured) = &places.secured {
+        println!("roles.sql: the roles, and a login with a password for each process");
+        admin.iter().try_for_each(|url| secured.grant(url))?;
+        secured.logins(&places.bank_url).await?;
+    }
     println!("aftercommit migrate, in pgbench's database and in the worker's");
-    for (name, url) in [("migrate-bank", &places.bank_url), ("migrate-projection", &places.projection_url)] {
-        let mut migrate = programs.aftercommit("aftercommit", places, url);
+    for (name, url) in ["migrate-bank", "migrate-projection"].into_iter().zip(admin) {
+        let environment = places.environment(Role::Owner, &places.url_for("deploy", url));
+        let mut migrate = programs.aftercommit("aftercommit", environment);
         migrate.arg("migrate");
         programs.run(name, migrate).await?;
     }
     println!(
         "pgbench --initialize, one branch for each client, and a trigger that publishes each row of pgbench_history"
     );
-    let mut initialize = Programs::pgbench();
-    initialize.args(["--initialize", "--quiet", "--scale", &options.clients.to_string(), &places.bank_url]);
+    let scale = options.clients.to_string();
+    let initialize = Programs::pgbench(&["--initialize", "--quiet", "--scale", &scale], &places.bank_url);
     programs.run("pgbench-initialize", initialize).await?;
-    let (bank, projection) = (include_str!("bank.sql"), include_str!("projection.sql"));
-    for (url, sql) in [(&places.bank_url, bank), (&places.projection_url, projection)] {
+    for (url, sql) in admin.into_iter().zip([include_str!("bank.sql"), include_str!("projection.sql")]) {
         let mut connection = PgConnection::connect(url).await?;
         sqlx::raw_sql(sql).execute(&mut connection).await?;
     }
+    if let Some(secured) = &places.secured {
+        println!("roles.sql: what each role may do");
+        admin.iter().try_for_each(|url| secured.grant(url))?;
+        secured.grant_own_tables(admin).await?;
+    }
     println!("aftercommit provision --config worker.toml");
-    let mut provision = programs.aftercommit("aftercommit", places, &places.bank_url);
+    let mut provision = programs.aftercommit("aftercommit", places.environment(Role::Provisioner, ""));
     provision.args(["provision", "--config"]).arg(worker_config(programs)?);
     programs.run("provision", provision).await
 }
@@ -200,9 +215,11 @@ fn start_crew(programs: &Programs, servers: &Servers) -> Result<Vec<Program>> {
         .into_iter()
         .map(|name| {
             let command = if name.starts_with("relay") {
-                programs.aftercommit("aftercommit-relay", places, &places.bank_url)
+                let environment = places.environment(Role::Relay, &places.url_for("relay", &places.bank_url));
+                programs.aftercommit("aftercommit-relay", environment)
             } else {
-                let mut worker = programs.aftercommit("aftercommit-worker", places, &places.projection_url);
+                let url = places.url_for("projection", &places.projection_url);
+                let mut worker = programs.aftercommit("aftercommit-worker", places.environment(Role::Worker, &url));
                 worker.arg("--config").arg(&config);
                 worker
             };
@@ -213,11 +230,10 @@ fn start_crew(programs: &Programs, servers: &Servers) -> Result<Vec<Program>> {
 
 /// pgbench's stock script.
 fn pgbench(options: &Options, servers: &Servers) -> Command {
-    let mut pgbench = Programs::pgbench();
     let (clients, seconds) = (options.clients.to_string(), options.seconds.to_string());
     let jobs = options.clients.min(2).to_string();
-    pgbench.args(["--no-vacuum", "--client", &clients, "--jobs", &jobs, "--time", &seconds, &servers.places.bank_url]);
-    pgbench
+    let arguments = ["--no-vacuum", "--client", &clients, "--jobs", &jobs, "--time", &seconds];
+    Programs::pgbench(&arguments, &servers.places.url_for("bank", &servers.places.bank_url))
 }
 
 /// What pgbench says that it did.

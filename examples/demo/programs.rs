@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use crate::Result;
-use crate::servers::Places;
+use crate::servers::split_password;
 
 /// Where the programs are and where their output goes.
 pub struct Programs {
@@ -29,22 +29,26 @@ impl Programs {
         Ok(Self { binaries: binaries.to_path_buf(), logs })
     }
 
-    /// A command of this package with the environment that all of them read.
-    pub fn aftercommit(&self, program: &str, places: &Places, database_url: &str) -> Command {
+    /// A command of this package with the environment that it reads. What is empty is not to be set.
+    pub fn aftercommit(&self, program: &str, environment: Vec<(&'static str, String)>) -> Command {
         let mut command = Command::new(self.binaries.join(program));
-        command
-            .env("DATABASE_URL", database_url)
-            .env("NATS_URL", &places.nats_url)
-            .env("AFTERCOMMIT_STREAM", &places.stream)
-            .env("AFTERCOMMIT_SUBJECT_PREFIX", &places.subject_prefix)
-            .env("AFTERCOMMIT_SOURCE", "/pgbench");
+        for (name, value) in environment {
+            match value.as_str() {
+                "" => command.env_remove(name),
+                value => command.env(name, value),
+            };
+        }
         command
     }
 
-    /// PostgreSQL's own benchmark.
-    pub fn pgbench() -> Command {
+    /// PostgreSQL's own benchmark on this database.
+    pub fn pgbench(arguments: &[&str], url: &str) -> Command {
         let directory = std::env::var_os("AFTERCOMMIT_PG_BIN").map(PathBuf::from);
-        Command::new(directory.map_or("pgbench".into(), |directory| directory.join("pgbench")))
+        let mut command = Command::new(directory.map_or("pgbench".into(), |directory| directory.join("pgbench")));
+        // Everybody can see a command line.
+        let (url, password) = split_password(url);
+        command.args(arguments).arg(url).envs(password.map(|password| ("PGPASSWORD", password)));
+        command
     }
 
     /// Runs a command to its end. Its output goes to a log of that name.

@@ -8,6 +8,7 @@ use async_nats::jetstream;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use crate::Result;
+use crate::secured::Secured;
 
 /// Everything that the programs of the demo must know to find each other.
 pub struct Places {
@@ -18,6 +19,41 @@ pub struct Places {
     pub nats_url: String,
     pub stream: String,
     pub subject_prefix: String,
+    /// None without `--secured`.
+    pub secured: Option<Secured>,
+}
+
+/// Whose work a program of this package does.
+#[derive(Clone, Copy)]
+pub enum Role {
+    Owner,
+    Provisioner,
+    Relay,
+    Worker,
+    Operator,
+}
+
+impl Places {
+    /// What a program needs to reach its database and NATS.
+    pub fn environment(&self, role: Role, database_url: &str) -> Vec<(&'static str, String)> {
+        let mut settings = vec![
+            ("DATABASE_URL", database_url.to_string()),
+            ("NATS_URL", self.nats_url.clone()),
+            ("AFTERCOMMIT_STREAM", self.stream.clone()),
+            ("AFTERCOMMIT_SUBJECT_PREFIX", self.subject_prefix.clone()),
+            ("AFTERCOMMIT_SOURCE", "/pgbench".into()),
+        ];
+        settings.extend(self.secured.iter().flat_map(|secured| secured.nats(role)));
+        settings
+    }
+
+    /// The URL of the bank's or the projection's database for the login of a program.
+    pub fn url_for(&self, login: &str, admin_url: &str) -> String {
+        match &self.secured {
+            Some(secured) => secured.as_login(admin_url, login),
+            None => admin_url.to_string(),
+        }
+    }
 }
 
 pub struct Servers {
@@ -31,31 +67,54 @@ pub struct Servers {
 }
 
 impl Servers {
-    pub async fn start() -> Result<Self> {
+    /// With `secured`, servers of its own with roles, permissions, passwords and TLS; its files are below `directory`.
+    pub async fn start(secured: bool, directory: &Path) -> Result<Self> {
         let given = |name| std::env::var(name).ok().filter(|url| !url.is_empty());
-        let (admin_url, postgres) = match given("DATABASE_URL") {
+        let (postgres_url, nats_url) = (given("DATABASE_URL"), given("NATS_URL"));
+        // fsync stays on: the figures are those of durable commits.
+        let settings = vec![("track_commit_timestamp".into(), "on".into())];
+        let options = PostgresOptions { settings, ..Default::default() };
+        let databases = [unique_name("demo_bank"), unique_name("demo_projection")];
+        if secured {
+            if postgres_url.is_some() || nats_url.is_some() {
+                return Err("--secured makes roles, users and certificates on servers of its own: unset DATABASE_URL and NATS_URL".into());
+            }
+            let (secured, certificate) = Secured::new(directory)?;
+            let (postgres, url) = secured.postgres(options, &certificate).await?;
+            let nats = secured.nats_server(&certificate).await?;
+            let admin_url = secured.database_url(&url, "postgres");
+            let places = Places {
+                bank_url: with_database(&admin_url, &databases[0]),
+                projection_url: with_database(&admin_url, &databases[1]),
+                nats_url: nats.url().replace("nats://127.0.0.1", "tls://localhost"),
+                // Those of accounts.conf.
+                stream: "EVENTS".into(),
+                subject_prefix: "events".into(),
+                secured: Some(secured),
+            };
+            return Ok(Self { postgres: Some(postgres), nats: Some(nats), admin_url, databases, places });
+        }
+        let (admin_url, postgres) = match postgres_url {
             Some(url) => (url, None),
             None => {
-                // fsync stays on: the figures are those of durable commits.
-                let settings = vec![("track_commit_timestamp".into(), "on".into())];
-                let postgres = Postgres::start(PostgresOptions { settings, ..Default::default() }).await?;
+                let postgres = Postgres::start(options).await?;
                 (postgres.url("postgres"), Some(postgres))
             }
         };
-        let (nats_url, nats) = match given("NATS_URL") {
+        let (nats_url, nats) = match nats_url {
             Some(url) => (url, None),
             None => {
                 let nats = Nats::start(NatsOptions::default()).await?;
                 (nats.url(), Some(nats))
             }
         };
-        let databases = [unique_name("demo_bank"), unique_name("demo_projection")];
         let places = Places {
             bank_url: with_database(&admin_url, &databases[0]),
             projection_url: with_database(&admin_url, &databases[1]),
             nats_url,
             stream: unique_name("DEMO"),
             subject_prefix: unique_name("demo"),
+            secured: None,
         };
         Ok(Self { postgres, nats, admin_url, databases, places })
     }
@@ -70,7 +129,8 @@ impl Servers {
             Some(nats) => format!("a nats-server {} of its own", nats.version()),
             None => "the NATS of NATS_URL (yours, so it is not killed)".to_string(),
         };
-        format!("{postgres} and {nats}")
+        let secured = self.places.secured.as_ref().map_or("", |_| ", both with TLS, passwords, roles and permissions");
+        format!("{postgres} and {nats}{secured}")
     }
 
     /// The server that may be killed; none when it is the user's.
@@ -88,9 +148,15 @@ impl Servers {
 
     /// A client of the NATS server.
     pub async fn connect_nats(&self) -> Result<jetstream::Context> {
-        let options = match std::env::var_os("NATS_CREDS") {
-            Some(file) => async_nats::ConnectOptions::with_credentials_file(file).await?,
-            None => async_nats::ConnectOptions::new(),
+        use async_nats::ConnectOptions;
+        let options = match (&self.places.secured, std::env::var_os("NATS_CREDS")) {
+            (Some(secured), _) => {
+                ConnectOptions::with_user_and_password("proof".into(), secured.password("proof").into())
+                    .add_root_certificates(secured.ca.clone())
+                    .require_tls(true)
+            }
+            (None, Some(file)) => ConnectOptions::with_credentials_file(file).await?,
+            (None, None) => ConnectOptions::new(),
         };
         let servers: Vec<&str> = self.places.nats_url.split(',').collect();
         Ok(jetstream::new(options.connect(servers).await?))
@@ -134,4 +200,17 @@ fn with_database(url: &str, database: &str) -> String {
     let end = address[host..].find('/').map_or(address.len(), |path| host + path);
     let parameters = parameters.map(|parameters| format!("?{parameters}")).unwrap_or_default();
     format!("{}/{database}{parameters}", &address[..end])
+}
+
+/// A URL without its password, and the password.
+pub fn split_password(url: &str) -> (String, Option<String>) {
+    let user = url.find("://").map_or(0, |scheme| scheme + 3);
+    let split = url[user..].split_once('@').and_then(|(login, rest)| Some((login.split_once(':')?, rest)));
+    match split {
+        Some(((name, password), rest)) => {
+            let password = percent_encoding::percent_decode_str(password).decode_utf8_lossy();
+            (format!("{}{name}@{rest}", &url[..user]), Some(password.into_owned()))
+        }
+        None => (url.to_string(), None),
+    }
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::programs::{Program, Programs};
-use crate::servers::Servers;
+use crate::servers::{Role, Servers};
 use crate::watch::{Counts, Watch};
 use crate::{Result, TICK};
 
@@ -185,7 +185,9 @@ impl<'a> Show<'a> {
 
     async fn say_why_it_stands(&self) {
         let places = &self.servers.places;
-        let mut status = self.programs.aftercommit("aftercommit", places, &places.bank_url);
+        let mut status = self
+            .programs
+            .aftercommit("aftercommit", places.environment(Role::Operator, &places.url_for("ops", &places.bank_url)));
         status.args(["status", "--json"]);
         let status = match self.programs.run("status", status).await {
             Ok(()) => "what `aftercommit status` says is in status.log".to_string(),

@@ -13,7 +13,9 @@ use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::{Error, ErrorKind};
 use crate::jetstream::{self, doctor as nats, monitoring};
 use crate::postgres::session::Session;
-use crate::postgres::{self, database_error, doctor as facts, migrate, parked, pause, relay_log, status as positions};
+use crate::postgres::{
+    self, database_error, doctor as facts, migrate, parked, pause, relay_log, rights, status as positions,
+};
 use crate::relay::{LEASE, Mode};
 
 /// How long a server may take to answer everything.
@@ -31,17 +33,70 @@ pub struct DoctorConfig {
     /// The HTTP monitoring port of a NATS server, such as `http://127.0.0.1:8222`. Only there a server tells when it
     /// writes to the disk. Defaults to none.
     pub nats_monitor: Option<String>,
-    /// The outbox's database, with the relay's role: its rights are checked.
+    /// The outbox's database, with the relay's role: its rights are checked. With [`DoctorConfig::roles`] any database
+    /// with the schema, with a login that has them.
     pub postgres: PostgresConfig,
     /// How long events stay in the outbox. Defaults to 7 days.
     pub retention: Duration,
+    /// The roles of `deploy/postgres/roles.sql` whose rights the database login is to have, all of them and no others.
+    /// Defaults to none: then those of a relay must be there, and what there is besides is left alone.
+    pub roles: Vec<Role>,
+}
+
+/// A role of `deploy/postgres/roles.sql`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// A service that publishes.
+    Publisher,
+    /// The relay.
+    Relay,
+    /// The worker, and services with handlers.
+    Worker,
+    /// Who compares outbox and stream.
+    OutboxReconciler,
+    /// Who compares stream and outbox with an inbox.
+    InboxReconciler,
+    /// A service with reconcilers of its own.
+    OwnReconciler,
+    /// An operator who looks.
+    Reader,
+    /// An operator who acts.
+    Operator,
+}
+
+impl Role {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Publisher,
+        Self::Relay,
+        Self::Worker,
+        Self::OutboxReconciler,
+        Self::InboxReconciler,
+        Self::OwnReconciler,
+        Self::Reader,
+        Self::Operator,
+    ];
+
+    /// Its name in the script, without the prefix.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Publisher => "publisher",
+            Self::Relay => "relay",
+            Self::Worker => "worker",
+            Self::OutboxReconciler => "outbox_reconciler",
+            Self::InboxReconciler => "inbox_reconciler",
+            Self::OwnReconciler => "own_reconciler",
+            Self::Reader => "reader",
+            Self::Operator => "operator",
+        }
+    }
 }
 
 impl DoctorConfig {
     /// The defaults for an outbox and its stream.
     pub fn new(postgres: PostgresConfig, nats: NatsConfig, naming: Naming) -> Self {
         let retention = Duration::from_hours(7 * 24);
-        Self { mode: Mode::Exclusive, naming, nats, nats_monitor: None, postgres, retention }
+        Self { mode: Mode::Exclusive, naming, nats, nats_monitor: None, postgres, retention, roles: Vec::new() }
     }
 }
 
@@ -162,8 +217,9 @@ struct DatabaseFacts {
     tables: facts::Tables,
     /// None when there is no record, or the role may not read it.
     migrations: Option<migrate::Difference>,
-    missing_grants: Vec<String>,
-    /// None without schema.
+    /// None when the role owns the schema or is a superuser.
+    rights: Option<rights::Difference>,
+    /// None without schema, or when it is not the login's business.
     work: Option<Result<Work, Error>>,
     dead_letters: Option<Result<Vec<(String, i64)>, Error>>,
 }
@@ -189,13 +245,23 @@ async fn look_at_database(config: &DoctorConfig) -> Result<DatabaseFacts, Error>
         true => Some(migrate::difference(&mut connection).await.map_err(failed)?),
         false => None,
     };
-    let (work, dead_letters) = match tables.outbox {
-        true => {
-            let letters = positions::dead_letters(&mut connection).await;
-            let letters = letters.map_err(|error| database_error("the dead letters cannot be read", error));
-            (Some(look_at_work(&mut connection).await), Some(letters))
-        }
-        false => (None, None),
+    let does = |roles: &[Role]| config.roles.is_empty() || config.roles.iter().any(|role| roles.contains(role));
+    let mut work = None;
+    if tables.outbox && does(&[Role::Relay, Role::Reader, Role::Operator]) {
+        work = Some(look_at_work(&mut connection).await);
+    }
+    let mut dead_letters = None;
+    if tables.outbox && does(&[Role::Worker, Role::InboxReconciler, Role::Reader, Role::Operator]) {
+        let letters = positions::dead_letters(&mut connection).await;
+        dead_letters = Some(letters.map_err(|error| database_error("the dead letters cannot be read", error)));
+    }
+    let roles: Vec<&str> = match config.roles.as_slice() {
+        [] => vec![Role::Relay.name()],
+        roles => roles.iter().map(|role| role.name()).collect(),
+    };
+    let rights = match facts::unlimited(&mut connection).await.map_err(failed)? {
+        true => None,
+        false => Some(rights::difference(&mut connection, &rights::of(&roles)).await.map_err(failed)?),
     };
     Ok(DatabaseFacts {
         configured_port: facts::configured_port(&config.postgres)?,
@@ -203,7 +269,7 @@ async fn look_at_database(config: &DoctorConfig) -> Result<DatabaseFacts, Error>
         round_trip,
         prepared: facts::prepared(&mut connection).await.map_err(failed)?,
         longest: facts::longest_transaction(&mut connection).await.map_err(failed)?,
-        missing_grants: facts::missing_grants(&mut connection).await.map_err(failed)?,
+        rights,
         server,
         tables,
         migrations,

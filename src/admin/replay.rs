@@ -5,21 +5,23 @@ use std::collections::HashSet;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
+use serde_json::Value;
 use uuid::Uuid;
 
-use crate::config::{NatsConfig, PostgresConfig};
+use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind};
 use crate::event::EventId;
 use crate::jetstream::history::History;
 use crate::jetstream::outbox_client::OutboxClient;
-use crate::jetstream::outbox_service::Listed;
+use crate::jetstream::outbox_service::{Listed, Page};
 use crate::jetstream::stream::{Extent, StreamReader};
 use crate::jetstream::{self, consumer, stored};
 use crate::postgres::resend::{self, Event, Known, Order};
 use crate::postgres::session::Session;
 use crate::postgres::{self, database_error};
 use crate::reconciler::{Sending, Subscription};
+use crate::relay::Library;
 use crate::subject;
 
 /// Differences between the clocks of the servers.
@@ -50,6 +52,10 @@ pub struct Replay {
     /// Run also those once more that the subscriber has handled. Their inbox rows go in the transaction that sends them
     /// back, and the audit trail keeps each. Dead letters stay dead. Defaults to false.
     pub again: bool,
+    /// The outbox's database, and the names under which it is published: to read there what the stream does not hold any
+    /// more, when no relay answers or the NATS user may not ask it. Its role needs what a relay may read. Defaults to none:
+    /// the publisher's relay is asked.
+    pub outbox: Option<(PostgresConfig, Naming)>,
     /// Only what the stream holds, without asking the outbox. Defaults to false.
     pub stream_only: bool,
     /// Only tell what would be done. Defaults to false.
@@ -95,7 +101,7 @@ impl Filter {
 /// their keys: those that its consumer has passed, that fit the filter, and that the inbox does not have. Each batch goes in
 /// a transaction of its own, with a line in the audit trail. `postgres` is the subscriber's database; `who` does it.
 ///
-/// What is older than the stream's first message comes from the outbox, through the publisher's relay.
+/// What is older than the stream's first message comes from the outbox, through the publisher's relay or from its database.
 ///
 /// # Errors
 /// When a server cannot be reached or does not answer, or the consumer does not exist. What was sent before an error stays
@@ -129,10 +135,40 @@ pub async fn replay(
     };
     // When older messages than wanted are there, the outbox has nothing to add.
     if !replay.stream_only && first == extent.first && extent.first > 1 {
-        work.outbox(&OutboxClient::new(&nats, &spec.stream), extent, to).await?;
+        let mut outbox = match &replay.outbox {
+            None => Outbox::Relay(OutboxClient::new(&nats, &spec.stream)),
+            Some((postgres, naming)) => Outbox::Database(Library::open(postgres, naming).await.map_err(at_the_outbox)?),
+        };
+        work.outbox(&mut outbox, extent, to).await?;
     }
     work.stream(&history, first, to).await?;
     Ok(work.replayed)
+}
+
+/// Who tells of the outbox.
+enum Outbox {
+    Relay(OutboxClient),
+    Database(Library),
+}
+
+impl Outbox {
+    async fn page(&mut self, up_to: u64, after: Option<Value>, types: &[String]) -> Result<Page, Error> {
+        match self {
+            Self::Relay(client) => client.page(up_to, after, types, false).await,
+            Self::Database(library) => library.listed(up_to, after, types).await.map_err(at_the_outbox),
+        }
+    }
+
+    async fn events(&mut self, ids: &[Uuid]) -> Result<Vec<Envelope>, Error> {
+        match self {
+            Self::Relay(client) => client.events(ids).await,
+            Self::Database(library) => library.whole(ids).await.map_err(at_the_outbox),
+        }
+    }
+}
+
+fn at_the_outbox(error: Error) -> Error {
+    Error::with_source(error.kind(), "the outbox's database (--outbox-database)", error)
 }
 
 struct Work<'a> {
@@ -147,11 +183,11 @@ struct Work<'a> {
 
 impl Work<'_> {
     /// What lies before the stream's first message.
-    async fn outbox(&mut self, outbox: &OutboxClient, extent: Extent, to: u64) -> Result<(), Error> {
+    async fn outbox(&mut self, outbox: &mut Outbox, extent: Extent, to: u64) -> Result<(), Error> {
         let filter = &self.replay.filter;
         let mut token = None;
         loop {
-            let page = outbox.page(to, token, &self.subscription.types, false).await?;
+            let page = outbox.page(to, token, &self.subscription.types).await?;
             if !page.more || page.behind >= extent.first {
                 return Ok(());
             }

@@ -1,6 +1,7 @@
 //! `aftercommit`, the operator's tool.
 
 mod audit;
+mod bench;
 mod dead;
 mod doctor;
 mod explain;
@@ -42,6 +43,12 @@ struct Cli {
 enum Command {
     /// Show what operators did, and who and when
     Audit(audit::Audit),
+    /// Measure how fast everything is here, beside its floor in the same run; makes databases and streams of its own and
+    /// removes them
+    Bench(Box<bench::Bench>),
+    /// What `bench` starts
+    #[command(hide = true)]
+    BenchArm(Box<bench::BenchArm>),
     /// See, run again, edit or give up events that a subscriber gave up on
     #[command(subcommand)]
     Dead(dead::Dead),
@@ -149,13 +156,24 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<ExitCode, Error> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
+    let mut runtime = match cli.command {
+        // As relay and worker have it.
+        Command::Bench(_) | Command::BenchArm(_) => tokio::runtime::Builder::new_multi_thread(),
+        _ => tokio::runtime::Builder::new_current_thread(),
+    };
+    let runtime = runtime
         .enable_all()
         .build()
         .map_err(|error| Error::with_source(ErrorKind::Config, "the runtime cannot start", error))?;
     let mut exit = ExitCode::SUCCESS;
     let text = match cli.command {
         Command::Audit(command) => runtime.block_on(audit::run(command))?,
+        Command::Bench(command) => {
+            let (text, status) = runtime.block_on(bench::run(*command))?;
+            exit = status;
+            text
+        }
+        Command::BenchArm(command) => runtime.block_on(bench::arm(*command))?,
         Command::Dead(command) => runtime.block_on(dead::run(command))?,
         Command::Doctor(command) => {
             let (text, well) = runtime.block_on(doctor::run(*command))?;

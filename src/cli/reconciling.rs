@@ -1,13 +1,17 @@
 //! Reconcilers beside a role, in its process.
 
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::run_role;
+use crate::error::{Error, ErrorKind};
 use crate::health::{Check, Health};
-use crate::reconciler::{Mode, Monitor, Runner};
+use crate::reconciler::{Mode, Monitor, Outcome, Runner, Scope, Summary};
 
 /// Whether and how often a role compares what it should.
 #[derive(Args)]
@@ -36,14 +40,27 @@ pub(super) struct Checks<R> {
     reconciler: Option<Monitor>,
 }
 
+/// A runner that runs.
+pub(super) struct Running {
+    task: Option<AbortOnDropHandle<()>>,
+    shutdown: CancellationToken,
+}
+
+impl Running {
+    /// Breaks off what is under way, and waits until that is written down.
+    pub(super) async fn end(self) {
+        self.shutdown.cancel();
+        if let Some(task) = self.task {
+            let _ = task.await;
+        }
+    }
+}
+
 /// Starts the runner, if there is one, and lets it be seen beside the role.
-pub(super) fn start<R>(
-    role: R,
-    runner: Option<Runner>,
-    shutdown: &CancellationToken,
-) -> (Checks<R>, Option<AbortOnDropHandle<()>>) {
+pub(super) fn start<R>(role: R, runner: Option<Runner>, shutdown: &CancellationToken) -> (Checks<R>, Running) {
+    let shutdown = shutdown.child_token();
     let reconciler = runner.as_ref().map(Runner::monitor);
-    let running = runner.map(|runner| {
+    let task = runner.map(|runner| {
         let running = runner.run(shutdown.clone());
         AbortOnDropHandle::new(tokio::spawn(async {
             if let Err(error) = running.await {
@@ -51,7 +68,28 @@ pub(super) fn start<R>(
             }
         }))
     });
-    (Checks { role, reconciler }, running)
+    (Checks { role, reconciler }, Running { task, shutdown })
+}
+
+/// Runs one reconciler at once. The exit status is 0 when nothing is left to do, 1 when something was found that is not
+/// repaired, or the run failed, and 2 when a setting is at fault.
+pub(super) fn run_now(program: &str, runner: &Runner, name: &str, scope: Scope, mode: Mode) -> ExitCode {
+    let well = AtomicBool::new(true);
+    let status = run_role(program, async |shutdown| {
+        let summary = tokio::select! {
+            summary = runner.run_now(name, scope, mode) => summary?,
+            () = shutdown.cancelled() => return Err(Error::new(ErrorKind::Fenced, "stopped; the next run goes on")),
+        };
+        println!("{summary}");
+        well.store(is_well(&summary), Ordering::Relaxed);
+        Ok(())
+    });
+    if well.into_inner() { status } else { ExitCode::FAILURE }
+}
+
+/// Whether nothing is left to do after a run.
+pub(super) fn is_well(summary: &Summary) -> bool {
+    summary.outcome == Outcome::Ran && summary.found <= summary.repaired && summary.failed == 0
 }
 
 impl<R: Check> Check for Checks<R> {

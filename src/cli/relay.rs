@@ -145,8 +145,10 @@ async fn run(
 ) -> Result<(), Error> {
     let server = http.open().await?;
     let relay = Relay::new(config);
-    let (checks, _runner) = reconciling::start(relay.monitor(), runner, &shutdown);
-    Box::pin(http::beside(server, checks, relay.run(shutdown))).await
+    let (checks, running) = reconciling::start(relay.monitor(), runner, &shutdown);
+    let result = Box::pin(http::beside(server, checks, relay.run(shutdown))).await;
+    running.end().await;
+    result
 }
 
 #[cfg(test)]

@@ -28,14 +28,46 @@ pub(super) struct PostgresArgs {
 
 impl PostgresArgs {
     pub(super) fn config(&self) -> Result<PostgresConfig, Error> {
-        let url = match given(&self.database_url_file) {
-            None => self.database_url.clone(),
-            Some(_) if !self.database_url.is_empty() => {
-                return Err(both("DATABASE_URL (--database-url)", "DATABASE_URL_FILE (--database-url-file)"));
-            }
-            Some(file) => Secret::File(file).read("DATABASE_URL_FILE or --database-url-file")?,
-        };
+        let names = ("DATABASE_URL (--database-url)", "DATABASE_URL_FILE (--database-url-file)");
+        let url = url(&self.database_url, &self.database_url_file, names)?;
         Ok(PostgresConfig { url, pooled: self.pgbouncer })
+    }
+}
+
+/// Where the outbox is, for somebody who works in another database.
+#[derive(Args)]
+pub(super) struct OutboxArgs {
+    /// The publisher's database, to read there what the stream does not hold any more, without a relay; with a password
+    /// better in the environment or a file
+    #[arg(
+        long,
+        env = "OUTBOX_DATABASE_URL",
+        hide_env_values = true,
+        value_name = "URL",
+        default_value = "",
+        hide_default_value = true
+    )]
+    outbox_database: String,
+    /// A file with the URL instead
+    #[arg(long, env = "OUTBOX_DATABASE_URL_FILE", value_name = "FILE")]
+    outbox_database_file: Option<PathBuf>,
+}
+
+impl OutboxArgs {
+    /// None when nothing is given. The pooler stands in front of both databases or of none.
+    pub(super) fn config(&self, pooled: bool) -> Result<Option<PostgresConfig>, Error> {
+        let names = ("OUTBOX_DATABASE_URL (--outbox-database)", "OUTBOX_DATABASE_URL_FILE (--outbox-database-file)");
+        let url = url(&self.outbox_database, &self.outbox_database_file, names)?;
+        Ok(Some(PostgresConfig { url, pooled }).filter(|config| !config.url.is_empty()))
+    }
+}
+
+/// A URL, or what a file has of it; `names` are those of both settings.
+fn url(url: &str, file: &Option<PathBuf>, names: (&str, &str)) -> Result<String, Error> {
+    match given(file) {
+        None => Ok(url.into()),
+        Some(_) if !url.is_empty() => Err(both(names.0, names.1)),
+        Some(file) => Secret::File(file).read(names.1),
     }
 }
 

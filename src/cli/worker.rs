@@ -1,7 +1,9 @@
 //! `aftercommit-worker`.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use tokio_util::sync::CancellationToken;
@@ -11,9 +13,12 @@ use super::reconciling::{self, ReconcileArgs};
 use super::servers::Servers;
 use super::{fail, run_role};
 use crate::error::{Error, ErrorKind};
+use crate::reconciler::{Mode, Scope};
 use crate::worker::{Queues, Registry, Worker, read_file};
 
 const NAME: &str = "aftercommit-worker";
+/// The interval of what runs on demand only.
+const NO_MATTER: Duration = Duration::from_mins(5);
 
 /// Runs the subscribers of a worker.toml: calls an SQL function for each event, in order per key
 #[derive(Parser)]
@@ -74,8 +79,21 @@ impl QueueArgs {
 #[command(version)]
 struct Service {
     /// Create or correct the JetStream consumers, print what was changed, and end
-    #[arg(long)]
+    #[arg(long, conflicts_with = "reconcile_now")]
     provision: bool,
+    /// Run this reconciler now, print what came of it, and end: one of the program's own, or consumer:<subscriber> or
+    /// inbox:<subscriber>
+    #[arg(long = "reconcile", value_name = "NAME")]
+    reconcile_now: Option<String>,
+    /// Reconcile only this item; may be given several times
+    #[arg(long = "key", value_name = "KEY", requires = "reconcile_now", conflicts_with = "full")]
+    keys: Vec<String>,
+    /// Reconcile everything, from the beginning
+    #[arg(long, requires = "reconcile_now")]
+    full: bool,
+    /// Only report what is found
+    #[arg(long, requires = "reconcile_now")]
+    report: bool,
     #[command(flatten)]
     queues: QueueArgs,
     #[command(flatten)]
@@ -87,8 +105,8 @@ struct Service {
 }
 
 /// See [`crate::worker::main`].
-pub(crate) fn serve(registry: Registry) -> ExitCode {
-    let cli = Service::parse();
+pub(crate) fn serve(registry: Registry, arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = Service::parse_from(arguments);
     let worker = || -> Result<Worker, Error> {
         let (postgres, nats, naming) = cli.servers.config()?;
         let worker = Worker::new(postgres, nats, naming);
@@ -96,16 +114,28 @@ pub(crate) fn serve(registry: Registry) -> ExitCode {
         let worker = worker.unhealthy_after(cli.http.unhealthy_after);
         Ok(worker.queues(cli.queues.config()?).registry(registry))
     };
-    match worker() {
-        Ok(worker) if cli.provision => run_role(NAME, async |_| {
+    let worker = match worker() {
+        Ok(worker) => worker,
+        Err(error) => return fail(NAME, &error),
+    };
+    if let Some(name) = cli.reconcile_now {
+        let mode = if cli.report { Mode::Report } else { Mode::Repair };
+        let scope = match cli.keys {
+            keys if !keys.is_empty() => Scope::Keys(keys),
+            _ if cli.full => Scope::Full,
+            _ => Scope::New,
+        };
+        return reconciling::run_now(NAME, &worker.reconcilers(NO_MATTER, mode), &name, scope, mode);
+    }
+    if cli.provision {
+        return run_role(NAME, async |_| {
             for change in worker.provision().await? {
                 println!("{change}");
             }
             Ok(())
-        }),
-        Ok(worker) => run_role(NAME, |shutdown| run(worker, cli.reconcile, cli.http, shutdown)),
-        Err(error) => fail(NAME, &error),
+        });
     }
+    run_role(NAME, |shutdown| run(worker, cli.reconcile, cli.http, shutdown))
 }
 
 async fn run(
@@ -115,9 +145,15 @@ async fn run(
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     let server = http.open().await?;
-    let runner = reconcile.schedule().map(|(every, mode)| worker.reconcilers(every, mode));
-    let (checks, _runner) = reconciling::start(worker.monitor(), runner, &shutdown);
-    Box::pin(http::beside(server, checks, worker.run(shutdown))).await
+    let runner = match reconcile.schedule() {
+        Some((every, mode)) => worker.reconcilers(every, mode),
+        None => worker.own_reconcilers(),
+    };
+    let (checks, running) =
+        reconciling::start(worker.monitor(), Some(runner).filter(|runner| !runner.is_empty()), &shutdown);
+    let result = Box::pin(http::beside(server, checks, worker.run(shutdown))).await;
+    running.end().await;
+    result
 }
 
 /// Runs the worker of this process until a signal ends it. The exit status is 0 after an orderly stop, 2 when the

@@ -27,7 +27,7 @@ use super::consumer::{self, ConsumerSpec, Position};
 use super::stored::{self, Stretch};
 
 /// The most messages in one pull request.
-const MAX_PULL: usize = 500;
+const MAX_PULL: usize = 1000;
 /// How long the server keeps a pull request.
 const EXPIRES: Duration = Duration::from_secs(10);
 /// How often the server says that it still knows of a pull request.

@@ -21,19 +21,22 @@ use super::stored::{following, handle};
 use crate::error::{Error, ErrorKind};
 
 /// Messages in a batch.
-const BATCH: u64 = 1000;
+pub(super) const BATCH: u64 = 1000;
 /// Bytes in a batch, unless a single message is larger.
-const BATCH_BYTES: u64 = 4 << 20;
+pub(super) const BATCH_BYTES: u64 = 4 << 20;
 /// How long the next message of a batch may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+/// With so many wanted messages in it, the whole batch is read.
+const DENSE: usize = 100;
 /// Questions to the leader that are under way at the same time.
 const QUESTIONS: usize = 32;
 
 /// A stream that is read from one sequence to another.
+#[derive(Clone)]
 pub(crate) struct History {
-    connection: Connection,
-    name: String,
-    stream: Stream<()>,
+    pub(super) connection: Connection,
+    pub(super) name: String,
+    pub(super) stream: Stream<()>,
 }
 
 /// Messages that follow each other in a stream.
@@ -78,6 +81,24 @@ impl History {
         Ok(Batch { messages, next: Some(end + 1).filter(|next| *next <= last) })
     }
 
+    /// The first of the messages under these ascending sequences, as far as the stream's leader has them, and for how many
+    /// of the sequences that is.
+    pub(crate) async fn some(&self, sequences: &[u64]) -> Result<(Vec<StreamMessage>, usize), Error> {
+        let Some(first) = sequences.first().copied() else { return Ok((Vec::new(), 0)) };
+        let near = sequences.partition_point(|sequence| *sequence < first + BATCH);
+        if near >= DENSE {
+            let last = sequences.get(near - 1).copied().unwrap_or(first);
+            let Batch { mut messages, next } = self.batch(first..=last).await?;
+            messages.retain(|message| sequences.binary_search(&message.sequence).is_ok());
+            return Ok((messages, next.map_or(near, |next| sequences.partition_point(|sequence| *sequence < next))));
+        }
+        let few: Vec<u64> = sequences.iter().copied().take(QUESTIONS).collect();
+        let looked_for = few.len();
+        let messages = futures_util::stream::iter(few).map(|sequence| self.one(sequence)).buffered(QUESTIONS);
+        let messages: Vec<Option<StreamMessage>> = messages.try_collect().await?;
+        Ok((messages.into_iter().flatten().collect(), looked_for))
+    }
+
     /// The message under a sequence, as the stream's leader has it.
     pub(crate) async fn one(&self, sequence: u64) -> Result<Option<StreamMessage>, Error> {
         let message = following(&self.stream, ">", sequence).await?;
@@ -116,11 +137,8 @@ impl History {
         let mut messages = Vec::new();
         loop {
             let Ok(answer) = tokio::time::timeout(PATIENCE, answers.next()).await else {
-                let complaint = self.connection.complaint().map(|text| format!(": {text}")).unwrap_or_default();
-                return Err(Error::new(
-                    ErrorKind::Broker,
-                    format!("no answer on {subject}, for which the NATS user needs the right to publish{complaint}"),
-                ));
+                let problem = format!("no answer on {subject}, for which the NATS user needs the right to publish");
+                return Err(Error::new(ErrorKind::Broker, problem + &self.complaint()));
             };
             let answer = answer.ok_or_else(|| Error::new(ErrorKind::Broker, "the NATS client was closed"))?;
             match answer.status {
@@ -139,8 +157,18 @@ impl History {
         }
     }
 
+    /// What the server has complained of lately, for the end of a sentence.
+    pub(super) fn complaint(&self) -> String {
+        self.connection.complaint().map(|text| format!(": {text}")).unwrap_or_default()
+    }
+
     /// Asks the leader for what a part of the stream lacks.
-    async fn complete(&self, messages: Vec<StreamMessage>, first: u64, last: u64) -> Result<Vec<StreamMessage>, Error> {
+    pub(super) async fn complete(
+        &self,
+        messages: Vec<StreamMessage>,
+        first: u64,
+        last: u64,
+    ) -> Result<Vec<StreamMessage>, Error> {
         let gaps = gaps(messages.iter().map(|message| message.sequence), first, last);
         if gaps.is_empty() {
             return Ok(messages);

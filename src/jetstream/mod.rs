@@ -2,6 +2,10 @@
 
 mod access;
 pub(crate) mod ack;
+#[cfg(feature = "cli")]
+pub(crate) mod bench;
+#[cfg(feature = "cli")]
+pub(crate) mod bench_pull;
 pub(crate) mod consumer;
 pub(crate) mod doctor;
 pub(crate) mod feed;
@@ -14,6 +18,7 @@ pub(crate) mod search;
 pub(crate) mod service;
 pub(crate) mod stored;
 pub(crate) mod stream;
+pub(crate) mod sweep;
 pub(crate) mod topology;
 
 use std::fmt;
@@ -43,13 +48,16 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Returns when the connection breaks the next time. What was sent and not answered before is unknown then.
-    pub(crate) async fn lost(&self) {
+    /// Returns when the connection breaks the next time after this call, whenever the result is polled. What was sent and
+    /// not answered before is unknown then.
+    pub(crate) fn lost(&self) -> impl Future<Output = ()> + use<> {
         let mut losses = self.losses.clone();
         losses.mark_unchanged();
-        if losses.changed().await.is_err() {
-            // The client is gone, and with it whoever could tell.
-            std::future::pending::<()>().await;
+        async move {
+            if losses.changed().await.is_err() {
+                // The client is gone, and with it whoever could tell.
+                std::future::pending::<()>().await;
+            }
         }
     }
 

@@ -1,7 +1,13 @@
 //! Publishing without waiting for each acknowledgement: messages go out under numbers, answers come back with them.
 
+use std::borrow::Cow;
+use std::fmt::Write;
+
+use async_nats::client::PublishErrorKind;
+use async_nats::client::traits::Publisher as _;
 use async_nats::header::{HeaderMap, NATS_EXPECTED_LAST_MESSAGE_ID, NATS_EXPECTED_LAST_SEQUENCE, NATS_MESSAGE_ID};
-use async_nats::{HeaderName, StatusCode, Subscriber};
+use async_nats::message::OutboundMessage;
+use async_nats::{HeaderName, StatusCode, Subject, Subscriber};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use serde::Deserialize;
@@ -10,27 +16,101 @@ use super::Connection;
 use crate::envelope::{Envelope, REPAIR};
 use crate::error::{Error, ErrorKind};
 use crate::fault;
+use crate::subject::SubjectPrefix;
 
 /// A message that is ready to be sent.
 #[derive(Debug)]
 pub(crate) struct Outgoing {
-    subject: String,
+    subject: Subject,
     headers: HeaderMap,
     payload: Bytes,
 }
 
-impl Outgoing {
-    pub(crate) fn new(subject: String, event: &Envelope) -> Self {
+/// Makes messages of events. What messages of one kind have in common is made once and copied.
+#[derive(Debug)]
+pub(crate) struct Messages {
+    prefix: SubjectPrefix,
+    kinds: Vec<Kind>,
+}
+
+/// The kinds of events whose common part is kept. There are rarely more in an outbox.
+const KINDS: usize = 64;
+
+#[derive(Debug)]
+struct Kind {
+    source: String,
+    event_type: String,
+    version: u32,
+    content_type: String,
+    subject: Subject,
+    headers: HeaderMap,
+}
+
+impl Kind {
+    fn new(prefix: &SubjectPrefix, event: &Envelope) -> Self {
         let mut headers = HeaderMap::new();
-        for (name, value) in event.to_headers() {
-            headers.append(name.as_ref(), value.as_ref());
+        // Those of the event take their places at once, so that the copies do not grow.
+        let places = event.attributes_of_event().map(|(name, _)| (name, Cow::Borrowed("")));
+        for (name, value) in event.attributes_of_kind().into_iter().chain(places.take(3)) {
+            headers.insert(HeaderName::from_static(name), value.into_owned());
         }
-        Self { subject, headers, payload: event.payload.clone() }
+        Self {
+            source: event.source.clone(),
+            event_type: event.event_type.clone(),
+            version: event.version,
+            content_type: event.content_type.clone(),
+            subject: prefix.subject(&event.event_type).into(),
+            headers,
+        }
     }
 
+    fn is_of(&self, event: &Envelope) -> bool {
+        self.event_type == event.event_type
+            && self.version == event.version
+            && self.content_type == event.content_type
+            && self.source == event.source
+    }
+}
+
+impl Messages {
+    pub(crate) fn new(prefix: SubjectPrefix) -> Self {
+        Self { prefix, kinds: Vec::new() }
+    }
+
+    /// The message of an event.
+    pub(crate) fn message(&mut self, event: &Envelope) -> Outgoing {
+        let kind = match self.kinds.iter().position(|kind| kind.is_of(event)) {
+            Some(known) => known,
+            None => {
+                if self.kinds.len() == KINDS {
+                    self.kinds.clear();
+                }
+                self.kinds.push(Kind::new(&self.prefix, event));
+                self.kinds.len() - 1
+            }
+        };
+        let Kind { subject, headers, .. } = &self.kinds[kind];
+        let mut headers = headers.clone();
+        for (name, value) in event.attributes_of_event() {
+            headers.insert(HeaderName::from_static(name), value.into_owned());
+        }
+        for (name, value) in &event.headers {
+            headers.append(name.as_str(), value.as_str());
+        }
+        Outgoing { subject: subject.clone(), headers, payload: event.payload.clone() }
+    }
+}
+
+impl Outgoing {
     /// Gives the message another id than the event's, for a server that would take it for a repeat.
     pub(crate) fn set_message_id(&mut self, id: &str) {
         self.headers.insert(NATS_MESSAGE_ID, id);
+    }
+
+    /// Subject, headers and payload.
+    #[cfg(feature = "cli")]
+    pub(crate) fn into_parts(self) -> (Subject, HeaderMap, Bytes) {
+        (self.subject, self.headers, self.payload)
     }
 
     /// Marks the message as published out of the outbox's order, and says why.
@@ -88,6 +168,8 @@ pub(crate) struct Publisher {
     answers: Subscriber,
     /// Answers to messages from before the last [`Publisher::restart`] are ignored.
     generation: u64,
+    /// How the subjects of answers begin.
+    replies: String,
 }
 
 impl Publisher {
@@ -96,12 +178,14 @@ impl Publisher {
         let answers = connection.client.subscribe(format!("{inbox}.*.*")).await.map_err(|error| {
             Error::with_source(ErrorKind::Broker, "cannot subscribe to the publisher's own inbox", error)
         })?;
-        Ok(Self { connection, inbox, answers, generation: 0 })
+        let replies = format!("{inbox}.0.");
+        Ok(Self { connection, inbox, answers, generation: 0, replies })
     }
 
     /// Forgets what is under way.
     pub(crate) fn restart(&mut self) {
         self.generation += 1;
+        self.replies = format!("{}.{}.", self.inbox, self.generation);
     }
 
     /// Hands message `number` to the connection.
@@ -142,20 +226,23 @@ impl Publisher {
 
     async fn hand_over(&mut self, answer_to: Option<u64>, message: Outgoing) -> Result<(), SendError> {
         let Outgoing { subject, headers, payload } = message;
-        let size = payload.len() + header_bytes(&headers);
-        let limit = self.connection.client.max_payload();
-        if size > limit {
-            return Err(SendError::TooLarge { limit });
-        }
+        let reply = answer_to.map(|number| self.reply_to(number));
         let client = &self.connection.client;
-        match answer_to {
-            Some(number) => {
-                let reply = format!("{}.{}.{number}", self.inbox, self.generation);
-                client.publish_with_reply_and_headers(subject, reply, headers, payload).await
-            }
-            None => client.publish_with_headers(subject, headers, payload).await,
-        }
-        .map_err(|_| SendError::Closed)
+        let sent = client.publish_message(OutboundMessage { subject, reply, payload, headers: Some(headers) }).await;
+        sent.map_err(|error| match error.kind() {
+            PublishErrorKind::MaxPayloadExceeded => SendError::TooLarge { limit: client.max_payload() },
+            _ => SendError::Closed,
+        })
+    }
+
+    /// Where the answer to a message comes. It is as large as it must be, because spare room would cost the client
+    /// another allocation.
+    fn reply_to(&self, number: u64) -> Subject {
+        let digits = number.checked_ilog10().unwrap_or(0) as usize + 1;
+        let mut reply = String::with_capacity(self.replies.len() + digits);
+        reply.push_str(&self.replies);
+        _ = write!(reply, "{number}");
+        reply.into()
     }
 
     /// Waits for the next answer: the number of the message and what became of it. None when the client is closed.
@@ -182,16 +269,6 @@ impl Publisher {
         use futures_util::FutureExt;
         self.answer().now_or_never().flatten()
     }
-}
-
-/// The size of the headers on the wire.
-fn header_bytes(headers: &HeaderMap) -> usize {
-    const FRAME: usize = "NATS/1.0\r\n\r\n".len();
-    let line = |(name, values): (&HeaderName, &Vec<async_nats::HeaderValue>)| -> usize {
-        let name: &str = name.as_ref();
-        values.iter().map(|value| name.len() + value.as_str().len() + 4).sum()
-    };
-    FRAME + headers.iter().map(line).sum::<usize>()
 }
 
 #[derive(Deserialize)]
@@ -227,6 +304,33 @@ fn read(payload: &[u8]) -> Answer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn messages_of_one_kind_share_nothing_but_what_they_have_in_common() {
+        let event = |n: u128, event_type: &str, key: Option<&str>| Envelope {
+            id: uuid::Uuid::from_u128(n).into(),
+            event_type: event_type.into(),
+            version: 1,
+            key: key.map(str::to_string),
+            source: "/s".into(),
+            time: chrono::DateTime::UNIX_EPOCH,
+            sequence: n as i64,
+            headers: [("X-N".to_string(), n.to_string())].into(),
+            content_type: "application/json".into(),
+            payload: Bytes::from(n.to_string()),
+        };
+        let mut messages = Messages::new(SubjectPrefix::default());
+        let events = [event(1, "a", Some("k")), event(2, "a", None), event(3, "b", None), event(4, "a", Some("l"))];
+        for event in events {
+            let message = messages.message(&event);
+            assert_eq!(message.subject.as_str(), format!("events.{}", event.event_type));
+            let mut expected = HeaderMap::new();
+            for (name, value) in event.to_headers() {
+                expected.append(name.as_ref(), value.as_ref());
+            }
+            assert_eq!((message.headers, message.payload), (expected, event.payload));
+        }
+    }
 
     #[test]
     fn answers_are_read_as_the_server_writes_them() {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use async_nats::jetstream::Context;
-use async_nats::jetstream::message::StreamMessage;
+pub(crate) use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::{RawMessageError, RawMessageErrorKind, Stream};
 use chrono::{DateTime, Utc};
 use futures_util::future::try_join_all;

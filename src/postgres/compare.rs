@@ -10,6 +10,7 @@ use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
 use super::session::Session;
+use super::snapshot::Mark;
 use super::window;
 
 /// A row of the outbox that a message says it was made of.
@@ -167,6 +168,29 @@ pub(crate) async fn placed(
     .bind(limit)
     .fetch_all(connection)
     .await
+}
+
+/// Settles the open findings of a kind about events that `mark` does not hold: what they say has to be looked at again.
+pub(crate) async fn forget_behind(
+    connection: &mut Session,
+    reconciler: &str,
+    kind: &str,
+    mark: &Mark,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update aftercommit.finding f set state = 'gone', settled_at = clock_timestamp()
+           from aftercommit.outbox o
+          where f.name = $1 and f.kind = $2 and f.state = 'open' and o.id = f.outbox_id and o.id > $3
+            and (o.id > $4 or not pg_visible_in_snapshot(o.xid, $5::text::pg_snapshot))",
+    )
+    .bind(reconciler)
+    .bind(kind)
+    .bind(mark.floor)
+    .bind(mark.last_id)
+    .bind(mark.snapshot.to_string())
+    .execute(connection)
+    .await
+    .map(drop)
 }
 
 /// An event that has been parked for long.

@@ -79,40 +79,14 @@ pub(crate) async fn tables(connection: &mut Session) -> Result<Tables, sqlx::Err
     Ok(Tables { outbox: row.try_get(0)?, migrations: row.try_get(1)?, readable: row.try_get(2)? })
 }
 
-/// What the current role lacks of the rights that a relay needs, as the statements that grant it.
-pub(crate) async fn missing_grants(connection: &mut Session) -> Result<Vec<String>, sqlx::Error> {
-    // After a restore into another cluster the relay stamps the rows of the outbox anew: update (xid).
+/// Whether the role may do anything in the schema, so that no rights need to be counted.
+pub(crate) async fn unlimited(connection: &mut Session) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar(
-        "with needed (relation, privilege, columns) as (values
-             ('outbox', 'select', null), ('outbox', 'delete', null), ('outbox', 'update', 'xid'),
-             ('lease', 'select', null), ('lease', 'insert', null), ('lease', 'update', null),
-             ('relay_log', 'select', null), ('relay_log', 'insert', null), ('relay_log', 'delete', null),
-             ('relay_status', 'select', null), ('relay_status', 'insert', null), ('relay_status', 'update', null),
-             ('parked', 'select', null), ('parked', 'insert', null), ('parked', 'update', null),
-             ('pause', 'select', null),
-             ('repair', 'select', null), ('repair', 'update', null), ('repair', 'delete', null)
-         ), missing as (
-             select relation, string_agg(privilege || coalesce(' (' || columns || ')', ''), ', ' order by privilege) as rights
-               from needed
-               join pg_namespace n on n.nspname = 'aftercommit'
-               join pg_class c on c.relnamespace = n.oid and c.relname = needed.relation
-              where not case when columns is null then has_table_privilege(c.oid, privilege)
-                             else has_column_privilege(c.oid, columns, privilege) end
-              group by relation
-         )
-         select format('grant usage on schema aftercommit to %I', current_user) as statement
-           from pg_namespace where nspname = 'aftercommit' and not has_schema_privilege(oid, 'usage')
-         union all
-         select format('grant %s on aftercommit.%I to %I', rights, relation, current_user) from missing
-         union all
-         select format('grant select on sequence aftercommit.outbox_id_seq to %I', current_user)
-           from pg_class c join pg_namespace n on n.oid = c.relnamespace
-          where n.nspname = 'aftercommit' and c.relname = 'outbox_id_seq' and not has_sequence_privilege(c.oid, 'select')
-         union all
-         select format('grant execute on function pg_control_system() to %I', current_user)
-          where not has_function_privilege('pg_catalog.pg_control_system()', 'execute')",
+        "select rolsuper or exists (select from pg_class c join pg_namespace n on n.oid = c.relnamespace
+                                     where n.nspname = 'aftercommit' and c.relname = 'outbox' and pg_has_role(c.relowner, 'usage'))
+           from pg_roles where rolname = current_user",
     )
-    .fetch_all(connection)
+    .fetch_one(connection)
     .await
 }
 

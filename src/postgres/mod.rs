@@ -1,9 +1,15 @@
 //! Everything that speaks SQL. One module per concern; functions take a session or an open transaction.
 
 pub(crate) mod audit;
+#[cfg(feature = "cli")]
+pub(crate) mod bench;
+#[cfg(feature = "cli")]
+pub(crate) mod bench_publish;
+#[cfg(feature = "cli")]
+pub(crate) mod bench_work;
 pub(crate) mod compare;
 pub(crate) mod connections;
-#[cfg(all(unix, feature = "testing"))]
+#[cfg(any(feature = "cli", all(unix, feature = "testing")))]
 pub(crate) mod database;
 pub(crate) mod dead_letter;
 pub(crate) mod doctor;
@@ -27,6 +33,7 @@ pub(crate) mod relay_status;
 pub(crate) mod repair;
 pub(crate) mod resend;
 pub(crate) mod restamp;
+pub(crate) mod rights;
 pub(crate) mod running;
 pub(crate) mod session;
 pub(crate) mod snapshot;
@@ -119,7 +126,7 @@ pub(crate) fn database_error(doing: impl Into<String>, error: sqlx::Error) -> Er
                 _ => "",
             };
             let code = db.code().unwrap_or_default().into_owned();
-            Error::new(ErrorKind::Database, format!("{doing}: {} [{code}]{hint}", db.message()))
+            Error::new(ErrorKind::Database, format!("{doing}: {} [{code}]{hint}", without_values(&*db)))
         }
         other => Error::with_source(ErrorKind::Database, doing, other),
     }
@@ -150,7 +157,7 @@ pub(crate) fn is_outage(error: &sqlx::Error) -> bool {
     }
 }
 
-/// An error with its causes, on one line, without the server's DETAIL, as a text column takes it.
+/// An error with its causes, on one line, without the server's DETAIL and without values, as a text column takes it.
 pub(crate) fn describe(error: &(dyn StdError + 'static)) -> String {
     // What stands behind an error of the server is that error again.
     let server = causes(error).position(|cause| matches!(cause.downcast_ref(), Some(sqlx::Error::Database(_))));
@@ -162,8 +169,21 @@ pub(crate) fn describe(error: &(dyn StdError + 'static)) -> String {
 pub(crate) fn message(error: &sqlx::Error) -> String {
     match error {
         sqlx::Error::Database(database) if is_mixed_up(&**database) => format!("{}{POOLED}", database.message()),
-        sqlx::Error::Database(database) => database.message().to_string(),
+        sqlx::Error::Database(database) => without_values(&**database),
         other => other.to_string(),
+    }
+}
+
+/// The server's message. That of a value that does not fit (SQLSTATE class 22) quotes the value, which may be a part of a
+/// payload, so it is left out.
+fn without_values(error: &dyn DatabaseError) -> String {
+    let message = error.message();
+    let quotes = message.find(['"', '«', '„', '“']).zip(message.rfind(['"', '»', '“', '”']));
+    match quotes {
+        Some((first, last)) if first < last && error.code().is_some_and(|code| code.starts_with("22")) => {
+            format!("{}…{}", &message[..first], message[last..].trim_start_matches(['"', '»', '“', '”']))
+        }
+        _ => message.to_string(),
     }
 }
 

@@ -16,7 +16,8 @@ pub(crate) struct Queued {
 
 /// Queues events of the outbox that are missing in the stream as it was at `at`, and returns which ones. `seen` is where
 /// each had been put by an earlier repair, as the caller knows it: one that has been repaired anew meanwhile is left
-/// alone. Nothing is queued when the relay has gone back behind `at` since, because then it publishes them by itself.
+/// alone. Nothing is queued when the relay has gone back behind `at` since, because then it publishes them by itself; and
+/// should it go back at this moment, [`leave_to_window`] waits for the end of this, or this for the end of that.
 pub(crate) async fn queue(
     connection: &mut Session,
     stream: &str,
@@ -24,7 +25,10 @@ pub(crate) async fn queue(
     ids: &[i64],
     seen: &[Option<i64>],
 ) -> Result<Vec<i64>, sqlx::Error> {
-    sqlx::query_scalar(
+    let mut tx = connection.begin().await?;
+    // Before the statement that looks at the log, so that it sees what a relay did that went back meanwhile.
+    sqlx::query("lock table aftercommit.repair in row exclusive mode").execute(&mut tx).await?;
+    let queued = sqlx::query_scalar(
         "insert into aftercommit.repair as r (outbox_id, event_id, key, sequence)
          select o.id, o.event_id, o.key, t.seen
            from unnest($1::bigint[], $2::bigint[]) as t(id, seen)
@@ -43,8 +47,10 @@ pub(crate) async fn queue(
     .bind(at.seq)
     .bind(stream)
     .bind(at.sequence.cast_signed())
-    .fetch_all(connection)
-    .await
+    .fetch_all(&mut tx)
+    .await?;
+    tx.commit().await?;
+    Ok(queued)
 }
 
 /// The next repairs in the order of the outbox. With `block`, none of a key that has an earlier event which the stream
@@ -109,6 +115,8 @@ pub(crate) async fn rename(connection: &mut Session, outbox_id: i64) -> Result<(
 /// Takes those repairs out of the queue that the state `seq` of the relay's log does not count as settled: its leader
 /// publishes them with their window.
 pub(super) async fn leave_to_window(tx: &mut Tx<'_>, seq: i64) -> Result<(), sqlx::Error> {
+    // Whoever queues repairs without having seen that state has to be done.
+    sqlx::query("lock table aftercommit.repair in share row exclusive mode").execute(&mut *tx).await?;
     sqlx::query(
         "delete from aftercommit.repair r using aftercommit.outbox o, aftercommit.relay_log l
           where r.state = 'queued' and o.id = r.outbox_id and l.seq = $1 and o.id > l.settled_floor

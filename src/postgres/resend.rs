@@ -18,31 +18,37 @@ use crate::envelope::Envelope;
 pub(crate) enum Known {
     /// It is neither done nor waits to be run again.
     Not,
+    /// It is not done, and waits to be run again.
+    Waits,
     /// It is there so many times, which the primary key does not allow.
     Times(i64),
 }
 
-/// Those of some events that are not in the inbox just once, and that do not wait to be run again either.
+/// Those of some events that are not in the inbox just once.
 pub(crate) async fn unhandled(
     session: &mut Session,
     subscriber: &str,
     events: &[Uuid],
 ) -> Result<HashMap<Uuid, Known>, sqlx::Error> {
-    let rows: Vec<(Uuid, i64)> = sqlx::query_as(
-        "select event_id, times
+    let rows: Vec<(Uuid, i64, bool)> = sqlx::query_as(
+        "select event_id, times, exists (select from aftercommit.redrive r
+                                          where r.subscriber = $1 and r.event_id = looked_up.event_id)
            from (select event_id,
                         (select count(*) from aftercommit.inbox i
                           where i.subscriber = $1 and i.event_id = e.event_id) as times
                    from unnest($2::uuid[]) as e(event_id)) as looked_up
-          where times <> 1
-            and (times > 0 or not exists (select from aftercommit.redrive r
-                                           where r.subscriber = $1 and r.event_id = looked_up.event_id))",
+          where times <> 1",
     )
     .bind(subscriber)
     .bind(events)
     .fetch_all(session)
     .await?;
-    Ok(rows.into_iter().map(|(id, times)| (id, if times == 0 { Known::Not } else { Known::Times(times) })).collect())
+    let known = |(id, times, waits)| match (times, waits) {
+        (0, true) => (id, Known::Waits),
+        (0, false) => (id, Known::Not),
+        (times, _) => (id, Known::Times(times)),
+    };
+    Ok(rows.into_iter().map(known).collect())
 }
 
 /// How many events of a part of the stream the inbox has, and the digest of their ids, as the outbox computes it.
@@ -205,41 +211,22 @@ pub(crate) async fn settle_handled(
 
 /// Writes down of open findings that their events are on their way.
 pub(crate) async fn mark_repairing(
-    session: &mut Session,
+    tx: &mut Tx<'_>,
     name: &str,
     kind: &str,
-    subscriber: &str,
+    events: &[Uuid],
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "update aftercommit.finding f set state = $4
-          where name = $1 and kind = $2 and state = 'open'
-            and exists (select from aftercommit.redrive r where r.subscriber = $3 and r.event_id = f.event_id)",
+        "update aftercommit.finding set state = $4
+          where name = $1 and kind = $2 and state = 'open' and item = any($3)",
     )
     .bind(name)
     .bind(kind)
-    .bind(subscriber)
+    .bind(events.iter().map(Uuid::to_string).collect::<Vec<_>>())
     .bind(State::Repairing.as_str())
-    .execute(session)
+    .execute(tx)
     .await
     .map(drop)
-}
-
-/// The lowest stream sequence, from `first` on, of findings that nothing was done about, if there are any.
-pub(crate) async fn lowest_open(
-    session: &mut Session,
-    name: &str,
-    kind: &str,
-    first: i64,
-) -> Result<Option<i64>, sqlx::Error> {
-    sqlx::query_scalar(
-        "select min(stream_seq) from aftercommit.finding
-          where name = $1 and kind = $2 and state = 'open' and stream_seq >= $3",
-    )
-    .bind(name)
-    .bind(kind)
-    .bind(first)
-    .fetch_one(session)
-    .await
 }
 
 /// Settles what the run that looked at everything behind a sequence did not find there again, and what lies before the
@@ -268,17 +255,27 @@ pub(crate) async fn settle_lost(
     .map(drop)
 }
 
-/// The events of findings that nothing was done about, behind an outbox id and in its order.
+/// A finding about an event that nothing was done about.
+#[derive(Debug, sqlx::FromRow)]
+pub(crate) struct Open {
+    pub(crate) id: i64,
+    pub(crate) event_id: Uuid,
+    pub(crate) key: Option<String>,
+    pub(crate) outbox_id: Option<i64>,
+    pub(crate) stream_seq: Option<i64>,
+}
+
+/// The next ones of a kind behind the finding `after`.
 pub(crate) async fn open(
     session: &mut Session,
     name: &str,
     kind: &str,
     after: i64,
     limit: i64,
-) -> Result<Vec<(i64, Uuid)>, sqlx::Error> {
+) -> Result<Vec<Open>, sqlx::Error> {
     sqlx::query_as(
-        "select outbox_id, event_id from aftercommit.finding
-          where name = $1 and kind = $2 and state = 'open' and outbox_id > $3 order by outbox_id limit $4",
+        "select id, event_id, key, outbox_id, stream_seq from aftercommit.finding
+          where name = $1 and kind = $2 and state = 'open' and event_id is not null and id > $3 order by id limit $4",
     )
     .bind(name)
     .bind(kind)

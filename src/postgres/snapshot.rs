@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 /// A `pg_snapshot`: `xmin:xmax:xip`, as the PostgreSQL documentation describes it in section 9.27.8.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Snapshot {
     xmin: u64,
     xmax: u64,
@@ -55,7 +55,7 @@ impl fmt::Display for Snapshot {
 /// A moment of the outbox: a snapshot, then the last id that was handed out, then the next transaction id, read in
 /// this order. It tells every row that the snapshot does not see without looking at those that it does: such a row
 /// has an id above `last_id`, or its transaction is one of [`Mark::running`].
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Mark {
     pub(crate) snapshot: Snapshot,
     pub(crate) last_id: i64,

@@ -23,6 +23,7 @@ pub use item::{Drift, ItemError, Reconciler};
 pub use monitor::Monitor;
 pub use outbox::OutboxLeg;
 pub use runner::Runner;
+pub(crate) use runner::{Definition, check};
 pub(crate) use subscriber::Sending;
 pub use subscriber::{ConsumerLeg, InboxLeg, Subscription};
 

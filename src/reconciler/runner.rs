@@ -79,9 +79,7 @@ const SHORT_LOOK: Duration = Duration::from_millis(50);
 /// ```
 pub struct Runner {
     postgres: PostgresConfig,
-    jobs: Vec<Arc<dyn Job>>,
-    /// Mistakes in the definition, reported when something is run.
-    problems: Vec<String>,
+    jobs: Vec<Definition>,
     samples: watch::Sender<Option<Sample>>,
 }
 
@@ -89,27 +87,36 @@ impl Runner {
     /// A runner without reconcilers. `postgres` is the database in which they work, and in which their runs and findings
     /// are recorded.
     pub fn new(postgres: PostgresConfig) -> Self {
-        Self { postgres, jobs: Vec::new(), problems: Vec::new(), samples: watch::Sender::new(None) }
+        Self { postgres, jobs: Vec::new(), samples: watch::Sender::new(None) }
     }
 
     /// Adds a reconciler.
     #[must_use]
-    pub fn reconciler(mut self, reconciler: impl Reconciler) -> Self {
-        self.problems.extend(super::item::problem(&reconciler));
-        self.job(ItemJob::new(reconciler))
+    pub fn reconciler(self, reconciler: impl Reconciler) -> Self {
+        self.defined(Definition::of(reconciler))
     }
 
     /// Adds anything that can be run.
     #[must_use]
-    pub(crate) fn job(mut self, job: impl Job) -> Self {
-        self.jobs.push(Arc::new(job));
+    pub(crate) fn job(self, job: impl Job) -> Self {
+        self.defined(Definition { job: Arc::new(job), problem: None })
+    }
+
+    #[must_use]
+    pub(crate) fn defined(mut self, definition: Definition) -> Self {
+        self.jobs.push(definition);
         self
+    }
+
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.jobs.is_empty()
     }
 
     /// Tells how the reconcilers are doing while the runner runs.
     pub fn monitor(&self) -> Monitor {
         let watched =
-            self.jobs.iter().map(|job| Watched { name: job.name().into(), interval: job.schedule().interval });
+            self.jobs.iter().map(|job| Watched { name: job.name().into(), interval: job.job.schedule().interval });
         Monitor::new(watched.collect(), self.samples.subscribe())
     }
 
@@ -125,7 +132,7 @@ impl Runner {
         let mut tasks = JoinSet::new();
         let names = self.jobs.iter().map(|job| job.name().to_string()).collect();
         tasks.spawn(sample(Arc::clone(&executor.connections), names, self.samples, shutdown.clone()));
-        for job in self.jobs {
+        for Definition { job, .. } in self.jobs {
             tasks.spawn(serve(executor.clone(), job, shutdown.clone()));
         }
         while let Some(ended) = tasks.join_next().await {
@@ -159,21 +166,14 @@ impl Runner {
     }
 
     fn find(&self, name: &str) -> Result<&dyn Job, Error> {
-        self.jobs.iter().map(Arc::as_ref).find(|job| job.name() == name).ok_or_else(|| {
-            let names: Vec<&str> = self.jobs.iter().map(|job| job.name()).collect();
+        self.jobs.iter().map(|job| &*job.job).find(|job| job.name() == name).ok_or_else(|| {
+            let names: Vec<&str> = self.jobs.iter().map(Definition::name).collect();
             Error::new(ErrorKind::Config, format!("there is no reconciler {name}, only {}", names.join(", ")))
         })
     }
 
     fn executor(&self) -> Result<Executor, Error> {
-        let config = |text| Err(Error::new(ErrorKind::Config, text));
-        if let Some(problem) = self.problems.first() {
-            return config(problem.clone());
-        }
-        let mut names = BTreeSet::new();
-        if let Some(job) = self.jobs.iter().find(|job| !names.insert(job.name())) {
-            return config(format!("two reconcilers are called {}: each needs a name of its own", job.name()));
-        }
+        check(&self.jobs)?;
         let connections = Arc::new(Connections::new(&self.postgres, "aftercommit-reconciler")?);
         Ok(Executor { connections, process: lease::new_holder() })
     }
@@ -181,9 +181,46 @@ impl Runner {
 
 impl fmt::Debug for Runner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names: Vec<&str> = self.jobs.iter().map(|job| job.name()).collect();
+        let names: Vec<&str> = self.jobs.iter().map(Definition::name).collect();
         f.debug_struct("Runner").field("reconcilers", &names).finish_non_exhaustive()
     }
+}
+
+/// A reconciler that is to be run.
+#[derive(Clone)]
+pub(crate) struct Definition {
+    job: Arc<dyn Job>,
+    /// What is wrong with it, reported when something is run.
+    problem: Option<String>,
+}
+
+impl Definition {
+    pub(crate) fn of(reconciler: impl Reconciler) -> Self {
+        Self { problem: super::item::problem(&reconciler), job: Arc::new(ItemJob::new(reconciler)) }
+    }
+
+    fn name(&self) -> &str {
+        self.job.name()
+    }
+}
+
+impl fmt::Debug for Definition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Finds what cannot work.
+pub(crate) fn check(definitions: &[Definition]) -> Result<(), Error> {
+    let config = |text| Err(Error::new(ErrorKind::Config, text));
+    if let Some(problem) = definitions.iter().find_map(|definition| definition.problem.clone()) {
+        return config(problem);
+    }
+    let mut names = BTreeSet::new();
+    if let Some(twice) = definitions.iter().find(|definition| !names.insert(definition.name())) {
+        return config(format!("two reconcilers are called {}: each needs a name of its own", twice.name()));
+    }
+    Ok(())
 }
 
 /// Runs one job whenever it is due.

@@ -1,4 +1,4 @@
-//! Moves the events of a window into the stream in atomic batches, one at a time.
+//! Moves the events of a window into the stream in atomic batches, stored one at a time.
 //!
 //! With `sync_interval: always` the server writes each single message to disk before it answers, but a batch only once.
 
@@ -24,50 +24,118 @@ pub(super) struct BatchPump<'a> {
     pub(super) setting: Setting<'a>,
 }
 
+/// A batch by the numbers of its messages.
+#[derive(Debug, Clone, Copy)]
+struct Batch {
+    first: u64,
+    size: usize,
+}
+
+impl Batch {
+    fn last(self) -> u64 {
+        self.first + self.size as u64 - 1
+    }
+}
+
+/// Whether there is more to publish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Filled {
+    /// Something waits.
+    More,
+    /// The window ends here.
+    End,
+    /// The relay is to publish no more.
+    Told,
+}
+
+/// A batch that waits for its last message, which commits it.
+struct Staged {
+    batch: Batch,
+    id: String,
+    behind: u64,
+    last: Prepared,
+}
+
 impl BatchPump<'_> {
+    /// Publishes what waits, and then what comes. While a batch is being stored the next one is sent, all but its last
+    /// message: that goes out when the one before is known to be stored, so that no batch takes another one's place.
     pub(super) async fn run(
         mut self,
-        mut chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+        chunks: &mut mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+        mut waiting: VecDeque<Prepared>,
     ) -> Result<Pumped, Error> {
         let connection = self.setting.connection.clone();
         let mut lost = std::pin::pin!(connection.lost());
-        let mut told_to_stop = std::pin::pin!(stop(self.setting.shutdown.clone(), self.setting.paused.clone()));
-        let mut waiting: VecDeque<Prepared> = VecDeque::new();
         if !connection.is_up() {
             return Ok(Pumped::Doubt(Doubt::ConnectionLost));
         }
+        tokio::select! {
+            biased;
+            () = &mut lost => Ok(Pumped::Doubt(Doubt::ConnectionLost)),
+            pumped = self.pump(chunks, &mut waiting) => pumped,
+        }
+    }
+
+    async fn pump(
+        &mut self,
+        chunks: &mut mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+        waiting: &mut VecDeque<Prepared>,
+    ) -> Result<Pumped, Error> {
+        let mut under_way: Option<Batch> = None;
         loop {
-            while waiting.len() < BATCH {
-                // What has been read goes out without waiting for more.
-                let chunk = match chunks.try_recv() {
-                    Ok(chunk) => Some(chunk),
-                    Err(_) if !waiting.is_empty() => break,
-                    Err(_) => tokio::select! {
-                        chunk = chunks.recv() => chunk,
-                        () = &mut told_to_stop => return Ok(Pumped::Stopped),
-                    },
-                };
-                match chunk {
-                    Some(chunk) => waiting.extend(chunk?),
-                    None => return Ok(Pumped::Done),
-                }
-            }
-            let stored = tokio::select! {
-                biased;
-                () = &mut lost => return Ok(Pumped::Doubt(Doubt::ConnectionLost)),
-                stored = self.batch(&mut waiting) => stored?,
+            let filled = self.fill(chunks, waiting).await?;
+            let staged = match filled {
+                Filled::More => match self.stage(waiting).await? {
+                    Ok(staged) => staged,
+                    Err(doubt) => return Ok(Pumped::Doubt(doubt)),
+                },
+                // What is being stored is still heard out, so that the next leader finds a quiet stream.
+                Filled::End | Filled::Told => None,
             };
-            if let Some(doubt) = stored {
+            if let Some(batch) = under_way.take()
+                && let Some(doubt) = self.hear(batch, staged.as_ref()).await?
+            {
                 return Ok(Pumped::Doubt(doubt));
             }
-            if self.setting.is_told_to_stop() {
-                return Ok(Pumped::Stopped);
+            match staged {
+                Some(staged) => match self.commit(staged).await? {
+                    Ok(batch) => under_way = Some(batch),
+                    Err(doubt) => return Ok(Pumped::Doubt(doubt)),
+                },
+                None if filled == Filled::End => return Ok(Pumped::Done),
+                None => return Ok(Pumped::Stopped),
             }
         }
     }
 
-    /// Sends the next batch and waits until it is stored.
-    async fn batch(&mut self, waiting: &mut VecDeque<Prepared>) -> Result<Option<Doubt>, Error> {
+    /// Takes in what has been read, without waiting for more than it needs.
+    async fn fill(
+        &mut self,
+        chunks: &mut mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+        waiting: &mut VecDeque<Prepared>,
+    ) -> Result<Filled, Error> {
+        if self.setting.is_told_to_stop() {
+            return Ok(Filled::Told);
+        }
+        while waiting.len() < BATCH {
+            let chunk = match chunks.try_recv() {
+                Ok(chunk) => Some(chunk),
+                Err(_) if !waiting.is_empty() => break,
+                Err(_) => tokio::select! {
+                    chunk = chunks.recv() => chunk,
+                    () = stop(self.setting.shutdown.clone(), self.setting.paused.clone()) => return Ok(Filled::Told),
+                },
+            };
+            match chunk {
+                Some(chunk) => waiting.extend(chunk?),
+                None => return Ok(Filled::End),
+            }
+        }
+        Ok(Filled::More)
+    }
+
+    /// Sends the next batch but for its last message.
+    async fn stage(&mut self, waiting: &mut VecDeque<Prepared>) -> Result<Result<Option<Staged>, Doubt>, Error> {
         let mut bytes = 0;
         let fits = |prepared: &&Prepared| {
             bytes += prepared.event.bytes;
@@ -75,41 +143,68 @@ impl BatchPump<'_> {
         };
         let size = waiting.iter().take(BATCH).take_while(fits).count().max(1);
         let id = Uuid::new_v4().simple().to_string();
-        let behind = self.chain.sequence();
-        let first = self.chain.next_number();
-        for position in 1..=size {
-            let Some(Prepared { mut event, message }) = waiting.pop_front() else { break };
-            let place = BatchPlace { id: &id, position, last: position == size, behind };
-            let sending = self.publisher.send_in_batch(self.chain.next_number(), message, place);
-            let Ok(sent) = tokio::time::timeout(self.setting.limits.ack_timeout, sending).await else {
-                return Ok(Some(Doubt::Timeout { complaint: self.setting.connection.complaint() }));
-            };
-            match sent {
-                Ok(()) => {
-                    event.sent_at = Some(std::time::Instant::now());
-                    self.chain.sent(event);
-                    fault::point("relay-sent");
-                }
-                Err(SendError::TooLarge { limit }) => {
-                    return Ok(Some(Doubt::TooLarge { event: Box::new(event), limit }));
-                }
-                Err(SendError::Closed) => return Err(closed()),
+        let batch = Batch { first: self.chain.next_number(), size };
+        let behind = self.chain.predecessor().sequence;
+        for position in 1..size {
+            let Some(prepared) = waiting.pop_front() else { break };
+            let place = BatchPlace { id: &id, position, last: false, behind };
+            if let Some(doubt) = self.send(prepared, place).await? {
+                return Ok(Err(doubt));
             }
         }
-        self.setting.progress.under_way(size);
-        let last = first + size as u64 - 1;
-        match tokio::time::timeout(self.setting.limits.ack_timeout, self.committed(first, last)).await {
-            Ok(outcome) => outcome,
-            Err(_) => Ok(Some(Doubt::Timeout { complaint: self.setting.connection.complaint() })),
+        Ok(Ok(waiting.pop_front().map(|last| Staged { batch, id, behind, last })))
+    }
+
+    /// Sends the last message of a batch.
+    async fn commit(&mut self, staged: Staged) -> Result<Result<Batch, Doubt>, Error> {
+        let Staged { batch, id, behind, last } = staged;
+        let place = BatchPlace { id: &id, position: batch.size, last: true, behind };
+        Ok(match self.send(last, place).await? {
+            Some(doubt) => Err(doubt),
+            None => {
+                self.setting.progress.under_way(batch.size);
+                Ok(batch)
+            }
+        })
+    }
+
+    async fn send(&mut self, prepared: Prepared, place: BatchPlace<'_>) -> Result<Option<Doubt>, Error> {
+        let Prepared { mut event, message } = prepared;
+        let sending = self.publisher.send_in_batch(self.chain.next_number(), message, place);
+        let Ok(sent) = tokio::time::timeout(self.setting.limits.ack_timeout, sending).await else {
+            return Ok(Some(self.timeout()));
+        };
+        match sent {
+            Ok(()) => {
+                event.sent_at = Some(std::time::Instant::now());
+                self.chain.sent(event);
+                fault::point("relay-sent");
+                Ok(None)
+            }
+            Err(SendError::TooLarge { limit }) => Ok(Some(Doubt::TooLarge { event: Box::new(event), limit })),
+            Err(SendError::Closed) => Err(closed()),
         }
     }
 
-    async fn committed(&mut self, first: u64, last: u64) -> Result<Option<Doubt>, Error> {
+    /// Waits until a batch is stored.
+    async fn hear(&mut self, batch: Batch, next: Option<&Staged>) -> Result<Option<Doubt>, Error> {
+        let next = next.map(|next| next.batch.first);
+        match tokio::time::timeout(self.setting.limits.ack_timeout, self.committed(batch, next)).await {
+            Ok(outcome) => outcome,
+            Err(_) => Ok(Some(self.timeout())),
+        }
+    }
+
+    fn timeout(&self) -> Doubt {
+        Doubt::Timeout { complaint: self.setting.connection.complaint() }
+    }
+
+    async fn committed(&mut self, batch: Batch, next: Option<u64>) -> Result<Option<Doubt>, Error> {
         loop {
             let Some((number, answer)) = self.publisher.answer().await else { return Err(closed()) };
             match answer {
-                Answer::Stored { stream, sequence, .. } if number == last => {
-                    return Ok(match self.chain.committed(stream, sequence) {
+                Answer::Stored { stream, sequence, .. } if number == batch.last() => {
+                    return Ok(match self.chain.committed(batch.size, stream, sequence) {
                         Ok(stored) => {
                             self.setting.progress.stored(&stored, self.chain.sequence());
                             fault::point("relay-acknowledged");
@@ -118,8 +213,8 @@ impl BatchPump<'_> {
                         Err(doubt) => Some(doubt),
                     });
                 }
-                // The batch is open.
-                Answer::Unreadable if number == first && number != last => {}
+                // This batch, or the next one, is open.
+                Answer::Unreadable if (number == batch.first && batch.size > 1) || Some(number) == next => {}
                 other => return Ok(self.chain.answered(number, other).err()),
             }
         }

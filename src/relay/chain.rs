@@ -19,8 +19,8 @@ pub(super) struct Sent {
     pub(super) event_id: Uuid,
     /// The ordering key.
     pub(super) key: Option<String>,
-    /// `Nats-Msg-Id`: the event's id, except for one that the server would take for a repeat although it is gone.
-    pub(super) message_id: String,
+    /// Its `Nats-Msg-Id` when that is not the event's id: the server would take it for a repeat of one that is gone.
+    pub(super) renamed: Option<String>,
     pub(super) bytes: usize,
     /// When it was written, by the database's clock.
     pub(super) created_at: DateTime<Utc>,
@@ -29,6 +29,11 @@ pub(super) struct Sent {
 }
 
 impl Sent {
+    /// Its `Nats-Msg-Id`.
+    pub(super) fn message_id(&self) -> String {
+        self.renamed.clone().unwrap_or_else(|| self.event_id.to_string())
+    }
+
     /// One line per event, to be joined with the publisher's and the worker's by its id.
     pub(super) fn tell_published(&self, stream: &str, sequence: u64) {
         tracing::debug!(event_id = %self.event_id, outbox_id = self.outbox_id, stream, sequence, "event published");
@@ -40,6 +45,7 @@ impl Sent {
 pub(super) struct Chain {
     stream: String,
     sequence: u64,
+    /// The id of the last message that is known to be stored; kept while nothing is under way.
     message_id: Option<String>,
     under_way: VecDeque<(Sent, bool)>,
     bytes: usize,
@@ -147,31 +153,32 @@ impl Chain {
         else {
             return Ok(Vec::new());
         };
+        if let Answer::Stored { stream, sequence, duplicate: false } = &answer
+            && *stream == self.stream
+            && *sequence == expected
+        {
+            *stored = true;
+            return Ok(self.advance());
+        }
         let event = Box::new(event.clone());
         match answer {
             Answer::Stored { sequence, duplicate: true, .. } => Err(Doubt::Duplicate { event, sequence }),
-            Answer::Stored { stream, sequence, .. } if stream != self.stream || sequence != expected => {
-                Err(Doubt::Misplaced { event, stream, sequence })
-            }
-            Answer::Stored { .. } => {
-                *stored = true;
-                Ok(self.advance())
-            }
+            Answer::Stored { stream, sequence, .. } => Err(Doubt::Misplaced { event, stream, sequence }),
             Answer::Refused { code, description } => Err(Doubt::Refused { event, code, description }),
             Answer::NoResponders => Err(Doubt::NoResponders),
             Answer::Unreadable => Err(Doubt::Unreadable),
         }
     }
 
-    /// Takes in that all messages under way were stored together, the last of them under `sequence`.
-    pub(super) fn committed(&mut self, stream: String, sequence: u64) -> Result<Vec<Sent>, Doubt> {
-        let expected = self.sequence + self.under_way.len() as u64;
-        match self.under_way.back() {
+    /// Takes in that the first `size` messages under way were stored together, the last of them under `sequence`.
+    pub(super) fn committed(&mut self, size: usize, stream: String, sequence: u64) -> Result<Vec<Sent>, Doubt> {
+        let expected = self.sequence + size as u64;
+        match size.checked_sub(1).and_then(|last| self.under_way.get(last)) {
             Some((event, _)) if stream != self.stream || sequence != expected => {
                 Err(Doubt::Misplaced { event: Box::new(event.clone()), stream, sequence })
             }
             _ => {
-                self.under_way.iter_mut().for_each(|(_, stored)| *stored = true);
+                self.under_way.iter_mut().take(size).for_each(|(_, stored)| *stored = true);
                 Ok(self.advance())
             }
         }
@@ -183,9 +190,11 @@ impl Chain {
             self.sequence += 1;
             self.first_number += 1;
             self.bytes -= event.bytes;
-            self.message_id = Some(event.message_id.clone());
             event.tell_published(&self.stream, self.sequence);
             done.push(event);
+        }
+        if let (Some(last), true) = (done.last(), self.under_way.is_empty()) {
+            self.message_id = Some(last.message_id());
         }
         done
     }
@@ -195,7 +204,7 @@ impl Chain {
         Predecessor {
             sequence: self.sequence + self.under_way.len() as u64,
             message_id: match self.under_way.back() {
-                Some((event, _)) => Some(event.message_id.clone()),
+                Some((event, _)) => Some(event.message_id()),
                 None => self.message_id.clone(),
             },
         }
@@ -211,7 +220,7 @@ mod tests {
             outbox_id,
             event_id: Uuid::nil(),
             key: None,
-            message_id: format!("m{outbox_id}"),
+            renamed: Some(format!("m{outbox_id}")),
             bytes: 10,
             created_at: DateTime::UNIX_EPOCH,
             sent_at: None,
@@ -257,10 +266,11 @@ mod tests {
     #[test]
     fn a_batch_is_stored_as_a_whole() {
         let mut chain = chain(3);
-        assert!(chain.committed("E".into(), 42).is_err(), "one is missing");
-        assert!(chain.committed("F".into(), 43).is_err(), "another stream");
-        assert_eq!(chain.committed("E".into(), 43), Ok(vec![event(1), event(2), event(3)]));
-        assert_eq!((chain.sequence(), chain.load()), (43, (0, 0)));
+        assert!(chain.committed(3, "E".into(), 42).is_err(), "one is missing");
+        assert!(chain.committed(3, "F".into(), 43).is_err(), "another stream");
+        chain.sent(event(4));
+        assert_eq!(chain.committed(3, "E".into(), 43), Ok(vec![event(1), event(2), event(3)]));
+        assert_eq!((chain.sequence(), chain.load()), (43, (1, 10)), "the next one is under way");
     }
 
     #[test]

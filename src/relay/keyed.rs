@@ -105,7 +105,7 @@ mod tests {
             outbox_id: id,
             event_id: uuid::Uuid::nil(),
             key: key.map(str::to_string),
-            message_id: String::new(),
+            renamed: None,
             bytes: 1,
             created_at: chrono::DateTime::UNIX_EPOCH,
             sent_at: None,

@@ -1,5 +1,6 @@
 //! The leading relay: opens windows and sees each one into the stream.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use super::batch::BatchPump;
 use super::chain::Doubt;
 use super::classify::Class;
 use super::method::Method;
+use super::polling::{self, Polling};
 use super::progress::Progress;
 use super::pump::{Limits, Pump, Pumped, Setting};
 use super::reader::{Exceptions, Prepared, Reader, Remainder};
@@ -25,15 +27,13 @@ use crate::error::{Error, ErrorKind};
 use crate::fault;
 use crate::health::Phase;
 use crate::jetstream::Connection;
-use crate::jetstream::publisher::Publisher;
+use crate::jetstream::publisher::{Messages, Publisher};
 use crate::jetstream::stream::StreamReader;
 use crate::postgres::relay_log::{self, Appended, Base, Opening, State};
 use crate::postgres::session::Session;
 use crate::postgres::snapshot::Mark;
 use crate::postgres::{database_error, parked, window};
 
-/// The shortest pause between two looks at an outbox that has just had something.
-const BUSY_POLL: Duration = Duration::from_millis(2);
 /// After so long without news the window is closed in the log, and its mark moves past transactions that came to
 /// nothing. Also how often released events are looked for.
 const REST: Duration = Duration::from_secs(1);
@@ -78,7 +78,7 @@ impl Leader<'_> {
     pub(super) async fn run(mut self) -> Result<(), Error> {
         self.restamp_if_restored().await?;
         self.load_parked().await?;
-        let mut pause = BUSY_POLL;
+        let mut polling = Polling::new(self.config.idle_poll, std::time::Instant::now());
         let mut last_news = Instant::now();
         let mut last_rest = Instant::now();
         let mut last_stream_look = Instant::now();
@@ -114,7 +114,8 @@ impl Leader<'_> {
             if look.news || unseen > MANY_IDS {
                 self.open().await?;
                 if look.news {
-                    (pause, last_news) = (BUSY_POLL, Instant::now());
+                    polling.news(std::time::Instant::now());
+                    last_news = Instant::now();
                 }
                 continue;
             }
@@ -135,8 +136,11 @@ impl Leader<'_> {
                 continue;
             }
             self.progress.idle();
-            self.rest(pause).await;
-            pause = (pause * 2).min(self.config.idle_poll);
+            let pause = polling.pause(std::time::Instant::now());
+            tokio::select! {
+                () = polling::sleep(pause) => {}
+                () = self.shutdown.cancelled() => {}
+            }
         }
         Ok(())
     }
@@ -282,7 +286,7 @@ impl Leader<'_> {
 
     pub(super) async fn publish(
         &mut self,
-        chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+        mut chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>,
     ) -> Result<Pumped, Error> {
         let setting = Setting {
             connection: self.connection,
@@ -291,19 +295,20 @@ impl Leader<'_> {
             paused: self.paused.clone(),
             shutdown: self.shutdown,
         };
-        let publisher = &mut self.publisher;
-        match &mut self.under_way {
-            None => Ok(Pumped::Stopped),
-            Some(UnderWay::Chained(chain)) if self.method.batches() => {
-                BatchPump { publisher, chain, setting }.run(chunks).await
+        let (publisher, mut waiting) = (&mut self.publisher, VecDeque::new());
+        let Some(under_way) = &mut self.under_way else { return Ok(Pumped::Stopped) };
+        if !self.method.batches() || matches!(under_way, UnderWay::Keyed(_)) {
+            let pump = Pump { publisher, under_way, setting: setting.clone(), watch: self.method.watch() };
+            let (pumped, stored_up_to) = pump.run(&mut chunks, &mut waiting).await?;
+            self.stored_up_to = self.stored_up_to.max(stored_up_to);
+            if let Some(pumped) = pumped {
+                return Ok(pumped);
             }
-            Some(under_way) => {
-                let (before, started) = (under_way.sequence(), Instant::now());
-                let (pumped, stored_up_to) = Pump { publisher, under_way, setting }.run(chunks).await?;
-                self.method.measured(under_way.sequence().saturating_sub(before), started.elapsed());
-                self.stored_up_to = self.stored_up_to.max(stored_up_to);
-                Ok(pumped)
-            }
+        }
+        match under_way {
+            UnderWay::Chained(chain) => BatchPump { publisher, chain, setting }.run(&mut chunks, waiting).await,
+            // Its pace changes nothing, so its pump tells how it ended.
+            UnderWay::Keyed(_) => Ok(Pumped::Stopped),
         }
     }
 
@@ -392,8 +397,10 @@ impl Leader<'_> {
                 return Ok(false);
             }
             let failed = |error| database_error("publishing a released event failed", error);
+            let mut messages = Messages::new(self.naming.prefix.clone());
             let row = window::one(&mut self.log, outbox_id).await.map_err(failed)?;
-            let mut prepared = super::reader::prepare(&mut self.log, &self.naming, row).await.map_err(failed)?;
+            let mut prepared =
+                super::reader::prepare(&mut self.log, &mut messages, &self.naming.source, row).await.map_err(failed)?;
             let event_id = prepared.event.event_id;
             prepared.message.mark_repair("released");
             let (chunks, received) = mpsc::channel(1);

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 /// How the relay publishes to an exclusive stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PublishMethod {
@@ -13,10 +15,12 @@ pub enum PublishMethod {
     Batched,
 }
 
-/// So many chained messages tell how fast the server takes them.
-const SAMPLE: u64 = 4096;
-/// Slower than this, each message waits for the disk: pipelined messages that do not wait come at ten times the rate.
-const SLOW_PER_SECOND: f64 = 10_000.0;
+/// So many answers in a row tell how fast the server takes messages. No more are under way until it is known.
+const BURST: u64 = 256;
+/// A burst that takes longer is slow: each message waits for the disk. One that does not wait comes at ten times the rate.
+const SLOW: Duration = Duration::from_millis(50);
+/// One slow burst can be a pause of the machine.
+const SLOW_BURSTS: u32 = 3;
 
 /// The method in use.
 #[derive(Debug)]
@@ -24,36 +28,74 @@ pub(super) struct Method {
     wanted: PublishMethod,
     /// Batches pay off on this server: it writes a whole batch to disk at once.
     can_batch: bool,
-    slow: bool,
+    watch: Watch,
     /// The open window goes out one by one, because a batch of it was refused.
     singled_out: bool,
 }
 
+/// Watches the pace of the answers to chained messages. A burst counts only while more messages are under way, so neither
+/// the distance to the server nor a lack of events makes it slow.
+#[derive(Debug, Default)]
+pub(super) struct Watch {
+    began: Option<Instant>,
+    answers: u64,
+    slow_bursts: u32,
+    slow: Option<bool>,
+}
+
+impl Watch {
+    /// How many messages may be under way until the pace is known.
+    pub(super) fn limit(&self) -> usize {
+        if self.slow.is_none() { BURST as usize } else { usize::MAX }
+    }
+
+    /// So many answers have come in, and so many messages are still under way. True when the server is slow.
+    pub(super) fn answered(&mut self, answers: usize, under_way: usize, now: Instant) -> bool {
+        if self.slow.is_some() {
+            return false;
+        }
+        let Some(began) = self.began.filter(|_| under_way > 0) else {
+            (self.began, self.answers) = ((under_way > 0).then_some(now), 0);
+            return false;
+        };
+        self.answers += answers as u64;
+        if self.answers < BURST {
+            return false;
+        }
+        let slow = (now - began).as_secs_f64() > SLOW.as_secs_f64() * self.answers as f64 / BURST as f64;
+        (self.began, self.answers) = (Some(now), 0);
+        if !slow {
+            self.slow = Some(false);
+        } else {
+            self.slow_bursts += 1;
+            if self.slow_bursts == SLOW_BURSTS {
+                self.slow = Some(true);
+                tracing::info!("the server waits for its disk with each message: publishing in atomic batches");
+            }
+        }
+        self.slow == Some(true)
+    }
+}
+
 impl Method {
     pub(super) fn new(wanted: PublishMethod, can_batch: bool) -> Self {
-        Self { wanted, can_batch, slow: false, singled_out: false }
+        Self { wanted, can_batch, watch: Watch::default(), singled_out: false }
     }
 
     /// Whether the next run is in batches.
     pub(super) fn batches(&self) -> bool {
         let wanted = match self.wanted {
-            PublishMethod::Auto => self.can_batch && self.slow,
+            PublishMethod::Auto => self.can_batch && self.watch.slow == Some(true),
             PublishMethod::Chained => false,
             PublishMethod::Batched => true,
         };
         wanted && !self.singled_out
     }
 
-    /// So many messages were stored one by one in this time.
-    pub(super) fn measured(&mut self, messages: u64, took: Duration) {
-        if self.wanted != PublishMethod::Auto || !self.can_batch || self.slow || messages < SAMPLE {
-            return;
-        }
-        let rate = messages as f64 / took.as_secs_f64();
-        if rate < SLOW_PER_SECOND {
-            self.slow = true;
-            tracing::info!(rate, "the server waits for its disk with each message: publishing in atomic batches");
-        }
+    /// Who is to be told of the answers of a chained run; nobody when it changes nothing.
+    pub(super) fn watch(&mut self) -> Option<&mut Watch> {
+        let matters = self.wanted == PublishMethod::Auto && self.can_batch && self.watch.slow.is_none();
+        matters.then_some(&mut self.watch)
     }
 
     /// A batch was refused: the window goes on one by one.
@@ -70,15 +112,21 @@ impl Method {
 mod tests {
     use super::*;
 
+    /// Answers that come one by one at this pace, with more under way behind them; whether the server is slow.
+    fn watched(method: &mut Method, answers: u64, each: Duration) -> bool {
+        let mut now = Instant::now();
+        (0..answers).any(|_| {
+            now += each;
+            method.watch().is_some_and(|watch| watch.answered(1, 100, now))
+        })
+    }
+
     #[test]
     fn a_slow_server_that_can_gets_batches() {
         let mut method = Method::new(PublishMethod::Auto, true);
-        method.measured(100, Duration::from_secs(10));
-        assert!(!method.batches(), "too few to tell");
-        method.measured(10_000, Duration::from_millis(100));
-        assert!(!method.batches(), "it is fast");
-        method.measured(10_000, Duration::from_secs(5));
-        assert!(method.batches());
+        assert!(!watched(&mut method, 2 * BURST, Duration::from_millis(1)), "two bursts may be a pause");
+        assert!(watched(&mut method, 2 * BURST, Duration::from_millis(1)));
+        assert!(method.batches() && method.watch().is_none());
         method.single_out();
         assert!(!method.batches());
         method.window_opened();
@@ -86,12 +134,30 @@ mod tests {
     }
 
     #[test]
+    fn a_fast_server_is_watched_for_one_burst() {
+        let mut method = Method::new(PublishMethod::Auto, true);
+        assert_eq!(method.watch().map(|watch| watch.limit()), Some(BURST as usize));
+        assert!(!watched(&mut method, 10 * BURST, Duration::from_micros(20)));
+        assert!(!method.batches() && method.watch().is_none());
+    }
+
+    #[test]
+    fn events_that_come_seldom_make_no_server_slow() {
+        let mut method = Method::new(PublishMethod::Auto, true);
+        let mut now = Instant::now();
+        for _ in 0..10 * BURST {
+            now += Duration::from_millis(5);
+            assert!(!method.watch().is_some_and(|watch| watch.answered(1, 0, now)));
+        }
+        assert!(!method.batches());
+    }
+
+    #[test]
     fn what_is_forced_is_done_and_what_cannot_be_is_not() {
         assert!(Method::new(PublishMethod::Batched, false).batches());
         for (wanted, can_batch) in [(PublishMethod::Auto, false), (PublishMethod::Chained, true)] {
             let mut method = Method::new(wanted, can_batch);
-            method.measured(10_000, Duration::from_secs(5));
-            assert!(!method.batches());
+            assert!(method.watch().is_none() && !method.batches());
         }
     }
 }

@@ -10,6 +10,7 @@ mod keyed;
 mod leader;
 mod method;
 mod monitor;
+mod polling;
 mod progress;
 mod pump;
 mod questions;
@@ -48,6 +49,7 @@ use method::Method;
 pub use method::PublishMethod;
 pub use monitor::{Monitor, RelayReport};
 use progress::{Position, Progress};
+pub(crate) use questions::Library;
 use reader::Exceptions;
 use repairs::Repairs;
 use resume::Found;
@@ -234,7 +236,7 @@ impl Relay {
                 .map_err(|error| database_error("asking for the relay's lease failed", error))?;
             if let Some(epoch) = epoch {
                 self.progress.lead(epoch);
-                return self.lead(epoch, log, &nats, stream, shutdown).await;
+                return Box::pin(self.lead(epoch, log, &nats, stream, shutdown)).await;
             }
             self.progress.enter(Phase::StandingBy, "another relay leads");
             tokio::select! {

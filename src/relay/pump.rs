@@ -1,6 +1,7 @@
 //! Moves the events of a window from the reader into the stream, many under way at a time.
 
 use std::collections::VecDeque;
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -8,6 +9,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::chain::{Doubt, Sent};
+use super::method::Watch;
 use super::progress::Progress;
 use super::reader::Prepared;
 use super::under_way::UnderWay;
@@ -38,6 +40,7 @@ pub(super) struct Limits {
 }
 
 /// What every run needs.
+#[derive(Clone)]
 pub(super) struct Setting<'a> {
     pub(super) connection: &'a Connection,
     pub(super) progress: &'a Progress,
@@ -58,17 +61,21 @@ pub(super) struct Pump<'a> {
     pub(super) publisher: &'a mut Publisher,
     pub(super) under_way: &'a mut UnderWay,
     pub(super) setting: Setting<'a>,
+    /// Who judges the server's pace, while it is not known.
+    pub(super) watch: Option<&'a mut Watch>,
 }
 
 impl Pump<'_> {
-    /// Publishes what comes. Beside how it ended it returns an outbox id up to which everything of the window is stored,
-    /// for a stream where that cannot be read from its end; 0 when nothing is known.
+    /// Publishes what comes. It returns how it ended; nothing when the server has turned out to be slow, and what is left
+    /// in `waiting` and `chunks` is to go another way. Beside that it returns an outbox id up to which everything of the
+    /// window is stored, for a stream where that cannot be read from its end; 0 when nothing is known.
     pub(super) async fn run(
         mut self,
-        chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>,
-    ) -> Result<(Pumped, i64), Error> {
-        let (mut waiting, mut sending) = (VecDeque::new(), None);
-        let pumped = self.drain(chunks, &mut waiting, &mut sending).await?;
+        chunks: &mut mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+        waiting: &mut VecDeque<Prepared>,
+    ) -> Result<(Option<Pumped>, i64), Error> {
+        let mut sending = None;
+        let pumped = self.drain(chunks, waiting, &mut sending).await?;
         let next = waiting.front().map(|prepared: &Prepared| prepared.event.outbox_id);
         let first = [self.under_way.first_outbox_id(), sending, next].into_iter().flatten().min();
         Ok((pumped, first.map_or(0, |first| first - 1)))
@@ -76,59 +83,79 @@ impl Pump<'_> {
 
     async fn drain(
         &mut self,
-        mut chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+        chunks: &mut mpsc::Receiver<Result<Vec<Prepared>, Error>>,
         waiting: &mut VecDeque<Prepared>,
         sending: &mut Option<i64>,
-    ) -> Result<Pumped, Error> {
+    ) -> Result<Option<Pumped>, Error> {
         let connection = self.setting.connection.clone();
         let mut lost = std::pin::pin!(connection.lost());
         let mut told_to_stop = std::pin::pin!(stop(self.setting.shutdown.clone(), self.setting.paused.clone()));
-        let (mut more, mut stopping) = (true, false);
+        let (mut more, mut stopping, mut slow) = (true, false, false);
         let mut heard = Instant::now();
+        let ack_timeout = self.setting.limits.ack_timeout;
+        // One timer for all answers: it is set anew only when it rings too early.
+        let mut silence = std::pin::pin!(tokio::time::sleep_until(heard + ack_timeout));
         if !connection.is_up() {
-            return Ok(Pumped::Doubt(Doubt::ConnectionLost));
+            return Ok(Some(Pumped::Doubt(Doubt::ConnectionLost)));
         }
         loop {
-            while self.has_room()
+            let sent_at = std::time::Instant::now();
+            while !slow
+                && self.has_room()
                 && let Some(next) = self.under_way.take_next(waiting)
             {
                 if self.under_way.load().0 == 0 {
                     heard = Instant::now();
                 }
                 *sending = Some(next.event.outbox_id);
-                let patience = self.setting.limits.ack_timeout;
-                let sent = self.send(next);
-                tokio::select! {
-                    biased;
-                    () = &mut lost => return Ok(Pumped::Doubt(Doubt::ConnectionLost)),
-                    // The client takes no more when it cannot pass on what it has.
-                    () = tokio::time::sleep(patience) => {
-                        return Ok(Pumped::Doubt(Doubt::Timeout { complaint: connection.complaint() }));
-                    }
-                    sent = sent => if let Some(doubt) = sent? { return Ok(Pumped::Doubt(doubt)) },
+                let mut sent = std::pin::pin!(self.send(next, sent_at));
+                let doubt = match futures_util::poll!(sent.as_mut()) {
+                    Poll::Ready(sent) => sent?,
+                    Poll::Pending => tokio::select! {
+                        biased;
+                        () = &mut lost => return Ok(Some(Pumped::Doubt(Doubt::ConnectionLost))),
+                        // The client takes no more when it cannot pass on what it has.
+                        () = tokio::time::sleep(ack_timeout) => {
+                            return Ok(Some(Pumped::Doubt(Doubt::Timeout { complaint: connection.complaint() })));
+                        }
+                        sent = sent => sent?,
+                    },
+                };
+                if let Some(doubt) = doubt {
+                    return Ok(Some(Pumped::Doubt(doubt)));
                 }
                 *sending = None;
             }
             self.setting.progress.under_way(self.under_way.load().0);
             let idle = self.under_way.load().0 == 0;
             if idle && waiting.is_empty() && !more {
-                return Ok(if stopping { Pumped::Stopped } else { Pumped::Done });
+                return Ok(Some(if stopping { Pumped::Stopped } else { Pumped::Done }));
+            }
+            if idle && slow {
+                return Ok(None);
             }
             tokio::select! {
                 biased;
-                () = &mut lost, if !idle => return Ok(Pumped::Doubt(Doubt::ConnectionLost)),
+                () = &mut lost, if !idle => return Ok(Some(Pumped::Doubt(Doubt::ConnectionLost))),
                 answer = self.publisher.answer(), if !idle => {
                     heard = Instant::now();
+                    let before = self.under_way.load().0;
                     if let Some(doubt) = self.take_answers(answer)? {
-                        return Ok(Pumped::Doubt(doubt));
+                        return Ok(Some(Pumped::Doubt(doubt)));
                     }
+                    let now = self.under_way.load().0;
+                    let watch = self.watch.as_deref_mut();
+                    slow |= watch.is_some_and(|watch| watch.answered(before - now, now, heard));
                 }
-                chunk = chunks.recv(), if waiting.is_empty() && more => match chunk {
+                chunk = chunks.recv(), if waiting.is_empty() && more && !slow => match chunk {
                     Some(chunk) => waiting.extend(chunk?),
                     None => more = false,
                 },
-                () = tokio::time::sleep_until(heard + self.setting.limits.ack_timeout), if !idle => {
-                    return Ok(Pumped::Doubt(Doubt::Timeout { complaint: connection.complaint() }));
+                () = &mut silence, if !idle => {
+                    if heard + ack_timeout <= Instant::now() {
+                        return Ok(Some(Pumped::Doubt(Doubt::Timeout { complaint: connection.complaint() })));
+                    }
+                    silence.as_mut().reset(heard + ack_timeout);
                 }
                 () = &mut told_to_stop, if !stopping => {
                     // What is under way is still heard out, so that the next leader finds a quiet stream.
@@ -142,14 +169,15 @@ impl Pump<'_> {
 
     fn has_room(&self) -> bool {
         let (messages, bytes) = self.under_way.load();
-        messages < self.setting.limits.messages && bytes < MAX_BYTES
+        let limit = self.watch.as_ref().map_or(usize::MAX, |watch| watch.limit()).min(self.setting.limits.messages);
+        messages < limit && bytes < MAX_BYTES
     }
 
-    async fn send(&mut self, next: Prepared) -> Result<Option<Doubt>, Error> {
+    async fn send(&mut self, next: Prepared, sent_at: std::time::Instant) -> Result<Option<Doubt>, Error> {
         let Prepared { event, message } = next;
         match self.publisher.send(self.under_way.next_number(), message, self.under_way.predecessor()).await {
             Ok(()) => {
-                self.under_way.sent(Sent { sent_at: Some(std::time::Instant::now()), ..event });
+                self.under_way.sent(Sent { sent_at: Some(sent_at), ..event });
                 fault::point("relay-sent");
                 Ok(None)
             }
@@ -163,20 +191,23 @@ impl Pump<'_> {
         &mut self,
         first: Option<(u64, crate::jetstream::publisher::Answer)>,
     ) -> Result<Option<Doubt>, Error> {
-        let Some(mut answer) = first else { return Err(closed()) };
-        loop {
-            match self.under_way.answered(answer.0, answer.1) {
-                Ok(stored) => {
-                    self.setting.progress.stored(&stored, self.under_way.sequence());
-                    fault::point("relay-acknowledged");
-                }
-                Err(doubt) => return Ok(Some(doubt)),
-            }
-            match self.publisher.ready_answer() {
-                Some(next) => answer = next,
-                None => return Ok(None),
-            }
+        if first.is_none() {
+            return Err(closed());
         }
+        let (mut next, mut stored, mut doubt) = (first, Vec::new(), None);
+        while let Some((number, answer)) = next {
+            match self.under_way.answered(number, answer) {
+                Ok(more) => stored.extend(more),
+                Err(ended) => {
+                    doubt = Some(ended);
+                    break;
+                }
+            }
+            fault::point("relay-acknowledged");
+            next = self.publisher.ready_answer();
+        }
+        self.setting.progress.stored(&stored, self.under_way.sequence());
+        Ok(doubt)
     }
 }
 

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::config::{Naming, PostgresConfig};
 use crate::envelope::Envelope;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::jetstream::Connection;
 use crate::jetstream::outbox_service::{Answer, Displaced, Listed, Moved, Page, Question, Questions, Rest};
 use crate::postgres::place::{self, Place};
@@ -69,8 +69,8 @@ pub(super) async fn answer(postgres: PostgresConfig, nats: Connection, naming: A
                 connection = Some(library);
                 reply.refuse(why).await;
             }
-            Err(Refusal::Database(error)) => {
-                let error: Error = database_error("reading the outbox failed", error);
+            Err(error) => {
+                let error = Error::from(error);
                 tracing::warn!(error = error.report(), "a question about the outbox cannot be answered");
                 reply.refuse("the outbox cannot be read at present").await;
             }
@@ -84,13 +84,23 @@ enum Refusal {
     Database(sqlx::Error),
 }
 
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Told(why) => Self::new(ErrorKind::NotReady, why),
+            Refusal::Database(error) => database_error("reading the outbox failed", error),
+        }
+    }
+}
+
 impl From<sqlx::Error> for Refusal {
     fn from(error: sqlx::Error) -> Self {
         Self::Database(error)
     }
 }
 
-struct Library {
+/// Reads an outbox for those who ask.
+pub(crate) struct Library {
     session: Session,
     naming: Arc<Naming>,
     /// Bytes of one message.
@@ -108,6 +118,31 @@ fn fitting<T: Serialize>(events: &[T], room: usize) -> usize {
 }
 
 impl Library {
+    /// Without a relay, for somebody who may read the outbox's database.
+    pub(crate) async fn open(postgres: &PostgresConfig, naming: &Naming) -> Result<Self, Error> {
+        let session = postgres::connect(postgres, "aftercommit").await?;
+        // What is read here goes into no message.
+        Ok(Self { session, naming: Arc::new(naming.clone()), room: usize::MAX })
+    }
+
+    /// As [`Question::Page`].
+    pub(crate) async fn listed(&mut self, up_to: u64, after: Option<Value>, types: &[String]) -> Result<Page, Error> {
+        self.page(up_to, after, types).await.map_err(Error::from)
+    }
+
+    /// As [`Question::Events`], all of them.
+    pub(crate) async fn whole(&mut self, ids: &[Uuid]) -> Result<Vec<Envelope>, Error> {
+        let failed = |error| Error::from(Refusal::Database(error));
+        let mut left = questions::ids(&mut self.session, ids).await.map_err(failed)?;
+        let mut all = Vec::new();
+        while !left.is_empty() {
+            let (events, left_out) = self.events(&left).await?;
+            all.extend(events.into_iter().map(|(_, event)| event));
+            left = left_out.into_iter().map(|(id, _)| id).collect();
+        }
+        Ok(all)
+    }
+
     async fn answer(&mut self, question: Question) -> Result<Answer, Refusal> {
         Ok(match question {
             Question::Page { up_to, after, types } => Answer::One(json!(self.page(up_to, after, &types).await?)),

@@ -9,7 +9,7 @@ use super::chain::Sent;
 use crate::config::Naming;
 use crate::error::Error;
 use crate::fault;
-use crate::jetstream::publisher::Outgoing;
+use crate::jetstream::publisher::{Messages, Outgoing};
 use crate::postgres::session::Session;
 use crate::postgres::snapshot::Mark;
 use crate::postgres::window::{self, OutboxEvent};
@@ -116,12 +116,13 @@ impl Reader {
         page: Vec<OutboxEvent>,
         chunks: &mpsc::Sender<Result<Vec<Prepared>, Error>>,
     ) -> Result<bool, sqlx::Error> {
+        let mut messages = Messages::new(self.naming.prefix.clone());
         let (mut chunk, mut bytes) = (Vec::with_capacity(page.len()), 0);
         for row in page {
-            let mut prepared = prepare(connection, &self.naming, row).await?;
+            let mut prepared = prepare(connection, &mut messages, &self.naming.source, row).await?;
             if let Some(id) = self.exceptions.renamed.get(&prepared.event.outbox_id) {
                 prepared.message.set_message_id(id);
-                prepared.event.message_id.clone_from(id);
+                prepared.event.renamed = Some(id.clone());
             }
             bytes += prepared.event.bytes;
             chunk.push(prepared);
@@ -139,19 +140,19 @@ impl Reader {
 /// Makes a message of a row; headers and payload of a large one are read here.
 pub(super) async fn prepare(
     connection: &mut Session,
-    naming: &Naming,
+    messages: &mut Messages,
+    source: &str,
     row: OutboxEvent,
 ) -> Result<Prepared, sqlx::Error> {
-    let envelope = window::envelope(connection, row, &naming.source).await?;
+    let envelope = window::envelope(connection, row, source).await?;
     let event = Sent {
         outbox_id: envelope.sequence,
         event_id: envelope.id.as_uuid(),
         key: envelope.key.clone(),
-        message_id: envelope.id.to_string(),
+        renamed: None,
         bytes: envelope.payload.len(),
         created_at: envelope.time,
         sent_at: None,
     };
-    let subject = naming.prefix.subject(&envelope.event_type);
-    Ok(Prepared { event, message: Outgoing::new(subject, &envelope) })
+    Ok(Prepared { event, message: messages.message(&envelope) })
 }

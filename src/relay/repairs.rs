@@ -20,6 +20,7 @@ use super::{Mode, ParkPolicy};
 use crate::backoff::Backoff;
 use crate::error::Error;
 use crate::fault;
+use crate::jetstream::publisher::Messages;
 use crate::postgres::repair::{self, Queued};
 use crate::postgres::{database_error, parked, window};
 
@@ -98,16 +99,19 @@ impl Leader<'_> {
         if !removed.is_empty() {
             repair::refuse(&mut self.log, &removed, "the event was removed from the outbox").await.map_err(failed)?;
         }
+        let mut messages = Messages::new(self.naming.prefix.clone());
         let (mut prepared, mut bytes) = (Vec::with_capacity(rows.len()), 0);
         for row in rows {
             let times = batch.iter().find(|repair| repair.outbox_id == row.id).map_or(1, |repair| repair.times);
-            let mut one = reader::prepare(&mut self.log, &self.naming, row).await.map_err(failed)?;
+            let mut one =
+                reader::prepare(&mut self.log, &mut messages, &self.naming.source, row).await.map_err(failed)?;
             bytes += one.event.bytes;
             if bytes > MAX_BYTES && !prepared.is_empty() {
                 break;
             }
-            one.event.message_id = format!("{}:r{times}", one.event.event_id);
-            one.message.set_message_id(&one.event.message_id);
+            let id = format!("{}:r{times}", one.event.event_id);
+            one.message.set_message_id(&id);
+            one.event.renamed = Some(id);
             one.message.mark_repair("missing");
             prepared.push(one);
         }

@@ -14,12 +14,13 @@ use crate::postgres::connections::Connections;
 use crate::postgres::lease::{self, Tenure};
 use crate::postgres::{database_error, function, inbox, testing};
 
-use super::lane::{Lane, Verdict};
+use super::lane::Lane;
 use super::load::Item;
 use super::progress::Progress;
 use super::scheduler::Place;
 use super::serve::{LEASE, lease_name};
 use super::subscriber::{Subscriber, Work};
+use super::verdict::Verdict;
 
 /// Where dead letters and inbox rows say that their event came from; its place there is the outbox id.
 const SOURCE: &str = "outbox";

@@ -1,4 +1,4 @@
-//! Runs one batch of events: transaction, inbox, handlers, commit, and what becomes of those that fail.
+//! Runs one batch of events: transaction, inbox, handlers, commit.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::panic::AssertUnwindSafe;
@@ -18,7 +18,6 @@ use crate::error::panic_text;
 use crate::fault;
 use crate::jetstream::stored::Source;
 use crate::postgres::connections::Connections;
-use crate::postgres::dead_letter::{self, DeadLetter};
 use crate::postgres::inbox::Entered;
 use crate::postgres::lease::Tenure;
 use crate::postgres::running::{self, Marker};
@@ -33,6 +32,7 @@ use super::scheduler::{Company, Place};
 use super::span;
 use super::subscriber::{FailurePolicy, Subscriber, Work};
 use super::trouble::{Trouble, describe, timed_out, trouble};
+use super::verdict::{Halt, Report, Verdict, Wait};
 
 /// How often a conflict with other transactions is answered with another run before it counts as a failure.
 const MAX_CONFLICTS: u32 = 10;
@@ -52,58 +52,6 @@ pub(super) struct Lane {
     pub(super) progress: Arc<Progress>,
     /// Tells it from the lanes beside it.
     pub(super) number: i64,
-}
-
-/// What became of an event.
-#[derive(Debug, PartialEq)]
-pub(super) enum Verdict {
-    /// Handled, now or before.
-    Done,
-    /// Given up.
-    Dead(String),
-    /// It failed: not before this time has passed.
-    Failed(Duration),
-    /// It asked for it: not before this time has passed.
-    Later(Duration),
-    /// Events of its key that were sent back come first, and are not known here yet.
-    Held,
-    /// Something that its handler needs is away.
-    Interrupted {
-        reason: String,
-        /// What the handler said of when to try again.
-        wait: Wait,
-    },
-    /// It did not come to a decision.
-    NotRun,
-}
-
-/// How long to wait for the end of an outage.
-#[derive(Debug, PartialEq)]
-pub(super) enum Wait {
-    /// As for servers of our own: soon, and again and again.
-    Soon,
-    /// As the subscriber's backoff says.
-    Backoff,
-    Exactly(Duration),
-}
-
-/// What became of a batch.
-#[derive(Default)]
-pub(super) struct Report {
-    pub(super) verdicts: Vec<(Place, Verdict)>,
-    /// The subscriber's database, or where it sends all of its events, is away, for this reason.
-    pub(super) outage: Option<String>,
-    /// Another instance has taken over.
-    pub(super) fenced: bool,
-    /// How long one event took.
-    pub(super) pace: Option<Duration>,
-}
-
-/// The lane cannot go on with its batch.
-pub(super) enum Halt {
-    Outage(String),
-    Unreachable(String),
-    Fenced,
 }
 
 impl Lane {
@@ -234,76 +182,6 @@ impl Lane {
             };
             return self.decide(queued, error, started.elapsed()).await;
         }
-    }
-
-    /// What becomes of an event whose handler failed.
-    async fn decide(&self, queued: &Queued, error: HandlerError, took: Duration) -> Result<Verdict, Halt> {
-        match error {
-            HandlerError::Snooze(wait) => {
-                self.progress.count(Outcome::Snoozed);
-                Ok(Verdict::Later(wait))
-            }
-            HandlerError::Reject { reason } => self.give_up(queued, &postgres::clip(&reason), true).await,
-            HandlerError::Retry { after, .. } | HandlerError::Unavailable { after, .. } => {
-                let text = describe(&error);
-                if queued.failures.load(Ordering::Relaxed) + 1 >= self.subscriber.settings.max_attempts {
-                    return self.give_up(queued, &text, true).await;
-                }
-                let attempts = self.count_failure(queued, &text).await?;
-                let wait = after.unwrap_or_else(|| self.subscriber.settings.backoff.after(attempts));
-                tracing::warn!(
-                    subscriber = self.subscriber.name,
-                    event_id = %queued.event.id,
-                    event_type = queued.event.event_type,
-                    attempt = attempts,
-                    delivery_count = queued.deliveries.max(1),
-                    latency_ms = took.as_millis(),
-                    retry_in = ?wait,
-                    error = text,
-                    "event failed"
-                );
-                Ok(Verdict::Failed(wait))
-            }
-        }
-    }
-
-    async fn count_failure(&self, queued: &Queued, error: &str) -> Result<u32, Halt> {
-        let id = queued.event.id.as_uuid();
-        let counted = self.connections.run(async |connection| {
-            inbox::count_failure(connection, &self.tenure, &self.subscriber.name, id, error).await
-        });
-        let attempts = self.own(counted).await.map_err(Halt::Outage)?;
-        fault::point("worker-failure-counted");
-        self.progress.count(Outcome::Retry);
-        attempts.map(|attempts| attempts.unsigned_abs()).ok_or(Halt::Fenced)
-    }
-
-    async fn give_up(&self, queued: &Queued, reason: &str, attempted: bool) -> Result<Verdict, Halt> {
-        let letter = DeadLetter {
-            subscriber: &self.subscriber.name,
-            stream: &queued.stream,
-            stream_seq: queued.stream_seq,
-            event: &queued.event,
-            reason,
-            attempted,
-        };
-        let written =
-            self.connections.run(async |connection| dead_letter::insert(connection, &self.tenure, &letter).await);
-        if !self.own(written).await.map_err(Halt::Outage)? {
-            return Err(Halt::Fenced);
-        }
-        fault::point("worker-given-up");
-        self.progress.count(Outcome::Dead);
-        tracing::error!(
-            subscriber = self.subscriber.name,
-            event_id = %queued.event.id,
-            event_type = queued.event.event_type,
-            attempt = queued.failures.load(Ordering::Relaxed) + 1,
-            delivery_count = queued.deliveries.max(1),
-            error = reason,
-            "event became a dead letter"
-        );
-        Ok(Verdict::Dead(reason.to_string()))
     }
 
     /// One transaction: inbox rows, handlers of the events that were new, commit. Returns the events that may not run
@@ -451,7 +329,6 @@ impl Lane {
         inbox::insert(tx, self.marker(), &rows).await
     }
 
-    /// Runs the handler of events that have the same type.
     /// Fails when the handlers of these events left a transaction behind that would commit nothing.
     async fn check_alive(&self, tx: &mut Tx<'_>, new: &[&Queued]) -> Result<(), Trouble> {
         let Some(first) = new.first() else { return Ok(()) };
@@ -462,6 +339,7 @@ impl Lane {
         }
     }
 
+    /// Runs the handler of events that have the same type.
     async fn handle(&self, tx: &mut Tx<'_>, events: &[&Queued]) -> Result<(), BatchError> {
         let Work::Handlers(routes) = &self.subscriber.work else { return Ok(()) };
         let event_type = events.first().map_or("", |queued| queued.event.event_type.as_str());

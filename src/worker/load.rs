@@ -10,9 +10,10 @@ use crate::envelope::Envelope;
 use crate::postgres::inbox;
 use crate::postgres::redrive::{self, Redriven};
 
-use super::lane::{Halt, Lane, Report, Verdict, Wait};
+use super::lane::Lane;
+use super::route::Try;
 use super::scheduler::Place;
-use super::subscriber::Try;
+use super::verdict::{Halt, Report, Verdict, Wait};
 
 /// The most payload bytes that all lanes of a subscriber read from the table of redriven events at a time.
 const MAX_BYTES: usize = 64 * 1024 * 1024;

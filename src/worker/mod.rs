@@ -63,6 +63,7 @@ mod progress;
 mod pruner;
 mod redrive;
 mod registry;
+mod route;
 mod sample;
 mod scheduler;
 mod serve;
@@ -70,6 +71,7 @@ mod session;
 mod span;
 mod subscriber;
 mod trouble;
+mod verdict;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -103,8 +105,11 @@ pub use subscriber::{FailurePolicy, Subscriber};
 pub(crate) use trouble::describe;
 
 /// The `main` of a service whose handlers are written in Rust: reads the command line and the environment as
-/// `aftercommit-worker` does, without `--config`, and runs until a signal ends it. With `--provision` it creates or
-/// corrects the consumers instead. It takes a [`Registry`], or a list of subscribers.
+/// `aftercommit-worker` does, without `--config`, and runs until a signal ends it. It takes a [`Registry`], or a list of
+/// subscribers.
+///
+/// With `--provision` it creates or corrects the consumers instead, with `--reconcile <NAME>` it runs a reconciler now
+/// (`--key <KEY>` for single items, `--full` for everything, `--report` to change nothing) and prints what came of it.
 ///
 /// ```no_run
 /// # use aftercommit::Event;
@@ -122,7 +127,14 @@ pub(crate) use trouble::describe;
 /// ```
 #[cfg(feature = "cli")]
 pub fn main(subscribers: impl Into<Registry>) -> std::process::ExitCode {
-    crate::cli::worker::serve(subscribers.into())
+    crate::cli::worker::serve(subscribers.into(), std::env::args_os())
+}
+
+/// The same with another command line than the process's: for tests that run it in a child of theirs.
+#[cfg(all(feature = "cli", feature = "testing"))]
+#[doc(hidden)]
+pub fn main_of(subscribers: impl Into<Registry>, arguments: Vec<std::ffi::OsString>) -> std::process::ExitCode {
+    crate::cli::worker::serve(subscribers.into(), arguments)
 }
 
 /// Runs subscribers.
@@ -181,9 +193,10 @@ impl Worker {
     }
 
     /// The reconcilers of the subscribers that [`Self::run`] serves, to be run beside it: legs B and C, as
-    /// docs/reconciliation.md has it. Call it when the subscribers are defined.
+    /// docs/reconciliation.md has it; and those of the registry, at their own intervals. Call it when the subscribers are
+    /// defined.
     pub fn reconcilers(&self, every: Duration, mode: Mode) -> Runner {
-        let mut runner = Runner::new(self.postgres.clone());
+        let mut runner = self.own_reconcilers();
         for subscriber in self.registry.of(&self.queues) {
             let subscription = subscriber.subscription(&self.naming);
             let consumer = ConsumerLeg::new(self.nats.clone(), subscription.clone());
@@ -195,6 +208,12 @@ impl Worker {
             });
         }
         runner
+    }
+
+    /// Only those of the registry.
+    pub fn own_reconcilers(&self) -> Runner {
+        let own = self.registry.reconcilers().iter().cloned();
+        own.fold(Runner::new(self.postgres.clone()), Runner::defined)
     }
 
     /// What the log tells to do when a consumer is missing.

@@ -1,9 +1,10 @@
-//! Collects the subscribers of several crates, and finds what contradicts each other.
+//! Collects the subscribers and reconcilers of several crates, and finds what contradicts each other.
 
 use std::collections::BTreeSet;
 use std::error::Error as StdError;
 
 use crate::error::{Error, ErrorKind};
+use crate::reconciler::{self, Definition, Reconciler};
 
 use super::subscriber::Subscriber;
 
@@ -46,6 +47,7 @@ pub struct Registry {
     conflicts: Vec<String>,
     failed: Vec<FailedModule>,
     strict: bool,
+    reconcilers: Vec<Definition>,
 }
 
 /// A module whose subscribers are missing.
@@ -128,6 +130,19 @@ impl Registry {
         self
     }
 
+    /// Adds a reconciler of the service's own, which works in the same database as the subscribers. [`crate::worker::main`]
+    /// runs it beside them, whatever queues the process serves, once per interval in one of the processes;
+    /// [`crate::worker::Worker::reconcilers`] has it for a service that runs its worker itself.
+    #[must_use]
+    pub fn reconciler(mut self, reconciler: impl Reconciler) -> Self {
+        self.reconcilers.push(Definition::of(reconciler));
+        self
+    }
+
+    pub(super) fn reconcilers(&self) -> &[Definition] {
+        &self.reconcilers
+    }
+
     /// All subscribers, in the order in which they came.
     pub fn subscribers(&self) -> &[Subscriber] {
         &self.subscribers
@@ -141,8 +156,9 @@ impl Registry {
     /// Finds contradictions, as the worker does at its start.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`] when there is no subscriber, when one of them is wrong in itself, when two share a name
-    /// without being the same, or when a module failed and the registry is strict.
+    /// [`ErrorKind::Config`] when there is no subscriber, when one of them or a reconciler is wrong in itself, when two
+    /// subscribers share a name without being the same, when two reconcilers share one, or when a module failed and the
+    /// registry is strict.
     pub fn check(&self) -> Result<(), Error> {
         let config = |text: String| Err(Error::new(ErrorKind::Config, text));
         if let (true, Some(failed)) = (self.strict, self.failed.first()) {
@@ -154,7 +170,8 @@ impl Registry {
         if self.subscribers.is_empty() {
             return config(format!("the worker has no subscriber{}", self.missing()));
         }
-        self.subscribers.iter().try_for_each(Subscriber::validate)
+        self.subscribers.iter().try_for_each(Subscriber::validate)?;
+        reconciler::check(&self.reconcilers)
     }
 
     /// Checks, and says which modules are missing.

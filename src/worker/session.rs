@@ -18,12 +18,13 @@ use crate::jetstream::ack::{Answer, Answers, Reply};
 use crate::jetstream::feed::{Budget, Fed, Incoming, Permit};
 use crate::postgres::redrive::Waiting;
 
-use super::lane::{Lane, Report, Verdict, Wait};
+use super::lane::Lane;
 use super::load::Item;
 use super::progress::{Load, Outcome};
 use super::redrive::Redrives;
 use super::scheduler::{Company, Place, Scheduler};
 use super::subscriber::{FailurePolicy, MAX_WAIT};
+use super::verdict::{Report, Verdict, Wait};
 
 /// The most payload bytes in memory, beside what is on its way.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
@@ -32,6 +33,8 @@ const TARGET: Duration = Duration::from_millis(100);
 /// When JetStream shall send an event again whose payload was let go. The lane reads it from the stream before.
 const LET_GO: Duration = Duration::from_secs(300);
 
+/// How many messages are taken from the feed at a time.
+const MAX_FED: usize = 1000;
 /// When an event is tried again that waits for others of its key that were sent back.
 const HELD: Duration = Duration::from_millis(250);
 
@@ -88,10 +91,11 @@ struct Gate {
     closed_until: Option<Instant>,
 }
 
-/// How many events a subscriber holds in memory: enough to keep all lanes busy.
+/// How many events a subscriber holds in memory: enough to keep all lanes busy, and that again for what is on its way
+/// there and back.
 pub(super) fn budget(lane: &Lane) -> Arc<Budget> {
     let settings = &lane.subscriber.settings;
-    Budget::new((settings.concurrency * settings.max_batch * 2).clamp(500, 5000), MAX_BYTES)
+    Budget::new((settings.concurrency * settings.max_batch * 4).clamp(500, 5000), MAX_BYTES)
 }
 
 impl Session {
@@ -122,6 +126,8 @@ impl Session {
     ) -> End {
         let mut signs = tokio::time::interval(ack_wait / 3);
         signs.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // All that has arrived is taken in before lanes get anything, so that they get much at a time.
+        let mut fed = Vec::new();
         let end = loop {
             self.give_out();
             self.make_room();
@@ -139,10 +145,9 @@ impl Session {
                 _ = signs.tick() => self.send_signs(),
                 () = sleep_until(wake), if wake.is_some() => self.scheduler.wake(Instant::now()),
                 rows = self.redrives.next() => self.take_redriven(rows),
-                fed = feed.recv() => match fed {
-                    Some(Fed::Message(incoming)) => self.take_in(*incoming),
-                    Some(Fed::Ended(reason)) => break End::Broken(reason),
-                    None => break End::Broken("the feed ended".into()),
+                _ = feed.recv_many(&mut fed, MAX_FED) => match self.take_in_all(&mut fed) {
+                    Ok(()) => {}
+                    Err(reason) => break End::Broken(reason),
                 },
             }
         };
@@ -159,6 +164,20 @@ impl Session {
             held: self.scheduler.held(),
             interrupted: self.interrupted,
         }
+    }
+
+    /// Takes in what the feed has, and says when that is its end.
+    fn take_in_all(&mut self, fed: &mut Vec<Fed>) -> Result<(), String> {
+        if fed.is_empty() {
+            return Err("the feed ended".into());
+        }
+        for fed in fed.drain(..) {
+            match fed {
+                Fed::Message(incoming) => self.take_in(*incoming),
+                Fed::Ended(reason) => return Err(reason),
+            }
+        }
+        Ok(())
     }
 
     fn take_in(&mut self, incoming: Incoming) {

@@ -8,7 +8,7 @@ use tracing::Span;
 use crate::envelope::{Envelope, is_traceparent};
 
 use super::handler::HandlerError;
-use super::subscriber::Try;
+use super::route::Try;
 use super::trouble::describe;
 
 type SetParent = Box<dyn Fn(&Span, &str) + Send + Sync>;

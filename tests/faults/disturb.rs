@@ -31,10 +31,11 @@ pub async fn disturb(system: &System, step: Step) {
         Kind::WorkerKilled => some(&system.workers, step).kill(step.lasts).await,
         Kind::WorkerStopped => some(&system.workers, step).stop(step.lasts).await,
         Kind::WorkerFrozen => some(&system.workers, step).freeze(step.lasts).await,
-        Kind::ReconcilerKilled => match system.reconcilers.first() {
-            Some(part) => part.kill(step.lasts).await,
-            None => {}
-        },
+        Kind::ReconcilerKilled => {
+            if let Some(part) = system.reconcilers.first() {
+                part.kill(step.lasts).await;
+            }
+        }
         Kind::PublisherPostgresKilled => kill_postgres(&system.publisher_postgres, step.lasts).await,
         Kind::SubscriberPostgresKilled => kill_postgres(&system.subscriber_postgres, step.lasts).await,
         Kind::NatsKilled => kill_nats(system, &[step.target % system.nats.len()], step.lasts).await,
@@ -60,7 +61,7 @@ pub async fn disturb(system: &System, step: Step) {
         Kind::PostgresDeaf(who) => on_the_way(system, who, step, true, Way::Deaf).await,
         Kind::LeasesTaken => {
             let take = "update aftercommit.lease set expires_at = now() - interval '1 hour'";
-            let pool = if step.target % 2 == 0 { &system.publisher } else { &system.subscriber };
+            let pool = if step.target.is_multiple_of(2) { &system.publisher } else { &system.subscriber };
             _ = sqlx::raw_sql(take).execute(pool).await;
         }
         Kind::TransactionHeld => _ = publishers::hold(&system.publisher, &system.journal, step.lasts).await,

@@ -134,7 +134,7 @@ impl Plan {
     pub fn new(seed: u64, length: Duration, only: &[String]) -> Self {
         let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xA5A5_5A5A);
         (0..8).for_each(|_| _ = random.next());
-        let replicas = if seed % 2 == 0 { 3 } else { 1 };
+        let replicas = if seed.is_multiple_of(2) { 3 } else { 1 };
         let chosen: Vec<_> =
             FAULTS.iter().filter(|fault| only.is_empty() || only.iter().any(|name| name == fault.1)).collect();
         let total = chosen.iter().map(|fault| fault.2).sum::<u64>();

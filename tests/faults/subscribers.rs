@@ -60,7 +60,7 @@ impl Note {
             Some(Act::Flaky) if delivery.attempt <= 2 => return Err(HandlerError::retry("bad luck")),
             Some(Act::Panic) if delivery.attempt <= 1 => panic!("worse luck"),
             Some(Act::Slow) => tokio::time::sleep(Duration::from_millis(1500)).await,
-            Some(Act::Snooze) if uuid::Uuid::now_v7().as_bytes()[15] % 2 == 0 => {
+            Some(Act::Snooze) if uuid::Uuid::now_v7().as_bytes()[15].is_multiple_of(2) => {
                 return Err(HandlerError::snooze(Duration::from_millis(20)));
             }
             Some(Act::Poison) => return Err(HandlerError::retry("it is poison")),

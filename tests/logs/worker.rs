@@ -90,12 +90,7 @@ async fn events_that_go_to_a_function_together_are_named_in_one_span() {
     let log = Log::start();
     let work = Work::shared().await;
     // Slow enough that the events behind the first one wait and then go together.
-    sqlx::raw_sql(
-        "create function apply(event jsonb) returns void language sql as $$ select pg_sleep(0.05); insert into effect default values $$",
-    )
-    .execute(&work.outbox.pool)
-    .await
-    .unwrap();
+    work.create_apply("perform pg_sleep(0.05);").await;
     let events: Vec<_> = (0..6).map(|n| work.envelope(Some("key-secret"), n)).collect();
     for event in &events {
         work.put(event).await;

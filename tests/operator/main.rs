@@ -1,11 +1,11 @@
 //! The programs and questions of operators.
 
+mod bench;
 mod dead;
 mod doctor;
 mod explain;
 mod nats_cli;
 mod replay;
-mod rights;
 mod status;
 #[path = "../support/mod.rs"]
 mod support;

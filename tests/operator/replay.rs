@@ -160,3 +160,43 @@ async fn what_was_missed_runs_and_nothing_else() {
     }
     relay.stop().await.unwrap();
 }
+
+/// The relay is away, and so is what the stream held: whoever may read the outbox's database goes there.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_relay_it_reads_the_outboxs_database() {
+    let (publisher, work) = apart().await;
+    let relay = publisher.relay();
+    publish(&publisher, 1..=10).await;
+    run_until(&work, 20).await;
+    relay.stop().await.unwrap();
+    sqlx::raw_sql("delete from aftercommit.inbox where stream_seq % 4 < 2; delete from effect")
+        .execute(&work.outbox.pool)
+        .await
+        .unwrap();
+    work.context.get_stream(&publisher.naming.stream).await.unwrap().purge().sequence(9).await.unwrap();
+    let url = publisher.postgres.url.as_str();
+    let shown = replay(&work, &["--type", "test.number", "--dry-run", "--outbox-database", url]);
+    assert!(said(&shown).starts_with("10 events would be sent to back:\n"), "{}", said(&shown));
+    let file = std::env::temp_dir().join(format!("{}-outbox-url", publisher.naming.stream));
+    std::fs::write(&file, url).unwrap();
+    let file = file.to_str().unwrap();
+    let twice = replay(&work, &["--key", "a", "--yes", "--outbox-database", url, "--outbox-database-file", file]);
+    assert_eq!(twice.status.code(), Some(2), "{}", said(&twice));
+    assert!(said(&twice).contains("OUTBOX_DATABASE_URL_FILE"), "{}", said(&twice));
+    let wrong = replay(&work, &["--key", "a", "--yes", "--outbox-database", "nonsense"]);
+    assert!(wrong.status.code() == Some(2) && said(&wrong).contains("--outbox-database"), "{}", said(&wrong));
+    let sent = replay(&work, &["--key", "a", "--yes", "--outbox-database-file", file]);
+    assert!(said(&sent) == "5 events sent to back\n", "{}", said(&sent));
+    let again = replay(&work, &["--key", "b", "--again", "--yes", "--outbox-database", url]);
+    assert!(said(&again) == "10 events sent to back\n", "{}", said(&again));
+    run_until(&work, 15).await;
+    let numbers = work.numbers("a").await;
+    assert!(numbers.len() == 5 && numbers.is_sorted(), "{numbers:?}");
+    assert_eq!(work.numbers("b").await, (1..=10).collect::<Vec<_>>());
+    let audit: Vec<(String, String, i64)> =
+        sqlx::query_as("select who, action, count(*) from aftercommit.audit group by who, action order by action")
+            .fetch_all(&work.outbox.pool)
+            .await
+            .unwrap();
+    assert!(audit.contains(&("anna".into(), "replay again".into(), 5)), "{audit:?}");
+}

@@ -2,9 +2,10 @@
 //! passed it, runs at the subscriber once and in order, from the outbox and whatever became of the stream. Publisher and
 //! subscriber have databases of their own.
 
+use std::process::Command;
 use std::time::Duration;
 
-use crate::support::{Act, Copy, Dump, Number, Outbox, Record, RunningRelay, SOON, Work};
+use crate::support::{Act, Copy, Database, Dump, Number, Outbox, Record, Roles, SOON, Work};
 use aftercommit::admin;
 use aftercommit::config::NatsConfig;
 use aftercommit::reconciler::{ConsumerLeg, InboxLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
@@ -138,7 +139,7 @@ async fn what_the_stream_has_removed_before_it_was_handled_runs_from_the_outbox(
     assert_eq!((seen.found, seen.repaired), (109, 0), "those behind the floor and still there are not missed");
     assert_eq!(findings(work).await, [("not_handled".into(), "open".into(), 109)]);
     let repaired = ran(work, Scope::New, Mode::Repair).await;
-    assert_eq!((repaired.found, repaired.repaired), (0, 109), "what was reported before");
+    assert_eq!((repaired.found, repaired.repaired), (109, 109), "what was reported before is still so");
     assert_eq!(ran(work, Scope::Full, Mode::Repair).await.found, 0, "it waits");
     apart.run_worker_until(160).await;
     work.assert_in_order(&KEYS, 40).await;
@@ -298,25 +299,11 @@ async fn what_the_inbox_may_have_forgotten_is_left_alone() {
     relay.stop().await.unwrap();
 }
 
-/// Databases, roles and NATS users of publisher and subscriber have nothing in common, and the subscriber's may do no more
-/// than what the documentation names.
+/// The subscriber's database is its own, and the role may do no more there than what roles.sql grants.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_documented_rights_suffice() {
-    let config = "accounts { A { jetstream: enabled, users: [
-        { user: admin, password: a },
-        { user: relay, password: r, permissions: {
-            publish: [\"$JS.API.STREAM.INFO.*\", \"$JS.API.STREAM.MSG.GET.*\", \"$JS.API.DIRECT.GET.*\", \"*.test.>\", \"_INBOX_worker.>\"],
-            subscribe: [\"_INBOX_relay.>\", \"aftercommit.outbox.*\"] } },
-        { user: worker, password: w, permissions: {
-            publish: [\"$JS.API.CONSUMER.INFO.*.back\", \"$JS.API.CONSUMER.MSG.NEXT.*.back\", \"$JS.API.STREAM.MSG.GET.*\", \"$JS.ACK.*.back.>\",
-                      \"$JS.API.STREAM.INFO.*\", \"$JS.API.DIRECT.GET.*\", \"aftercommit.outbox.*\"],
-            subscribe: [\"_INBOX_worker.>\"] } } ] } }";
-    let nats = Nats::start(NatsOptions { config: config.into(), ..NatsOptions::default() }).await.unwrap();
-    let as_user = |user: &str| nats.url().replace("nats://", &format!("nats://{user}@"));
-    let apart = Apart::on(as_user("admin:a")).await;
-    let mut config = apart.publisher.relay_config();
-    config.nats.url = as_user("relay:r");
-    let relay = RunningRelay::start(config);
+async fn the_rights_of_its_role_suffice() {
+    let apart = Apart::shared().await;
+    let relay = apart.publisher.relay();
     apart.publish(1..=5).await;
     apart.run_worker_until(20).await;
     apart.publish(6..=10).await;
@@ -327,24 +314,142 @@ async fn the_documented_rights_suffice() {
     }
     apart.stream().await.delete_message(24).await.unwrap();
 
-    let role = aftercommit::testing::unique_name("worker");
-    let grants = "grant usage on schema aftercommit to worker;
-        grant select, insert, update on aftercommit.reconciler to worker;
-        grant select, insert, update, delete on aftercommit.reconcile_run, aftercommit.finding to worker;
-        grant select on aftercommit.inbox, aftercommit.dead_letter to worker;
-        grant select, insert, delete on aftercommit.redrive to worker;
-        grant insert on aftercommit.audit to worker;";
-    let setup = format!("create role {role} login; {}", grants.replace("worker", &role));
-    sqlx::raw_sql(sqlx::AssertSqlSafe(setup)).execute(&apart.work.outbox.pool).await.unwrap();
-    let mut restricted = apart.work.outbox.moved_to(apart.work.outbox.postgres.url.clone()).await;
-    restricted.postgres.url = restricted.postgres.url.replace("//postgres@", &format!("//{role}@"));
-    restricted.nats.url = as_user("worker:w");
+    let database = Database { config: apart.work.outbox.postgres.clone() };
+    let role = Roles::of(&database).login(&database, "back", &["inbox_reconciler"]).await;
+    let restricted = apart.work.outbox.moved_to(database.url_of(&role)).await;
     for (leg, found) in [("consumer:back", 19), ("inbox:back", 1)] {
         let summary = runner(&restricted, &restricted.nats).run_now(leg, Scope::Full, Mode::Repair).await.unwrap();
         assert_eq!((&summary.outcome, summary.found, summary.repaired), (&Outcome::Ran, found, found), "{summary}");
     }
     apart.run_worker_until(40).await;
     apart.work.assert_in_order(&KEYS, 10).await;
+    relay.stop().await.unwrap();
+}
+
+/// An event that came from the outbox has no place in the stream, so its range differs for good.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_range_that_differs_for_good_is_gone_through_once() {
+    let apart = Apart::shared().await;
+    let work = &apart.work;
+    let relay = apart.publisher.relay();
+    apart.publish(1..=10).await;
+    apart.run_worker_until(40).await;
+    let forget = async |n: i64| {
+        sqlx::query("delete from aftercommit.inbox where event_id = (select event_id from effect order by id offset $1 limit 1)")
+            .bind(n)
+            .execute(&work.outbox.pool)
+            .await
+            .unwrap();
+    };
+    forget(7).await;
+    assert_eq!(ran(work, Scope::Full, Mode::Repair).await.found, 1);
+    apart.run_worker_until(41).await;
+    let pages = async || {
+        let summary = ran(work, Scope::Full, Mode::Report).await;
+        let pages: i64 = sqlx::query_scalar(
+            "select (detail ->> 'pages')::bigint from aftercommit.reconcile_run order by id desc limit 1",
+        )
+        .fetch_one(&work.outbox.pool)
+        .await
+        .unwrap();
+        (pages > 0, summary.found, summary.scanned)
+    };
+    assert_eq!(pages().await, (true, 0, 40));
+    assert_eq!(pages().await, (false, 0, 40), "nothing has changed");
+    forget(20).await;
+    assert_eq!(pages().await, (true, 1, 40));
+    assert_eq!(pages().await, (true, 1, 40), "what is missing is no settled difference");
+    relay.stop().await.unwrap();
+}
+
+/// The operator's tool, as somebody runs it without the worker's file.
+fn reconcile(work: &Work, fault: &str) -> Option<i32> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit"));
+    command
+        .args(["reconcile", "--leg", "inbox", "--repair", "--subscriber", "back"])
+        .env("DATABASE_URL", &work.outbox.postgres.url)
+        .env("NATS_URL", &work.outbox.nats.url)
+        .env("AFTERCOMMIT_STREAM", &work.outbox.naming.stream)
+        .env("AFTERCOMMIT_SUBJECT_PREFIX", work.outbox.naming.prefix.to_string())
+        .env("AFTERCOMMIT_FAULT", fault)
+        .env("RUST_LOG", "off");
+    command.output().unwrap().status.code()
+}
+
+/// Some events the stream has removed, others were missing and are behind the end now; the process dies at each step.
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_every_step_and_resumed() {
+    let apart = Apart::shared().await;
+    let work = &apart.work;
+    let relay = apart.publisher.relay();
+    apart.publish(1..=5).await;
+    apart.run_worker_until(20).await;
+    apart.publish(6..=200).await;
+    apart.publish(201..=500).await;
+    apart.stream().await.purge().sequence(1500).await.unwrap();
+    for sequence in [1600, 1601, 1700] {
+        apart.stream().await.delete_message(sequence).await.unwrap();
+    }
+    let consumer = work.consumer("back").await;
+    // The floor passes what was purged.
+    eventually(SOON, "the floor is there", async || {
+        work.consumer("back").await.cached_info().ack_floor.stream_sequence >= 1499
+    })
+    .await
+    .unwrap();
+    drop(consumer);
+    assert_eq!(apart.repair_stream().await.repaired, 1499 + 3);
+    eventually(SOON, "the relay tells of what it repaired", async || {
+        sqlx::query_scalar("select min(queued_at) < clock_timestamp() - interval '2 seconds' from aftercommit.repair")
+            .fetch_one(&apart.publisher.pool)
+            .await
+            .unwrap()
+    })
+    .await
+    .unwrap();
+    for step in [
+        "reconciler-begun:1",
+        "reconciler-inbox-page:1",
+        "reconciler-inbox-page:3",
+        "reconciler-inbox-saved:1",
+        "reconciler-inbox-repair:1",
+        "resend-sent:1",
+        "resend-before-commit:1",
+        "resend-committed:1",
+        "resend-sent:1",
+        "resend-before-commit:1",
+        "resend-committed:1",
+        "reconciler-done:1",
+        "reconciler-recorded:1",
+    ] {
+        let before = rows_left(work).await;
+        assert_eq!(reconcile(work, step), None, "it was to die at {step}");
+        let split: Vec<(String, i64)> = sqlx::query_as(
+            "select key, count(*) from aftercommit.redrive group by key
+               having count(*) <> case key when 'a' then 396 when 'd' then 420 else 370 end",
+        )
+        .fetch_all(&work.outbox.pool)
+        .await
+        .unwrap();
+        assert_eq!(split, [], "a key in parts, {step}");
+        assert!(rows_left(work).await >= before);
+        // As if so much time had passed that a run without a sign of life is taken for dead.
+        sqlx::raw_sql("update aftercommit.reconcile_run set alive_until = '-infinity' where ended_at is null")
+            .execute(&work.outbox.pool)
+            .await
+            .unwrap();
+    }
+    assert_eq!(reconcile(work, ""), Some(0));
+    let events: i64 = sqlx::query_scalar("select sum((detail ->> 'events')::bigint)::bigint from aftercommit.audit")
+        .fetch_one(&work.outbox.pool)
+        .await
+        .unwrap();
+    assert_eq!(events, rows_left(work).await, "each was sent once");
+    apart.run_worker_until(2000).await;
+    work.assert_in_order(&KEYS, 500).await;
+    assert_eq!(ran(work, Scope::Full, Mode::Repair).await.found, 0);
+    let states: Vec<(String, String, i64)> = findings(work).await;
+    assert_eq!(states.iter().map(|(_, state, _)| state.as_str()).collect::<Vec<_>>(), ["repaired"], "{states:?}");
     relay.stop().await.unwrap();
 }
 

@@ -4,9 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use crate::support::{Copy, Message, Outbox, Random, RelayProcess, SOON, Writers};
+use crate::support::{Copy, Message, Outbox, Random, RelayProcess, RunningRelay, SOON, Writers};
 use aftercommit::admin;
+use aftercommit::config::Naming;
 use aftercommit::reconciler::{Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
+use aftercommit::relay::RelayConfig;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
 use async_nats::jetstream::stream::Config;
@@ -301,9 +303,15 @@ async fn killed_at_every_step_and_raced() {
     let mut random = Random(7);
     let mut relay = Some(relay);
     for fault in [
+        "reconciler-begun:1",
         "reconciler-outbox-read:1",
+        "reconciler-outbox-compared:1",
         "reconciler-outbox-queued:1",
+        "reconciler-outbox-found:1",
         "reconciler-outbox-chunk:1",
+        "reconciler-outbox-waits:1",
+        "reconciler-done:1",
+        "reconciler-recorded:1",
         "relay-repair-published:1",
         "relay-repair-recorded:1",
         "relay-sent:4",
@@ -313,17 +321,15 @@ async fn killed_at_every_step_and_raced() {
             (0..5).map(|_| messages[random.below(messages.len() as u64 - 1) as usize].sequence).collect();
         delete(&outbox, victims).await;
         if fault.starts_with("relay") {
-            drop(relay.take());
+            outbox.kill(relay.take().unwrap()).await;
             ran_without_relay(&outbox).await;
-            let mut command = outbox.relay_command();
-            let mut dying =
-                RelayProcess(command.env("AFTERCOMMIT_FAULT", fault).env("RUST_LOG", "off").spawn().unwrap());
-            assert!(!dying.ends(SOON).await.success(), "it was to die at {fault}");
+            outbox.dies_at(fault).await;
             relay = Some(outbox.relay_process());
         } else {
             let mut command = reconcile_command(&outbox, &["--leg", "outbox", "--full"]);
             let status = command.env("AFTERCOMMIT_FAULT", fault).env("RUST_LOG", "off").status().unwrap();
             assert!(!status.success(), "it was to die at {fault}");
+            outbox.expire_leases().await;
         }
         let (one, other) =
             tokio::join!(run(&outbox, Scope::Full, Mode::Repair), run(&outbox, Scope::Full, Mode::Repair));
@@ -331,6 +337,18 @@ async fn killed_at_every_step_and_raced() {
         writers.more(10).await;
     }
     writers.stop().await;
+    everything_is_settled(&outbox).await;
+    assert_eq!(ran(&outbox, Scope::Full, Mode::Repair).await.found, 0);
+    let times = times(&outbox.messages().await);
+    let committed = outbox.committed().await;
+    let lost: Vec<&String> = committed.iter().filter(|id| !times.contains_key(*id)).collect();
+    let twice: Vec<_> = times.iter().filter(|(_, times)| **times > 1).collect();
+    assert!(lost.is_empty() && twice.is_empty(), "lost {lost:?}, twice {twice:?}");
+    drop(relay);
+}
+
+/// Waits until everything that was committed is published.
+async fn everything_is_settled(outbox: &Outbox) {
     eventually(SOON, "everything is published", async || {
         let waiting: i64 = sqlx::query_scalar(
             "select count(*) from aftercommit.outbox where id > (select settled_id from aftercommit.relay_log order by seq desc limit 1)",
@@ -342,14 +360,7 @@ async fn killed_at_every_step_and_raced() {
     })
     .await
     .unwrap();
-    settled(&outbox).await;
-    assert_eq!(ran(&outbox, Scope::Full, Mode::Repair).await.found, 0);
-    let times = times(&outbox.messages().await);
-    let committed = outbox.committed().await;
-    let lost: Vec<&String> = committed.iter().filter(|id| !times.contains_key(*id)).collect();
-    let twice: Vec<_> = times.iter().filter(|(_, times)| **times > 1).collect();
-    assert!(lost.is_empty() && twice.is_empty(), "lost {lost:?}, twice {twice:?}");
-    drop(relay);
+    settled(outbox).await;
 }
 
 /// Queues what is missing while no relay leads.
@@ -424,6 +435,152 @@ async fn a_lost_end_is_left_to_the_relay() {
     relay.stop().await.unwrap();
 }
 
+/// What a run has reported, and the relay has published again since because the stream lost its end, is not repaired as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_relay_has_published_again_is_not_repaired_as_well() {
+    let (mut nats, outbox) = private().await;
+    outbox.forget_message_ids().await;
+    let relay = outbox.relay();
+    publish(&outbox, 0..100).await;
+    published(&outbox).await;
+    delete(&outbox, [50]).await;
+    nats.stop().await.unwrap();
+    let copy = Copy::of(&nats.store_directory());
+    nats.restart().await.unwrap();
+    publish(&outbox, 100..200).await;
+    eventually(SOON, "all but one are there", async || outbox.stored().await == 199).await.unwrap();
+    settled(&outbox).await;
+    delete(&outbox, [150, 160]).await;
+    assert_eq!(ran(&outbox, Scope::Full, Mode::Report).await.found, 3);
+    relay.stop().await.unwrap();
+    nats.stop().await.unwrap();
+    copy.replace(&nats.store_directory());
+    nats.restart().await.unwrap();
+    let relay = outbox.relay();
+    eventually(SOON, "the end is there again", async || outbox.stored().await == 199).await.unwrap();
+    settled(&outbox).await;
+    assert_eq!(ran(&outbox, Scope::New, Mode::Repair).await.repaired, 1, "the one that was lost before");
+    outbox.assert_complete().await;
+    let missing = |state: &str, id| finding("missing_from_stream", state, id);
+    assert_eq!(findings(&outbox).await, [missing("repaired", 50), missing("gone", 150), missing("gone", 160)]);
+    relay.stop().await.unwrap();
+}
+
+/// Two outboxes and a stranger in one stream, each outbox with two relays of which the first is killed.
+#[tokio::test(flavor = "multi_thread")]
+async fn in_a_shared_stream_each_outbox_looks_for_its_own() {
+    let one = shared().await;
+    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    let mut other = Outbox::new(database, one.nats.url.clone()).await;
+    other.naming = Naming { source: "/other".into(), ..one.naming.clone() };
+    let relays = |outbox: &Outbox| {
+        let config = RelayConfig { mode: aftercommit::relay::Mode::Shared, ..outbox.relay_config() };
+        [RunningRelay::start(config.clone()), RunningRelay::start(config)]
+    };
+    let ([killed, _one], _others) = (relays(&one), relays(&other));
+    let js = one.js().await;
+    let stranger = async || {
+        js.publish(format!("{}.foreign", one.naming.prefix), "of a stranger".into()).await.unwrap().await.unwrap();
+    };
+    let mut killed = Some(killed);
+    for round in 0..4 {
+        tokio::join!(
+            publish(&one, round * 20..round * 20 + 20),
+            stranger(),
+            publish(&other, round * 20..round * 20 + 20)
+        );
+        if round == 2 {
+            drop(killed.take());
+        }
+    }
+    eventually(SOON, "everything is there", async || one.stored().await == 164).await.unwrap();
+    tokio::join!(settled(&one), settled(&other));
+    let source = |message: &Message| message.headers.get("ce-source").cloned();
+    let victims =
+        one.messages().await.into_iter().enumerate().filter(|(at, _)| at % 20 == 7).map(|(_, message)| message);
+    let victims: Vec<Message> = victims.collect();
+    delete(&one, victims.iter().map(|message| message.sequence)).await;
+    let reconcile = async |outbox: &Outbox| {
+        let leg = OutboxLeg { shared: true, ..leg(outbox) };
+        let runner = Runner::new(outbox.postgres.clone()).outbox(leg);
+        let summary = runner.run_now("outbox", Scope::Full, Mode::Repair).await.unwrap();
+        assert_eq!(summary.outcome, Outcome::Ran, "{summary}");
+        (summary.found, summary.repaired)
+    };
+    // At the same time: they have nothing to do with each other.
+    let found = tokio::join!(reconcile(&one), reconcile(&other));
+    let lost = |outbox: &Outbox| {
+        let own =
+            victims.iter().filter(|message| source(message).as_ref() == Some(&outbox.naming.source)).count() as u64;
+        (own, own)
+    };
+    assert_eq!(found, (lost(&one), lost(&other)));
+    let times = times(&one.messages().await);
+    let committed = [one.committed().await, other.committed().await].concat();
+    assert!(committed.iter().all(|id| times.get(id) == Some(&1)), "{times:?}");
+    assert_eq!(tokio::join!(reconcile(&one), reconcile(&other)), ((0, 0), (0, 0)));
+}
+
+/// More bytes than a batch may have, gaps at the end of the stream and of batches.
+#[tokio::test(flavor = "multi_thread")]
+async fn large_messages_and_gaps_at_every_edge() {
+    let (_nats, outbox) = private().await;
+    let relay = outbox.relay();
+    sqlx::query(
+        "insert into aftercommit.outbox (event_id, type, payload)
+         select aftercommit.new_event_id(), 'large', convert_to(format('\"%s\"', repeat('x', length)), 'UTF8')
+           from unnest(array[10, 900000, 900000, 900000, 900000, 900000, 900000, 900000, 900000, 900000, 10, 10]) length",
+    )
+    .execute(&outbox.pool)
+    .await
+    .unwrap();
+    publish(&outbox, 12..2100).await;
+    published(&outbox).await;
+    assert_eq!(ran(&outbox, Scope::Full, Mode::Report).await.found, 0);
+    for victims in [vec![1, 2, 2099, 2100], vec![9], (990..=1015).collect(), vec![2000, 2098]] {
+        let lost = victims.len() as u64;
+        delete(&outbox, victims).await;
+        assert_eq!(ran(&outbox, Scope::Full, Mode::Report).await.found, lost);
+        assert_eq!(ran(&outbox, Scope::New, Mode::Repair).await.repaired, lost);
+        outbox.assert_complete().await;
+    }
+    relay.stop().await.unwrap();
+}
+
+/// Two processes at a time are killed at any moment, while messages go and a relay is busy: what is gone comes back once.
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_any_moment() {
+    let outbox = shared().await;
+    let _relay = outbox.relay_process();
+    let writers = Writers::start(&outbox.pool, 2, 10).await;
+    writers.more(200).await;
+    let mut random = Random(11);
+    for _ in 0..12 {
+        let messages = outbox.messages().await;
+        let victims: BTreeSet<u64> =
+            (0..5).map(|_| messages[random.below(messages.len() as u64 - 1) as usize].sequence).collect();
+        delete(&outbox, victims).await;
+        let start = || {
+            let mut command = reconcile_command(&outbox, &["--leg", "outbox", "--full"]);
+            RelayProcess(command.env("RUST_LOG", "off").stdout(std::process::Stdio::null()).spawn().unwrap())
+        };
+        let mut processes = [start(), start()];
+        for process in &mut processes {
+            tokio::time::sleep(Duration::from_millis(random.below(400))).await;
+            process.kill();
+        }
+        writers.more(5).await;
+    }
+    writers.stop().await;
+    everything_is_settled(&outbox).await;
+    ran(&outbox, Scope::Full, Mode::Repair).await;
+    let times = times(&outbox.messages().await);
+    let committed = outbox.committed().await;
+    let wrong: Vec<&String> = committed.iter().filter(|id| times.get(*id) != Some(&1)).collect();
+    assert!(wrong.is_empty(), "lost or twice: {wrong:?}");
+    assert_eq!(ran(&outbox, Scope::Full, Mode::Repair).await.found, 0);
+}
+
 /// An event that the stream takes no more is refused with the reason, and its key waits behind it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repair_that_can_never_be_stored_is_refused() {
@@ -485,18 +642,22 @@ async fn a_process_of_its_own_repairs_again_and_again_until_it_is_told_to_stop()
 async fn a_million_events_of_which_a_hundred_are_missing() {
     let events: u64 = std::env::var("AFTERCOMMIT_EVENTS").map_or(1_000_000, |text| text.parse().unwrap());
     let (_nats, outbox) = private().await;
-    sqlx::query(
-        "insert into aftercommit.outbox (event_id, type, key, payload)
-         select aftercommit.new_event_id(), 'test.number', 'key-' || n % 1000,
-                convert_to(jsonb_build_object('n', n, 'text', repeat('x', 200))::text, 'UTF8')
-           from generate_series(1, $1::bigint) n",
-    )
-    .bind(events.cast_signed())
-    .execute(&outbox.pool)
-    .await
-    .unwrap();
     let began = std::time::Instant::now();
+    // The relay publishes while the rest is still written.
     let _relay = outbox.relay_process();
+    for first in (1..=events).step_by(200_000) {
+        sqlx::query(
+            "insert into aftercommit.outbox (event_id, type, key, payload)
+             select aftercommit.new_event_id(), 'test.number', 'key-' || n % 1000,
+                    convert_to(format('{\"n\": %s, \"text\": \"%s\"}', n, repeat('x', 200)), 'UTF8')
+               from generate_series($1::bigint, $2::bigint) n",
+        )
+        .bind(first.cast_signed())
+        .bind(events.min(first + 199_999).cast_signed())
+        .execute(&outbox.pool)
+        .await
+        .unwrap();
+    }
     let long = Duration::from_secs(1800);
     eventually(long, "everything is in the stream", async || outbox.stored().await == events).await.unwrap();
     settled(&outbox).await;

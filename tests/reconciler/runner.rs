@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
-use crate::support::{Database, SOON, succeeded};
+use crate::support::{Database, Roles, SOON, succeeded};
 use aftercommit::ErrorKind;
 use aftercommit::config::PostgresConfig;
 use aftercommit::health::Check;
@@ -652,14 +652,9 @@ async fn the_operators_tool_lists_findings_and_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_rights_on_the_page_suffice() {
+async fn the_rights_of_its_role_suffice() {
     let stage = Stage::new(&["a", "error-1"]).await;
-    let page = include_str!("../../docs/reconciliation.md");
-    let rights = page.split("```sql\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
-    // Roles are the server's, not the database's.
-    let role = aftercommit::testing::unique_name("app");
-    let rights = rights.replace("to app;", &format!("to {role};"));
-    stage.database.execute(&format!("create role {role} login; {rights}")).await;
+    let role = Roles::of(&stage.database).login(&stage.database, "app", &["own_reconciler"]).await;
     stage.database.execute(&format!("grant all on all tables in schema public to {role}")).await;
     let runner = || {
         let config = PostgresConfig::new(stage.database.url_of(&role));

@@ -35,13 +35,6 @@ async fn events(pool: &PgPool, events: i32) {
         .unwrap();
 }
 
-/// Runs a relay until it dies at a step.
-async fn dies_at(outbox: &Outbox, fault: &str) {
-    let mut command = outbox.relay_command();
-    let mut relay = RelayProcess(command.env("AFTERCOMMIT_FAULT", fault).env("RUST_LOG", "off").spawn().unwrap());
-    assert!(!relay.ends(SOON).await.success(), "it was to die at {fault}");
-}
-
 async fn settled(outbox: &Outbox) {
     eventually(SOON, "the window is closed", async || {
         sqlx::query_scalar("select target is null and seq > 0 from aftercommit.relay_log order by seq desc limit 1")
@@ -73,13 +66,13 @@ async fn survives_dump_and_restore(old_epoch: u32, new_epoch: u32) {
     let lost = open(&outbox.pool, "held.lost").await;
     let relay = outbox.relay_process();
     let writers = Writers::start(&outbox.pool, 8, 10).await;
-    writers.more(400).await;
+    writers.more(200).await;
     writers.stop().await;
     outbox.assert_complete().await;
     settled(&outbox).await;
-    drop(relay);
+    outbox.kill(relay).await;
     events(&outbox.pool, 100).await;
-    dies_at(&outbox, "relay-acknowledged:30").await;
+    outbox.dies_at("relay-acknowledged:30").await;
     held.commit().await.unwrap();
     let writers = Writers::start(&outbox.pool, 8, 10).await;
     writers.more(100).await;
@@ -97,12 +90,12 @@ async fn survives_dump_and_restore(old_epoch: u32, new_epoch: u32) {
     writers.more(50).await;
     assert_eq!(outbox.stored().await, published, "no relay has been here yet");
     // Every step of the move can be the last one of a relay.
-    dies_at(&outbox, "relay-restamped:1").await;
-    dies_at(&outbox, "relay-after-barrier:1").await;
-    dies_at(&outbox, "relay-acknowledged:20").await;
-    dies_at(&outbox, "relay-window-done:1").await;
+    outbox.dies_at("relay-restamped:1").await;
+    outbox.dies_at("relay-after-barrier:1").await;
+    outbox.dies_at("relay-acknowledged:20").await;
+    outbox.dies_at("relay-window-done:1").await;
     let relay = outbox.relay_process();
-    writers.more(1000).await;
+    writers.more(300).await;
     writers.stop().await;
     let messages = outbox.assert_complete().await;
     assert_eq!((count(&messages, "held.committed"), count(&messages, "held.lost")), (1, 0));
@@ -111,7 +104,7 @@ async fn survives_dump_and_restore(old_epoch: u32, new_epoch: u32) {
     let messages = outbox.assert_complete().await;
     assert_eq!(count(&messages, "new.early"), 1);
     settled(&outbox).await;
-    drop(relay);
+    outbox.kill(relay).await;
     assert_eq!(outbox.assert_complete().await.len(), messages.len());
 }
 
@@ -145,7 +138,7 @@ async fn open_transactions_have_the_numbers_of_old_events() {
     }
     outbox.assert_complete().await;
     settled(&outbox).await;
-    drop(relay);
+    outbox.kill(relay).await;
     let dump = Dump::of(&outbox.postgres.url);
     let url = new.create_database().await.unwrap();
     dump.restore(&url);
@@ -170,11 +163,11 @@ async fn open_transactions_have_the_numbers_of_old_events() {
         held.commit().await.unwrap();
         outbox.assert_complete().await;
         met += 1;
-        if met == 20 {
+        if met == 10 {
             break;
         }
     }
-    assert_eq!(met, 20);
+    assert_eq!(met, 10);
     settled(&outbox).await;
     outbox.assert_complete().await;
     relay.stop().await.unwrap();
@@ -196,7 +189,7 @@ async fn an_old_dump_is_restored() {
     events(&outbox.pool, 30).await;
     straggler.commit().await.unwrap();
     outbox.assert_complete().await;
-    drop(relay);
+    outbox.kill(relay).await;
 
     let url = Postgres::shared().await.unwrap().create_database().await.unwrap();
     dump.restore(&url);
@@ -215,7 +208,7 @@ async fn the_id_sequence_is_not_restored() {
     events(&outbox.pool, 50).await;
     outbox.assert_complete().await;
     settled(&outbox).await;
-    drop(relay);
+    outbox.kill(relay).await;
     sqlx::query("delete from aftercommit.outbox where id <= 30").execute(&outbox.pool).await.unwrap();
     let dump = Dump::of(&outbox.postgres.url);
     let url = Postgres::shared().await.unwrap().create_database().await.unwrap();
@@ -259,10 +252,10 @@ async fn survives_going_back(mid_window: bool, forgets: bool) {
     writers.stop().await;
     outbox.assert_complete().await;
     settled(&outbox).await;
-    drop(relay);
+    outbox.kill(relay).await;
     if mid_window {
         events(&outbox.pool, 100).await;
-        dies_at(&outbox, "relay-acknowledged:30").await;
+        outbox.dies_at("relay-acknowledged:30").await;
         held.take().unwrap().commit().await.unwrap();
     }
     // Committed at the time of the copy, published after it.
@@ -280,7 +273,7 @@ async fn survives_going_back(mid_window: bool, forgets: bool) {
     }
     let before: HashSet<String> = outbox.committed().await.into_iter().collect();
     outbox.assert_complete().await;
-    drop(relay);
+    outbox.kill(relay).await;
     postgres.stop().await.unwrap();
     copy.replace(&postgres.data_directory());
     postgres.restart().await.unwrap();
@@ -290,7 +283,7 @@ async fn survives_going_back(mid_window: bool, forgets: bool) {
     assert!((ghosts > 50) == forgets && kept.iter().all(|id| before.contains(id)));
     // These get the ids that the forgotten ones had.
     events(&outbox.pool, 150).await;
-    dies_at(&outbox, "relay-acknowledged:10").await;
+    outbox.dies_at("relay-acknowledged:10").await;
     let log = std::env::temp_dir().join(format!("{}.log", outbox.naming.stream));
     let mut command: Command = outbox.relay_command();
     command.stdout(File::create(&log).unwrap()).stderr(File::options().append(true).open(&log).unwrap());
@@ -299,7 +292,7 @@ async fn survives_going_back(mid_window: bool, forgets: bool) {
     events(&outbox.pool, 50).await;
     holds_with_ghosts(&outbox, ghosts).await;
     settled(&outbox).await;
-    drop(relay);
+    outbox.kill(relay).await;
     let said = std::fs::read_to_string(&log).unwrap();
     std::fs::remove_file(&log).unwrap();
     assert_eq!(said.contains("the stream has an event that the outbox has not"), forgets, "{said}");

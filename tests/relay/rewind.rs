@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::support::{Copy, Outbox, RelayProcess, SOON, Writers};
+use crate::support::{Copy, Outbox, SOON, Writers};
 use aftercommit::admin;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
@@ -101,16 +101,14 @@ async fn the_store_goes_back_to_an_older_copy() {
         several_windows(&outbox).await;
         drop(relay);
     }
-    drop(relay);
+    outbox.kill(relay).await;
     nats.stop().await.unwrap();
     copy.replace(&nats.store_directory());
     nats.restart().await.unwrap();
     let left = outbox.stored().await;
     assert!(left > 100 && left + 100 < outbox.committed().await.len() as u64);
     for fault in ["relay-rewound:1", "relay-after-barrier:1", "relay-acknowledged:30", "relay-window-done:1"] {
-        let mut command = outbox.relay_command();
-        let mut dying = RelayProcess(command.env("AFTERCOMMIT_FAULT", fault).env("RUST_LOG", "off").spawn().unwrap());
-        assert!(!dying.ends(SOON).await.success(), "it was to die at {fault}");
+        outbox.dies_at(fault).await;
     }
     let relay = outbox.relay();
     complete(&outbox).await;

@@ -28,7 +28,7 @@ async fn others_write_too_and_everything_fails() {
     let js = outbox.js().await;
     let subject = format!("{}.foreign", outbox.naming.prefix);
     let mut foreign = 0;
-    for round in 0..3 {
+    for round in 0..2 {
         for way in [Way::Deaf, Way::Slow(Duration::from_millis(450)), Way::Cut] {
             for _ in 0..5 {
                 writers.more(15).await;
@@ -41,7 +41,7 @@ async fn others_write_too_and_everything_fails() {
             let before = outbox.stored().await;
             eventually(SOON, "the relay publishes again", async || outbox.stored().await > before).await.unwrap();
         }
-        if round == 1 {
+        if round == 0 {
             // Without a stop: the next leader goes through the open window again.
             drop(relay);
             relay = RunningRelay::start(config());

@@ -57,7 +57,7 @@ async fn nothing_is_lost_doubled_or_reordered_while_relays_are_killed() {
         writers.more(300).await;
         let before = outbox.stored().await;
         eventually(SOON, "the relay publishes", async || outbox.stored().await > before).await.unwrap();
-        relay.kill();
+        outbox.kill(relay).await;
         relay = outbox.relay_process();
     }
     writers.more(300).await;

@@ -89,6 +89,32 @@ impl Outbox {
         command
     }
 
+    /// Runs a relay until it dies at this step. Its lease goes with it.
+    pub async fn dies_at(&self, fault: &str) {
+        let mut command = self.relay_command();
+        let mut relay = RelayProcess(command.env("AFTERCOMMIT_FAULT", fault).env("RUST_LOG", "off").spawn().unwrap());
+        let status = relay.ends(SOON).await;
+        assert!(!status.success(), "it was to die at {fault}, but ended with {status}");
+        self.expire_leases().await;
+    }
+
+    /// SIGKILL. The relay's lease goes with it.
+    pub async fn kill(&self, relay: RelayProcess) {
+        drop(relay);
+        self.expire_leases().await;
+    }
+
+    /// What waiting for the leases of relays, workers and reconcilers to run out would do.
+    pub async fn expire_leases(&self) {
+        sqlx::raw_sql(
+            "update aftercommit.lease set expires_at = to_timestamp(0);
+             update aftercommit.reconcile_run set alive_until = clock_timestamp() - interval '1 second' where ended_at is null",
+        )
+        .execute(&self.pool)
+        .await
+        .unwrap();
+    }
+
     /// Writes one event in its own transaction.
     pub async fn publish(&self, event_type: &str, payload: &str, key: Option<&str>) {
         sqlx::query("select aftercommit.publish($1, $2::text::jsonb, $3)")

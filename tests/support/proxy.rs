@@ -1,11 +1,15 @@
 //! A way to a server that can be disturbed.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use aftercommit::testing::eventually;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+
+use super::SOON;
 
 /// What the way does to bytes.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -25,6 +29,8 @@ pub enum Way {
 pub struct Proxy {
     pub address: String,
     way: watch::Sender<Way>,
+    /// Each direction of each connection holds one more.
+    open: Arc<()>,
 }
 
 impl Proxy {
@@ -34,6 +40,8 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (way, told) = watch::channel(Way::Open);
+        let open = Arc::new(());
+        let held = Arc::downgrade(&open);
         tokio::spawn(async move {
             loop {
                 let Ok((client, _)) = listener.accept().await else { continue };
@@ -41,12 +49,13 @@ impl Proxy {
                     continue;
                 }
                 let Ok(server) = TcpStream::connect(&server).await else { continue };
+                let Some(open) = held.upgrade() else { return };
                 let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
-                tokio::spawn(pass(from_client, to_server, told.clone(), false));
-                tokio::spawn(pass(from_server, to_client, told.clone(), true));
+                tokio::spawn(pass(from_client, to_server, told.clone(), false, open.clone()));
+                tokio::spawn(pass(from_server, to_client, told.clone(), true, open));
             }
         });
-        Self { address, way }
+        Self { address, way, open }
     }
 
     pub fn set(&self, way: Way) {
@@ -56,12 +65,18 @@ impl Proxy {
     /// Cuts all connections and lets new ones through.
     pub async fn cut(&self) {
         self.set(Way::Cut);
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        eventually(SOON, "the connections are cut", async || Arc::strong_count(&self.open) == 1).await.unwrap();
         self.set(Way::Open);
     }
 }
 
-async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut told: watch::Receiver<Way>, answers: bool) {
+async fn pass(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    mut told: watch::Receiver<Way>,
+    answers: bool,
+    _open: Arc<()>,
+) {
     let mut buffer = vec![0; 64 << 10];
     loop {
         let read = tokio::select! {
@@ -77,7 +92,10 @@ async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut told: watch::
                 _ = told.wait_for(|way| *way == Way::Cut).await;
                 return;
             }
-            Way::Slow(delay) if answers => tokio::time::sleep(delay).await,
+            Way::Slow(delay) if answers => tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                Ok(_) = told.wait_for(|way| *way == Way::Cut) => return,
+            },
             _ => {}
         }
         if to.write_all(&buffer[..length]).await.is_err() {

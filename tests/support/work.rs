@@ -8,13 +8,13 @@ use std::time::Duration;
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit::envelope::Envelope;
 use aftercommit::subject::SubjectPrefix;
-use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, Postgres};
+use aftercommit::testing::{eventually, unique_name};
 use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber, Worker};
 use aftercommit::{Error, Event, EventId};
 use async_nats::HeaderMap;
 use async_nats::jetstream::{self, consumer};
-use sqlx::PgTransaction;
+use sqlx::{AssertSqlSafe, PgTransaction};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -247,6 +247,35 @@ impl Work {
         command
     }
 
+    /// A handler in SQL, the function `apply`: the effect, and then these statements.
+    pub async fn create_apply(&self, then: &str) {
+        let function = format!(
+            "create function apply(event jsonb) returns void language plpgsql as $$
+             begin
+                insert into effect (event_id, key, n, attempt)
+                values ((event ->> 'id')::uuid, event ->> 'partitionkey', (event -> 'data' ->> 'n')::bigint, 1);
+                {then}
+             end $$"
+        );
+        sqlx::raw_sql(AssertSqlSafe(function)).execute(&self.outbox.pool).await.unwrap();
+    }
+
+    /// Runs the worker's program with this file until it dies at each of these steps, one after the other.
+    pub async fn dies_at_each(&self, steps: &[(&str, u32)], toml: &str) {
+        for (step, times) in steps {
+            let mut worker =
+                WorkerProcess(self.command(toml).env("AFTERCOMMIT_FAULT", format!("{step}:{times}")).spawn().unwrap());
+            let mut status = None;
+            let died = eventually(SOON, "the process dies", async || {
+                status = worker.0.try_wait().unwrap();
+                status.is_some()
+            });
+            let died = died.await.is_ok();
+            assert!(died && !status.unwrap().success(), "it was to die at {step}: {status:?}");
+            self.outbox.expire_leases().await;
+        }
+    }
+
     /// What waiting for the leases to run out would do: PostgreSQL notices that a process is dead, and then its leases end.
     pub async fn expire_leases(&self) {
         let open = "select count(*) from pg_stat_activity
@@ -257,10 +286,7 @@ impl Work {
             sqlx::query_scalar::<_, i64>(open).fetch_one(&self.outbox.pool).await.unwrap() == 0
         })
         .await;
-        sqlx::raw_sql("update aftercommit.lease set expires_at = '-infinity'")
-            .execute(&self.outbox.pool)
-            .await
-            .unwrap();
+        self.outbox.expire_leases().await;
     }
 
     /// The worker's program with a file of that content.
@@ -270,7 +296,8 @@ impl Work {
 
     /// The command that runs it, its consumers provisioned.
     pub fn command(&self, toml: &str) -> Command {
-        let file = std::env::temp_dir().join(format!("{}.toml", self.outbox.naming.stream));
+        // Each has a file of its own: another process may be reading the one before.
+        let file = std::env::temp_dir().join(format!("{}.toml", unique_name("worker")));
         std::fs::write(&file, toml).unwrap();
         let run = |program: &str, arguments: &[&str]| {
             let mut command = Command::new(program);

@@ -86,6 +86,7 @@ async fn relays_and_worker_lose_nothing_and_keep_order() {
         eventually(SOON, "a relay publishes", async || work.outbox.stored().await > before).await.unwrap();
         let leader = leader(&work.outbox, &relays).await;
         relays[leader].kill();
+        work.outbox.expire_leases().await;
         relays[leader] = work.outbox.relay_process();
         if round == 1 {
             work.wait_for(1).await;

@@ -2,13 +2,13 @@
 
 #[expect(dead_code, reason = "the example's main is not called here")]
 #[path = "../../examples/ping.rs"]
-mod ping;
+mod example;
 
 use std::process::Command;
 
 use crate::support::Database;
-use ping::behaviours::{self, Stage};
-use ping::{Error, PingRepository};
+use example::behaviours::{self, Stage};
+use example::{Error, PingRepository};
 use sqlx::PgPool;
 
 /// Runs a behaviour of the example on a stage of its own.

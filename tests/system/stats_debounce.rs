@@ -2,9 +2,9 @@
 
 #[expect(dead_code, reason = "the example's main is not called here")]
 #[path = "../../examples/stats_debounce.rs"]
-mod stats_debounce;
+mod example;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_events_cause_one_recomputation() {
-    assert_eq!(stats_debounce::hundred_sales().await.unwrap(), (100, 1));
+    assert_eq!(example::hundred_sales().await.unwrap(), (100, 1));
 }

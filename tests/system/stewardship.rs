@@ -2,15 +2,15 @@
 
 #[expect(dead_code, reason = "the example's main is not called here")]
 #[path = "../../examples/stewardship.rs"]
-mod stewardship;
+mod example;
 
 use aftercommit::reconciler::{Mode, Scope};
 use aftercommit::worker::{Delivery, Handler};
+use example::derived::{Stewardship, converge};
+use example::events::MonitorInheritanceFlagChanged;
+use example::stage::Stage;
+use example::{Error, modes, repository as repo};
 use sqlx::PgTransaction;
-use stewardship::derived::{Stewardship, converge};
-use stewardship::events::MonitorInheritanceFlagChanged;
-use stewardship::stage::Stage;
-use stewardship::{Error, modes, repository as repo};
 
 /// The state in which all modes end.
 const STATE: &str = "7cc5802bcd782ace59f48e83922fc3de";

@@ -23,14 +23,7 @@ async fn events_take_effect_and_are_acked() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_function_gets_the_cloud_event_in_the_worker_process() {
     let work = Work::shared().await;
-    sqlx::raw_sql(
-        "create function apply(event jsonb) returns void language sql as $$
-            insert into effect (event_id, key, n, attempt)
-            values ((event ->> 'id')::uuid, event ->> 'partitionkey', (event -> 'data' ->> 'n')::bigint, 1) $$",
-    )
-    .execute(&work.outbox.pool)
-    .await
-    .unwrap();
+    work.create_apply("").await;
     let file = "[[subscriber]]\nname = \"sql\"\ntypes = [\"*\"]\nsql = { function = \"public.apply\" }\n";
     let process = work.process(file);
     work.send_many(&["a", "b"], 50).await;
@@ -87,15 +80,7 @@ async fn a_failing_event_leaves_no_trace_of_its_attempts() {
 async fn a_storm_of_redeliveries_changes_nothing_and_fits_into_memory() {
     const EVENTS: i64 = 800;
     let work = Work::shared().await;
-    sqlx::raw_sql(
-        "create function apply(event jsonb) returns void language sql as $$
-            select pg_sleep(0.03);
-            insert into effect (event_id, key, n, attempt)
-            values ((event ->> 'id')::uuid, event ->> 'partitionkey', (event -> 'data' ->> 'n')::bigint, 1) $$",
-    )
-    .execute(&work.outbox.pool)
-    .await
-    .unwrap();
+    work.create_apply("perform pg_sleep(0.03);").await;
     let keys = ["a", "b", "c", "d", "e", "f", "g", "h"];
     for n in 1..=EVENTS / 8 {
         for key in keys {

@@ -162,15 +162,7 @@ async fn two_instances_that_both_believe_to_be_active_do_no_harm() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_frozen_instance_that_wakes_up_late_does_no_harm() {
     let work = Work::shared().await;
-    sqlx::raw_sql(
-        "create function apply(event jsonb) returns void language sql as $$
-            select pg_sleep(0.002);
-            insert into effect (event_id, key, n, attempt)
-            values ((event ->> 'id')::uuid, event ->> 'partitionkey', (event -> 'data' ->> 'n')::bigint, 1) $$",
-    )
-    .execute(&work.outbox.pool)
-    .await
-    .unwrap();
+    work.create_apply("perform pg_sleep(0.002);").await;
     let file = "[[subscriber]]\nname = \"frozen\"\ntypes = [\"*\"]\nsql = { function = \"apply\" }\ntime_limit = \"2s\"\nack_wait = \"3s\"\n";
     work.send_many(&KEYS, 100).await;
     let first = work.process(file);
@@ -194,19 +186,7 @@ async fn a_frozen_instance_that_wakes_up_late_does_no_harm() {
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_at_every_step() {
     let work = Work::shared().await;
-    sqlx::raw_sql(
-        "create function apply(event jsonb) returns void language plpgsql as $$
-         begin
-            insert into effect (event_id, key, n, attempt)
-            values ((event ->> 'id')::uuid, event ->> 'partitionkey', (event -> 'data' ->> 'n')::bigint, 1);
-            if event -> 'data' ->> 'n' = '7' then
-                raise exception 'seven is refused';
-            end if;
-         end $$",
-    )
-    .execute(&work.outbox.pool)
-    .await
-    .unwrap();
+    work.create_apply("if event -> 'data' ->> 'n' = '7' then raise exception 'seven is refused'; end if;").await;
     let file = "[[subscriber]]\nname = \"steps\"\ntypes = [\"*\"]\nsql = { function = \"apply\" }\n\
                 max_attempts = 3\nmax_batch = 4\nbackoff = { first = \"20ms\" }\n";
     work.send_many(&KEYS, 30).await;
@@ -222,24 +202,7 @@ async fn killed_at_every_step() {
         ("worker-failure-counted", 3),
         ("worker-given-up", 2),
     ];
-    for (step, times) in steps {
-        let mut process = work.command(file).env("AFTERCOMMIT_FAULT", format!("{step}:{times}")).spawn().unwrap();
-        let mut status = None;
-        let died = eventually(SOON, "the process dies", async || {
-            status = process.try_wait().unwrap();
-            status.is_some()
-        });
-        let died = died.await;
-        if died.is_err() {
-            process.kill().unwrap();
-        }
-        assert!(died.is_ok() && !status.unwrap().success(), "it was to die at {step}: {status:?}");
-        // What waiting for the lease to run out would do.
-        sqlx::raw_sql("update aftercommit.lease set expires_at = '-infinity'")
-            .execute(&work.outbox.pool)
-            .await
-            .unwrap();
-    }
+    work.dies_at_each(&steps, file).await;
     let last = work.process(file);
     work.wait_for(8 * 29).await;
     eventually(SOON, "the dead letters", async || work.dead_letters().await.len() == 8).await.unwrap();

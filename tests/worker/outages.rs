@@ -219,7 +219,7 @@ async fn a_consumer_that_is_deleted_is_missed_until_it_is_provisioned_again() {
     worker.stop().await;
 }
 
-/// With the permissions that docs/worker.md names the worker does all that it has to: it takes over what was left
+/// With the permissions that a subscriber has the worker does all that it has to: it takes over what was left
 /// unacked, handles, and answers.
 #[tokio::test(flavor = "multi_thread")]
 async fn few_permissions_are_enough() {

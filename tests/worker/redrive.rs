@@ -249,19 +249,7 @@ async fn a_redriven_event_that_fails_again_is_a_dead_letter_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_at_every_step_of_a_redrive() {
     let work = Work::shared().await;
-    sqlx::raw_sql(
-        "create function apply(event jsonb) returns void language plpgsql as $$
-         begin
-            insert into effect (event_id, key, n, attempt)
-            values ((event ->> 'id')::uuid, event ->> 'partitionkey', (event -> 'data' ->> 'n')::bigint, 1);
-            if event -> 'data' ->> 'n' = '7' then
-                raise exception 'seven is refused';
-            end if;
-         end $$",
-    )
-    .execute(&work.outbox.pool)
-    .await
-    .unwrap();
+    work.create_apply("if event -> 'data' ->> 'n' = '7' then raise exception 'seven is refused'; end if;").await;
     let file = "[[subscriber]]\nname = \"steps\"\ntypes = [\"*\"]\nsql = { function = \"apply\" }\n\
                 max_attempts = 3\nmax_batch = 4\nbackoff = { first = \"20ms\" }\n";
     put_rows(&work, "steps", &KEYS, 30).await;
@@ -274,24 +262,7 @@ async fn killed_at_every_step_of_a_redrive() {
         ("worker-failure-counted", 3),
         ("worker-given-up", 2),
     ];
-    for (step, times) in steps {
-        let mut process = work.command(file).env("AFTERCOMMIT_FAULT", format!("{step}:{times}")).spawn().unwrap();
-        let mut status = None;
-        let died = eventually(SOON, "the process dies", async || {
-            status = process.try_wait().unwrap();
-            status.is_some()
-        });
-        let died = died.await;
-        if died.is_err() {
-            process.kill().unwrap();
-        }
-        assert!(died.is_ok() && !status.unwrap().success(), "it was to die at {step}: {status:?}");
-        // What waiting for the lease to run out would do.
-        sqlx::raw_sql("update aftercommit.lease set expires_at = '-infinity'")
-            .execute(&work.outbox.pool)
-            .await
-            .unwrap();
-    }
+    work.dies_at_each(&steps, file).await;
     let last = work.process(file);
     wait_until_empty(&work).await;
     assert_eq!(work.count().await, 8 * 29);

@@ -98,13 +98,7 @@ fn end(command: &mut Command) -> (Option<i32>, String) {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_program_refuses_queues_that_nobody_uses_and_serves_those_that_it_is_given() {
     let work = Work::shared().await;
-    sqlx::raw_sql(
-        "create function apply(event jsonb) returns void language sql as $$
-            insert into effect (n) values ((event -> 'data' ->> 'n')::bigint) $$",
-    )
-    .execute(&work.outbox.pool)
-    .await
-    .unwrap();
+    work.create_apply("").await;
     for (arguments, named) in [
         (&["--queue", "hevy"][..], "\"hevy\"; there are: default, heavy"),
         (&["--except-queue", "hevy"], "\"hevy\"; there are: default, heavy"),

@@ -103,13 +103,7 @@ async fn nothing_of_one_event_leaks_into_the_next_run() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_consumer_that_has_drifted_is_told_at_the_start_and_worked_on_once_it_is_right() {
     let work = Work::shared().await;
-    sqlx::raw_sql(
-        "create function apply(event jsonb) returns void language sql as $$
-            insert into effect (n, attempt) values ((event -> 'data' ->> 'n')::bigint, 1) $$",
-    )
-    .execute(&work.outbox.pool)
-    .await
-    .unwrap();
+    work.create_apply("").await;
     let subscriber = |event_type| Subscriber::sql("drifted", "apply", [event_type]).unwrap();
     let mut command =
         work.command("[[subscriber]]\nname = \"drifted\"\ntypes = [\"test.number\"]\nsql = { function = \"apply\" }\n");

@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use chrono::{SecondsFormat, TimeDelta};
 
-use super::{Check, DatabaseFacts, DoctorConfig, Work, span};
+use super::{Check, DatabaseFacts, DoctorConfig, Role, Work, span};
 use crate::error::Error;
 use crate::postgres::doctor::{Prepared, Server, Tables, Transaction};
-use crate::postgres::migrate::Difference;
+use crate::postgres::migrate;
 use crate::postgres::pause::Pause;
+use crate::postgres::rights::Difference;
 use crate::postgres::status::{Backlog, Leader};
 use crate::relay::LEASE;
 
@@ -34,7 +35,7 @@ pub(super) fn judge(facts: &DatabaseFacts, config: &DoctorConfig) -> Vec<Check> 
     checks.push(transactions(facts.longest.as_ref(), &facts.server));
     checks.push(schema(facts.tables, facts.migrations.as_ref(), &facts.server.role));
     if facts.tables.outbox {
-        checks.extend(grants(&facts.missing_grants, &facts.server.role));
+        checks.extend(grants(facts.rights.as_ref(), &facts.server.role, &config.roles));
     }
     match &facts.work {
         Some(Ok(found)) => checks.extend(work(found, config)),
@@ -175,7 +176,7 @@ fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-fn schema(tables: Tables, migrations: Option<&Difference>, role: &str) -> Check {
+fn schema(tables: Tables, migrations: Option<&migrate::Difference>, role: &str) -> Check {
     const NAME: &str = "schema";
     const MIGRATE: &str = "run `aftercommit migrate`";
     match (tables, migrations) {
@@ -190,7 +191,7 @@ fn schema(tables: Tables, migrations: Option<&Difference>, role: &str) -> Check 
             format!("it is there; its version is unknown, because the role {role} may not read aftercommit.migrations"),
             format!("grant select on aftercommit.migrations to {}", quoted(role)),
         ),
-        (_, Some(Difference { missing, unknown, changed })) => {
+        (_, Some(migrate::Difference { missing, unknown, changed })) => {
             if !changed.is_empty() {
                 return Check::fail(
                     NAME,
@@ -213,12 +214,32 @@ fn schema(tables: Tables, migrations: Option<&Difference>, role: &str) -> Check 
     }
 }
 
-fn grants(missing: &[String], role: &str) -> Vec<Check> {
-    if missing.is_empty() {
-        return vec![Check::ok("grants", format!("the role {role} has every right that a relay needs"))];
+fn grants(rights: Option<&Difference>, login: &str, roles: &[Role]) -> Vec<Check> {
+    const NAME: &str = "grants";
+    let names: Vec<&str> = roles.iter().map(|role| role.name()).collect();
+    let who = if names.is_empty() { "a relay".into() } else { names.join(" with ") };
+    let Some(Difference { missing, superfluous }) = rights else {
+        let finding = format!("the role {login} owns the schema or is a superuser, and may do everything");
+        return vec![match names.is_empty() {
+            true => Check::ok(NAME, finding),
+            false => Check::warn(NAME, finding, "use a login with a role of deploy/postgres/roles.sql"),
+        }];
+    };
+    let lacks = format!("the role {login} lacks a right that {who} needs");
+    let mut checks: Vec<Check> =
+        missing.iter().map(|statement| Check::fail(NAME, lacks.clone(), format!("{statement};"))).collect();
+    if checks.is_empty() {
+        checks.push(Check::ok(NAME, format!("the role {login} has every right that {who} needs")));
     }
-    let finding = format!("the role {role} lacks a right that a relay needs");
-    missing.iter().map(|statement| Check::fail("grants", finding.clone(), format!("{statement};"))).collect()
+    // Who asks about nothing in particular may have several things to do.
+    for right in superfluous.iter().filter(|_| !names.is_empty()) {
+        checks.push(Check::warn(
+            NAME,
+            format!("the role {login} may do more than {who} needs: {right}"),
+            "run deploy/postgres/roles.sql again, and take away what was granted to the login itself or by other roles",
+        ));
+    }
+    checks
 }
 
 fn work(work: &Work, config: &DoctorConfig) -> Vec<Check> {
@@ -436,11 +457,15 @@ mod tests {
     #[test]
     fn a_schema_of_another_version_fails() {
         let there = Tables { outbox: true, migrations: true, readable: true };
-        let judge = |tables, difference: Option<Difference>| schema(tables, difference.as_ref(), "relay").status;
-        assert_eq!(judge(there, Some(Difference::default())), Fine);
-        assert_eq!(judge(there, Some(Difference { missing: vec!["0003 inbox".into()], ..Default::default() })), Fail);
-        assert_eq!(judge(there, Some(Difference { unknown: vec![9], ..Default::default() })), Fail);
-        assert_eq!(judge(there, Some(Difference { changed: vec![1], ..Default::default() })), Fail);
+        let judge =
+            |tables, difference: Option<migrate::Difference>| schema(tables, difference.as_ref(), "relay").status;
+        assert_eq!(judge(there, Some(migrate::Difference::default())), Fine);
+        assert_eq!(
+            judge(there, Some(migrate::Difference { missing: vec!["0003 inbox".into()], ..Default::default() })),
+            Fail
+        );
+        assert_eq!(judge(there, Some(migrate::Difference { unknown: vec![9], ..Default::default() })), Fail);
+        assert_eq!(judge(there, Some(migrate::Difference { changed: vec![1], ..Default::default() })), Fail);
         assert_eq!(judge(Tables { readable: false, ..there }, None), Warn);
         assert_eq!(judge(Tables { migrations: false, readable: false, ..there }, None), Warn);
         assert_eq!(judge(Tables { outbox: false, migrations: false, readable: false }, None), Fail);

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::as_json;
-use crate::admin::doctor::{DoctorConfig, Severity, doctor};
+use crate::admin::doctor::{DoctorConfig, Role, Severity, doctor};
 use crate::cli::relay::{Writers, days};
 use crate::cli::servers::Servers;
 use crate::error::Error;
@@ -22,11 +22,20 @@ pub(super) struct Doctor {
     /// The HTTP monitoring port of a NATS server, such as http://127.0.0.1:8222: when it writes to the disk is told there
     #[arg(long, env = "NATS_MONITOR", value_name = "URL")]
     nats_monitor: Option<String>,
+    /// The roles of deploy/postgres/roles.sql whose rights the database login is to have, all of them and no others, such as
+    /// relay,outbox_reconciler; without it those of a relay must be there
+    #[arg(long = "role", value_name = "ROLE", value_delimiter = ',', value_parser = role)]
+    roles: Vec<Role>,
     /// How many days events stay in the outbox
     #[arg(long, env = "AFTERCOMMIT_RETENTION_DAYS", value_name = "DAYS", default_value_t = 7.0, value_parser = days)]
     retention_days: f64,
     #[command(flatten)]
     servers: Servers,
+}
+
+fn role(name: &str) -> Result<Role, String> {
+    let known = || Role::ALL.map(Role::name).join(", ");
+    Role::ALL.into_iter().find(|role| role.name() == name).ok_or_else(|| format!("it is none of {}", known()))
 }
 
 /// The report, and whether nothing in it fails.
@@ -36,6 +45,7 @@ pub(super) async fn run(command: Doctor) -> Result<(String, bool), Error> {
         mode: command.mode.into(),
         nats_monitor: command.nats_monitor.filter(|url| !url.is_empty()),
         retention: Duration::from_secs_f64(command.retention_days * 86_400.0),
+        roles: command.roles,
         ..DoctorConfig::new(postgres, nats, naming)
     };
     let report = doctor(&config).await?;

@@ -9,6 +9,7 @@ use serde_json::json;
 use super::as_json;
 use super::subscribers::SubscriberArgs;
 use crate::cli::http::{self, HttpArgs};
+use crate::cli::reconciling::is_well;
 use crate::cli::relay::Writers;
 use crate::cli::run_role;
 use crate::cli::servers::Servers;
@@ -133,9 +134,7 @@ pub(super) async fn run(command: Reconcile) -> Result<(String, ExitCode), Error>
     for name in names {
         summaries.push(runner.run_now(&name, scope.clone(), command.mode()).await?);
     }
-    let well = summaries
-        .iter()
-        .all(|summary| summary.outcome == Outcome::Ran && summary.found <= summary.repaired && summary.failed == 0);
+    let well = summaries.iter().all(is_well);
     let text = match command.json {
         false => summaries.iter().map(|summary| format!("{summary}\n")).collect(),
         true => as_json(&summaries.iter().map(object).collect::<Vec<_>>())?,

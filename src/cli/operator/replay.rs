@@ -10,7 +10,7 @@ use super::subscribers::SubscriberArgs;
 use super::terminal::{cut, plain, table, time};
 use super::who::WhoArgs;
 use crate::admin::replay::{Filter, Found, Replayed, replay};
-use crate::cli::servers::Servers;
+use crate::cli::servers::{OutboxArgs, Servers};
 use crate::error::{Error, ErrorKind};
 
 #[derive(Args)]
@@ -38,6 +38,8 @@ pub(super) struct Replay {
     /// Only what the stream holds, without asking the outbox
     #[arg(long)]
     stream_only: bool,
+    #[command(flatten)]
+    outbox: OutboxArgs,
     /// Only show what would be sent
     #[arg(long)]
     dry_run: bool,
@@ -68,12 +70,13 @@ pub(super) async fn run(command: Replay) -> Result<String, Error> {
             until: command.until,
         },
         again: command.again,
+        outbox: command.outbox.config(postgres.pooled)?.map(|outbox| (outbox, naming.clone())),
         stream_only: command.stream_only,
         dry_run: command.dry_run,
     };
     let who = command.who.name();
     if !command.dry_run && !command.yes && command.ids.is_empty() {
-        let look = crate::admin::replay::Replay { dry_run: true, ..wanted };
+        let look = crate::admin::replay::Replay { dry_run: true, ..wanted.clone() };
         let events = events_of(replay(&postgres, &nats, subscription, &who, &look).await?.events);
         let problem = format!(
             "nothing was done: {events} would be sent to {}. See which with --dry-run, then say --yes",

@@ -1,22 +1,29 @@
 //! The comparison of what lies between two places of the relay's log: in the stream, and in the outbox.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::stream::{self, Stream};
+use futures_util::{FutureExt, TryStreamExt};
+use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use super::seen::Seen;
 use super::verdict::{self, Claimed, Oddity, Verdict};
 use crate::config::Naming;
-use crate::error::Error;
-use crate::jetstream::history::{Batch, History};
-use crate::jetstream::stored;
+use crate::error::{Error, ErrorKind};
+use crate::jetstream::history::History;
+use crate::jetstream::stored::{self, StreamMessage};
+use crate::jetstream::sweep::Sweep;
 use crate::postgres::compare::{self, Absent};
 use crate::postgres::connections::Connections;
 use crate::postgres::finding::Finding;
 use crate::postgres::place::Place;
 use crate::postgres::{database_error, window};
 
+/// Batches of messages that are looked up at the same time, while the next one is read.
+const LOOK_UPS: usize = 3;
 /// Ids of the outbox that are read at a time.
 const IDS: i64 = 10_000;
 /// Rows that are reported at a time.
@@ -28,17 +35,29 @@ pub(super) const GHOST: &str = "ghost";
 pub(super) const FOREIGN: &str = "foreign";
 
 /// What lies between two places, and what is needed to look at it.
-pub(super) struct Chunk<'a> {
-    pub(super) connections: &'a Connections,
-    pub(super) history: &'a History,
-    pub(super) naming: &'a Naming,
+pub(super) struct Chunk {
+    pub(super) connections: Arc<Connections>,
+    pub(super) history: History,
+    /// The name of the consumer with which the stream is read.
+    pub(super) consumer: String,
+    pub(super) naming: Naming,
     /// Whether only this outbox writes to the stream.
     pub(super) exclusive: bool,
     pub(super) max_age: Option<Duration>,
-    pub(super) from: &'a Place,
-    pub(super) to: &'a Place,
+    pub(super) from: Place,
+    pub(super) to: Place,
     /// The part of the stream to be read.
     pub(super) messages: RangeInclusive<u64>,
+}
+
+/// Messages whose rows were looked up.
+#[derive(Debug, Default)]
+pub(super) struct LookedUp {
+    pub(super) messages: usize,
+    /// The rows of the outbox that they are.
+    pub(super) rows: Vec<i64>,
+    /// Those that should not be there.
+    pub(super) findings: Vec<Finding>,
 }
 
 /// An event that should be in the stream and is not.
@@ -62,37 +81,32 @@ pub(super) struct Page {
     pub(super) next: Option<i64>,
 }
 
-impl Chunk<'_> {
-    /// The first messages of the stream's part.
-    pub(super) async fn first_messages(&self) -> Result<Batch, Error> {
-        self.history.batch(self.messages.clone()).await
+impl Chunk {
+    /// Reads the stream's part, and looks up some batches of it at the same time. They come in any order.
+    pub(super) async fn read(self: &Arc<Self>) -> Result<impl Stream<Item = Result<LookedUp, Error>> + use<>, Error> {
+        let sweep = Sweep::begin(&self.history, &self.consumer, self.messages.clone()).await?;
+        let batches =
+            stream::try_unfold(sweep, async |mut sweep| Ok(sweep.batch().await?.map(|messages| (messages, sweep))));
+        let chunk = Arc::clone(self);
+        let looked_up = batches.map_ok(move |messages| {
+            let chunk = Arc::clone(&chunk);
+            // A task, because most of the time goes into decoding, for which there may be more than one processor.
+            AbortOnDropHandle::new(tokio::spawn(async move { chunk.look_up(&messages).await })).map(|ended| {
+                ended.unwrap_or_else(|_| Err(Error::new(ErrorKind::NotReady, "looking up messages was broken off")))
+            })
+        });
+        Ok(looked_up.try_buffer_unordered(LOOK_UPS))
     }
 
-    /// Notes which rows of the outbox these messages are, and returns those that should not be there, and the next
-    /// messages, which it reads meanwhile.
-    pub(super) async fn messages(
-        &self,
-        batch: &Batch,
-        seen: &mut Seen,
-    ) -> Result<(Vec<Finding>, Option<Batch>), Error> {
-        let ahead = async {
-            match batch.next {
-                Some(next) => self.history.batch(next..=*self.messages.end()).await.map(Some),
-                None => Ok(None),
-            }
-        };
-        let (found, ahead) = tokio::join!(self.look_up(batch, seen), ahead);
-        Ok((found?, ahead?))
-    }
-
-    async fn look_up(&self, batch: &Batch, seen: &mut Seen) -> Result<Vec<Finding>, Error> {
-        let (mut claimed, mut findings) = (Vec::with_capacity(batch.messages.len()), Vec::new());
-        for message in &batch.messages {
+    async fn look_up(&self, messages: &[StreamMessage]) -> Result<LookedUp, Error> {
+        let mut found = LookedUp { messages: messages.len(), ..LookedUp::default() };
+        let mut claimed = Vec::with_capacity(messages.len());
+        for message in messages {
             match stored::event(message) {
                 Ok(event) if event.source == self.naming.source => {
                     claimed.push(Claimed { sequence: message.sequence, subject: message.subject.to_string(), event })
                 }
-                _ if self.exclusive => findings.push(foreign(message.sequence, &message.subject)),
+                _ if self.exclusive => found.findings.push(foreign(message.sequence, &message.subject)),
                 _ => {}
             }
         }
@@ -105,13 +119,13 @@ impl Chunk<'_> {
             false => None,
         };
         for (claimed, original) in claimed.iter().zip(&originals) {
-            match verdict::message(claimed, original.as_ref(), horizon.as_ref(), self.naming) {
-                Ok(true) => seen.insert(claimed.event.sequence),
+            match verdict::message(claimed, original.as_ref(), horizon.as_ref(), &self.naming) {
+                Ok(true) => found.rows.push(claimed.event.sequence),
                 Ok(false) => {}
-                Err(oddity) => findings.push(odd(claimed, &oddity)),
+                Err(oddity) => found.findings.push(odd(claimed, &oddity)),
             }
         }
-        Ok(findings)
+        Ok(found)
     }
 
     /// A page of the rows behind `after` that are in none of the messages.

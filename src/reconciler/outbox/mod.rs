@@ -10,10 +10,12 @@ mod verdict;
 
 use std::collections::HashSet;
 use std::ops::RangeInclusive;
+use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::time::Instant;
@@ -88,6 +90,23 @@ impl OutboxLeg {
             parked_limit: Duration::from_hours(1),
             shared: false,
         }
+    }
+}
+
+impl OutboxLeg {
+    /// The name of the consumer with which it reads the stream. Outboxes that share a stream have one each.
+    fn consumer(&self) -> String {
+        let mut name = String::from("aftercommit-reconciler");
+        if self.shared {
+            name.push('-');
+            for byte in self.naming.source.bytes() {
+                match char::from(byte) {
+                    plain if plain.is_ascii_alphanumeric() => name.push(plain),
+                    _ => name.push_str(&format!("_{byte:02x}")),
+                }
+            }
+        }
+        name
     }
 }
 
@@ -192,6 +211,7 @@ impl Leg<'_> {
         let mut up_to = self.advance(swept_since.is_some()).await?;
         if self.run.mode == Mode::Repair {
             self.repair_earlier_findings(&up_to, swept_since.unwrap_or(0)).await?;
+            fault::point("reconciler-outbox-waits");
             if self.queued > 0 && !self.run.scheduled && self.wait_for_relay().await? {
                 up_to = self.advance(false).await?;
             }
@@ -223,6 +243,8 @@ impl Leg<'_> {
                     sequence = back.sequence,
                     "the relay has gone back in the stream, and so does the comparison"
                 );
+                // What it publishes again is no longer missing, whatever an earlier run has found.
+                self.ask(async |session| compare::forget_behind(session, NAME, MISSING, &back.mark).await).await?;
                 place = back;
             }
             let next = self.ask(async |session| place::next(session, &stream, &place, CHUNK, newest.seq).await).await?;
@@ -254,25 +276,24 @@ impl Leg<'_> {
         let info = self.stream.info().await?;
         let max_age = Some(info.config.max_age).filter(|max_age| !max_age.is_zero());
         let before = self.stream.extent().await?;
-        let connections = self.run.connections.clone();
-        let chunk = Chunk {
-            connections: &connections,
-            history: &self.history,
-            naming: &self.leg.naming,
+        let chunk = Arc::new(Chunk {
+            connections: Arc::clone(&self.run.connections),
+            history: self.history.clone(),
+            consumer: self.leg.consumer(),
+            naming: self.leg.naming.clone(),
             exclusive: !self.leg.shared,
             max_age,
-            from,
-            to,
+            from: from.clone(),
+            to: to.clone(),
             messages: self.messages(from, to, before),
-        };
+        });
         let mut seen = Seen::default();
-        let mut batch = Some(chunk.first_messages().await?);
-        while let Some(messages) = batch {
-            let (findings, next) = chunk.messages(&messages, &mut seen).await?;
-            self.run.scanned(messages.messages.len());
-            report_odd(self.run, &mut self.odd, findings).await?;
+        let mut looked_up = pin!(chunk.read().await?);
+        while let Some(found) = looked_up.try_next().await? {
+            found.rows.iter().for_each(|id| seen.insert(*id));
+            self.run.scanned(found.messages);
+            report_odd(self.run, &mut self.odd, found.findings).await?;
             fault::point("reconciler-outbox-read");
-            batch = next;
         }
         // What was not found because the stream has lost its end is the relay's to publish.
         let after = self.stream.extent().await?;
@@ -283,6 +304,7 @@ impl Leg<'_> {
         if self.ask(async |session| place::gone_back(session, &self.leg.naming.stream, to).await).await?.is_some() {
             return Err(lost_its_end());
         }
+        fault::point("reconciler-outbox-compared");
         let (run, queued) = (&mut *self.run, &mut self.queued);
         let stream = &self.leg.naming.stream;
         let mut next = Some(0);
@@ -462,6 +484,7 @@ async fn report_page(run: &mut Run, stream: &str, at: &Place, page: Page, queued
         let state = |id| if repairing.contains(&id) { State::Repairing } else { State::Open };
         let found: Vec<Finding> = missing.iter().map(|missing| absent(&missing.row, state(missing.row.id))).collect();
         run.found(&found).await?;
+        fault::point("reconciler-outbox-found");
     }
     let waits = |row: &Absent| row.repair.as_ref().is_some_and(|(state, _)| state == "queued");
     let state = |row| if waits(row) { State::Repairing } else { State::Open };

@@ -3,6 +3,7 @@
 //! What the consumer counts as acked must be in the inbox, because acks follow the commit. The run keeps its place in the
 //! subscriber's own database: when that is restored to an earlier time, the place goes back together with the inbox.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use async_nats::jetstream::message::StreamMessage;
@@ -11,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use uuid::Uuid;
 
-use super::sending::Sending;
-use super::{Compare, LegJob, RETRY, Since, Subscription, ask, failed_to_send, unhandled};
+use super::sending::{Item, Outstanding, Source};
+use super::{Compare, LegJob, RETRY, Since, Subscription, ask, unhandled};
 use crate::config::NatsConfig;
 use crate::error::Error;
 use crate::fault;
@@ -21,7 +22,7 @@ use crate::jetstream::history::History;
 use crate::jetstream::stream::{Extent, StreamReader};
 use crate::jetstream::{self, Connection, stored};
 use crate::postgres::finding::{Finding, State};
-use crate::postgres::resend::{self, Event, Known, Order};
+use crate::postgres::resend::{self, Event, Known};
 use crate::reconciler::job::{Done, Run, Schedule};
 use crate::reconciler::{Mode, Runner, Scope};
 use crate::subject;
@@ -154,7 +155,6 @@ struct Range {
 /// What a batch of messages came to.
 #[derive(Default)]
 struct Page {
-    missed: Vec<Event>,
     findings: Vec<Finding>,
     /// The last event.
     anchor: Option<(u64, Uuid)>,
@@ -276,14 +276,7 @@ impl Leg<'_> {
         let begins = self.run.scope == Scope::Full || self.position.anchor.is_none();
         let begins = begins.then(|| (self.run.id, extent.first.saturating_sub(1)));
         let sweep = self.position.sweep.or(begins);
-        let mut behind = sweep.map_or(self.position.acked, |(_, behind)| behind);
-        if self.run.mode == Mode::Repair {
-            // What earlier runs have only reported.
-            let (name, first) = (self.run.name.clone(), extent.first.cast_signed());
-            let lowest =
-                ask(self.run, async |session| resend::lowest_open(session, &name, MISSED, first).await).await?;
-            behind = lowest.map_or(behind, |lowest| behind.min(lowest.cast_unsigned().saturating_sub(1)));
-        }
+        let behind = sweep.map_or(self.position.acked, |(_, behind)| behind);
         Ok(Range { behind, to, sweep: sweep.map(|(since, _)| since) })
     }
 
@@ -308,10 +301,6 @@ impl Leg<'_> {
         let mut batches = 0;
         while let Some(first) = next.filter(|first| *first <= range.to) {
             let page = self.page(first, range.to).await?;
-            if !page.missed.is_empty() && self.run.mode == Mode::Repair {
-                stored_at = self.send(page, &range).await?.or(stored_at);
-                break;
-            }
             self.run.found(&page.findings).await?;
             (next, stored_at) = (page.next, page.stored_at.or(stored_at));
             self.position.anchor = page.anchor.or(self.position.anchor);
@@ -321,6 +310,7 @@ impl Leg<'_> {
             }
         }
         if self.run.mode == Mode::Repair {
+            self.repair().await?;
             let (name, run, first) = (self.run.name.clone(), self.run.id, extent.first);
             let settle =
                 async |session: &mut _| resend::settle_lost(session, &name, MISSED, run, range.behind, first).await;
@@ -342,37 +332,20 @@ impl Leg<'_> {
         Ok(())
     }
 
-    /// Sends back everything from `page` to the end of the range that is not handled, in the order of the stream and in one
-    /// transaction: else live events could get between two of one key.
-    async fn send(&mut self, mut page: Page, range: &Range) -> Result<Option<DateTime<Utc>>, Error> {
-        let order = Order {
-            subscriber: self.leg.subscription.name().into(),
-            stream: self.position.stream.clone(),
-            who: format!("reconciler {} run {}", self.run.name, self.run.id),
-            again: false,
-        };
-        let failed = |error| failed_to_send(&order.subscriber, error);
-        let connections = self.run.connections.clone();
-        let mut session = connections.take().await.map_err(failed)?;
-        let mut sending = Sending::begin(&mut session, order.clone()).await.map_err(failed)?;
-        let (mut missed, mut stored_at) = (0, None);
+    /// Sends back what this run and earlier ones have found.
+    async fn repair(&mut self) -> Result<(), Error> {
         loop {
-            sending.send(&page.missed).await.map_err(failed)?;
-            missed += page.missed.len() as u64;
-            self.run.found(&page.findings).await?;
-            stored_at = page.stored_at.or(stored_at);
-            self.position.anchor = page.anchor.or(self.position.anchor);
-            match page.next {
-                Some(next) => page = self.page(next, range.to).await?,
-                None => break,
+            let mut outstanding = Outstanding::new();
+            outstanding.add_open(self.run, MISSED, |finding| finding.stream_seq).await?;
+            fault::point("reconciler-consumer-repair");
+            let whole = outstanding.is_whole();
+            let Leg { leg, run, history, position, .. } = &mut *self;
+            let source = Messages { history, subjects: &position.subjects, subscription: &leg.subscription };
+            let sent = outstanding.send(run, &leg.subscription, MISSED, &source).await?;
+            if whole || sent == 0 {
+                return Ok(());
             }
         }
-        sending.commit("reconcile repair").await.map_err(failed)?;
-        connections.give_back(session);
-        self.run.repaired(missed);
-        let (name, subscriber) = (self.run.name.clone(), order.subscriber.clone());
-        ask(self.run, async |session| resend::mark_repairing(session, &name, MISSED, &subscriber).await).await?;
-        Ok(stored_at)
     }
 
     /// The next messages, and which of their events the subscriber has not handled.
@@ -382,13 +355,9 @@ impl Leg<'_> {
         page.stored_at = batch.messages.last().map(stored_at);
         let mut events = Vec::new();
         for message in &batch.messages {
-            if !self.is_for_it(message) {
-                continue;
-            }
-            // The worker skips what is no event, and so does this.
-            if let Ok(event) = stored::event(message) {
-                page.anchor = Some((message.sequence, event.id.as_uuid()));
-                events.push(Event { event, sequence: message.sequence });
+            if let Some(event) = event_for(message, &self.leg.subscription, &self.position.subjects) {
+                page.anchor = Some((message.sequence, event.event.id.as_uuid()));
+                events.push(event);
             }
         }
         self.run.scanned(events.len());
@@ -404,7 +373,6 @@ impl Leg<'_> {
             match known.remove(&event.event.id.as_uuid()) {
                 Some(Known::Not) if event.sequence >= first => {
                     page.findings.push(missed(&event));
-                    page.missed.push(event);
                 }
                 Some(Known::Times(times)) => page.findings.push(twice(&event, times)),
                 _ => {}
@@ -412,12 +380,31 @@ impl Leg<'_> {
         }
         Ok(page)
     }
+}
 
-    fn is_for_it(&self, message: &StreamMessage) -> bool {
-        let wanted = |filter: &String| {
-            subject::matches(filter, &message.subject) && self.position.subjects.has(filter, message.sequence)
-        };
-        self.leg.subscription.spec.subjects.iter().any(wanted)
+/// The event of a message, if it is for the subscriber. The worker skips what is no event, and so does this.
+fn event_for(message: &StreamMessage, subscription: &Subscription, subjects: &Since) -> Option<Event> {
+    let wanted = |filter: &String| subject::matches(filter, &message.subject) && subjects.has(filter, message.sequence);
+    let event = subscription.spec.subjects.iter().any(wanted).then(|| stored::event(message).ok())??;
+    Some(Event { event, sequence: message.sequence })
+}
+
+/// The stream as a source of events.
+struct Messages<'a> {
+    history: &'a History,
+    subjects: &'a Since,
+    subscription: &'a Subscription,
+}
+
+impl Source for Messages<'_> {
+    async fn fetch(&self, items: &[Item]) -> Result<(Vec<Event>, usize), Error> {
+        let sequences: Vec<u64> = items.iter().map(|item| item.place.cast_unsigned()).collect();
+        let (messages, looked_for) = self.history.some(&sequences).await?;
+        let wanted: HashMap<u64, Uuid> = items.iter().map(|item| (item.place.cast_unsigned(), item.event_id)).collect();
+        let events = messages.iter().filter_map(|message| event_for(message, self.subscription, self.subjects));
+        // A stream that has lost its end may have another message there.
+        let events = events.filter(|event| wanted.get(&event.sequence) == Some(&event.event.id.as_uuid()));
+        Ok((events.collect(), looked_for))
     }
 }
 

@@ -5,6 +5,7 @@
 //! handled comes whole from the outbox, too, so it does not matter whether the stream still has it.
 
 use std::collections::{BTreeMap, HashSet};
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -12,10 +13,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::sending::Sending;
-use super::{Compare, LegJob, RETRY, Since, Subscription, ask, failed_to_send, unhandled};
+use super::sending::{Item, Outstanding, Source};
+use super::{Compare, LegJob, RETRY, Since, Subscription, ask, unhandled};
 use crate::config::NatsConfig;
-use crate::envelope::Envelope;
 use crate::error::Error;
 use crate::fault;
 use crate::jetstream::history::History;
@@ -25,17 +25,17 @@ use crate::jetstream::stream::StreamReader;
 use crate::jetstream::{self, consumer, stored};
 use crate::postgres::finding::Finding;
 use crate::postgres::place;
-use crate::postgres::resend::{self, Event, Known, Order};
+use crate::postgres::resend::{self, Event, Known};
 use crate::reconciler::job::{Done, Run, Schedule, written};
 use crate::reconciler::{Mode, Runner, Scope};
 
-const MISSED: &str = "not_handled";
+pub(super) const MISSED: &str = "not_handled";
 /// The newest place in the outbox.
-const NEWEST: u64 = i64::MAX.cast_unsigned();
-/// Earlier findings that are looked at together.
-const FINDINGS: i64 = 500;
-/// Keys that are asked for together.
-const KEYS: usize = 100;
+pub(super) const NEWEST: u64 = i64::MAX.cast_unsigned();
+/// So many ranges that differ for good are remembered.
+const SETTLED: usize = 256;
+/// Events that are asked for together.
+const EVENTS: usize = 100;
 /// Differences between the clocks of the two databases.
 const CLOCKS: TimeDelta = TimeDelta::minutes(10);
 
@@ -83,13 +83,17 @@ impl Runner {
 
 /// Where the next run goes on.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-struct Position {
+pub(super) struct Position {
     stream: String,
     types: Since,
     /// What lies before this token of the outbox was compared.
     compared: Option<Value>,
     /// What was missing in the stream before this one was dealt with.
-    displaced: Option<Value>,
+    pub(super) displaced: Option<Value>,
+    /// Of ranges that differ for good, because the inbox has some of their events elsewhere or has forgotten them: where
+    /// they end, and how both sides looked when everything that counts was handled.
+    #[serde(default)]
+    settled: BTreeMap<u64, u64>,
     /// A sweep over everything that has not ended: the run with which it began, and how far it is.
     sweep: Option<(i64, Option<Value>)>,
 }
@@ -124,13 +128,13 @@ impl Compare for InboxLeg {
             floor,
             horizon: now.checked_sub_signed(retention).map_or(DateTime::UNIX_EPOCH, |horizon| horizon + CLOCKS),
             pending: HashSet::new(),
-            stage: if run.mode == Mode::Repair { Stage::Earlier(0) } else { Stage::Ranges },
+            stage: Stage::Ranges,
             token,
             range: None,
+            pages: 0,
             edge: None,
             complete_to: None,
             too_old: 0,
-            displaced: position.displaced.clone(),
             sweep: sweep.map(|(since, _)| since),
             position,
             run,
@@ -143,22 +147,18 @@ impl Compare for InboxLeg {
 /// What a run does next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// What earlier runs have only reported, behind an outbox id.
-    Earlier(i64),
     /// What lies before the ack floor.
     Ranges,
     /// The range that the ack floor lies in.
     Edge,
-    /// What was missing in the stream.
-    Displaced,
     Ended,
 }
 
 /// A run.
-struct Leg<'a> {
-    leg: &'a InboxLeg,
-    run: &'a mut Run,
-    client: OutboxClient,
+pub(super) struct Leg<'a> {
+    pub(super) leg: &'a InboxLeg,
+    pub(super) run: &'a mut Run,
+    pub(super) client: OutboxClient,
     stream: StreamReader,
     history: History,
     /// The consumer's ack floor, in the stream.
@@ -168,25 +168,33 @@ struct Leg<'a> {
     /// Events that the stream has behind the floor, out of their order, or that the relay is about to put there.
     pending: HashSet<Uuid>,
     stage: Stage,
-    token: Option<Value>,
-    /// The range that is gone through page by page ends at this sequence.
-    range: Option<u64>,
+    pub(super) token: Option<Value>,
+    /// The range that is gone through page by page.
+    range: Option<Range>,
+    /// Pages of ranges that were looked at.
+    pages: u64,
     /// In the range that the floor lies in: what to ask behind, and where it ends.
     edge: Option<(Option<Value>, u64)>,
     complete_to: Option<DateTime<Utc>>,
     too_old: u64,
-    displaced: Option<Value>,
     sweep: Option<i64>,
-    position: Position,
+    pub(super) position: Position,
+}
+
+/// A part of the stream whose events are not just those that the inbox has of it.
+struct Range {
+    behind: u64,
+    to: u64,
+    /// How many events the outbox has of it, and their digest.
+    theirs: (u64, Option<String>),
+    /// Whether the inbox has all that count, once each.
+    handled: bool,
 }
 
 /// What one step came to.
 #[derive(Default)]
 struct Page {
-    /// Not handled, in the order of the outbox.
-    missed: Vec<Uuid>,
-    /// The same whole, where they had to be read anyway.
-    events: Vec<Envelope>,
+    /// What is not handled.
     findings: Vec<Finding>,
     /// Whether the position can be saved here.
     rest: bool,
@@ -195,10 +203,6 @@ struct Page {
 impl Leg<'_> {
     async fn work(mut self) -> Result<Done, Error> {
         while let Some(page) = self.next().await? {
-            if self.run.mode == Mode::Repair && !(page.missed.is_empty() && page.events.is_empty()) {
-                self.send(page).await?;
-                break;
-            }
             self.run.found(&page.findings).await?;
             if page.rest {
                 self.save().await?;
@@ -206,13 +210,13 @@ impl Leg<'_> {
         }
         self.position.compared = self.token.clone();
         if self.run.mode == Mode::Repair {
-            self.position.displaced = self.displaced.clone();
+            self.position.displaced = self.repair().await?;
         }
         Ok(Done {
             reconciled_up_to: self.complete_to,
             swept_since: self.sweep,
             position: Some(written(&self.position)),
-            detail: Some(json!({ "stream_sequence": self.floor, "too_old": self.too_old })),
+            detail: Some(json!({ "stream_sequence": self.floor, "too_old": self.too_old, "pages": self.pages })),
         })
     }
 
@@ -227,66 +231,42 @@ impl Leg<'_> {
         Ok(())
     }
 
-    /// Sends back everything from `page` to the end in one transaction, so that no live event gets in between.
-    async fn send(&mut self, page: Page) -> Result<(), Error> {
-        let order = Order {
-            subscriber: self.leg.subscription.name().into(),
-            stream: self.position.stream.clone(),
-            who: format!("reconciler {} run {}", self.run.name, self.run.id),
-            again: false,
-        };
-        let failed = |error| failed_to_send(&order.subscriber, error);
-        let connections = self.run.connections.clone();
-        let mut session = connections.take().await.map_err(failed)?;
-        let mut sending = Sending::begin(&mut session, order.clone()).await.map_err(failed)?;
-        let (mut page, mut sent) = (Some(page), 0);
-        while let Some(Page { missed, mut events, findings, .. }) = page {
-            if !missed.is_empty() {
-                events.extend(self.client.events(&missed).await?);
+    /// Sends back what this run and earlier ones have found, and what was missing in the stream. Returns up to where that
+    /// is dealt with.
+    async fn repair(&mut self) -> Result<Option<Value>, Error> {
+        let mut again = false;
+        loop {
+            let mut outstanding = Outstanding::new();
+            outstanding.add_open(self.run, MISSED, |finding| finding.outbox_id).await?;
+            let displaced = self.out_of_order(&mut outstanding, again).await?;
+            fault::point("reconciler-inbox-repair");
+            let whole = outstanding.is_whole();
+            let Leg { leg, run, client, .. } = &mut *self;
+            let source = Rows { client, types: &leg.subscription.types };
+            let sent = outstanding.send(run, &leg.subscription, MISSED, &source).await?;
+            if whole || sent == 0 {
+                return Ok(displaced);
             }
-            let events: Vec<Event> = events.into_iter().map(|event| Event { event, sequence: 0 }).collect();
-            sending.send(&events).await.map_err(failed)?;
-            sent += events.len() as u64;
-            self.run.found(&findings).await?;
-            page = self.next().await?;
+            again = true;
         }
-        sending.commit("reconcile repair").await.map_err(failed)?;
-        connections.give_back(session);
-        self.run.repaired(sent);
-        let (name, subscriber) = (self.run.name.clone(), order.subscriber.clone());
-        ask(self.run, async |session| resend::mark_repairing(session, &name, MISSED, &subscriber).await).await
     }
 
     /// The next step; none at the end.
     async fn next(&mut self) -> Result<Option<Page>, Error> {
         loop {
             let page = match self.stage {
-                Stage::Earlier(after) => self.earlier(after).await?,
                 Stage::Ranges => self.range().await?,
                 Stage::Edge => self.edge().await?,
-                Stage::Displaced if self.run.mode == Mode::Repair => self.out_of_order().await?,
-                Stage::Displaced | Stage::Ended => return Ok(None),
+                Stage::Ended => return Ok(None),
             };
             if let Some(page) = page {
                 return Ok(Some(page));
             }
             self.stage = match self.stage {
-                Stage::Earlier(_) => Stage::Ranges,
                 Stage::Ranges => Stage::Edge,
-                Stage::Edge => Stage::Displaced,
-                Stage::Displaced | Stage::Ended => Stage::Ended,
+                Stage::Edge | Stage::Ended => Stage::Ended,
             };
         }
-    }
-
-    async fn earlier(&mut self, after: i64) -> Result<Option<Page>, Error> {
-        let name = self.run.name.clone();
-        let open = ask(self.run, async |session| resend::open(session, &name, MISSED, after, FINDINGS).await).await?;
-        let Some((last, _)) = open.last() else { return Ok(None) };
-        self.stage = Stage::Earlier(*last);
-        let missed: Vec<Uuid> = open.into_iter().map(|(_, event_id)| event_id).collect();
-        self.pending.extend(&missed);
-        Ok(Some(Page { missed, ..Page::default() }))
     }
 
     /// The next range whose digest is as it should be, or the next page of another one.
@@ -299,24 +279,50 @@ impl Leg<'_> {
                 self.token = Some(range.next).filter(|token| !token.is_null());
                 return Ok(None);
             }
-            let (subscriber, behind, to) = (self.leg.subscription.name(), range.behind, range.to);
-            let ours = ask(self.run, async |session| resend::digest(session, subscriber, behind, to).await).await?;
             let count = range.count.unwrap_or_default();
-            if (count, range.digest) == (ours.0, Some(ours.1.to_string())) {
+            let found = Range { behind: range.behind, to: range.to, theirs: (count, range.digest), handled: true };
+            let ours = self.ours(&found).await?;
+            let same = (count, found.theirs.1.as_deref()) == (ours.0, Some(ours.1.to_string().as_str()));
+            if same || self.position.settled.get(&found.to) == Some(&self.look(&found, ours)) {
                 self.token = Some(range.next);
                 self.run.scanned(usize::try_from(count).unwrap_or(usize::MAX));
                 return Ok(Some(Page { rest: true, ..Page::default() }));
             }
-            self.range = Some(to);
+            self.range = Some(found);
         }
         let page = self.client.page(self.floor, self.token.clone(), types, false).await?;
-        if !page.more || self.range.is_some_and(|end| page.behind >= end) {
+        if !page.more || self.range.as_ref().is_some_and(|range| page.behind >= range.to) {
             // This is of the next range.
-            self.range = None;
+            self.settle().await?;
             return Ok(Some(Page { rest: true, ..Page::default() }));
         }
+        self.pages += 1;
         self.token = Some(page.next);
         self.judge(page.events, page.to).await.map(Some)
+    }
+
+    async fn ours(&self, range: &Range) -> Result<(u64, u128), Error> {
+        let (subscriber, behind, to) = (self.leg.subscription.name(), range.behind, range.to);
+        ask(self.run, async |session| resend::digest(session, subscriber, behind, to).await).await
+    }
+
+    /// What both sides of a range come to, and what else decides about what counts.
+    fn look(&self, range: &Range, ours: (u64, u128)) -> u64 {
+        let retention = self.leg.subscription.inbox_retention;
+        let hasher = BuildHasherDefault::<DefaultHasher>::default();
+        hasher.hash_one((range.behind, &range.theirs, ours, retention, &self.position.types))
+    }
+
+    /// Takes note of how a range looks that was gone through, if nothing of it is missing or waits.
+    async fn settle(&mut self) -> Result<(), Error> {
+        let Some(range) = self.range.take().filter(|range| range.handled) else { return Ok(()) };
+        let ours = self.ours(&range).await?;
+        let look = self.look(&range, ours);
+        self.position.settled.insert(range.to, look);
+        while self.position.settled.len() > SETTLED {
+            self.position.settled.pop_first();
+        }
+        Ok(())
     }
 
     /// The next page of the range that the ack floor lies in. Of its events the stream must have those that are not handled.
@@ -367,11 +373,13 @@ impl Leg<'_> {
         self.too_old += old.len() as u64;
         let ids: Vec<Uuid> = due.iter().map(|event| event.event_id).collect();
         let known = unhandled(self.run, self.leg.subscription.name(), &ids).await?;
+        if let Some(range) = self.range.as_mut().filter(|_| !known.is_empty()) {
+            range.handled = false;
+        }
         fault::point("reconciler-inbox-page");
         let mut page = Page::default();
         for event in due {
             if known.get(&event.event_id) == Some(&Known::Not) && !self.pending.contains(&event.event_id) {
-                page.missed.push(event.event_id);
                 page.findings.push(missed(&event));
             }
         }
@@ -395,81 +403,21 @@ impl Leg<'_> {
             }
         }
     }
+}
 
-    /// Events that were missing in the stream and that the subscriber has not handled, with everything of their keys that
-    /// comes before them and is not handled: they run from here in their order, and their copies in the stream find them
-    /// done.
-    async fn out_of_order(&mut self) -> Result<Option<Page>, Error> {
-        let moved = self.client.displaced(self.displaced.clone()).await?;
-        if moved.events.is_empty() {
-            return Ok(None);
-        }
-        self.displaced = Some(moved.next);
-        let ids: Vec<Uuid> = moved.events.iter().map(|event| event.event_id).collect();
-        let known = unhandled(self.run, self.leg.subscription.name(), &ids).await?;
-        let open: Vec<Moved> =
-            moved.events.into_iter().filter(|event| known.get(&event.event_id) == Some(&Known::Not)).collect();
-        let mut page = Page::default();
-        if open.is_empty() {
-            return Ok(Some(page));
-        }
-        // The last one of each key.
-        let mut keys: BTreeMap<&str, i64> = BTreeMap::new();
-        for event in &open {
-            if let Some(key) = &event.key {
-                let last = keys.entry(key).or_insert(event.id);
-                *last = event.id.max(*last);
-            }
-        }
-        let lowest = open.iter().map(|event| event.id).min().unwrap_or_default();
-        let from = self.first_behind_the_floor().await?.map_or(lowest, |first| first.min(lowest));
-        let mut found = self.of_keys(&keys, from).await?;
-        let alone: Vec<Uuid> = open.iter().filter(|event| event.key.is_none()).map(|event| event.event_id).collect();
-        if !alone.is_empty() {
-            found.extend(self.client.events(&alone).await?);
-        }
-        let types = &self.leg.subscription.types;
-        found.retain(|event| types.is_empty() || types.contains(&event.event_type));
-        let ids: Vec<Uuid> = found.iter().map(|event| event.id.as_uuid()).collect();
-        let unhandled = unhandled(self.run, self.leg.subscription.name(), &ids).await?;
-        found.retain(|event| unhandled.get(&event.id.as_uuid()) == Some(&Known::Not));
-        let missing: HashSet<Uuid> = open.iter().map(|event| event.event_id).collect();
-        page.findings = found.iter().filter(|event| missing.contains(&event.id.as_uuid())).map(displaced).collect();
-        page.events = found;
-        Ok(Some(page))
-    }
+/// The outbox as a source of events.
+struct Rows<'a> {
+    client: &'a OutboxClient,
+    /// Those that the subscriber handles; none for all.
+    types: &'a [String],
+}
 
-    /// The lowest outbox id that does not lie before the floor, more or less.
-    async fn first_behind_the_floor(&self) -> Result<Option<i64>, Error> {
-        let mut token = self.token.clone();
-        loop {
-            let page = self.client.page(NEWEST, token, &[], false).await?;
-            if let Some(first) = page.events.first() {
-                return Ok(Some(first.id));
-            }
-            if !page.more {
-                return Ok(None);
-            }
-            token = Some(page.next);
-        }
-    }
-
-    /// The events of some keys from an outbox id on, up to one for each.
-    async fn of_keys(&self, keys: &BTreeMap<&str, i64>, from: i64) -> Result<Vec<Envelope>, Error> {
-        let mut found = Vec::new();
-        let names: Vec<String> = keys.keys().map(ToString::to_string).collect();
-        for names in names.chunks(KEYS) {
-            let last_of = |key: &str| keys.get(key).copied().unwrap_or_default();
-            let last = names.iter().map(|key| last_of(key)).max().unwrap_or_default();
-            let mut next = Some(from);
-            while let Some(from) = next.filter(|from| *from <= last) {
-                let (events, more) = self.client.of_keys(names, from, NEWEST).await?;
-                let due = |event: &Envelope| event.key.as_deref().is_some_and(|key| event.sequence <= last_of(key));
-                found.extend(events.into_iter().filter(due));
-                next = more;
-            }
-        }
-        Ok(found)
+impl Source for Rows<'_> {
+    async fn fetch(&self, items: &[Item]) -> Result<(Vec<Event>, usize), Error> {
+        let ids: Vec<Uuid> = items.iter().take(EVENTS).map(|item| item.event_id).collect();
+        let events = self.client.events(&ids).await?.into_iter();
+        let events = events.filter(|event| self.types.is_empty() || self.types.contains(&event.event_type));
+        Ok((events.map(|event| Event { event, sequence: 0 }).collect(), ids.len()))
     }
 }
 
@@ -481,18 +429,6 @@ fn missed(event: &Listed) -> Finding {
         outbox_id: Some(event.id),
         key: event.key.clone(),
         detail: format!("{}: the consumer has passed it, and the inbox does not have it", event.event_type),
-        ..Finding::default()
-    }
-}
-
-fn displaced(event: &Envelope) -> Finding {
-    Finding {
-        kind: MISSED,
-        item: event.id.to_string(),
-        event_id: Some(event.id.as_uuid()),
-        outbox_id: Some(event.sequence),
-        key: event.key.clone(),
-        detail: format!("{}: it was missing in the stream, and runs from the outbox in its order", event.event_type),
         ..Finding::default()
     }
 }

@@ -2,6 +2,7 @@
 //! outbox of the publisher (leg C). What a subscriber has not handled is sent back to it alone.
 
 mod consumer;
+mod displaced;
 mod inbox;
 mod sending;
 
@@ -108,7 +109,7 @@ impl<L: Compare> Job for LegJob<L> {
 }
 
 /// From where on in the stream things are compared. What a subscriber takes on later, it has not missed before.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 struct Since(BTreeMap<String, u64>);
 

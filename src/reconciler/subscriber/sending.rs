@@ -1,9 +1,23 @@
-//! Sends events back to a subscriber in one transaction, so that its worker sees all of them or none, and no live event of
-//! their keys gets in between.
+//! Sends events back to a subscriber, so that its worker sees all that is to run of a key or nothing, and no live event of
+//! the key gets in between.
 
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+
+use uuid::Uuid;
+
+use super::{Subscription, ask, failed_to_send};
+use crate::error::Error;
 use crate::fault;
-use crate::postgres::resend::{self, Event, Order};
+use crate::postgres::resend::{self, Event, Open, Order};
 use crate::postgres::session::{Session, Tx};
+use crate::reconciler::job::Run;
+
+/// The most events of which a run knows at a time that they are to be sent; 40 bytes each.
+const KNOWN: usize = 1_000_000;
+/// So many events go in one transaction, unless a single key has more.
+const CHUNK: usize = 1000;
+/// Findings that are read together.
+const FINDINGS: i64 = 10_000;
 
 /// An open transaction.
 pub(crate) struct Sending<'s> {
@@ -40,5 +54,165 @@ impl<'s> Sending<'s> {
         self.tx.commit().await?;
         fault::point("resend-committed");
         Ok(self.sent)
+    }
+}
+
+/// An event that is to be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Item {
+    /// Stands for its key.
+    group: u64,
+    /// Where it is, and its place in the order: in the stream or in the outbox, as its source has it.
+    pub(super) place: i64,
+    pub(super) event_id: Uuid,
+}
+
+/// Where whole events come from.
+pub(super) trait Source {
+    /// The first of these events, as far as they are there, and how many of them this has looked for.
+    fn fetch(&self, items: &[Item]) -> impl Future<Output = Result<(Vec<Event>, usize), Error>> + Send;
+}
+
+/// Events that are to be sent. When they become too many, it knows only those of some keys, but all of these.
+#[derive(Debug)]
+pub(super) struct Outstanding {
+    items: Vec<Item>,
+    limit: usize,
+    /// Of so many keys it has one.
+    one_of: u64,
+}
+
+impl Outstanding {
+    pub(super) fn new() -> Self {
+        Self { items: Vec::new(), limit: KNOWN, one_of: 1 }
+    }
+
+    pub(super) fn add(&mut self, event_id: Uuid, key: Option<&str>, place: i64) {
+        let hasher = BuildHasherDefault::<DefaultHasher>::default();
+        let group = key.map_or_else(|| hasher.hash_one(event_id), |key| hasher.hash_one(key));
+        if group.is_multiple_of(self.one_of) {
+            self.items.push(Item { group, place, event_id });
+        }
+        while self.items.len() > self.limit && self.one_of < 1 << 62 {
+            self.one_of *= 2;
+            self.items.retain(|item| item.group.is_multiple_of(self.one_of));
+        }
+    }
+
+    /// Adds what was found and is not repaired.
+    pub(super) async fn add_open(
+        &mut self,
+        run: &Run,
+        kind: &str,
+        place: impl Fn(&Open) -> Option<i64>,
+    ) -> Result<(), Error> {
+        let mut after = 0;
+        loop {
+            let open = ask(run, async |session| resend::open(session, &run.name, kind, after, FINDINGS).await).await?;
+            let Some(last) = open.last() else { return Ok(()) };
+            after = last.id;
+            for finding in &open {
+                if let Some(place) = place(finding) {
+                    self.add(finding.event_id, finding.key.as_deref(), place);
+                }
+            }
+        }
+    }
+
+    /// Whether it has all.
+    pub(super) fn is_whole(&self) -> bool {
+        self.one_of == 1
+    }
+
+    /// What goes together: whole keys, the ones with the oldest events first.
+    fn chunks(mut self, size: usize) -> Vec<Vec<Item>> {
+        self.items.sort_unstable_by_key(|item| (item.group, item.place, item.event_id));
+        self.items.dedup();
+        let mut groups: Vec<&[Item]> = self.items.chunk_by(|one, other| one.group == other.group).collect();
+        groups.sort_unstable_by_key(|group| group.first().map(|item| item.place));
+        let mut chunks: Vec<Vec<Item>> = Vec::new();
+        for group in groups {
+            match chunks.last_mut() {
+                Some(chunk) if chunk.len() + group.len() <= size => chunk.extend(group),
+                _ => chunks.push(group.to_vec()),
+            }
+        }
+        for chunk in &mut chunks {
+            chunk.sort_unstable_by_key(|item| item.place);
+        }
+        chunks
+    }
+
+    /// Sends everything, in as many transactions as it takes, and returns how many events that were. What was found of them
+    /// counts as on its way with the same commit.
+    pub(super) async fn send(
+        self,
+        run: &mut Run,
+        subscription: &Subscription,
+        kind: &str,
+        source: &impl Source,
+    ) -> Result<u64, Error> {
+        let order = Order {
+            subscriber: subscription.name().into(),
+            stream: subscription.spec.stream.clone(),
+            who: format!("reconciler {} run {}", run.name, run.id),
+            again: false,
+        };
+        let failed = |error| failed_to_send(&order.subscriber, error);
+        let connections = run.connections.clone();
+        let mut all = 0;
+        for chunk in self.chunks(CHUNK) {
+            let mut session = connections.take().await.map_err(failed)?;
+            let mut sending = Sending::begin(&mut session, order.clone()).await.map_err(failed)?;
+            let (mut rest, mut sent) = (chunk.as_slice(), 0);
+            while !rest.is_empty() {
+                let (events, looked_for) = source.fetch(rest).await?;
+                rest = rest.get(looked_for.max(1)..).unwrap_or_default();
+                sending.send(&events).await.map_err(failed)?;
+                let ids: Vec<Uuid> = events.iter().map(|event| event.event.id.as_uuid()).collect();
+                resend::mark_repairing(&mut sending.tx, &run.name, kind, &ids).await.map_err(failed)?;
+                sent += events.len() as u64;
+            }
+            sending.commit("reconcile repair").await.map_err(failed)?;
+            connections.give_back(session);
+            run.repaired(sent);
+            all += sent;
+        }
+        Ok(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places(chunks: &[Vec<Item>]) -> Vec<Vec<i64>> {
+        chunks.iter().map(|chunk| chunk.iter().map(|item| item.place).collect()).collect()
+    }
+
+    #[test]
+    fn keys_stay_whole_and_in_order() {
+        let mut all = Outstanding::new();
+        for (n, key) in [(9, Some("a")), (1, Some("b")), (4, Some("a")), (2, None), (8, Some("b")), (3, Some("c"))] {
+            all.add(Uuid::from_u128(n), key, i64::try_from(n).unwrap());
+        }
+        all.add(Uuid::from_u128(9), Some("a"), 9);
+        assert!(all.is_whole());
+        assert_eq!(places(&all.chunks(3)), [vec![1, 2, 8], vec![3, 4, 9]]);
+        let mut one = Outstanding::new();
+        (1..=5).for_each(|n| one.add(Uuid::from_u128(n), Some("a"), 1));
+        assert_eq!(one.chunks(2).len(), 1, "a key is not split");
+    }
+
+    #[test]
+    fn of_too_many_it_knows_whole_keys() {
+        let mut some = Outstanding { limit: 100, ..Outstanding::new() };
+        for n in 0..1000_i64 {
+            some.add(Uuid::from_u128(u128::from(n.unsigned_abs())), Some(&(n % 50).to_string()), n);
+        }
+        assert!(!some.is_whole());
+        let chunks = some.chunks(1);
+        assert!((1..=5).contains(&chunks.len()), "{chunks:?}");
+        assert!(chunks.iter().all(|chunk| chunk.len() == 20), "{chunks:?}");
     }
 }
