@@ -18,7 +18,7 @@ use super::{assert_clean, play};
 /// Plays a schedule with these faults only.
 async fn only(seed: u64, names: &[&str]) {
     let names: Vec<String> = names.iter().map(|name| (*name).into()).collect();
-    assert_clean(&play([Plan::new(seed, Duration::from_secs(15), &names)], 1).await);
+    assert_clean(&play([Plan::new(seed, Duration::from_secs(12), &names)], 1).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]

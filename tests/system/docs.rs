@@ -129,3 +129,19 @@ fn every_requirement_has_a_row_that_names_a_test_or_a_gap() {
         assert!(columns[2].contains(".rs)") || columns[2].starts_with("*Gap: "), "{id} names neither a test nor a gap");
     }
 }
+
+#[test]
+fn every_fault_has_a_row_that_names_a_test_or_a_reason() {
+    let table = fs::read_to_string(root().join("docs/reliability.md")).unwrap();
+    for id in (1..=40).map(|n| format!("F{n}")) {
+        let rows: Vec<&str> = table.lines().filter(|line| line.starts_with(&format!("| {id} |"))).collect();
+        let [row] = rows[..] else { panic!("{id} has {} rows", rows.len()) };
+        let columns: Vec<&str> = row.split(" | ").collect();
+        assert_eq!(columns.len(), 4, "{row}");
+        assert!(
+            columns[2].contains(".rs)") || columns[2].starts_with("*Not run: "),
+            "{id} names neither a test nor why not"
+        );
+        assert!(columns[3].trim_end_matches(" |").split(' ').all(|one| one.starts_with('I')), "{row}");
+    }
+}
