@@ -17,8 +17,9 @@ pub enum PublishMethod {
 
 /// So many answers in a row tell how fast the server takes messages. No more are under way until it is known.
 const BURST: u64 = 256;
-/// A burst that takes longer is slow: each message waits for the disk. One that does not wait comes at ten times the rate.
-const SLOW: Duration = Duration::from_millis(50);
+/// A burst that takes longer is slow: each message waits for the disk, if only 0.1 ms. A server that does not wait takes a
+/// burst in 2 ms. A long way to the server looks slow, too, and batches suit it as well.
+const SLOW: Duration = Duration::from_millis(15);
 /// One slow burst can be a pause of the machine.
 const SLOW_BURSTS: u32 = 3;
 

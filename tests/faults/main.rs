@@ -124,13 +124,18 @@ async fn each_mechanism_that_is_taken_away_is_missed() {
         ("stragglers", &["transaction-held"][..], 2, Invariant::NothingLost),
         ("barrier", &["publisher-postgres-killed"][..], 5, Invariant::NoGhost),
     ];
-    let plans = mechanisms.iter().map(|(mechanism, only, apart, _)| Plan::without(mechanism, only, *apart));
-    let outcomes = play(plans, 3).await;
-    for (mechanism, _, _, invariant) in mechanisms {
-        let outcome = outcomes.iter().find(|outcome| outcome.broken == Some(mechanism)).unwrap();
-        let found = outcome.verdict.violations.iter().any(|violation| violation.invariant == invariant);
-        assert!(found, "without {mechanism} nothing breaks {invariant}: {outcome}");
+    let mut missing = Vec::from(mechanisms);
+    // Whether a crash meets the moment that matters is chance, so what is not missed has another four runs.
+    for seed in [1, 3, 5, 7, 9] {
+        let plans = missing.iter().map(|(mechanism, only, apart, _)| Plan::without(mechanism, only, *apart, seed));
+        let outcomes = play(plans.collect::<Vec<_>>(), 3).await;
+        missing.retain(|(mechanism, _, _, invariant)| {
+            let outcome = outcomes.iter().find(|outcome| outcome.broken == Some(mechanism)).unwrap();
+            !outcome.verdict.violations.iter().any(|violation| violation.invariant == *invariant)
+        });
     }
+    let missing: Vec<_> = missing.iter().map(|(mechanism, .., invariant)| (mechanism, invariant)).collect();
+    assert!(missing.is_empty(), "taken away, and nobody noticed: {missing:?}");
 }
 
 /// The long form, which scripts/faults runs.

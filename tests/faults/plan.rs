@@ -158,9 +158,9 @@ impl Plan {
     }
 
     /// A short run without a mechanism, and with nobody who repairs what then goes wrong.
-    pub fn without(mechanism: &'static str, only: &[&str], seconds_between: u64) -> Self {
+    pub fn without(mechanism: &'static str, only: &[&str], seconds_between: u64, seed: u64) -> Self {
         let only: Vec<String> = only.iter().map(|name| (*name).into()).collect();
-        let mut plan = Self::new(1, Duration::from_secs(30), &only);
+        let mut plan = Self::new(seed, Duration::from_secs(30), &only);
         // Enough time in between for something to go wrong.
         let mut last = Duration::ZERO;
         plan.steps.retain(|step| {

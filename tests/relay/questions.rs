@@ -200,7 +200,9 @@ async fn asking_takes_a_permission_of_its_own() {
     let config = "accounts { A { jetstream: enabled, users: [
         { user: admin, password: a },
         { user: relay, password: r, permissions: {
-            publish: [\"$JS.API.STREAM.INFO.*\", \"$JS.API.STREAM.MSG.GET.*\", \"$JS.API.DIRECT.GET.*\", \"*.a\", \"_INBOX_worker.>\"],
+            publish: [\"$JS.API.STREAM.INFO.*\", \"$JS.API.STREAM.MSG.GET.*\", \"*.a\", \"_INBOX_worker.>\",
+                \"$JS.API.CONSUMER.CREATE.*.aftercommit-reconciler\", \"$JS.API.CONSUMER.DELETE.*.aftercommit-reconciler\",
+                \"$JS.API.CONSUMER.MSG.NEXT.*.aftercommit-reconciler\"],
             subscribe: [\"_INBOX_relay.>\", \"aftercommit.outbox.*\"] } },
         { user: worker, password: w, permissions: { publish: [\"aftercommit.outbox.*\"], subscribe: [\"_INBOX_worker.>\"] } },
         { user: stranger, password: s, permissions: { publish: [\"other\"], subscribe: [\"_INBOX_worker.>\"] } } ] } }";
