@@ -350,4 +350,21 @@ mod tests {
             assert_eq!(read(other.as_bytes()), Answer::Unreadable, "{other}");
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn no_answer_says_that_a_message_is_stored_without_a_sequence_or_beside_an_error(
+            bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..100),
+            sequence in proptest::prop_oneof!["-?[0-9]{1,25}", "null", "\"7\"", "7\\.5", "[7]"],
+            stream in proptest::prop_oneof!["\"[A-Z]{0,5}\"", "null", "7", "\"\\\\u0000\""],
+            error in proptest::prop_oneof!["null", "\\{\\}", "\"text\"", "\\{\"err_code\":-?[0-9]{1,25}\\}", "\\{\"description\":7\\}"],
+        ) {
+            proptest::prop_assert_eq!(read(&bytes), Answer::Unreadable);
+            let text = format!("{{\"stream\":{stream},\"seq\":{sequence},\"error\":{error}}}");
+            if let Answer::Stored { sequence: read, .. } = read(text.as_bytes()) {
+                proptest::prop_assert_eq!((read.to_string(), &*error), (sequence.clone(), "null"));
+                proptest::prop_assert!(read > 0);
+            }
+        }
+    }
 }

@@ -92,8 +92,10 @@ fn check_headers(headers: &BTreeMap<String, String>) -> Result<(), Problem> {
             return refuse("is not a header name: letters, digits, '_' and '-' are allowed");
         }
         let lower = name.to_ascii_lowercase();
-        if lower.starts_with("nats-") || lower.starts_with("ce-") {
-            return refuse("has a reserved prefix: Nats-* belongs to NATS, ce-* to CloudEvents");
+        if ["nats-", "ce-", "aftercommit-"].iter().any(|reserved| lower.starts_with(reserved)) {
+            return refuse(
+                "has a reserved prefix: Nats-* belongs to NATS, ce-* to CloudEvents, Aftercommit-* to the relay",
+            );
         }
         if !is_trimmed_ascii(value) {
             return refuse("has a value other than printable ASCII without a space at either end");
@@ -167,6 +169,7 @@ mod tests {
             ("key", event().key(&long)),
             ("headers.Nats-Msg-Id", event().header("Nats-Msg-Id", "7")),
             ("headers.CE-id", event().header("CE-id", "7")),
+            ("headers.aftercommit-Repair", event().header("aftercommit-Repair", "missing")),
             ("headers.a:b", event().header("a:b", "7")),
             ("headers.\"a\\r\\nb\"", event().header("a\r\nb", "7")),
             ("headers.tenant", event().header("tenant", "a\r\nNats-Rollup: all")),

@@ -66,7 +66,7 @@ impl RawEvent {
     }
 
     /// A header of the message, in addition to those that the relay writes. The name is of letters, digits, `_` and
-    /// `-`, without the reserved prefixes `Nats-` and `ce-`; the value is printable ASCII without a space at either
+    /// `-`, without the reserved prefixes `Nats-`, `ce-` and `Aftercommit-`; the value is printable ASCII without a space at either
     /// end. The second of two with one name counts.
     pub fn header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.headers.insert(name.into(), value.into());

@@ -42,7 +42,7 @@ pub(crate) async fn park(
     )
     .bind(outbox_ids)
     .bind(code.map(u64::cast_signed))
-    .bind(reason)
+    .bind(super::clip(reason))
     .execute(connection)
     .await
     .map(drop)

@@ -10,6 +10,15 @@ use super::relay_log;
 use super::session::Session;
 use super::snapshot::Mark;
 
+/// A text that is not a place.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PlaceError {
+    #[error(transparent)]
+    Snapshot(#[from] super::snapshot::SnapshotError),
+    #[error("more transactions are running than can be")]
+    Running,
+}
+
 /// Everything that `mark` holds lies in the stream at or before `sequence`, everything else behind it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Text", into = "Text")]
@@ -38,11 +47,14 @@ impl From<Place> for Text {
 }
 
 impl TryFrom<Text> for Place {
-    type Error = super::snapshot::SnapshotError;
+    type Error = PlaceError;
 
     fn try_from(text: Text) -> Result<Self, Self::Error> {
         let Text { seq, snapshot, id, xid, floor, sequence } = text;
         let mark = Mark { snapshot: snapshot.parse()?, last_id: id, next_xid: xid, floor };
+        if !mark.is_plausible() {
+            return Err(PlaceError::Running);
+        }
         Ok(Self { seq, mark, sequence })
     }
 }
@@ -177,7 +189,9 @@ mod tests {
             let text = serde_json::to_string(&place).unwrap();
             assert_eq!(serde_json::from_str::<Place>(&text).unwrap(), place);
         }
-        let forged = r#"{"seq":1,"snapshot":"1:2:3; drop","id":1,"xid":1,"floor":0,"sequence":1}"#;
-        assert!(serde_json::from_str::<Place>(forged).is_err());
+        for (snapshot, xid) in [("1:2:3; drop", 1), ("2:1:", 1), ("1:1:", u64::MAX)] {
+            let forged = format!(r#"{{"seq":1,"snapshot":"{snapshot}","id":1,"xid":{xid},"floor":0,"sequence":1}}"#);
+            assert!(serde_json::from_str::<Place>(&forged).is_err(), "{forged}");
+        }
     }
 }

@@ -38,6 +38,10 @@ impl FromStr for Snapshot {
             .map(|xid| xid.parse::<u64>().map_err(|_| refuse()))
             .collect::<Result<Vec<_>, _>>()?;
         running.sort_unstable();
+        // As strict as PostgreSQL, which is given what was read here.
+        if xmin == 0 || xmin > xmax || running.iter().any(|xid| !(xmin..xmax).contains(xid)) {
+            return Err(refuse());
+        }
         Ok(Self { xmin, xmax, running })
     }
 }
@@ -51,6 +55,9 @@ impl fmt::Display for Snapshot {
         Ok(())
     }
 }
+
+/// More transactions than run at a time, those within savepoints counted, too.
+const MOST_RUNNING: u64 = 1_000_000;
 
 /// A moment of the outbox: a snapshot, then the last id that was handed out, then the next transaction id, read in
 /// this order. It tells every row that the snapshot does not see without looking at those that it does: such a row
@@ -83,6 +90,12 @@ impl Mark {
         self.snapshot.running.iter().copied().chain(self.snapshot.xmax..self.next_xid)
     }
 
+    /// Whether so few transactions can have been running that looking at each of them costs little. A mark that a stranger
+    /// sends may name as many as there are numbers.
+    pub(crate) fn is_plausible(&self) -> bool {
+        self.next_xid.saturating_sub(self.snapshot.xmax) <= MOST_RUNNING
+    }
+
     /// Those of [`Mark::running`] that had ended at `later`: where rows with low ids may have come to light. When a
     /// restore lies between the two, the transactions are those of the dumped cluster and all of them have ended.
     pub(crate) fn ended_by(&self, later: &Self) -> Vec<u64> {
@@ -105,7 +118,7 @@ mod tests {
         for text in ["749:749:", "10:20:10,14,15"] {
             assert_eq!(text.parse::<Snapshot>().unwrap().to_string(), text);
         }
-        for bad in ["", "1", "1:2", "a:b:", "1:2:x", "1:2:3:4"] {
+        for bad in ["", "1", "1:2", "a:b:", "1:2:x", "1:2:3:4", "0:1:", "2:1:", "2:4:1", "2:4:4"] {
             assert!(bad.parse::<Snapshot>().is_err(), "{bad}");
         }
     }
@@ -136,5 +149,112 @@ mod tests {
         assert_eq!(before.ended_by(&after), [9010, 9014, 9020]);
         assert!(before.holds(50, 9000) && !before.holds(50, 9014) && !before.holds(51, 100));
         assert!(after.holds(50, 9014) && after.holds(51, 739) && !after.holds(51, 740));
+    }
+
+    #[test]
+    fn a_mark_of_endless_transactions_is_not_plausible() {
+        assert!(mark("10:20:10,14", 5, 23, 0).is_plausible() && Mark::nothing().is_plausible());
+        assert!(!mark("1:1:", 5, u64::MAX, 0).is_plausible());
+    }
+
+    /// A cluster as simple as can be: transactions take their numbers and ids when they like and end when they like, and
+    /// marks are taken in three steps between which anything may happen.
+    #[derive(Default)]
+    struct Cluster {
+        xids: u64,
+        ids: i64,
+        running: Vec<(u64, Vec<i64>)>,
+        newest_ended: u64,
+        /// Ids with the transactions that committed them.
+        committed: Vec<(i64, u64)>,
+        step: (Option<Snapshot>, Option<i64>),
+        marks: Vec<Mark>,
+    }
+
+    impl Cluster {
+        fn act(&mut self, action: u8, which: usize) {
+            let one = which.checked_rem(self.running.len());
+            match (action, one) {
+                (0 | 1, _) => {
+                    self.xids += 1;
+                    self.running.push((self.xids, Vec::new()));
+                }
+                (2 | 3, Some(one)) => {
+                    self.ids += 1;
+                    self.running[one].1.push(self.ids);
+                }
+                (4..=6, Some(one)) => {
+                    let (xid, ids) = self.running.remove(one);
+                    self.newest_ended = self.newest_ended.max(xid);
+                    if action != 6 {
+                        self.committed.extend(ids.into_iter().map(|id| (id, xid)));
+                    }
+                }
+                (7, _) => self.look(),
+                _ => {}
+            }
+        }
+
+        /// The next step of taking a mark.
+        fn look(&mut self) {
+            match std::mem::take(&mut self.step) {
+                (None, _) => {
+                    let xmax = self.newest_ended + 1;
+                    let mut running: Vec<u64> =
+                        self.running.iter().map(|(xid, _)| *xid).filter(|x| *x < xmax).collect();
+                    running.sort_unstable();
+                    let xmin = running.first().copied().unwrap_or(xmax);
+                    self.step = (Some(Snapshot { xmin, xmax, running }), None);
+                }
+                (snapshot, None) => self.step = (snapshot, Some(self.ids)),
+                (Some(snapshot), Some(last_id)) => {
+                    self.marks.push(Mark { snapshot, last_id, next_xid: self.xids + 1, floor: 0 });
+                }
+            }
+        }
+
+        /// Everybody is done, and a last mark is taken.
+        fn end(&mut self) {
+            while !self.running.is_empty() {
+                self.act(4, 0);
+            }
+            self.step = (None, None);
+            (0..3).for_each(|_| self.look());
+        }
+
+        /// In how many windows a row is, by the two conditions of `window::page`.
+        fn windows(&self, id: i64, xid: u64) -> usize {
+            let marks: Vec<Mark> = std::iter::once(Mark::nothing()).chain(self.marks.clone()).collect();
+            let is_in = |settled: &Mark, target: &Mark| match id <= settled.last_id {
+                true => settled.ended_by(target).contains(&xid),
+                false => id <= target.last_id && target.snapshot.sees(xid),
+            };
+            marks.windows(2).filter(|pair| is_in(&pair[0], &pair[1])).count()
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn each_committed_row_is_in_one_window(
+            actions in proptest::collection::vec((0..8_u8, proptest::prelude::any::<usize>()), 0..250)
+        ) {
+            let mut cluster = Cluster::default();
+            actions.into_iter().for_each(|(action, which)| cluster.act(action, which));
+            cluster.end();
+            for (id, xid) in &cluster.committed {
+                proptest::prop_assert_eq!(cluster.windows(*id, *xid), 1, "row {} of transaction {}", id, xid);
+            }
+        }
+    }
+
+    /// Why the table's column `xid` stands before `id`: its default is evaluated first.
+    #[test]
+    fn a_row_whose_id_is_older_than_its_transactions_number_would_be_in_no_window() {
+        let mut cluster = Cluster { ids: 1, ..Cluster::default() };
+        (0..3).for_each(|_| cluster.look());
+        cluster.act(0, 0);
+        cluster.running[0].1.push(1);
+        cluster.end();
+        assert_eq!((cluster.committed.as_slice(), cluster.windows(1, 1)), ([(1, 1)].as_slice(), 0));
     }
 }

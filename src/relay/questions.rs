@@ -84,6 +84,8 @@ enum Refusal {
     Database(sqlx::Error),
 }
 
+const FOREIGN: Refusal = Refusal::Told("the token is none of this outbox");
+
 impl From<Refusal> for Error {
     fn from(refusal: Refusal) -> Self {
         match refusal {
@@ -144,6 +146,14 @@ impl Library {
     }
 
     async fn answer(&mut self, question: Question) -> Result<Answer, Refusal> {
+        let texts: &[String] = match &question {
+            Question::Page { types, .. } | Question::Digest { types, .. } => types,
+            Question::Keys { keys, .. } => keys,
+            Question::Displaced { .. } | Question::Events { .. } => &[],
+        };
+        if texts.iter().any(|text| text.contains('\0')) {
+            return Err(Refusal::Told("no type and no key has a NUL"));
+        }
         Ok(match question {
             Question::Page { up_to, after, types } => Answer::One(json!(self.page(up_to, after, &types).await?)),
             Question::Digest { up_to, after, types } => Answer::One(json!(self.digest(up_to, after, &types).await?)),
@@ -162,9 +172,7 @@ impl Library {
         let stream = &self.naming.stream;
         let Some(limit) = place::at(&mut self.session, stream, up_to).await? else { return Ok(None) };
         let token: Option<Token> = match after {
-            Some(after) => {
-                Some(serde_json::from_value(after).map_err(|_| Refusal::Told("the token is none of this outbox"))?)
-            }
+            Some(after) => Some(serde_json::from_value(after).map_err(|_| FOREIGN)?),
             None => None,
         };
         let mut from = match token {
@@ -251,12 +259,10 @@ impl Library {
 
     async fn displaced(&mut self, after: Option<Value>) -> Result<Displaced, Refusal> {
         let after: (i64, i64) = match after {
-            Some(token) => {
-                serde_json::from_value(token).map_err(|_| Refusal::Told("the token is none of this outbox"))?
-            }
+            Some(token) => serde_json::from_value(token).map_err(|_| FOREIGN)?,
             None => (0, 0),
         };
-        let time = DateTime::from_timestamp_micros(after.0).unwrap_or_default();
+        let time = DateTime::from_timestamp_micros(after.0).filter(|_| after.0 >= 0).ok_or(FOREIGN)?;
         // First, so that nothing is too new for this look and too old for the next.
         let lately = questions::repaired_lately(&mut self.session).await?;
         let mut rows = questions::repaired(&mut self.session, (time, after.1), PAGE).await?;
@@ -319,5 +325,97 @@ fn nothing(after: Option<Value>) -> Page {
         next: json!(after),
         more: false,
         complete_to: None,
+    }
+}
+
+#[cfg(all(test, feature = "testing"))]
+mod tests {
+    use proptest::prelude::*;
+    use proptest::sample::select;
+    use proptest::strategy::ValueTree;
+    use proptest::test_runner::TestRunner;
+    use sqlx::Executor;
+
+    use super::*;
+    use crate::testing::servers::Postgres;
+
+    const STREAM: &str = "EVENTS";
+
+    /// An outbox with one event, which is in the stream.
+    async fn library() -> Library {
+        let postgres = PostgresConfig::new(Postgres::shared().await.unwrap().create_database().await.unwrap());
+        crate::admin::migrate(&postgres).await.unwrap();
+        let naming = Naming { stream: STREAM.into(), ..Naming::default() };
+        let mut library = Library::open(&postgres, &naming).await.unwrap();
+        let written = "select aftercommit.publish('a.b', '{}', 'k');
+            insert into aftercommit.relay_log
+                (seq, epoch, settled, settled_id, settled_xid, stream, stream_created, base_sequence, system_identifier)
+            select 1, 1, pg_current_snapshot(), 1, pg_snapshot_xmax(pg_current_snapshot()), 'EVENTS', now(), 1, 1";
+        for statement in written.split(';') {
+            library.session.execute(sqlx::AssertSqlSafe(statement)).await.unwrap();
+        }
+        library
+    }
+
+    fn number() -> impl Strategy<Value = Value> {
+        let bounds = [i64::MIN, -1, 0, 1, 2, i64::MAX].map(|number| json!(number));
+        prop_oneof![select(bounds.to_vec()), Just(json!(u64::MAX)), any::<i64>().prop_map(Value::from)]
+    }
+
+    fn place() -> impl Strategy<Value = Value> {
+        let snapshots =
+            ["1:1:", "3:900:3,5", "900:3:", "0:0:", "1:18446744073709551615:", "1:2:9", "x", "1:9:2,2,1", "\0"];
+        let parts = (number(), select(snapshots.to_vec()), number(), number(), number(), number());
+        parts.prop_map(|(seq, snapshot, id, xid, floor, sequence)| {
+            json!({"seq": seq, "snapshot": snapshot, "id": id, "xid": xid, "floor": floor, "sequence": sequence})
+        })
+    }
+
+    fn token() -> impl Strategy<Value = Value> {
+        let others =
+            [json!(null), json!([]), json!({}), json!("x"), json!([1]), json!({"from": {}, "to": null, "id": 0})];
+        let ours = (place(), prop::option::of(place()), number())
+            .prop_map(|(from, to, id)| json!({"from": from, "to": to, "id": id}));
+        prop_oneof![6 => ours, 3 => (number(), number()).prop_map(|pair| json!(pair)), 1 => select(others.to_vec())]
+    }
+
+    fn question() -> impl Strategy<Value = Value> {
+        let texts =
+            select(vec![json!([]), json!(["a.b"]), json!(["a\0b"]), json!(["k", "\u{10ffff}'\";--"]), json!([""])]);
+        let kind = select(vec!["page", "digest", "displaced", "keys", "events"]);
+        (kind, number(), token(), texts, number()).prop_map(|(kind, up_to, after, texts, from)| match kind {
+            "page" | "digest" => json!({kind: {"up_to": up_to, "after": after, "types": texts}}),
+            "keys" => json!({kind: {"keys": texts, "from": from, "up_to": up_to}}),
+            "displaced" => json!({kind: {"after": after}}),
+            _ => json!({kind: {"ids": [Uuid::nil(), Uuid::max()]}}),
+        })
+    }
+
+    #[tokio::test]
+    async fn whatever_is_asked_is_answered_or_refused_without_asking_too_much_of_the_database() {
+        let mut library = library().await;
+        let mut runner = TestRunner::deterministic();
+        let (mut answered, mut refused) = (0, 0);
+        for _ in 0..2_000 {
+            let asked = question().new_tree(&mut runner).unwrap().current();
+            let Ok(question) = serde_json::from_value::<Question>(asked.clone()) else { continue };
+            match library.answer(question).await {
+                Ok(_) => answered += 1,
+                Err(Refusal::Told(_)) => refused += 1,
+                Err(Refusal::Database(error)) => panic!("{error}: {asked}"),
+            }
+        }
+        assert!(answered > 100 && refused > 100, "{answered} answered, {refused} refused");
+        let page = library.listed(1, None, &[]).await.unwrap();
+        assert_eq!(page.events.iter().map(|event| event.id).collect::<Vec<_>>(), [1]);
+    }
+
+    #[test]
+    fn whatever_comes_as_a_question_is_one_or_none() {
+        let mut runner = TestRunner::deterministic();
+        for _ in 0..1_000 {
+            let bytes = prop::collection::vec(any::<u8>(), 0..200).new_tree(&mut runner).unwrap().current();
+            assert!(serde_json::from_slice::<Question>(&bytes).is_err());
+        }
     }
 }

@@ -269,6 +269,7 @@ fn line(text: &str, offset: usize) -> usize {
 mod tests {
     use super::super::subscriber::Work;
     use super::*;
+    use proptest::strategy::Strategy;
 
     const GOOD: &str = r#"
 [[subscriber]]
@@ -335,6 +336,8 @@ key = "k"
             ("concurrency = 16", "concurrency = 0", "concurrency must be at least 1"),
             ("concurrency = 16", "max_crashes = 1", "max_crashes must be at least 2"),
             ("concurrency = 16", "time_limit = \"1000d\"", "time_limit must be at most 365 days"),
+            ("\"10s\"", "\"99999999999999999999y\"", ":7: \"99999999999999999999y\" is not a duration"),
+            ("concurrency = 16", "inbox_retention = \"10000y\"", "inbox_retention must be at most 36500 days"),
             ("\"heavy\"", "\"too heavy\"", "\"too heavy\" is not the name of a queue"),
             ("\"ORDERS\"", "\"ORDERS.NEW\"", "\"ORDERS.NEW\" cannot be the name of a stream"),
             ("\"orders\"", "\"orders.>\"", ":11: \"orders.>\" is not a subject"),
@@ -361,5 +364,45 @@ key = "k"
         let twice = format!("{GOOD}{GOOD}");
         assert!(parse(&twice).unwrap_err().contains("another subscriber branch-balance"));
         assert!(parse("").unwrap_err().contains("no [[subscriber]]"));
+    }
+
+    /// Whatever stands in a file, it is read, or refused at a place that can be found.
+    fn check(text: &str) {
+        match parse(text) {
+            Ok(subscribers) => assert!(!subscribers.is_empty()),
+            Err(problem) => {
+                let rest = problem.strip_prefix(':').expect("it begins with the place");
+                let (line, what) = rest.split_once(": ").unwrap_or(("", rest.trim_start()));
+                let line: usize = if line.is_empty() { 1 } else { line.parse().unwrap_or(1) };
+                assert!(!what.trim().is_empty() && (1..=text.lines().count() + 1).contains(&line), "{problem}");
+            }
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_is_a_file_or_is_refused(text in ".{0,200}", raw in proptest::prelude::any::<String>()) {
+            check(&text);
+            check(&raw);
+        }
+
+        #[test]
+        fn a_file_with_something_else_in_it_is_read_or_refused(
+            webhook in proptest::bool::ANY,
+            at in proptest::prelude::any::<proptest::sample::Index>(),
+            length in 0..40_usize,
+            inserted in proptest::prop_oneof![
+                proptest::sample::select(vec!["\"", "[", "]]", "{", "\n", "=", "0", "-1", "18446744073709551616", "1e400", "\"\"", "''",
+                    "\"\\u0000\"", "\"0s\"", "\"99999999999999999y\"", "\"*\"", "nan", "1979-05-27", "\u{feff}", "\r", "\0"])
+                    .prop_map(String::from),
+                "\\PC{0,20}",
+            ],
+        ) {
+            let mut file: Vec<char> = if webhook { WEBHOOK } else { GOOD }.chars().collect();
+            let start = at.index(file.len());
+            let end = (start + length).min(file.len());
+            file.splice(start..end, inserted.chars());
+            check(&file.into_iter().collect::<String>());
+        }
     }
 }

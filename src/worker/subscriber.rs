@@ -34,6 +34,8 @@ pub struct Subscriber {
     problems: Vec<String>,
 }
 
+/// Longer than anybody keeps an inbox, and short enough for PostgreSQL to subtract it from the time.
+const MAX_RETENTION: Duration = Duration::from_hours(36_500 * 24);
 /// The longest wait, of settings and of what a handler asks for: the clock cannot add any length.
 pub(super) const MAX_WAIT: Duration = Duration::from_hours(365 * 24);
 
@@ -399,6 +401,9 @@ impl Settings {
             Self { ack_wait, .. } if *ack_wait < second => at_least("ack_wait", "1s"),
             Self { time_limit, .. } if *time_limit < second => at_least("time_limit", "1s"),
             Self { inbox_retention, .. } if *inbox_retention < second => at_least("inbox_retention", "1s"),
+            Self { inbox_retention, .. } if *inbox_retention > MAX_RETENTION => {
+                Some("inbox_retention must be at most 36500 days".into())
+            }
             Self { queue, .. } if !is_name(queue) => {
                 Some(format!("{queue:?} is not the name of a queue: use 1 to 64 letters, digits, '_' and '-'"))
             }

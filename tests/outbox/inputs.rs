@@ -43,6 +43,7 @@ proptest! {
     fn any_bytes_are_a_message_or_none(input in vec(any::<u8>(), 0..400)) {
         checks::message(&input);
         checks::subject(&input);
+        checks::worker_toml(&input);
     }
 
     #[test]
@@ -55,6 +56,11 @@ proptest! {
     fn a_subject_is_taken_apart_as_it_was_made(prefix in "[$A-Za-z0-9_.*>-]{1,12}", event_type in "[A-Za-z0-9_. *>-]{0,12}") {
         checks::subject(format!("{prefix} {event_type}").as_bytes());
     }
+}
+
+#[test]
+fn a_deeply_nested_payload_stays_json() {
+    checks::message(format!("{ID}\n\n{}{}", "[".repeat(50_000), "]".repeat(50_000)).as_bytes());
 }
 
 #[test]

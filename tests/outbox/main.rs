@@ -1,6 +1,7 @@
 //! Writing events: from Rust, from SQL and by hand, and the schema that it goes into.
 
 mod cli;
+mod hostile;
 mod inputs;
 mod kinds;
 mod migrate;

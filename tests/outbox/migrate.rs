@@ -7,7 +7,8 @@ use aftercommit::{ErrorKind, admin};
 use futures_util::future::join_all;
 use sqlx::{Connection, PgConnection};
 
-const ALL: [&str; 5] = ["0001 outbox", "0002 relay", "0003 inbox", "0004 worker", "0005 reconciler"];
+const ALL: [&str; 6] =
+    ["0001 outbox", "0002 relay", "0003 inbox", "0004 worker", "0005 reconciler", "0006 reserved headers"];
 
 fn aftercommit(database: &Database, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_aftercommit"))
@@ -140,7 +141,8 @@ async fn the_command_reports_and_its_exit_status_tells_faults_apart() {
     let database = Database::empty().await;
     assert_eq!(
         succeeded(aftercommit(&database, &["migrate"])),
-        "applied 0001 outbox\napplied 0002 relay\napplied 0003 inbox\napplied 0004 worker\napplied 0005 reconciler\n"
+        "applied 0001 outbox\napplied 0002 relay\napplied 0003 inbox\napplied 0004 worker\napplied 0005 reconciler\n\
+         applied 0006 reserved headers\n"
     );
     assert_eq!(succeeded(aftercommit(&database, &["migrate"])), "the schema aftercommit is up to date\n");
 

@@ -234,3 +234,18 @@ async fn a_dump_restores_with_rows_constraints_and_functions() {
     assert_eq!((ids.len(), ids[..2].to_vec()), (3, vec![1, 2]));
     assert_eq!(aftercommit::admin::migrate(&restored.config).await.unwrap(), Vec::<String>::new());
 }
+
+/// Defaults are evaluated in the order of the columns, so the transaction has its number before the row has its id. The
+/// relay relies on it: an id below its mark belongs to a transaction that the mark knows.
+#[tokio::test]
+async fn the_transactions_number_stands_before_the_id() {
+    let database = Database::migrated().await;
+    let columns: Vec<String> = sqlx::query_scalar(
+        "select attname::text from pg_attribute
+          where attrelid = 'aftercommit.outbox'::regclass and attnum > 0 and not attisdropped order by attnum",
+    )
+    .fetch_all(&database.pool().await)
+    .await
+    .unwrap();
+    assert_eq!(columns[..2], ["xid", "id"]);
+}

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use aftercommit::envelope::Envelope;
 use aftercommit::subject::{SubjectPrefix, check_tokens};
+use serde_json::value::RawValue;
 
 /// Lines of `name: value` up to an empty line, then the payload: a message as it may come from the stream.
 pub fn message(input: &[u8]) {
@@ -28,11 +29,13 @@ pub fn message(input: &[u8]) {
 
 /// The JSON form is JSON, and no header of the publisher passes for an attribute of ours.
 fn cloud_event(event: &Envelope) {
-    let json: BTreeMap<String, serde_json::Value> = serde_json::from_str(&event.to_json()).expect("it is JSON");
-    assert_eq!(json["id"], event.id.to_string());
-    assert_eq!(json["type"], event.event_type.as_str());
-    assert_eq!(json["source"], event.source.as_str());
-    assert_eq!(json.get("partitionkey").and_then(|key| key.as_str()), event.key.as_deref());
+    // Not as values: those may not nest deeply, which a payload may.
+    let json: BTreeMap<String, Box<RawValue>> = serde_json::from_str(&event.to_json()).expect("it is JSON");
+    let text = |name: &str| json.get(name).map(|value| serde_json::from_str::<String>(value.get()).expect("a string"));
+    assert_eq!(text("id"), Some(event.id.to_string()));
+    assert_eq!(text("type").as_ref(), Some(&event.event_type));
+    assert_eq!(text("source").as_ref(), Some(&event.source));
+    assert_eq!(text("partitionkey"), event.key);
     assert!(json.contains_key("data") != json.contains_key("data_base64"));
 }
 
@@ -45,5 +48,15 @@ pub fn subject(input: &[u8]) {
     if check_tokens(event_type).is_ok() {
         assert_eq!(prefix.event_type(&prefix.subject(event_type)), Some(event_type));
         assert!(prefix.subject(event_type).bytes().all(|byte| byte.is_ascii_graphic() && !b"*>".contains(&byte)));
+    }
+}
+
+/// A `worker.toml`, which is read or refused by name.
+pub fn worker_toml(input: &[u8]) {
+    let path = std::env::temp_dir().join(format!("aftercommit-{}-worker.toml", std::process::id()));
+    std::fs::write(&path, input).expect("a temporary file");
+    match aftercommit::worker::read_file(&path) {
+        Ok(subscribers) => assert!(!subscribers.is_empty()),
+        Err(error) => assert!(error.to_string().contains("worker.toml"), "{error}"),
     }
 }
