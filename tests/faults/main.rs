@@ -74,6 +74,7 @@ async fn play(plans: impl IntoIterator<Item = Plan>, at_once: usize) -> Vec<Outc
     let _turn = TURN.lock().await;
     let (mut waiting, mut running, mut outcomes) =
         (plans.into_iter().collect::<VecDeque<_>>(), JoinSet::new(), Vec::new());
+    let mut broken_off = 0;
     loop {
         while running.len() < at_once
             && let Some(plan) = waiting.pop_front()
@@ -81,8 +82,15 @@ async fn play(plans: impl IntoIterator<Item = Plan>, at_once: usize) -> Vec<Outc
             // A thread of its own, so that it keeps no other run waiting.
             running.spawn_blocking(move || tokio::runtime::Handle::current().block_on(run(plan)));
         }
-        let Some(outcome) = running.join_next().await else { return outcomes };
-        let outcome = outcome.unwrap();
+        let Some(outcome) = running.join_next().await else { break };
+        let outcome = match outcome {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                println!("a run broke off: {error}");
+                broken_off += 1;
+                continue;
+            }
+        };
         println!("{outcome}");
         if let Some(story) = &outcome.story {
             let all = outcome.verdict.violations.iter().map(|violation| violation.invariant);
@@ -90,6 +98,8 @@ async fn play(plans: impl IntoIterator<Item = Plan>, at_once: usize) -> Vec<Outc
         }
         outcomes.push(outcome);
     }
+    assert_eq!(broken_off, 0, "runs broke off; those that did not:\n{}", summary(&outcomes));
+    outcomes
 }
 
 fn count<T: Ord + std::fmt::Debug>(all: impl Iterator<Item = T>) -> std::collections::BTreeMap<T, usize> {
