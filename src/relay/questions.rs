@@ -328,7 +328,8 @@ fn nothing(after: Option<Value>) -> Page {
     }
 }
 
-#[cfg(all(test, feature = "testing"))]
+#[cfg(test)]
+#[cfg(feature = "testing")]
 mod tests {
     use proptest::prelude::*;
     use proptest::sample::select;
