@@ -144,9 +144,7 @@ pub(crate) fn start(
         done,
         output,
         created: position.created,
-        seen: position.delivered,
-        deliveries: position.deliveries,
-        missed: false,
+        seen: Seen { sequence: position.delivered, deliveries: position.deliveries, missed: false },
         failures: 0,
         // Nothing is known of the messages: be careful at first.
         typical: 1_000_000,
@@ -163,12 +161,7 @@ struct Feed {
     done: Done,
     output: mpsc::UnboundedSender<Fed>,
     created: String,
-    /// All messages up to this stream sequence were handed on, or were acked before this feed began.
-    seen: u64,
-    /// The consumer sequence of the last delivery.
-    deliveries: u64,
-    /// Whether deliveries were missed since the last new message.
-    missed: bool,
+    seen: Seen,
     /// Interruptions since the last sign of life of the consumer.
     failures: u32,
     /// The size of messages, a moving average.
@@ -220,7 +213,9 @@ impl Feed {
         loop {
             match consumer::locate(&self.context, &self.spec).await {
                 Ok(Some(now)) if now.created != self.created => return Err("the consumer was made anew".into()),
-                Ok(Some(now)) if now.deliveries < self.deliveries => return Err("the consumer was set back".into()),
+                Ok(Some(now)) if now.deliveries < self.seen.deliveries => {
+                    return Err("the consumer was set back".into());
+                }
                 Ok(None) => return Err("the consumer was deleted".into()),
                 Ok(Some(_)) => {
                     if failures > 0 {
@@ -341,21 +336,15 @@ impl Feed {
             }
         };
         let message = message.message;
-        // What was missed may have been new, also when the next to come is one that comes again.
-        self.missed |= delivery != self.deliveries + 1;
-        if sequence > self.seen {
-            if std::mem::take(&mut self.missed) {
-                tracing::info!(
-                    subscriber = self.spec.name,
-                    first = self.seen + 1,
-                    last = sequence - 1,
-                    "deliveries were missed, reading the stream for them"
-                );
-                self.read_stream(self.seen + 1, sequence - 1).await?;
-            }
-            self.seen = sequence;
+        if let Some((first, last)) = self.seen.arrived(sequence, delivery, count > 1) {
+            tracing::info!(
+                subscriber = self.spec.name,
+                first,
+                last,
+                "deliveries were missed, reading the stream for them"
+            );
+            self.read_stream(first, last).await?;
         }
-        self.deliveries = delivery;
         let payload = message.payload.len();
         self.typical = (self.typical * 7 + message.length) / 8;
         self.hand_on(Incoming {
@@ -427,6 +416,37 @@ impl Feed {
     }
 }
 
+/// How far the stream is known.
+#[derive(Debug)]
+struct Seen {
+    /// All messages up to this stream sequence were handed on, or were acked before this feed began.
+    sequence: u64,
+    /// The consumer sequence of the last delivery.
+    deliveries: u64,
+    /// Whether deliveries were missed since the last new message.
+    missed: bool,
+}
+
+impl Seen {
+    /// A message of the stream has come as this delivery of the consumer, for the first time or again: the first and the
+    /// last sequence of those in front of it that may have been missed.
+    fn arrived(&mut self, sequence: u64, delivery: u64, again: bool) -> Option<(u64, u64)> {
+        // What was missed may have been new, also when the next to come is one that comes again.
+        self.missed |= delivery != self.deliveries + 1;
+        self.deliveries = delivery;
+        if sequence <= self.sequence {
+            return None;
+        }
+        let (first, last) = (self.sequence + 1, sequence - 1);
+        self.sequence = sequence;
+        let missed = self.missed && first <= last;
+        // All that was missed lies in front of a message that comes for the first time. Those that come again have no
+        // order: the next one may leap over others that were missed.
+        self.missed &= again;
+        missed.then_some((first, last))
+    }
+}
+
 /// A copy, so that a small payload does not keep the connection's whole read buffer.
 fn detached(payload: &Bytes) -> Bytes {
     Bytes::copy_from_slice(payload)
@@ -435,6 +455,24 @@ fn detached(payload: &Bytes) -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn in_front_of_what_comes_again_more_may_have_been_missed() {
+        let mut seen = Seen { sequence: 10, deliveries: 20, missed: false };
+        // The consumer's subjects are not all of the stream's: a leap is no hole as long as no delivery is missing.
+        assert_eq!(seen.arrived(12, 21, false), None);
+        // 13 to 40 were delivered and lost on the way; then they come again, in whatever order.
+        assert_eq!(seen.arrived(14, 51, true), Some((13, 13)));
+        assert_eq!(seen.arrived(30, 52, true), Some((15, 29)));
+        assert_eq!(seen.arrived(13, 53, true), None);
+        assert_eq!(seen.arrived(31, 54, true), None);
+        // A new one settles it: there is nothing in front of it that was not delivered.
+        assert_eq!(seen.arrived(41, 55, false), Some((32, 40)));
+        assert_eq!(seen.arrived(50, 56, false), None);
+        // Missed without a leap, and found out later.
+        assert_eq!(seen.arrived(20, 58, true), None);
+        assert_eq!(seen.arrived(60, 59, false), Some((51, 59)));
+    }
 
     #[test]
     fn a_budget_is_full_by_number_or_by_size_and_room_comes_back() {
