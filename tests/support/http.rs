@@ -5,9 +5,15 @@ use std::net::TcpListener;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// An address on which nothing listens.
+/// An address on which nothing listens. Its port is none of those from which the system takes one for each connection, so
+/// a process that is started anew finds it free again.
 pub fn free_address() -> String {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+    loop {
+        let address = format!("127.0.0.1:{}", 10_000 + uuid::Uuid::now_v7().as_u128() % 22_000);
+        if TcpListener::bind(&address).is_ok() {
+            return address;
+        }
+    }
 }
 
 /// Status and body of the answer; none while nothing listens.
