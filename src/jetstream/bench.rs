@@ -175,6 +175,6 @@ pub(crate) async fn delete(connection: &Connection, name: &str) -> Result<(), Er
     context(&connection.client).delete_stream(name).await.map(drop).map_err(|error| failed(error.into()))
 }
 
-fn failed(error: Box<dyn std::error::Error + Send + Sync>) -> Error {
+pub(super) fn failed(error: Box<dyn std::error::Error + Send + Sync>) -> Error {
     Error::with_source(ErrorKind::Broker, "the bench's request failed", error)
 }

@@ -7,6 +7,7 @@ use async_nats::jetstream::consumer::pull;
 use futures_util::StreamExt;
 use futures_util::stream::ReadyChunks;
 
+use super::bench::failed;
 use super::publisher::Outgoing;
 use super::{Connection, context, envelope};
 use crate::envelope::Envelope;
@@ -92,8 +93,4 @@ pub(crate) async fn publish_to_deliver(
 
 fn ended() -> Error {
     Error::new(ErrorKind::Broker, "the bench's subscription ended")
-}
-
-fn failed(error: Box<dyn std::error::Error + Send + Sync>) -> Error {
-    Error::with_source(ErrorKind::Broker, "the bench's request failed", error)
 }

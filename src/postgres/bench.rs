@@ -184,6 +184,6 @@ fn read_row(row: &sqlx::postgres::PgRow) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
-fn failed(error: sqlx::Error) -> Error {
+pub(super) fn failed(error: sqlx::Error) -> Error {
     database_error("the bench's statement failed", error)
 }

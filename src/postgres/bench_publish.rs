@@ -7,6 +7,7 @@ use sqlx::types::Json;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Postgres, QueryBuilder};
 use uuid::Uuid;
 
+use super::bench::failed;
 use super::database_error;
 use super::session::Session;
 use crate::config::PostgresConfig;
@@ -122,8 +123,4 @@ async fn insert<E: Event>(tx: &mut PgConnection, way: Way, events: &[E]) -> Resu
 
 fn refused(error: outbox::PublishError) -> Error {
     Error::with_source(ErrorKind::Integrity, "an event of the bench was refused", error)
-}
-
-fn failed(error: sqlx::Error) -> Error {
-    database_error("the bench's statement failed", error)
 }

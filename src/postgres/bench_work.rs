@@ -3,7 +3,7 @@
 use sqlx::{Executor, PgTransaction};
 use uuid::Uuid;
 
-use super::database_error;
+use super::bench::failed;
 use super::session::Session;
 use crate::envelope::Envelope;
 use crate::error::Error;
@@ -152,8 +152,4 @@ pub(crate) async fn transactions(session: &mut Session, database: &str) -> Resul
 /// The name of the database.
 pub(crate) async fn database(session: &mut Session) -> Result<String, Error> {
     sqlx::query_scalar("select current_database()").fetch_one(session).await.map_err(failed)
-}
-
-fn failed(error: sqlx::Error) -> Error {
-    database_error("the bench's statement failed", error)
 }
