@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use aftercommit::testing::eventually;
 use sqlx::AssertSqlSafe;
 use uuid::Uuid;
 
@@ -178,7 +179,7 @@ async fn is_drained(system: &System) -> Option<bool> {
 async fn complaints(system: &System) {
     for part in system.parts() {
         let mut last = None;
-        let well = aftercommit::testing::eventually(Duration::from_secs(30), "it is well", async || {
+        let well = eventually(Duration::from_secs(30), "it is well", async || {
             last = part.complaint().await;
             last.is_none()
         });
@@ -217,7 +218,16 @@ async fn survey(system: &System) {
     for (event, reason) in parked {
         journal.write(What::Parked { event, reason });
     }
-    for (sequence, event, bytes) in stored(system).await.expect("the stream can be read at the end") {
+    let mut messages = None;
+    let readable = eventually(Duration::from_secs(60), "the stream can be read", async || {
+        messages = stored(system).await;
+        messages.is_some()
+    });
+    if let Err(error) = readable.await {
+        // All that should be in it counts as lost then.
+        journal.write(What::Note { text: error.to_string() });
+    }
+    for (sequence, event, bytes) in messages.unwrap_or_default() {
         journal.write(What::Stored { sequence, event, bytes });
     }
     let effects = "select subscriber, event_id, key, version, digest from effect order by id";
