@@ -3,8 +3,10 @@
 
 mod check;
 mod check_tests;
+mod clocks;
 mod disturb;
 mod history;
+mod live;
 mod part;
 mod plan;
 mod publishers;
