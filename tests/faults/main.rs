@@ -1,10 +1,13 @@
 //! Everything at once: publishers, relays, workers and a reconciler on private servers, while a schedule that follows
 //! from a seed kills, freezes, cuts off and spoils them; then a checker judges the history. See docs/reliability.md.
 
+mod certificates;
 mod check;
 mod check_tests;
+mod clocks;
 mod disturb;
 mod history;
+mod live;
 mod part;
 mod plan;
 mod publishers;
