@@ -4,6 +4,7 @@
 //! `leader` opens a window in the relay's log, `reader` reads its rows, `pump` publishes them, `chain` keeps their order.
 
 mod batch;
+mod cause;
 mod chain;
 mod classify;
 mod keyed;
@@ -44,6 +45,7 @@ use crate::postgres::relay_log::{self, Appended};
 use crate::postgres::relay_status::{self, Report};
 use crate::postgres::session::Session;
 use crate::postgres::{self, database_error, lease, pause, prune};
+use cause::Cause;
 use leader::Leader;
 use method::Method;
 pub use method::PublishMethod;
@@ -313,6 +315,7 @@ impl Relay {
                 exceptions: Exceptions::default(),
                 repairs: Repairs::new(),
                 method: Method::new(self.config.publish, can_batch),
+                cause: Cause::default(),
                 progress: &self.progress,
                 paused: told_paused,
                 shutdown,

@@ -3,6 +3,7 @@
 
 mod check;
 mod check_tests;
+mod disks;
 mod disturb;
 mod history;
 mod part;
