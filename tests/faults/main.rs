@@ -5,6 +5,7 @@ mod certificates;
 mod check;
 mod check_tests;
 mod clocks;
+mod disks;
 mod disturb;
 mod history;
 mod live;
