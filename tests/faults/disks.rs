@@ -6,7 +6,8 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use aftercommit::admin;
-use aftercommit::relay::PublishMethod;
+use aftercommit::health::Check;
+use aftercommit::relay::{Mode, PublishMethod, RelayConfig};
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
 use aftercommit::testing::{eventually, unique_name};
 use aftercommit::worker::Subscriber;
@@ -16,7 +17,7 @@ use sqlx::{AssertSqlSafe, PgPool};
 use tokio_util::sync::CancellationToken;
 
 use super::scenarios::{complaint, publish, relay};
-use super::support::{Outbox, Record, SOON, Scenario, Work, Writers, get, metric};
+use super::support::{Outbox, Record, RunningRelay, SOON, Scenario, Work, Writers, get, metric};
 
 /// A small disk, which is there until it is dropped.
 struct Disk {
@@ -164,6 +165,41 @@ async fn a_full_disk_under_nats_is_waited_out() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_under_an_older_nats_is_waited_out() {
     nats_waits_for_room(Some("2.12.8")).await;
+}
+
+/// With a single event under way nothing is refused: nothing comes back at all.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_falls_silent_over_a_full_disk_is_told_from_a_slow_one() {
+    let mut nats = Nats::start(NatsOptions::default()).await.unwrap();
+    nats.stop().await.unwrap();
+    let Some(disk) = Disk::in_memory(&nats.store_directory(), 12) else { return };
+    nats.restart().await.unwrap();
+    let mut systems = Vec::new();
+    for mode in [Mode::Exclusive, Mode::Shared] {
+        let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+        let outbox = Outbox::new(database, nats.url()).await;
+        let ack_timeout = Duration::from_millis(500);
+        let relay = RunningRelay::start(RelayConfig { mode, ack_timeout, ..outbox.relay_config() });
+        publish(&outbox.pool, 1).await.unwrap();
+        outbox.assert_complete().await;
+        systems.push((outbox, relay));
+    }
+    let ballast = disk.fill();
+    for (outbox, relay) in &systems {
+        let large = "select aftercommit.publish('large', to_jsonb(repeat('x', 20000)))";
+        sqlx::query(large).execute(&outbox.pool).await.unwrap();
+        let words = if nats.version().starts_with("2.12.") { "no space left" } else { "restart nats-server" };
+        let named = async || relay.monitor.health().text.contains(words);
+        eventually(SOON, "the cause is named", named).await.unwrap();
+    }
+    std::fs::remove_file(ballast).unwrap();
+    nats.restart().await.unwrap();
+    for (outbox, relay) in systems {
+        outbox.assert_complete().await;
+        relay.stop().await.unwrap();
+    }
+    drop(nats);
+    drop(disk);
 }
 
 /// The server's own limit, `max_file_store`.
