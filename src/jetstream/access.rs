@@ -111,6 +111,19 @@ fn secure(tls: &NatsTls, must: bool, mut options: ConnectOptions) -> Result<Conn
     Ok(options.require_tls(must || *first || ca.is_some() || certificate.is_some()))
 }
 
+/// Where to look when TLS with a server failed, to be written behind the error.
+pub(super) fn hint(error: &str) -> &'static str {
+    if error.contains("peer certificate") {
+        " (is the server's certificate valid, and from an authority in NATS_CA or --nats-ca?)"
+    } else if error.contains("fatal alert") {
+        " (does the server take the certificate in NATS_CERT or --nats-cert?)"
+    } else if error.contains("corrupt message") {
+        " (the server answers without TLS, which the settings demand: tls:// in NATS_URL, NATS_CA, NATS_CERT, NATS_TLS_FIRST)"
+    } else {
+        ""
+    }
+}
+
 #[derive(Debug)]
 struct Servers {
     addresses: Vec<ServerAddr>,

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use async_nats::connection::State;
 use async_nats::jetstream::Context;
-use async_nats::{Event as ClientEvent, HeaderMap};
+use async_nats::{ClientError, Event as ClientEvent, HeaderMap, Server};
 use bytes::Bytes;
 use tokio::sync::watch;
 
@@ -112,16 +112,32 @@ pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str)
         async move {
             match event {
                 ClientEvent::Connected => tracing::info!("connected to nats"),
-                ClientEvent::Closed => {}
+                // A try to connect failed: `tell_failures` says why.
+                ClientEvent::Closed | ClientEvent::ClientError(ClientError::Other(_)) => {}
                 _ if explained => {}
                 other => tracing::warn!(event = %other, "nats connection"),
             }
         }
     });
+    // Asked before each round of tries. None: the client chooses by itself.
+    let options = options.reconnect_to_server_callback(|servers, _| {
+        tell_failures(&servers);
+        std::future::ready(None)
+    });
     let client = options.connect(servers).await.map_err(|error| {
-        Error::with_source(ErrorKind::Broker, "cannot connect to NATS (NATS_URL or --nats-url)", error)
+        let hint = access::hint(&error.to_string());
+        Error::with_source(ErrorKind::Broker, format!("cannot connect to NATS (NATS_URL or --nats-url){hint}"), error)
     })?;
     Ok(Connection { client, losses, complaint })
+}
+
+/// Says why the last tries to connect failed, which the client's events do not.
+fn tell_failures(servers: &[Server]) {
+    for Server { addr, last_error, .. } in servers {
+        if let Some(error) = last_error {
+            tracing::warn!(server = %addr.as_url_str(), error = format!("{error}{}", access::hint(error)), "cannot connect to nats");
+        }
+    }
 }
 
 /// JetStream on a connection.

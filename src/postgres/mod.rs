@@ -128,7 +128,24 @@ pub(crate) fn database_error(doing: impl Into<String>, error: sqlx::Error) -> Er
             let code = db.code().unwrap_or_default().into_owned();
             Error::new(ErrorKind::Database, format!("{doing}: {} [{code}]{hint}", without_values(&*db)))
         }
-        other => Error::with_source(ErrorKind::Database, doing, other),
+        other => Error::with_source(ErrorKind::Database, format!("{}{}", doing.into(), tls_hint(&other)), other),
+    }
+}
+
+/// Where to look when TLS with the server failed.
+fn tls_hint(error: &sqlx::Error) -> &'static str {
+    if !matches!(error, sqlx::Error::Io(_) | sqlx::Error::Tls(_)) {
+        return "";
+    }
+    let text = error.to_string();
+    if text.contains("peer certificate") {
+        " (is the server's certificate valid, and from an authority in sslrootcert of DATABASE_URL or PGSSLROOTCERT?)"
+    } else if text.contains("fatal alert") {
+        " (does the server take the certificate in sslcert of DATABASE_URL or PGSSLCERT?)"
+    } else if matches!(error, sqlx::Error::Tls(_)) {
+        " (sslmode in DATABASE_URL or PGSSLMODE demands TLS)"
+    } else {
+        ""
     }
 }
 

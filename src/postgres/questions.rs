@@ -65,10 +65,12 @@ pub(crate) async fn digest(
 /// An event that was missing in the stream.
 pub(crate) type Repaired = (i64, Uuid, Option<String>, String, Option<i64>, DateTime<Utc>);
 
-/// Whether something was found missing in the stream this second, which [`repaired`] leaves out for now.
+/// Whether something was found missing in the stream this second, which [`repaired`] leaves out for now. What is in the
+/// future was found before the database's clock went back.
 pub(crate) async fn repaired_lately(connection: &mut Session) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar(
-        "select exists (select from aftercommit.repair where queued_at >= clock_timestamp() - interval '1 second')",
+        "select exists (select from aftercommit.repair
+                         where queued_at between clock_timestamp() - interval '1 second' and clock_timestamp())",
     )
     .fetch_one(connection)
     .await
@@ -83,7 +85,8 @@ pub(crate) async fn repaired(
 ) -> Result<Vec<Repaired>, sqlx::Error> {
     sqlx::query_as(
         "select outbox_id, event_id, key, state, sequence, queued_at from aftercommit.repair
-          where (queued_at, outbox_id) > ($1, $2) and queued_at < clock_timestamp() - interval '1 second'
+          where (queued_at, outbox_id) > ($1, $2)
+            and queued_at not between clock_timestamp() - interval '1 second' and clock_timestamp()
           order by queued_at, outbox_id limit $3",
     )
     .bind(after.0)

@@ -91,11 +91,14 @@ pub(crate) struct Ending<'a> {
     pub(crate) swept_since: Option<i64>,
 }
 
-/// In how many seconds a scheduled run is due; zero or less when it is.
+/// In how many seconds a scheduled run is due; zero or less when it is. A success in the future was written before the
+/// database's clock went back, and counts for nothing; so does a retry later than the interval would have it.
 pub(crate) async fn due_in(session: &mut Session, name: &str, interval: Duration) -> Result<f64, sqlx::Error> {
     let due: Option<Option<f64>> = sqlx::query_scalar(
-        "select extract(epoch from greatest(last_success_at + make_interval(secs => $2), retry_at)
-                                   - clock_timestamp())::float8
+        "select extract(epoch from greatest(
+                    case when last_success_at <= clock_timestamp() then last_success_at + make_interval(secs => $2) end,
+                    case when retry_at <= clock_timestamp() + make_interval(secs => $2) then retry_at end)
+                    - clock_timestamp())::float8
            from aftercommit.reconciler where name = $1",
     )
     .bind(name)
@@ -121,7 +124,7 @@ pub(crate) async fn begin(
 async fn begin_in(tx: &mut Tx<'_>, new: &NewRun<'_>, wait: impl Fn(i32) -> Duration) -> Result<Begun, sqlx::Error> {
     let scheduled = new.cause == "scheduled";
     let state = lock(tx, new).await?;
-    let dead = close_dead(tx, new.name).await?;
+    let dead = close_dead(tx, new.name, new.ttl).await?;
     let failures = state.failures + dead;
     if dead > 0 {
         fail(tx, new.name, dead, wait(failures)).await?;
@@ -135,17 +138,23 @@ async fn begin_in(tx: &mut Tx<'_>, new: &NewRun<'_>, wait: impl Fn(i32) -> Durat
     {
         return Ok(Begun::Busy { holder, seconds });
     }
-    if scheduled && state.retry_in.is_some_and(|due_in| due_in > 0.0) {
-        return Ok(Begun::TooSoon { failures, due_in: state.retry_in.unwrap_or_default() });
-    }
+    // What lies further in the future than anybody writes it was written before the database's clock went back.
     let interval = new.interval.as_secs_f64();
     if scheduled
+        && let Some(due_in) = state.retry_in
+        && due_in > 0.0
+        && due_in <= interval
+    {
+        return Ok(Begun::TooSoon { failures, due_in });
+    }
+    if scheduled
         && let Some(seconds) = state.since_success
-        && seconds < interval
+        && (0.0..interval).contains(&seconds)
     {
         return Ok(Begun::NotDue { seconds, due_in: interval - seconds });
     }
-    let full_is_due = new.full_every.is_some_and(|every| state.since_full.is_none_or(|s| s >= every.as_secs_f64()));
+    let full_is_due =
+        new.full_every.is_some_and(|every| state.since_full.is_none_or(|s| !(0.0..every.as_secs_f64()).contains(&s)));
     let scope = if new.scope == "new" && full_is_due { "full" } else { new.scope };
     let id = insert(tx, new, scope).await?;
     Ok(Begun::Run(RunRow { id, scope: scope.into(), position: state.position, failures }))
@@ -185,18 +194,21 @@ async fn lock(tx: &mut Tx<'_>, new: &NewRun<'_>) -> Result<State, sqlx::Error> {
     })
 }
 
-/// Closes runs whose process gives no sign of life any more, and returns how many of them were not for single keys.
-async fn close_dead(tx: &mut Tx<'_>, name: &str) -> Result<i32, sqlx::Error> {
+/// Closes runs whose process gives no sign of life any more, and returns how many of them were not for single keys. One
+/// that is to be alive longer than anybody writes it gave its sign before the database's clock went back.
+async fn close_dead(tx: &mut Tx<'_>, name: &str, ttl: Duration) -> Result<i32, sqlx::Error> {
     sqlx::query_scalar(
         "with dead as (
             update aftercommit.reconcile_run
                set ended_at = clock_timestamp(), result = 'failed',
                    error = 'its process died, or lost the database: ' || holder
-             where name = $1 and ended_at is null and alive_until < clock_timestamp()
+             where name = $1 and ended_at is null
+               and (alive_until < clock_timestamp() or alive_until > clock_timestamp() + make_interval(secs => 2 * $2))
             returning scope)
          select count(*) filter (where scope <> 'keys')::int from dead",
     )
     .bind(name)
+    .bind(ttl.as_secs_f64())
     .fetch_one(tx)
     .await
 }

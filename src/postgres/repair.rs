@@ -29,15 +29,17 @@ pub(crate) async fn queue(
     // Before the statement that looks at the log, so that it sees what a relay did that went back meanwhile.
     sqlx::query("lock table aftercommit.repair in row exclusive mode").execute(&mut tx).await?;
     let queued = sqlx::query_scalar(
-        "insert into aftercommit.repair as r (outbox_id, event_id, key, sequence)
-         select o.id, o.event_id, o.key, t.seen
+        "insert into aftercommit.repair as r (outbox_id, event_id, key, sequence, queued_at)
+         select o.id, o.event_id, o.key, t.seen,
+                -- Readers go on behind what they have seen, so a clock that went back must not bring it in front of that.
+                (select greatest(clock_timestamp(), max(queued_at) + interval '1 microsecond') from aftercommit.repair)
            from unnest($1::bigint[], $2::bigint[]) as t(id, seen)
            join aftercommit.outbox o on o.id = t.id
           where not exists (select from aftercommit.relay_log
                              where seq > $3 and stream = $4 and base_sequence < $5)
           order by o.id
          on conflict (outbox_id) do update
-            set state = 'queued', times = r.times + 1, queued_at = clock_timestamp(), published_at = null,
+            set state = 'queued', times = r.times + 1, queued_at = excluded.queued_at, published_at = null,
                 sequence = null, reason = null
           where r.state = 'published' and r.sequence = excluded.sequence
          returning outbox_id",

@@ -72,8 +72,9 @@ pub struct RelayConfig {
     pub ack_timeout: Duration,
     /// The longest pause between two looks at an outbox that has nothing new. Defaults to 25 milliseconds.
     pub idle_poll: Duration,
-    /// How long the leader may be silent before a standby takes over. It is renewed three times in that span. Defaults
-    /// to 3 seconds.
+    /// How long the leader may be silent before a standby takes over. It is renewed three times in that span. The relays
+    /// of an outbox should agree: a lease that ends in more than twice this time and more than a minute counts as free,
+    /// because only a clock that went back explains it. Defaults to 3 seconds.
     pub lease: Duration,
     /// Messages under way to the stream at most. Defaults to 2,048.
     pub max_under_way: usize,

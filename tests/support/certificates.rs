@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use aftercommit::testing::unique_name;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    date_time_ymd,
 };
 
 /// Files that are gone when the test is over.
@@ -55,9 +57,21 @@ impl Authority {
 
     /// Certificate and key, as PEM, for a server on 127.0.0.1 or a client of this name.
     pub fn issue(&self, name: &str) -> (String, String) {
+        self.issue_until(name, None)
+    }
+
+    /// The same, for so long only.
+    pub fn issue_for(&self, name: &str, lasts: Duration) -> (String, String) {
+        self.issue_until(name, Some(SystemTime::now() + lasts))
+    }
+
+    fn issue_until(&self, name: &str, end: Option<SystemTime>) -> (String, String) {
         let mut params = CertificateParams::new(vec!["127.0.0.1".into(), "localhost".into()]).unwrap();
         params.distinguished_name.push(DnType::CommonName, name);
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        if let Some(end) = end {
+            params.not_after = date_time_ymd(1970, 1, 1) + end.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        }
         let key = KeyPair::generate().unwrap();
         (params.signed_by(&key, &self.issuer).unwrap().pem(), key.serialize_pem())
     }

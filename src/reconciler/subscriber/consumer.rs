@@ -22,6 +22,7 @@ use crate::jetstream::history::History;
 use crate::jetstream::stream::{Extent, StreamReader};
 use crate::jetstream::{self, Connection, stored};
 use crate::postgres::finding::{Finding, State};
+use crate::postgres::place;
 use crate::postgres::resend::{self, Event, Known};
 use crate::reconciler::job::{Done, Run, Schedule};
 use crate::reconciler::{Mode, Runner, Scope};
@@ -165,13 +166,14 @@ struct Page {
 
 impl Leg<'_> {
     async fn work(mut self) -> Result<Done, Error> {
-        let started = Utc::now();
+        // This process's own clock may be wrong by days.
+        let started = ask(self.run, async |session| place::now(session).await).await?;
         let context = jetstream::context(&self.nats.client);
         let spec = &self.leg.subscription.spec;
         // The consumer first: what it has seen lies in the stream as it is afterwards.
         let survey = consumer::survey(&context, spec).await?;
         let extent = self.stream.extent().await?;
-        let survey = self.consumer(survey, extent).await?;
+        let survey = self.consumer(survey, extent, started).await?;
         self.dead_letters().await?;
         let (name, subscriber) = (self.run.name.clone(), spec.name.clone());
         ask(self.run, async |session| resend::settle_handled(session, &name, MISSED, &subscriber).await).await?;
@@ -193,8 +195,13 @@ impl Leg<'_> {
     }
 
     /// Writes down what is wrong with the consumer, and puts it right if that is wanted.
-    async fn consumer(&mut self, survey: Option<Survey>, extent: Extent) -> Result<Option<Survey>, Error> {
-        let problems = problems(self.leg, survey.as_ref(), &self.position, extent, Utc::now());
+    async fn consumer(
+        &mut self,
+        survey: Option<Survey>,
+        extent: Extent,
+        now: DateTime<Utc>,
+    ) -> Result<Option<Survey>, Error> {
+        let problems = problems(self.leg, survey.as_ref(), &self.position, extent, now);
         let item = self.leg.subscription.name().to_string();
         for kind in STATES.iter().filter(|kind| problems.iter().all(|(found, _)| found != *kind)) {
             self.run.settle(kind, std::slice::from_ref(&item), State::Gone).await?;

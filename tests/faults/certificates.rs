@@ -1,0 +1,235 @@
+//! Certificates that run out and are replaced, authorities that change, and servers that offer no TLS any more, while
+//! everybody is connected. A process that is refused says so, and goes on as soon as the files are right, without a
+//! restart.
+
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use aftercommit::testing::eventually;
+use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
+use sqlx::{AssertSqlSafe, PgPool};
+
+use super::live::{Live, start};
+use super::support::{Authority, Directory, RelayProcess, SOON, Writers};
+
+/// How long the first certificate is good.
+const SHORT: Duration = Duration::from_secs(6);
+
+/// Relay and worker, whose words are listened to.
+struct Clients<'a> {
+    live: &'a Live,
+    heard: [usize; 2],
+    _processes: [RelayProcess; 2],
+}
+
+const NAMES: [&str; 2] = ["relay", "worker"];
+
+impl<'a> Clients<'a> {
+    fn start(live: &'a Live, settings: impl Fn(&mut Command, &str)) -> Self {
+        let processes = NAMES.map(|name| {
+            let mut command = if name == "relay" { live.relay(name) } else { live.worker(name) };
+            settings(&mut command, name);
+            start(command)
+        });
+        Self { live, heard: [0, 0], _processes: processes }
+    }
+
+    /// From here on.
+    fn listen(&mut self) {
+        self.heard = NAMES.map(|name| self.live.log(name).len());
+    }
+
+    /// Waits until those say all of that since they were listened to.
+    async fn say(&self, who: &[&str], words: &[&str]) {
+        for (name, heard) in NAMES.into_iter().zip(self.heard).filter(|(name, _)| who.contains(name)) {
+            let said = async || {
+                let log = self.live.log(name).split_off(heard);
+                log.lines().any(|line| words.iter().all(|word| line.contains(word)))
+            };
+            let waited = eventually(SOON, "the refusal is told", said).await;
+            assert!(waited.is_ok(), "{name} does not say {words:?}:\n{}", self.live.log(name).split_off(heard));
+        }
+    }
+
+    /// Nothing gets through, whatever is written meanwhile.
+    async fn are_stuck(&self, writers: &Writers) {
+        let seen = async || {
+            sqlx::query_scalar::<_, i64>("select count(*) from seen").fetch_one(&self.live.books).await.unwrap()
+        };
+        let before = seen().await;
+        writers.more(20).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert_eq!(seen().await, before, "nothing comes through");
+    }
+}
+
+/// A NATS server that has TLS, or has not, with the certificate in its files.
+struct Secured {
+    nats: Nats,
+    files: Directory,
+}
+
+impl Secured {
+    async fn new() -> Self {
+        let files = Directory::new();
+        files.write("tls.conf", "");
+        // An included file is looked for beside the server's own.
+        let config = format!("include \"../{}/tls.conf\"", files.path().file_name().unwrap().display());
+        Self { nats: Nats::start(NatsOptions { config, ..NatsOptions::default() }).await.unwrap(), files }
+    }
+
+    fn with_tls(&self, with: bool) {
+        let file = |name: &str| self.files.path().join(name).display().to_string();
+        let block = format!("tls {{ cert_file: \"{}\", key_file: \"{}\" }}", file("server.crt"), file("server.key"));
+        self.files.write("tls.conf", if with { block } else { String::new() });
+    }
+
+    fn certificate(&self, (certificate, key): (String, String)) {
+        self.files.write("server.crt", certificate);
+        self.files.write("server.key", key);
+    }
+
+    /// As `nats-server --signal reload` does.
+    fn reload(&self) {
+        let pid = std::fs::read_to_string(self.nats.store_directory().parent().unwrap().join("pid")).unwrap();
+        assert!(Command::new("kill").args(["-HUP", pid.trim()]).status().unwrap().success());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_of_nats_run_out_and_are_replaced_under_all() {
+    let (old, new, mut server) = (Authority::new(), Authority::new(), Secured::new().await);
+    let postgres = Postgres::shared().await.unwrap();
+    let (outbox, books) = (postgres.create_database().await.unwrap(), postgres.create_database().await.unwrap());
+    let live = Live::new(outbox, books, server.nats.url()).await;
+    let ca = live.files.write("ca.crt", &old.certificate);
+    server.certificate(old.issue_for("server", SHORT));
+    let runs_out = Instant::now() + SHORT + Duration::from_secs(1);
+    server.with_tls(true);
+    server.nats.restart().await.unwrap();
+    let url = server.nats.url().replace("nats://", "tls://");
+    let mut clients = Clients::start(&live, |command, _| _ = command.env("NATS_URL", &url).env("NATS_CA", &ca));
+    let writers = live.write().await;
+    live.goes_on(&writers, 20).await;
+
+    // Who is connected stays so; who comes back is refused until there is a new one.
+    tokio::time::sleep_until(runs_out.into()).await;
+    live.goes_on(&writers, 20).await;
+    clients.listen();
+    server.nats.restart().await.unwrap();
+    clients.say(&NAMES, &["expired", "NATS_CA"]).await;
+    clients.are_stuck(&writers).await;
+    server.certificate(old.issue("server"));
+    server.reload();
+    live.goes_on(&writers, 20).await;
+
+    // Another authority: those who trust the old one are refused until they have the new one's certificate.
+    server.certificate(new.issue("server"));
+    clients.listen();
+    server.nats.restart().await.unwrap();
+    clients.say(&NAMES, &["peer certificate", "NATS_CA"]).await;
+    clients.are_stuck(&writers).await;
+    std::fs::write(&ca, &new.certificate).unwrap();
+    live.goes_on(&writers, 20).await;
+
+    // No TLS any more: nobody goes on without.
+    server.with_tls(false);
+    clients.listen();
+    server.nats.restart().await.unwrap();
+    clients.say(&NAMES, &["demand", "TLS"]).await;
+    clients.are_stuck(&writers).await;
+    server.with_tls(true);
+    server.nats.restart().await.unwrap();
+    live.goes_on(&writers, 20).await;
+
+    writers.stop().await;
+    live.handled(SOON).await;
+    // For our own look at the stream.
+    server.with_tls(false);
+    server.nats.restart().await.unwrap();
+    live.assert_whole().await;
+}
+
+/// Gives the server a certificate, which counts from the next connection on.
+async fn certify(postgres: &Postgres, pool: &PgPool, (certificate, key): (String, String)) {
+    let data = postgres.data_directory();
+    let owner = std::fs::metadata(&data).unwrap();
+    for (name, text) in [("server.crt", certificate), ("server.key", key)] {
+        let path = data.join(name);
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        use std::os::unix::fs::MetadataExt;
+        chown(&path, Some(owner.uid()), Some(owner.gid())).unwrap();
+    }
+    tls(pool, true).await;
+}
+
+/// Lets the server offer TLS, or not.
+async fn tls(pool: &PgPool, on: bool) {
+    let setting = format!("alter system set ssl = {on}");
+    for sql in [setting.as_str(), "select pg_reload_conf()"] {
+        sqlx::query(AssertSqlSafe(sql)).execute(pool).await.unwrap();
+    }
+    eventually(SOON, "it is so in new sessions", async || {
+        let show = "select setting::boolean from pg_settings where name = 'ssl'";
+        sqlx::query_scalar::<_, bool>(show).fetch_one(pool).await.unwrap() == on
+    })
+    .await
+    .unwrap();
+}
+
+/// Ends the sessions of relay and worker, so that they come back.
+async fn cut_off(pool: &PgPool) {
+    let end = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'aftercommit-%'";
+    sqlx::query(end).execute(pool).await.unwrap();
+}
+
+fn secured(url: &str, ca: &Path) -> String {
+    format!("{url}?sslmode=verify-full&sslrootcert={}", ca.display())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_of_postgresql_run_out_and_are_replaced_under_all() {
+    let (old, new) = (Authority::new(), Authority::new());
+    let postgres = Postgres::start(PostgresOptions { fsync: false, settings: Vec::new() }).await.unwrap();
+    let (outbox, books) = (postgres.create_database().await.unwrap(), postgres.create_database().await.unwrap());
+    let live = Live::new(outbox, books, Nats::shared().await.unwrap().url()).await;
+    let pool = PgPool::connect(&postgres.url("postgres")).await.unwrap();
+    let ca = live.files.write("ca.crt", &old.certificate);
+    certify(&postgres, &pool, old.issue_for("server", SHORT)).await;
+    let runs_out = Instant::now() + SHORT + Duration::from_secs(1);
+    let mut clients = Clients::start(&live, |command, name| {
+        let url = if name == "relay" { &live.outbox.postgres.url } else { &live.database.url };
+        command.env("DATABASE_URL", secured(url, &ca));
+    });
+    let writers = live.write().await;
+    live.goes_on(&writers, 20).await;
+
+    tokio::time::sleep_until(runs_out.into()).await;
+    clients.listen();
+    cut_off(&pool).await;
+    clients.say(&NAMES, &["expired", "sslrootcert"]).await;
+    clients.are_stuck(&writers).await;
+    certify(&postgres, &pool, old.issue("server")).await;
+    live.goes_on(&writers, 20).await;
+
+    certify(&postgres, &pool, new.issue("server")).await;
+    clients.listen();
+    cut_off(&pool).await;
+    clients.say(&NAMES, &["peer certificate", "sslrootcert"]).await;
+    clients.are_stuck(&writers).await;
+    std::fs::write(&ca, &new.certificate).unwrap();
+    live.goes_on(&writers, 20).await;
+
+    tls(&pool, false).await;
+    clients.listen();
+    cut_off(&pool).await;
+    clients.say(&NAMES, &["demand", "TLS"]).await;
+    clients.are_stuck(&writers).await;
+    tls(&pool, true).await;
+    live.goes_on(&writers, 20).await;
+    writers.stop().await;
+    live.assert_whole().await;
+}
