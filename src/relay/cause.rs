@@ -27,8 +27,8 @@ pub(super) struct Told {
 pub(super) struct Cause {
     /// Where the stream ended meanwhile.
     end: u64,
-    /// What the server said of its storage.
-    storage: Option<Told>,
+    /// The lack of room that the server named.
+    named: Option<Told>,
     /// Doubts in a row that name no cause, although the stream could be read in between.
     silent: u32,
 }
@@ -43,7 +43,7 @@ impl Cause {
         let told = Told { class, code: doubt.code(), error: doubt.to_string(), remedy: class.remedy(doubt.code()) };
         match (class, doubt) {
             (Class::BackPressure, _) => {
-                self.storage = Some(told.clone());
+                self.named = Some(told.clone());
                 self.silent = 0;
                 told
             }
@@ -62,11 +62,11 @@ impl Cause {
     /// A doubt that names no cause has the one that was named before, if any.
     fn explain(&self, told: Told) -> Told {
         let remedy = (self.silent > 1).then_some(NOTHING_IS_STORED);
-        match (&self.storage, remedy) {
-            (Some(storage), remedy) => Told {
-                error: format!("{}; since then: {}", storage.error, told.error),
-                remedy: remedy.unwrap_or(storage.remedy),
-                ..storage.clone()
+        match (&self.named, remedy) {
+            (Some(named), remedy) => Told {
+                error: format!("{}; since then: {}", named.error, told.error),
+                remedy: remedy.unwrap_or(named.remedy),
+                ..named.clone()
             },
             (None, Some(remedy)) => Told { class: Class::BackPressure, remedy, ..told },
             (None, None) => told,
