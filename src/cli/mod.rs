@@ -7,10 +7,13 @@ pub mod relay;
 mod servers;
 pub mod worker;
 
+use std::env;
+use std::ffi::{OsStr, OsString};
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use clap::{Command, Parser};
 use tokio_util::sync::CancellationToken;
 use tracing::{Level, Metadata};
 use tracing_subscriber::EnvFilter;
@@ -51,9 +54,27 @@ impl NamingArgs {
     }
 }
 
+/// Reads a command line; ends the process when it cannot be read, or asks for help.
+fn parse<C: Parser>(arguments: impl IntoIterator<Item = OsString>) -> C {
+    let read = without_empty_variables(C::command(), &|name| env::var_os(name)).try_get_matches_from(arguments);
+    read.and_then(|matches| C::from_arg_matches(&matches)).unwrap_or_else(|error| error.exit())
+}
+
+/// A variable that is set to nothing is as good as one that is not set: that is how deployments leave settings out.
+fn without_empty_variables(command: Command, variable: &impl Fn(&OsStr) -> Option<OsString>) -> Command {
+    let is_empty = |name: &OsStr| variable(name).is_some_and(|value| value.is_empty());
+    let command = command.mut_args(|arg| match arg.get_env().is_some_and(is_empty) {
+        true => arg.env(None),
+        false => arg,
+    });
+    command.mut_subcommands(|command| without_empty_variables(command, variable))
+}
+
 /// Logs to standard error, as `RUST_LOG` says; without it from level info, of the NATS client only warnings.
 fn start_logging() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,async_nats=warn"));
+    let wanted = env::var(EnvFilter::DEFAULT_ENV).ok().filter(|wanted| !wanted.is_empty());
+    let filter = wanted.and_then(|wanted| EnvFilter::try_new(wanted).ok());
+    let filter = filter.unwrap_or_else(|| EnvFilter::new("info,async_nats=warn"));
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let lines = lines.with_ansi(std::io::stderr().is_terminal());
     tracing_subscriber::registry().with(filter).with(filter_fn(is_discreet)).with(lines).init();
@@ -137,4 +158,22 @@ async fn signal() -> Result<(), Error> {
 fn fail(name: &str, error: &Error) -> ExitCode {
     eprintln!("{name}: {}", error.report());
     ExitCode::from(if error.kind() == ErrorKind::Config { 2 } else { 1 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// None of the command's options, nor of those below it, takes a variable that is set to nothing for a value.
+    pub(super) fn assert_empty_variables_do_not_count(command: Command) {
+        fn variables(command: &Command) -> usize {
+            let own = command.get_arguments().filter(|arg| arg.get_env().is_some()).count();
+            own + command.get_subcommands().map(variables).sum::<usize>()
+        }
+        let all = variables(&command);
+        let set = without_empty_variables(command.clone(), &|_| Some("x".into()));
+        assert_eq!((variables(&set), all > 0), (all, true));
+        assert_eq!(variables(&without_empty_variables(command.clone(), &|_| None)), all);
+        assert_eq!(variables(&without_empty_variables(command, &|_| Some("".into()))), 0);
+    }
 }

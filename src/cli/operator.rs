@@ -17,6 +17,7 @@ mod terminal;
 mod who;
 mod worker;
 
+use std::env;
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -25,7 +26,7 @@ use clap::{Args, Parser, Subcommand};
 use serde::de::IgnoredAny;
 
 use super::servers::{NatsArgs, PostgresArgs, Servers};
-use super::{NamingArgs, fail, start_logging};
+use super::{NamingArgs, fail, parse, start_logging};
 use crate::admin;
 use crate::envelope::is_json;
 use crate::error::{Error, ErrorKind};
@@ -145,7 +146,7 @@ fn header(text: &str) -> Result<(String, String), String> {
 /// Runs the command line of this process. The exit status is 0 when all went well, 1 when it did not or the doctor found
 /// something that fails, and 2 when the command line or a setting is at fault.
 pub fn main() -> ExitCode {
-    let result = match Cli::parse() {
+    let result = match parse(env::args_os()) {
         Cli { command: Command::Reconcile(command) } if command.goes_on() => return reconcile::go_on(*command),
         cli => run(cli),
     };
@@ -277,10 +278,16 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+    use crate::cli::tests::assert_empty_variables_do_not_count;
 
     #[test]
     fn verify_cli() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_variable_that_is_set_to_nothing_does_not_count() {
+        assert_empty_variables_do_not_count(Cli::command());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `aftercommit-relay`.
 
+use std::env;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::http::{self, HttpArgs};
 use super::reconciling::{self, ReconcileArgs};
 use super::servers::Servers;
-use super::{fail, run_role};
+use super::{fail, parse, run_role};
 use crate::error::Error;
 use crate::reconciler::{OutboxLeg, Runner};
 use crate::relay::{Mode, ParkPolicy, PublishMethod, Relay, RelayConfig};
@@ -127,7 +128,7 @@ impl Cli {
 /// Runs the relay of this process until a signal ends it. The exit status is 0 after an orderly stop, 2 when the
 /// command line or a setting is at fault, 1 when schema or stream are missing at the start or the stop was a hard one.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = parse(env::args_os());
     match cli.config() {
         Ok(config) => {
             let runner = cli.reconciler(&config);
@@ -156,9 +157,15 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+    use crate::cli::tests::assert_empty_variables_do_not_count;
 
     #[test]
     fn verify_cli() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_variable_that_is_set_to_nothing_does_not_count() {
+        assert_empty_variables_do_not_count(Cli::command());
     }
 }

@@ -64,7 +64,7 @@ impl OutboxArgs {
 
 /// A URL, or what a file has of it; `names` are those of both settings.
 fn url(url: &str, file: &Option<PathBuf>, names: (&str, &str)) -> Result<String, Error> {
-    match given(file) {
+    match file.clone() {
         None => Ok(url.into()),
         Some(_) if !url.is_empty() => Err(both(names.0, names.1)),
         Some(file) => Secret::File(file).read(names.1),
@@ -116,19 +116,19 @@ impl NatsArgs {
 
     /// With the secrets that come from the environment only.
     fn with(&self, token: Option<Secret>, password: Option<Secret>) -> Result<NatsConfig, Error> {
-        let certificate = match (given(&self.nats_cert), given(&self.nats_key)) {
+        let certificate = match (self.nats_cert.clone(), self.nats_key.clone()) {
             (Some(certificate), Some(key)) => Some(ClientCertificate { certificate, key }),
             (None, None) => None,
             (Some(_), None) => return Err(refuse("NATS_CERT (--nats-cert) needs NATS_KEY (--nats-key)")),
             (None, Some(_)) => return Err(refuse("NATS_KEY (--nats-key) needs NATS_CERT (--nats-cert)")),
         };
-        let tls = NatsTls { ca: given(&self.nats_ca), certificate, first: self.nats_tls_first };
+        let tls = NatsTls { ca: self.nats_ca.clone(), certificate, first: self.nats_tls_first };
         let inbox_prefix = self.nats_inbox_prefix.clone().filter(|prefix| !prefix.is_empty());
         Ok(NatsConfig { url: self.nats_url.clone(), auth: self.auth(token, password)?, tls, inbox_prefix })
     }
 
     fn auth(&self, token: Option<Secret>, password: Option<Secret>) -> Result<NatsAuth, Error> {
-        let file = |path: &Option<PathBuf>| given(path).map(Secret::File);
+        let file = |path: &Option<PathBuf>| path.clone().map(Secret::File);
         let token = either(token, file(&self.nats_token_file), "NATS_TOKEN", "NATS_TOKEN_FILE (--nats-token-file)")?;
         let password = either(
             password,
@@ -145,7 +145,7 @@ impl NatsArgs {
             (None, Some(_)) => return Err(refuse("a password for NATS needs NATS_USER (--nats-user)")),
         };
         let ways = [
-            ("NATS_CREDS (--nats-creds)", given(&self.nats_creds).map(NatsAuth::Credentials)),
+            ("NATS_CREDS (--nats-creds)", self.nats_creds.clone().map(NatsAuth::Credentials)),
             ("NATS_NKEY (--nats-nkey)", file(&self.nats_nkey).map(NatsAuth::Nkey)),
             ("NATS_TOKEN (--nats-token-file)", token.map(NatsAuth::Token)),
             ("NATS_USER (--nats-user)", user),
@@ -174,11 +174,6 @@ impl Servers {
     pub(super) fn config(&self) -> Result<(PostgresConfig, NatsConfig, Naming), Error> {
         Ok((self.postgres.config()?, self.nats.config()?, self.naming.config()?))
     }
-}
-
-/// A path that is not empty: an empty variable is as good as none.
-fn given(path: &Option<PathBuf>) -> Option<PathBuf> {
-    path.clone().filter(|path| !path.as_os_str().is_empty())
 }
 
 fn environment(name: &str) -> Option<Secret> {

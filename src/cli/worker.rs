@@ -1,5 +1,6 @@
 //! `aftercommit-worker`.
 
+use std::env;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::http::{self, HttpArgs};
 use super::reconciling::{self, ReconcileArgs};
 use super::servers::Servers;
-use super::{fail, run_role};
+use super::{fail, parse, run_role};
 use crate::error::{Error, ErrorKind};
 use crate::reconciler::{Mode, Scope};
 use crate::worker::{Queues, Registry, Worker, read_file};
@@ -106,7 +107,7 @@ struct Service {
 
 /// See [`crate::worker::main`].
 pub(crate) fn serve(registry: Registry, arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let cli = Service::parse_from(arguments);
+    let cli: Service = parse(arguments);
     let worker = || -> Result<Worker, Error> {
         let (postgres, nats, naming) = cli.servers.config()?;
         let worker = Worker::new(postgres, nats, naming);
@@ -159,7 +160,7 @@ async fn run(
 /// Runs the worker of this process until a signal ends it. The exit status is 0 after an orderly stop, 2 when the
 /// command line, the file or a setting is at fault, 1 when the stop was a hard one.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = parse(env::args_os());
     match cli.worker() {
         Ok(worker) => run_role(NAME, |shutdown| run(worker, cli.reconcile, cli.http, shutdown)),
         Err(error) => fail(NAME, &error),
@@ -171,11 +172,18 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+    use crate::cli::tests::assert_empty_variables_do_not_count;
 
     #[test]
     fn verify_cli() {
         Cli::command().debug_assert();
         Service::command().debug_assert();
+    }
+
+    #[test]
+    fn a_variable_that_is_set_to_nothing_does_not_count() {
+        assert_empty_variables_do_not_count(Cli::command());
+        assert_empty_variables_do_not_count(Service::command());
     }
 
     #[test]

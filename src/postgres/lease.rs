@@ -9,8 +9,8 @@ use super::session::Session;
 /// Takes a lease that is free, has expired, or is already the holder's own. Returns the new epoch, or none while
 /// somebody else holds it.
 ///
-/// One that ends later than anybody writes it was written before the database's clock went back, and its end says
-/// nothing: it is free too. A holder that lives has written it anew by then, or notices by the epoch that it lost it.
+/// One that ends in more than a minute, and more than twice `ttl`, was written before the database's clock went back, and
+/// its end says nothing: it is free too. A holder that lives has written it anew by then, or notices by the epoch that it lost it.
 pub(crate) async fn acquire(
     connection: &mut Session,
     name: &str,
@@ -23,7 +23,7 @@ pub(crate) async fn acquire(
          on conflict (name) do update
             set holder = excluded.holder, epoch = l.epoch + 1, expires_at = excluded.expires_at
           where l.expires_at < clock_timestamp() or l.holder = excluded.holder
-             or l.expires_at > clock_timestamp() + make_interval(secs => 2 * $3)
+             or l.expires_at > clock_timestamp() + make_interval(secs => greatest(2 * $3, 60))
          returning epoch",
     )
     .bind(name)

@@ -68,6 +68,9 @@ pub(super) enum Doubt {
     Unreadable,
     /// No answer in time, and what the server complained of meanwhile.
     Timeout { complaint: Option<String> },
+    /// No answer to an event, while those behind it are refused because it is not stored; and what the server complained
+    /// of meanwhile.
+    Unanswered { event: Box<Sent>, complaint: Option<String> },
     /// The connection broke while messages were under way.
     ConnectionLost,
     /// An event is larger than the server takes; it was not sent.
@@ -81,6 +84,7 @@ impl Doubt {
             Self::Refused { event, .. }
             | Self::Duplicate { event, .. }
             | Self::Misplaced { event, .. }
+            | Self::Unanswered { event, .. }
             | Self::TooLarge { event, .. } => Some(event),
             Self::NoResponders | Self::Unreadable | Self::Timeout { .. } | Self::ConnectionLost => None,
         }
@@ -105,6 +109,12 @@ impl fmt::Display for Doubt {
             Self::Unreadable => f.write_str("the answer is no acknowledgement of a JetStream server"),
             Self::Timeout { complaint: None } => f.write_str("no acknowledgement in time"),
             Self::Timeout { complaint: Some(text) } => write!(f, "no acknowledgement in time; the server says: {text}"),
+            Self::Unanswered { complaint: None, .. } => {
+                f.write_str("no acknowledgement, and what was sent behind it is refused because it is not stored")
+            }
+            Self::Unanswered { complaint: Some(text), .. } => {
+                write!(f, "no acknowledgement, and it is not stored; the server says: {text}")
+            }
             Self::ConnectionLost => f.write_str("the connection to nats broke"),
             Self::TooLarge { limit, .. } => write!(f, "larger than the server's max_payload of {limit} bytes"),
         }
@@ -167,6 +177,17 @@ impl Chain {
             Answer::Refused { code, description } => Err(Doubt::Refused { event, code, description }),
             Answer::NoResponders => Err(Doubt::NoResponders),
             Answer::Unreadable => Err(Doubt::Unreadable),
+        }
+    }
+
+    /// What a doubt goes back to. The server takes messages in the order in which they were sent, so one that is refused
+    /// because it is not behind its predecessor, while an earlier one has no answer, is refused for want of that.
+    pub(super) fn trace(&self, doubt: Doubt, complaint: Option<String>) -> Doubt {
+        match (&doubt, self.under_way.front()) {
+            (Doubt::Refused { event, code: 10070 | 10071, .. }, Some((first, _))) if first != &**event => {
+                Doubt::Unanswered { event: Box::new(first.clone()), complaint }
+            }
+            _ => doubt,
         }
     }
 
@@ -238,6 +259,24 @@ mod tests {
 
     fn stored(sequence: u64) -> Answer {
         Answer::Stored { stream: "E".into(), sequence, duplicate: false }
+    }
+
+    #[test]
+    fn a_refusal_for_want_of_an_earlier_message_is_traced_to_that() {
+        let refused = |number, code| {
+            let answer = Answer::Refused { code, description: "wrong last sequence: 40".into() };
+            let mut chain = chain(3);
+            let doubt = chain.answered(number, answer).unwrap_err();
+            (chain.trace(doubt.clone(), Some("complaint".into())), doubt)
+        };
+        for (number, code) in [(1, 10071), (2, 10071), (2, 10070)] {
+            let traced = refused(number, code).0;
+            assert_eq!(traced, Doubt::Unanswered { event: Box::new(event(1)), complaint: Some("complaint".into()) });
+        }
+        for (number, code) in [(0, 10071), (0, 10077), (1, 10077), (2, 10054)] {
+            let (traced, doubt) = refused(number, code);
+            assert_eq!(traced, doubt, "it is the cause itself");
+        }
     }
 
     #[test]

@@ -38,11 +38,12 @@ impl Class {
     /// The class of a JetStream error number. One that is not known here is tried again.
     pub(super) fn of_code(code: u64) -> Self {
         match code {
-            // JetStream unavailable, insufficient resources, storage failed, subject check not ready, stream offline,
-            // message id in process, duplicate inside an atomic batch, incomplete atomic batch.
-            10008 | 10023 | 10047 | 10118 | 10158 | 10163 | 10176 | 10194 | 10201 => Self::Retry,
-            // Maximum messages or bytes (also a full disk), queue full, too many atomic or fast batches.
-            10077 | 10167 | 10210 | 10211 => Self::BackPressure,
+            // JetStream unavailable, subject check not ready, stream offline, message id in process, duplicate inside an
+            // atomic batch, incomplete atomic batch.
+            10008 | 10118 | 10158 | 10163 | 10176 | 10194 | 10201 => Self::Retry,
+            // Insufficient resources and storage, maximum messages or bytes (also a full disk), queue full, too many atomic or
+            // fast batches.
+            10023 | 10047 | 10077 | 10167 | 10210 | 10211 => Self::BackPressure,
             // Unknown fast batch.
             10208 => Self::Unknown,
             // Wrong last sequence, wrong last message id, subject in process.
@@ -62,8 +63,14 @@ impl Class {
             Doubt::NoResponders => Self::Retry,
             Doubt::Duplicate { .. } => Self::Fenced,
             Doubt::Misplaced { .. } => Self::Alarm,
-            Doubt::Timeout { complaint: Some(text) } if text.contains("Permissions Violation") => Self::Alarm,
-            Doubt::Unreadable | Doubt::Timeout { .. } | Doubt::ConnectionLost => Self::Unknown,
+            Doubt::Timeout { complaint: Some(text) } | Doubt::Unanswered { complaint: Some(text), .. }
+                if text.contains("Permissions Violation") =>
+            {
+                Self::Alarm
+            }
+            Doubt::Unreadable | Doubt::Timeout { .. } | Doubt::Unanswered { .. } | Doubt::ConnectionLost => {
+                Self::Unknown
+            }
             Doubt::TooLarge { .. } => Self::Park,
         }
     }
@@ -73,6 +80,10 @@ impl Class {
         match (self, code) {
             (Self::Park, _) => "the event is set aside: see `aftercommit parked list`",
             (Self::BackPressure, Some(10077)) => "the stream or its disk is full: raise its limits or free space",
+            (Self::BackPressure, Some(10023 | 10047)) => {
+                "the server's JetStream storage or memory is used up: raise max_file_store or max_memory_store and restart \
+                 nats-server, or remove streams"
+            }
             (Self::BackPressure, _) => "the stream is busy, the relay slows down",
             (Self::Alarm, Some(10109)) => "the stream is sealed: name another one with --stream",
             (Self::Alarm, Some(10174 | 10205)) => "run `aftercommit provision`",
@@ -81,7 +92,6 @@ impl Class {
             }
             (Self::Alarm, _) => "check the stream with `aftercommit doctor`",
             (Self::Fenced, _) => "another writer was there first; the relay looks at the stream and goes on",
-            (Self::Retry, Some(10023)) => "the server is out of memory or storage: raise its JetStream limits",
             (Self::Retry | Self::Unknown, _) => "it goes on by itself when the servers do",
         }
     }
@@ -94,8 +104,8 @@ mod tests {
     #[test]
     fn every_known_code_has_its_class() {
         let table: [(Class, &[u64]); 6] = [
-            (Class::Retry, &[10008, 10023, 10047, 10163, 10118, 10194, 10158, 10201, 10176]),
-            (Class::BackPressure, &[10077, 10167, 10210, 10211]),
+            (Class::Retry, &[10008, 10163, 10118, 10194, 10158, 10201, 10176]),
+            (Class::BackPressure, &[10023, 10047, 10077, 10167, 10210, 10211]),
             (Class::Unknown, &[10208]),
             (Class::Fenced, &[10071, 10164, 10070]),
             (Class::Park, &[10054, 10097, 10165, 10166, 10111]),

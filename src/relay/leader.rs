@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::batch::BatchPump;
+use super::cause::{Cause, Told};
 use super::chain::Doubt;
 use super::classify::Class;
 use super::method::Method;
@@ -67,6 +68,7 @@ pub(super) struct Leader<'a> {
     pub(super) exceptions: Exceptions,
     pub(super) repairs: Repairs,
     pub(super) method: Method,
+    pub(super) cause: Cause,
     pub(super) progress: &'a Progress,
     pub(super) paused: watch::Receiver<bool>,
     pub(super) shutdown: &'a CancellationToken,
@@ -258,10 +260,9 @@ impl Leader<'_> {
                 }
                 Pumped::Stopped => self.under_way = None,
                 Pumped::Doubt(doubt) => {
-                    let went_on = self.under_way.take().is_some_and(|under_way| under_way.sequence() > before);
+                    let went_on = self.under_way.as_ref().is_some_and(|under_way| under_way.sequence() > before);
                     failures = if went_on { 1 } else { failures + 1 };
-                    self.publisher.restart();
-                    let class = self.report(&doubt);
+                    let class = self.interrupted(&doubt);
                     self.deal_with(&doubt, class, failures).await?;
                 }
             }
@@ -312,21 +313,24 @@ impl Leader<'_> {
         }
     }
 
-    pub(super) fn report(&self, doubt: &Doubt) -> Class {
-        let class = Class::of(doubt);
-        let (label, remedy) = (class.label(), class.remedy(doubt.code()));
-        self.progress.interrupted(doubt, class);
+    /// Takes in that publishing was interrupted, and says why. The stream must be looked at next.
+    pub(super) fn interrupted(&mut self, doubt: &Doubt) -> Class {
+        let end = self.under_way.take().map_or(0, |under_way| under_way.sequence());
+        self.publisher.restart();
+        let told = self.cause.of(doubt, end);
+        self.progress.interrupted(&told);
         let (event_id, outbox_id) = match doubt.event() {
             Some(event) => (Some(event.event_id.to_string()), Some(event.outbox_id)),
             None => (None, None),
         };
-        let code = doubt.code();
+        let Told { class, code, error, remedy } = told;
+        let label = class.label();
         match class {
             Class::Alarm | Class::Park => {
-                tracing::error!(event_id, outbox_id, code, class = label, error = %doubt, remedy, "publishing was interrupted");
+                tracing::error!(event_id, outbox_id, code, class = label, error = %error, remedy, "publishing was interrupted");
             }
             _ => {
-                tracing::warn!(event_id, outbox_id, code, class = label, error = %doubt, remedy, "publishing was interrupted");
+                tracing::warn!(event_id, outbox_id, code, class = label, error = %error, remedy, "publishing was interrupted")
             }
         }
         class
@@ -409,15 +413,11 @@ impl Leader<'_> {
             let outcome = match self.publish(received).await? {
                 Pumped::Done => Ok(self.under_way.as_ref().map_or(0, UnderWay::sequence)),
                 Pumped::Stopped => return Ok(true),
-                Pumped::Doubt(doubt) => {
-                    self.under_way = None;
-                    self.publisher.restart();
-                    match (self.report(&doubt), doubt) {
-                        (_, Doubt::Duplicate { sequence, .. }) => Ok(sequence),
-                        (Class::Park, doubt) => Err(doubt.to_string()),
-                        _ => return Ok(true),
-                    }
-                }
+                Pumped::Doubt(doubt) => match (self.interrupted(&doubt), doubt) {
+                    (_, Doubt::Duplicate { sequence, .. }) => Ok(sequence),
+                    (Class::Park, doubt) => Err(doubt.to_string()),
+                    _ => return Ok(true),
+                },
             };
             tracing::info!(%event_id, outbox_id, sequence = outcome.as_ref().ok(), "released event");
             parked::settle_released(&mut self.log, outbox_id, outcome.as_ref().map(|n| *n).map_err(String::as_str))

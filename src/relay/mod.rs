@@ -4,6 +4,7 @@
 //! `leader` opens a window in the relay's log, `reader` reads its rows, `pump` publishes them, `chain` keeps their order.
 
 mod batch;
+mod cause;
 mod chain;
 mod classify;
 mod keyed;
@@ -44,6 +45,7 @@ use crate::postgres::relay_log::{self, Appended};
 use crate::postgres::relay_status::{self, Report};
 use crate::postgres::session::Session;
 use crate::postgres::{self, database_error, lease, pause, prune};
+use cause::Cause;
 use leader::Leader;
 use method::Method;
 pub use method::PublishMethod;
@@ -70,8 +72,9 @@ pub struct RelayConfig {
     pub ack_timeout: Duration,
     /// The longest pause between two looks at an outbox that has nothing new. Defaults to 25 milliseconds.
     pub idle_poll: Duration,
-    /// How long the leader may be silent before a standby takes over. It is renewed three times in that span. Defaults
-    /// to 3 seconds.
+    /// How long the leader may be silent before a standby takes over. It is renewed three times in that span. The relays
+    /// of an outbox should agree: a lease that ends in more than twice this time and more than a minute counts as free,
+    /// because only a clock that went back explains it. Defaults to 3 seconds.
     pub lease: Duration,
     /// Messages under way to the stream at most. Defaults to 2,048.
     pub max_under_way: usize,
@@ -313,6 +316,7 @@ impl Relay {
                 exceptions: Exceptions::default(),
                 repairs: Repairs::new(),
                 method: Method::new(self.config.publish, can_batch),
+                cause: Cause::default(),
                 progress: &self.progress,
                 paused: told_paused,
                 shutdown,

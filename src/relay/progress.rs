@@ -7,8 +7,8 @@ use chrono::Utc;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use tokio::sync::watch;
 
-use super::chain::{Doubt, Sent};
-use super::classify::Class;
+use super::cause::Told;
+use super::chain::Sent;
 use crate::health::Phase;
 use crate::telemetry;
 
@@ -114,15 +114,15 @@ impl Progress {
     }
 
     /// Publishing was interrupted.
-    pub(super) fn interrupted(&self, doubt: &Doubt, class: Class) {
+    pub(super) fn interrupted(&self, told: &Told) {
         self.under_way(0);
         counter!(
             telemetry::RELAY_INTERRUPTIONS_TOTAL.name,
             "stream" => self.metrics.stream.clone(),
-            "class" => class.label()
+            "class" => told.class.label()
         )
         .increment(1);
-        self.state(format!("interrupted: {doubt}; {}", class.remedy(doubt.code())));
+        self.state(format!("interrupted: {}; {}", told.error, told.remedy));
     }
 
     /// The open window is in the stream.

@@ -199,7 +199,7 @@ impl Pump<'_> {
             match self.under_way.answered(number, answer) {
                 Ok(more) => stored.extend(more),
                 Err(ended) => {
-                    doubt = Some(ended);
+                    doubt = Some(self.under_way.trace(ended, self.setting.connection.complaint()));
                     break;
                 }
             }

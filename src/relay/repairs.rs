@@ -143,12 +143,10 @@ impl Leader<'_> {
     }
 
     async fn deal_with_repair(&mut self, doubt: &Doubt) -> Result<(), Error> {
-        self.under_way = None;
-        self.publisher.restart();
+        let class = self.interrupted(doubt);
         // What is left of the batch stays in this window.
         self.repairs.window_open = true;
         self.repairs.failures += 1;
-        let class = self.report(doubt);
         match (class, doubt) {
             (_, Doubt::Refused { .. }) if self.method.batches() => self.method.single_out(),
             (_, Doubt::Duplicate { event, sequence }) => {

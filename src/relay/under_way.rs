@@ -71,6 +71,14 @@ impl UnderWay {
         }
     }
 
+    /// What a doubt goes back to, and what the server complained of lately.
+    pub(super) fn trace(&self, doubt: Doubt, complaint: Option<String>) -> Doubt {
+        match self {
+            Self::Chained(chain) => chain.trace(doubt, complaint),
+            Self::Keyed(_) => doubt,
+        }
+    }
+
     pub(super) fn answered(&mut self, number: u64, answer: Answer) -> Result<Vec<Sent>, Doubt> {
         match self {
             Self::Chained(chain) => chain.answered(number, answer),

@@ -3,6 +3,9 @@
 use std::time::Duration;
 
 use aftercommit::admin::{relay, worker};
+use async_nats::jetstream;
+use async_nats::jetstream::ErrorCode;
+use async_nats::jetstream::context::GetStreamErrorKind;
 use futures_util::StreamExt;
 use tokio::sync::Mutex;
 use uuid::Uuid;
@@ -177,6 +180,9 @@ async fn repeat(system: &System, step: Step) -> Option<()> {
 
 /// Takes messages away, and writes down which.
 async fn remove(system: &System, step: Step) -> Option<()> {
+    if step.kind == Kind::StreamWiped {
+        return wipe(system, step.lasts).await;
+    }
     let stream = system.stream().await?;
     let state = stream.cached_info().state.clone();
     if step.kind == Kind::MessagesRemoved {
@@ -191,16 +197,42 @@ async fn remove(system: &System, step: Step) -> Option<()> {
         }
         return Some(());
     }
-    // What comes in between is only removed when the whole stream is; it counts as removed then.
+    // What comes in between stays.
     for (_, event, _) in stored(system).await? {
         system.journal.write(What::Removed { event });
     }
-    if step.kind == Kind::StreamPurged {
-        return stream.purge().sequence(state.last_sequence + 1).await.ok().map(drop);
+    stream.purge().sequence(state.last_sequence + 1).await.ok().map(drop)
+}
+
+/// Removes the stream and makes it anew. A server may be away meanwhile, and an answer may be lost.
+async fn wipe(system: &System, pause: Duration) -> Option<()> {
+    // Nothing is stored any more once it is sealed, so that all of what is removed is written down.
+    until(async || {
+        let Some(stream) = system.stream().await else { return false };
+        let config = jetstream::stream::Config { sealed: true, ..stream.cached_info().config.clone() };
+        system.context.update_stream(config).await.is_ok()
+    })
+    .await;
+    let mut removed = None;
+    until(async || {
+        removed = stored(system).await;
+        removed.is_some()
+    })
+    .await;
+    for (_, event, _) in removed? {
+        system.journal.write(What::Removed { event });
     }
-    // Without an answer it may be gone all the same.
-    _ = system.context.delete_stream(&system.naming.stream).await;
-    tokio::time::sleep(step.lasts).await;
+    let name = &system.naming.stream;
+    until(async || match system.context.get_stream(name).await {
+        Ok(stream) if stream.cached_info().config.sealed => {
+            _ = system.context.delete_stream(name).await;
+            false
+        }
+        Ok(_) => true,
+        Err(error) => matches!(error.kind(), GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND),
+    })
+    .await;
+    tokio::time::sleep(pause).await;
     system.provision().await;
     Some(())
 }
@@ -208,8 +240,8 @@ async fn remove(system: &System, step: Step) -> Option<()> {
 /// Limits the stream to little more than it holds, for a while. With less than it holds it would lose its oldest messages.
 async fn fill(system: &System, step: Step) -> Option<()> {
     let info = system.stream().await?.cached_info().clone();
-    // A new leader of a cluster may tell of less than there is.
-    if info.config.num_replicas > 1 {
+    // A new leader of a cluster may tell of less than there is; and a sealed one is about to go.
+    if info.config.num_replicas > 1 || info.config.sealed {
         return None;
     }
     let mut config = info.config.clone();

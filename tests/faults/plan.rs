@@ -113,6 +113,9 @@ pub struct Step {
     pub lasts: Duration,
 }
 
+/// Stands for a mechanism where none is taken away.
+pub const CONTROL: &str = "nothing";
+
 /// A run.
 #[derive(Debug, Clone)]
 pub struct Plan {
@@ -125,8 +128,8 @@ pub struct Plan {
     pub reconciled: bool,
     /// The mechanism of the product that is taken away, to see that it is missed.
     pub broken: Option<&'static str>,
-    /// How long it may take until everything is handled once everything is healed.
-    pub bound: Duration,
+    /// How long nothing at all may be handled once everything is healed, until what is missing then counts as lost.
+    pub patience: Duration,
 }
 
 impl Plan {
@@ -154,7 +157,7 @@ impl Plan {
             // Now and then several come at once.
             at += Duration::from_millis(if random.one_in(5) { 50 } else { 300 + random.below(1500) });
         }
-        Self { seed, length, replicas, steps, reconciled: true, broken: None, bound: Duration::from_secs(120) }
+        Self { seed, length, replicas, steps, reconciled: true, broken: None, patience: Duration::from_secs(120) }
     }
 
     /// A short run without a mechanism, and with nobody who repairs what then goes wrong.
@@ -168,7 +171,8 @@ impl Plan {
             last = if keep { step.at } else { last };
             keep
         });
-        Self { reconciled: false, broken: Some(mechanism), bound: Duration::from_secs(60), ..plan }
+        let patience = Duration::from_secs(if mechanism == CONTROL { 120 } else { 10 });
+        Self { reconciled: false, broken: Some(mechanism), patience, ..plan }
     }
 }
 

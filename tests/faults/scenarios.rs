@@ -1,8 +1,8 @@
 //! Faults that the schedules leave out, because they need servers of their own or happen once in a lifetime.
 
-use std::os::unix::fs::{MetadataExt, chown};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use aftercommit::admin;
@@ -12,7 +12,7 @@ use aftercommit::worker::Subscriber;
 use sqlx::{AssertSqlSafe, PgPool};
 
 use super::plan::Plan;
-use super::support::{Outbox, Record, RelayProcess, SOON, Work, Writers, free_address, get};
+use super::support::{Outbox, RelayProcess, SOON, Work, Writers, free_address, get};
 use super::{assert_clean, play};
 
 /// Plays a schedule with these faults only.
@@ -40,135 +40,32 @@ async fn ways_break_in_one_direction_and_in_both() {
     only(7, &ways.iter().map(String::as_str).collect::<Vec<_>>()).await;
 }
 
-/// A small disk, which is there until it is dropped.
-struct Disk(PathBuf);
-
-impl Disk {
-    /// None where nothing may be mounted.
-    fn mount(place: &Path, megabytes: u32) -> Option<Self> {
-        let options = format!("size={megabytes}m");
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", &options, "none"]).arg(place).stderr(Stdio::null());
-        if mount.status().is_ok_and(|status| status.success()) {
-            return Some(Self(place.to_path_buf()));
-        }
-        println!("SKIPPED: only root may mount a small disk");
-        None
-    }
-
-    /// Takes all the room that is left, until the file is removed.
-    fn fill(&self) -> PathBuf {
-        let ballast = self.0.join("ballast");
-        let mut fill = Command::new("dd");
-        fill.args(["if=/dev/zero", "bs=4k"]).arg(format!("of={}", ballast.display())).stderr(Stdio::null());
-        fill.status().unwrap();
-        ballast
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
-/// A relay that tells about itself, and is soon called stuck.
-fn relay(outbox: &Outbox) -> (RelayProcess, String) {
-    let address = free_address();
+/// A relay that tells about itself, and is soon called stuck; its address, and its log.
+pub(super) fn relay(outbox: &Outbox) -> (RelayProcess, String, PathBuf) {
+    let (address, log) = (free_address(), std::env::temp_dir().join(unique_name("log")));
     let mut command = outbox.relay_command();
-    command.env("AFTERCOMMIT_HTTP", &address).env("AFTERCOMMIT_UNHEALTHY_AFTER", "1s").env("RUST_LOG", "off");
-    (RelayProcess(command.spawn().unwrap()), address)
+    command.env("AFTERCOMMIT_HTTP", &address).env("AFTERCOMMIT_UNHEALTHY_AFTER", "1s").env("RUST_LOG", "warn");
+    command.stderr(std::fs::File::create(&log).unwrap());
+    (RelayProcess(command.spawn().unwrap()), address, log)
 }
 
-/// Waits until the process at the address is not well, and says why.
-async fn complaint(address: &str) -> String {
+/// Waits until the process at the address is not well, and says why in these words.
+pub(super) async fn complaint(address: &str, words: &[&str]) {
     let mut last = String::new();
-    eventually(SOON, "the trouble is told", async || match get(address, "/healthz").await {
+    let told = eventually(SOON, "the trouble is told", async || match get(address, "/healthz").await {
         Some((503, says)) => {
             last = says;
-            true
+            words.iter().all(|word| last.contains(word))
         }
         _ => false,
     })
-    .await
-    .unwrap();
-    last
+    .await;
+    assert!(told.is_ok(), "{words:?} are not in: {last}");
 }
 
-async fn publish(pool: &PgPool, events: i32) -> Result<(), sqlx::Error> {
+pub(super) async fn publish(pool: &PgPool, events: i32) -> Result<(), sqlx::Error> {
     let some = "select aftercommit.publish('some', to_jsonb(repeat('x', 2000))) from generate_series(1, $1)";
     sqlx::query(some).bind(events).execute(pool).await.map(drop)
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_under_nats_is_waited_out() {
-    let mut nats = Nats::start(NatsOptions::default()).await.unwrap();
-    nats.stop().await.unwrap();
-    let Some(disk) = Disk::mount(&nats.store_directory(), 12) else { return };
-    nats.restart().await.unwrap();
-    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
-    let outbox = Outbox::new(database, nats.url()).await;
-    let (_relay, address) = relay(&outbox);
-    publish(&outbox.pool, 100).await.unwrap();
-    outbox.assert_complete().await;
-    let ballast = disk.fill();
-    publish(&outbox.pool, 2000).await.unwrap();
-    let says = complaint(&address).await;
-    println!("{says}");
-    std::fs::remove_file(ballast).unwrap();
-    // Some versions refuse to write to a store that has failed once, until they are started again.
-    let well = eventually(Duration::from_secs(10), "it goes on", async || outbox.stored().await >= 2100).await;
-    if well.is_err() {
-        nats.restart().await.unwrap();
-    }
-    outbox.assert_complete().await;
-    assert_eq!(admin::relay::parked(&outbox.postgres, 10).await.unwrap().len(), 0, "nothing is to blame");
-    drop(nats);
-    drop(disk);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_under_postgresql_fails_writers_and_costs_no_attempt() {
-    let postgres = Postgres::start(PostgresOptions { fsync: false, settings: Vec::new() }).await.unwrap();
-    let place = postgres.data_directory().parent().unwrap().join("small");
-    std::fs::create_dir(&place).unwrap();
-    let Some(disk) = Disk::mount(&place, 64) else { return };
-    let owner = std::fs::metadata(postgres.data_directory()).unwrap();
-    chown(&place, Some(owner.uid()), Some(owner.gid())).unwrap();
-    let url = postgres.create_database().await.unwrap();
-    let pool = PgPool::connect(&postgres.url("postgres")).await.unwrap();
-    let name = url.rsplit('/').next().unwrap();
-    for sql in [
-        format!("create tablespace small location '{}'", place.display()),
-        format!("alter database {name} set tablespace small"),
-    ] {
-        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&pool).await.unwrap();
-    }
-    let work = Work::on(url, Nats::shared().await.unwrap().url()).await;
-    let worker = work.run(Subscriber::new("full").on(Record::good()).max_attempts(2)).await;
-    work.send_many(&["a", "b"], 20).await;
-    work.wait_for(40).await;
-    let ballast = disk.fill();
-    let refused = async || publish(&work.outbox.pool, 200).await.is_err();
-    eventually(SOON, "a writer is refused", refused).await.unwrap();
-    let written: i64 =
-        sqlx::query_scalar("select count(*) from aftercommit.outbox").fetch_one(&work.outbox.pool).await.unwrap();
-    // Those that still had room in pages that were there already are whole transactions.
-    assert_eq!(written % 200, 0, "nothing of a refused transaction is there");
-    for n in 21..=400 {
-        work.send("a", n).await;
-    }
-    // The worker, too, comes to where it cannot write.
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    std::fs::remove_file(ballast).unwrap();
-    work.wait_for(420).await;
-    work.assert_in_order(&["a"], 400).await;
-    assert_eq!(work.dead_letters().await, []);
-    assert_eq!(work.attempts().await, [0; 0]);
-    worker.stop().await;
-    drop(work);
-    drop(postgres);
-    drop(disk);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -198,7 +95,7 @@ async fn a_prepared_transaction_holds_up_nobody_and_its_event_comes_in_the_end()
 async fn a_sealed_stream_is_named_and_its_successor_gets_everything() {
     let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
     let outbox = Outbox::new(database, Nats::shared().await.unwrap().url()).await;
-    let (_relay, address) = relay(&outbox);
+    let (_relay, address, _) = relay(&outbox);
     publish(&outbox.pool, 50).await.unwrap();
     outbox.assert_complete().await;
     let context = outbox.js().await;
@@ -206,8 +103,7 @@ async fn a_sealed_stream_is_named_and_its_successor_gets_everything() {
     config.sealed = true;
     context.update_stream(config).await.unwrap();
     publish(&outbox.pool, 50).await.unwrap();
-    let says = complaint(&address).await;
-    assert!(says.contains("seal"), "{says}");
+    complaint(&address, &["seal"]).await;
     // Nothing opens it again.
     context.delete_stream(&outbox.naming.stream).await.unwrap();
     admin::provision(&outbox.nats, &outbox.naming).await.unwrap();

@@ -17,7 +17,7 @@ use tokio::sync::Mutex;
 
 use super::history::Journal;
 use super::part::{Part, Ways};
-use super::plan::Plan;
+use super::plan::{CONTROL, Plan};
 use super::{publishers, subscribers};
 
 /// Enough for everything that has to be there at the start.
@@ -142,7 +142,7 @@ impl System {
     async fn make_parts(&mut self, plan: &Plan) {
         for n in 0..3 {
             let mut command = child("publishing");
-            command.env("FAULTS_ALL_ASYNCHRONOUS", (plan.broken == Some("barrier")).to_string());
+            command.env("FAULTS_ALL_ASYNCHRONOUS", matches!(plan.broken, Some("barrier" | CONTROL)).to_string());
             command.env("FAULTS_DATABASE", &self.publisher_config.url);
             command.env("FAULTS_JOURNAL", self.directory.join(format!("publisher-{n}.jsonl")));
             self.publishers.push(Part::new(format!("publisher-{n}"), &self.directory, command));

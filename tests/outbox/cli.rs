@@ -70,3 +70,30 @@ async fn the_exit_status_tells_the_callers_faults_from_the_databases() {
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("aftercommit migrate"));
 }
+
+/// As deployments leave a setting out.
+#[tokio::test]
+async fn a_variable_that_is_set_to_nothing_is_as_good_as_none() {
+    let database = Database::migrated().await;
+    let tool = |name: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit"));
+        command.args([name, "--payload", "{}", "a"]).env("DATABASE_URL", &database.config.url);
+        command
+    };
+    let empty = ["DATABASE_URL_FILE", "AFTERCOMMIT_PGBOUNCER"];
+    succeeded(tool("publish").envs(empty.map(|name| (name, ""))).output().unwrap());
+    // The relay has most of them, and says what is wrong with the first that it refuses.
+    let help = Command::new(env!("CARGO_BIN_EXE_aftercommit-relay")).arg("--help").output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let names: Vec<&str> = help.split("[env: ").skip(1).filter_map(|rest| rest.split(['=', ']']).next()).collect();
+    assert!(names.len() > 20 && names.contains(&"NATS_CREDS"), "{names:?}");
+    let refused = Command::new(env!("CARGO_BIN_EXE_aftercommit-relay"))
+        .envs(names.iter().map(|name| (name, "")))
+        .env("DATABASE_URL", "mysql://nobody")
+        .arg("--once")
+        .output()
+        .unwrap();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    assert!(said.contains("DATABASE_URL") && !said.contains("error: "), "{said}");
+}

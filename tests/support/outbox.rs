@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 
 use aftercommit::admin;
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
-use aftercommit::relay::{Relay, RelayConfig};
+use aftercommit::relay::{Monitor, Relay, RelayConfig};
 use aftercommit::testing::{eventually, unique_name};
 use async_nats::jetstream;
 use futures_util::{StreamExt, TryStreamExt};
@@ -247,6 +247,7 @@ pub struct Message {
 
 /// A relay in this process, stopped softly when asked, aborted when dropped.
 pub struct RunningRelay {
+    pub monitor: Monitor,
     shutdown: CancellationToken,
     task: JoinHandle<Result<(), aftercommit::Error>>,
 }
@@ -254,8 +255,10 @@ pub struct RunningRelay {
 impl RunningRelay {
     pub fn start(config: RelayConfig) -> Self {
         let shutdown = CancellationToken::new();
-        let task = tokio::spawn(Relay::new(config).run(shutdown.clone()));
-        Self { shutdown, task }
+        let relay = Relay::new(config);
+        let monitor = relay.monitor();
+        let task = tokio::spawn(relay.run(shutdown.clone()));
+        Self { monitor, shutdown, task }
     }
 
     pub async fn stop(mut self) -> Result<(), aftercommit::Error> {

@@ -4,10 +4,12 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use aftercommit::admin;
 use aftercommit::config::PostgresConfig;
 use aftercommit::reconciler::{ConsumerLeg, InboxLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
+use aftercommit::relay::{PublishMethod, RelayConfig};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
 use aftercommit::worker::{Subscriber, Worker};
@@ -32,6 +34,7 @@ pub struct Scenario {
     /// The subscriber's database.
     pub database: PostgresConfig,
     pub books: PgPool,
+    publish: PublishMethod,
     relay: Option<RunningRelay>,
     worker: Option<RunningWorker>,
 }
@@ -39,14 +42,18 @@ pub struct Scenario {
 impl Scenario {
     /// Everything runs, and nothing is written yet.
     pub async fn start() -> Self {
-        let nats = Nats::start(NatsOptions::default()).await.unwrap();
+        Self::on(Nats::start(NatsOptions::default()).await.unwrap(), PublishMethod::Auto).await
+    }
+
+    /// The same on this server.
+    pub async fn on(nats: Nats, publish: PublishMethod) -> Self {
         let postgres = Postgres::shared().await.unwrap();
         let outbox = Outbox::new(postgres.create_database().await.unwrap(), nats.url()).await;
         let database = PostgresConfig::new(postgres.create_database().await.unwrap());
         admin::migrate(&database).await.unwrap();
         let books = PgPool::connect(&database.url).await.unwrap();
         sqlx::raw_sql(EFFECTS).execute(&books).await.unwrap();
-        let mut scenario = Self { nats, outbox, database, books, relay: None, worker: None };
+        let mut scenario = Self { nats, outbox, database, books, publish, relay: None, worker: None };
         scenario.provision().await;
         scenario.start_relay();
         scenario.start_worker();
@@ -54,7 +61,13 @@ impl Scenario {
     }
 
     pub fn start_relay(&mut self) {
-        self.relay = Some(self.outbox.relay());
+        let config = RelayConfig { publish: self.publish, ..self.outbox.relay_config() };
+        self.relay = Some(RunningRelay::start(config));
+    }
+
+    /// The sequence of the last message of which the relay knows that it is stored.
+    pub fn acknowledged(&self) -> u64 {
+        self.relay.as_ref().unwrap().monitor.report().last_sequence
     }
 
     pub async fn stop_relay(&mut self) {
@@ -213,6 +226,14 @@ impl Scenario {
     pub fn outbox_runner(&self) -> Runner {
         let leg = OutboxLeg::new(self.outbox.nats.clone(), self.outbox.naming.clone());
         Runner::new(self.outbox.postgres.clone()).outbox(leg)
+    }
+
+    /// All reconcilers, which repair every second.
+    pub fn reconcilers(&self) -> [Runner; 2] {
+        let every = Duration::from_secs(1);
+        let leg = OutboxLeg::new(self.outbox.nats.clone(), self.outbox.naming.clone());
+        let leg = OutboxLeg { interval: every, mode: Mode::Repair, ..leg };
+        [Runner::new(self.outbox.postgres.clone()).outbox(leg), self.worker().reconcilers(every, Mode::Repair)]
     }
 
     fn books_runner(&self) -> Runner {

@@ -1,0 +1,305 @@
+//! Disks that are full, and disks whose power is cut.
+
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use aftercommit::admin;
+use aftercommit::relay::PublishMethod;
+use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
+use aftercommit::testing::{eventually, unique_name};
+use aftercommit::worker::Subscriber;
+use async_nats::jetstream::stream::Config;
+use chrono::Utc;
+use sqlx::{AssertSqlSafe, PgPool};
+use tokio_util::sync::CancellationToken;
+
+use super::scenarios::{complaint, publish, relay};
+use super::support::{Outbox, Record, SOON, Scenario, Work, Writers, get, metric};
+
+/// A small disk, which is there until it is dropped.
+struct Disk {
+    place: PathBuf,
+    /// Where its content is; in memory without one.
+    file: Option<PathBuf>,
+}
+
+impl Disk {
+    /// One in memory. None where nothing may be mounted.
+    fn in_memory(place: &Path, megabytes: u32) -> Option<Self> {
+        let options = format!("size={megabytes}m");
+        let mounted = mounts(Command::new("mount").args(["-t", "tmpfs", "-o", &options, "none"]).arg(place));
+        mounted.then(|| Self { place: place.into(), file: None })
+    }
+
+    /// One whose power can be cut: a file system in a file. What was written to it and not synced is in the memory of the
+    /// kernel, and not in that file. None where nothing may be mounted.
+    fn in_file(place: &Path, megabytes: u64) -> Option<Self> {
+        let file = std::env::temp_dir().join(unique_name("disk"));
+        std::fs::File::create_new(&file).unwrap().set_len(megabytes << 20).unwrap();
+        let disk = Self { place: place.into(), file: Some(file.clone()) };
+        let made = mounts(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&file)) && mounts(&mut disk.plug_in());
+        made.then_some(disk)
+    }
+
+    /// By itself the file system writes nothing down for five minutes.
+    fn plug_in(&self) -> Command {
+        let mut mount = Command::new("mount");
+        mount.args(["-o", "loop,commit=300"]).args(self.file.as_ref()).arg(&self.place);
+        mount
+    }
+
+    /// Takes all the room that is left, until the file is removed.
+    fn fill(&self) -> PathBuf {
+        let ballast = self.place.join("ballast");
+        let mut fill = Command::new("dd");
+        fill.args(["if=/dev/zero", "bs=4k"]).arg(format!("of={}", ballast.display())).stderr(Stdio::null());
+        fill.status().unwrap();
+        ballast
+    }
+
+    /// Everything that was written so far survives.
+    fn sync(&self) {
+        succeed(Command::new("sync").arg("--file-system").arg(&self.place));
+    }
+
+    /// Cuts the power under the server and under its disk.
+    async fn cut(&self, nats: &mut Nats) {
+        let file = self.file.as_ref().unwrap();
+        let left = file.with_extension("left");
+        // Nothing moves while the file is copied, so that it is of one moment.
+        nats.pause().unwrap();
+        eventually(SOON, "the server stands still", async || stands_still(nats)).await.unwrap();
+        std::fs::copy(file, &left).unwrap();
+        nats.kill().await.unwrap();
+        succeed(Command::new("umount").arg(&self.place));
+        std::fs::rename(left, file).unwrap();
+        succeed(&mut self.plug_in());
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // The loop device goes with the mount.
+        _ = Command::new("umount").arg("-l").arg(&self.place).stderr(Stdio::null()).status();
+        for file in self.file.iter().flat_map(|file| [file.clone(), file.with_extension("left")]) {
+            _ = std::fs::remove_file(file);
+        }
+    }
+}
+
+/// Whether nothing is missing that mounting takes.
+fn mounts(command: &mut Command) -> bool {
+    let done = command.stderr(Stdio::null()).status().is_ok_and(|status| status.success());
+    if !done {
+        println!("SKIPPED: only root may mount a small disk, and not everywhere");
+    }
+    done
+}
+
+fn succeed(command: &mut Command) {
+    assert!(command.status().unwrap().success(), "{command:?}");
+}
+
+/// Whether every thread of a halted server has stopped, also those that waited for the disk.
+fn stands_still(nats: &Nats) -> bool {
+    let process = std::fs::read_to_string(nats.store_directory().with_file_name("pid")).unwrap();
+    let threads = std::fs::read_dir(format!("/proc/{}/task", process.trim())).unwrap();
+    threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap()).all(|status| {
+        let state = status.lines().find(|line| line.starts_with("State:")).unwrap();
+        state.contains("T (stopped)")
+    })
+}
+
+/// How often publishing was interrupted, by class.
+async fn interruptions(outbox: &Outbox, address: &str, class: &str) -> f64 {
+    let metrics = get(address, "/metrics").await.unwrap().1;
+    let stream = &outbox.naming.stream;
+    let name = format!("aftercommit_relay_interruptions_total{{stream=\"{stream}\",class=\"{class}\"}}");
+    metric(&metrics, &name).unwrap_or(0.0)
+}
+
+/// The relay named `words` as the cause, in health and in its log, and the class of the metric is that of a lack of room.
+async fn assert_cause_named(outbox: &Outbox, address: &str, log: &Path, words: &[&str]) {
+    complaint(address, words).await;
+    let log = std::fs::read_to_string(log).unwrap();
+    assert!(log.lines().any(|line| words.iter().all(|word| line.contains(word))), "{words:?} are not in: {log}");
+    assert!(!log.contains("another writer"), "{log}");
+    assert!(interruptions(outbox, address, "back_pressure").await > 0.0);
+    assert_eq!(interruptions(outbox, address, "fenced").await, 0.0);
+}
+
+async fn nats_waits_for_room(version: Option<&str>) {
+    let mut nats = Nats::start(NatsOptions { version: version.map(Into::into), ..Default::default() }).await.unwrap();
+    nats.stop().await.unwrap();
+    let Some(disk) = Disk::in_memory(&nats.store_directory(), 12) else { return };
+    nats.restart().await.unwrap();
+    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    let outbox = Outbox::new(database, nats.url()).await;
+    let (_relay, address, log) = relay(&outbox);
+    publish(&outbox.pool, 100).await.unwrap();
+    outbox.assert_complete().await;
+    let ballast = disk.fill();
+    publish(&outbox.pool, 2000).await.unwrap();
+    // Later versions do not say why they answer no more, and write to that stream only when they are started again.
+    let frozen = !nats.version().starts_with("2.12.");
+    let words = if frozen { ["disk", "make room", "restart nats-server"] } else { ["10077", "no space left", "disk"] };
+    assert_cause_named(&outbox, &address, &log, &words).await;
+    std::fs::remove_file(ballast).unwrap();
+    if frozen {
+        nats.restart().await.unwrap();
+    }
+    outbox.assert_complete().await;
+    assert_eq!(admin::relay::parked(&outbox.postgres, 10).await.unwrap().len(), 0, "nothing is to blame");
+    drop(nats);
+    drop(disk);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_under_nats_is_waited_out() {
+    nats_waits_for_room(None).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_under_an_older_nats_is_waited_out() {
+    nats_waits_for_room(Some("2.12.8")).await;
+}
+
+/// The server's own limit, `max_file_store`.
+#[tokio::test(flavor = "multi_thread")]
+async fn storage_that_is_used_up_is_waited_out() {
+    let limited = NatsOptions { jetstream: "max_file_store: 2MB".into(), ..NatsOptions::default() };
+    let nats = Nats::start(limited).await.unwrap();
+    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    let outbox = Outbox::new(database, nats.url()).await;
+    let (_relay, address, log) = relay(&outbox);
+    let js = outbox.js().await;
+    js.create_stream(Config { name: "OTHER".into(), subjects: vec!["other".into()], ..Config::default() })
+        .await
+        .unwrap();
+    for _ in 0..15 {
+        js.publish("other", vec![0; 100_000].into()).await.unwrap().await.unwrap();
+    }
+    publish(&outbox.pool, 400).await.unwrap();
+    assert_cause_named(&outbox, &address, &log, &["10023", "storage", "max_file_store"]).await;
+    js.delete_stream("OTHER").await.unwrap();
+    outbox.assert_complete().await;
+    assert_eq!(admin::relay::parked(&outbox.postgres, 10).await.unwrap().len(), 0, "nothing is to blame");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_under_postgresql_fails_writers_and_costs_no_attempt() {
+    let postgres = Postgres::start(PostgresOptions { fsync: false, settings: Vec::new() }).await.unwrap();
+    let place = postgres.data_directory().parent().unwrap().join("small");
+    std::fs::create_dir(&place).unwrap();
+    let Some(disk) = Disk::in_memory(&place, 64) else { return };
+    let owner = std::fs::metadata(postgres.data_directory()).unwrap();
+    chown(&place, Some(owner.uid()), Some(owner.gid())).unwrap();
+    let url = postgres.create_database().await.unwrap();
+    let pool = PgPool::connect(&postgres.url("postgres")).await.unwrap();
+    let name = url.rsplit('/').next().unwrap();
+    for sql in [
+        format!("create tablespace small location '{}'", place.display()),
+        format!("alter database {name} set tablespace small"),
+    ] {
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&pool).await.unwrap();
+    }
+    let work = Work::on(url, Nats::shared().await.unwrap().url()).await;
+    let worker = work.run(Subscriber::new("full").on(Record::good()).max_attempts(2)).await;
+    work.send_many(&["a", "b"], 20).await;
+    work.wait_for(40).await;
+    let ballast = disk.fill();
+    let refused = async || publish(&work.outbox.pool, 200).await.is_err();
+    eventually(SOON, "a writer is refused", refused).await.unwrap();
+    let written: i64 =
+        sqlx::query_scalar("select count(*) from aftercommit.outbox").fetch_one(&work.outbox.pool).await.unwrap();
+    // Those that still had room in pages that were there already are whole transactions.
+    assert_eq!(written % 200, 0, "nothing of a refused transaction is there");
+    for n in 21..=400 {
+        work.send("a", n).await;
+    }
+    // The worker, too, comes to where it cannot write.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    std::fs::remove_file(ballast).unwrap();
+    work.wait_for(420).await;
+    work.assert_in_order(&["a"], 400).await;
+    assert_eq!(work.dead_letters().await, []);
+    assert_eq!(work.attempts().await, [0; 0]);
+    worker.stop().await;
+    drop(work);
+    drop(postgres);
+    drop(disk);
+}
+
+/// What a server lost of what it had acknowledged when its power was cut twice, and what the reconcilers found of that.
+struct Losses {
+    messages: usize,
+    findings: Vec<(String, String, i64)>,
+}
+
+/// Power is cut under a busy system, while the worker runs and while it is behind. In the end everything that was
+/// committed is in the stream and took effect once, the keys in order. None where no disk can be mounted.
+async fn survives_power_cuts(sync_interval: &str, publish: PublishMethod) -> Option<Losses> {
+    let options = NatsOptions { jetstream: sync_interval.into(), ..NatsOptions::default() };
+    let mut nats = Nats::start(options).await.unwrap();
+    nats.stop().await.unwrap();
+    let disk = Disk::in_file(&nats.store_directory(), 64)?;
+    nats.restart().await.unwrap();
+    let mut system = Scenario::on(nats, publish).await;
+    let stop = CancellationToken::new();
+    let reconcilers = system.reconcilers().map(|runner| tokio::spawn(runner.run(stop.clone())));
+    let mut lost = 0;
+    for behind in [false, true] {
+        let writers = Writers::start(&system.outbox.pool, 4, 6).await;
+        writers.more(100).await;
+        disk.sync();
+        if behind {
+            system.stop_worker().await;
+        }
+        writers.more(200).await;
+        disk.cut(&mut system.nats).await;
+        let (cut, acknowledged) = (Utc::now(), system.acknowledged());
+        writers.more(50).await;
+        system.nats.restart().await.unwrap();
+        writers.more(50).await;
+        writers.stop().await;
+        system.published().await;
+        // What was lost was stored again.
+        let stored = system.outbox.timed_messages().await;
+        let before = stored.iter().take(usize::try_from(acknowledged).unwrap());
+        lost += before.filter(|(_, stored)| *stored > cut).count();
+        if behind {
+            system.start_worker();
+        }
+    }
+    system.caught_up().await;
+    system.outbox.assert_complete().await;
+    system.handled_in_order().await;
+    stop.cancel();
+    for reconciler in reconcilers {
+        reconciler.await.unwrap().unwrap();
+    }
+    let findings = [system.outbox_findings().await, system.books_findings().await].concat();
+    system.nothing_is_left().await;
+    drop(system);
+    drop(disk);
+    println!("{sync_interval:?}, {publish:?}: {lost} acknowledged messages lost; {findings:?}");
+    Some(Losses { messages: lost, findings })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn power_is_cut_under_nats() {
+    for publish in [PublishMethod::Chained, PublishMethod::Batched] {
+        let Some(lost) = survives_power_cuts("", publish).await else { return };
+        assert!(lost.messages > 0, "a power cut that costs nothing proves nothing");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_power_cut_costs_nothing_that_was_acknowledged_with_sync_always() {
+    for publish in [PublishMethod::Chained, PublishMethod::Batched] {
+        let Some(lost) = survives_power_cuts("sync_interval: always", publish).await else { return };
+        assert_eq!((lost.messages, lost.findings), (0, vec![]), "{publish:?}");
+    }
+}
