@@ -173,7 +173,8 @@ async fn a_batch_handler_gets_the_events_of_a_transaction_at_once() {
     work.assert_in_order(&KEYS, 50).await;
     let calls = calls.lock().unwrap();
     assert_eq!(calls.iter().map(Vec::len).sum::<usize>(), 8 * 50);
-    assert!(calls.len() <= 100, "{} calls", calls.len());
+    // Not a call for each, however busy the machine is.
+    assert!(calls.len() <= 200, "{} calls", calls.len());
 }
 
 /// One event that fails among good ones: whatever the handler says about it, only it is given up.
