@@ -21,11 +21,12 @@ use crate::{jetstream, postgres};
 
 /// Brings the schema `aftercommit` up to date and returns the names of the migrations that were new, such as
 /// `0001 outbox`. It is all or nothing; done twice it changes nothing; several at once wait for each other. What was
-/// applied is recorded in `aftercommit.migrations`, never in the application's own migration table.
+/// applied is recorded in `aftercommit.migrations`, never in the application's own migration table. There is nothing to do
+/// where a newer version has migrated further: this one works there, too.
 ///
 /// # Errors
-/// When the database cannot be reached, when the role may not create the schema, or when the schema was made by a newer
-/// version, changed, or made without a record of its migrations.
+/// When the database cannot be reached, when the role may not create the schema, or when the schema was changed, made
+/// without a record of its migrations, or made by another version that this one cannot follow.
 pub async fn migrate(config: &PostgresConfig) -> Result<Vec<String>, Error> {
     let mut session = postgres::connect(config, "aftercommit-migrate").await?;
     postgres::migrate::run(&mut session).await

@@ -82,16 +82,9 @@ async fn applied(tx: &mut Tx<'_>) -> Result<BTreeMap<i64, Vec<u8>>, Error> {
     }
 }
 
-/// The migrations that are still to come. Those that are recorded must be known, and the same.
+/// The migrations that are still to come. Those that are recorded must be the same. What a newer version has added behind
+/// all of ours is none of our business: in an update the older one runs beside it.
 fn missing(known: &Migrator, applied: &BTreeMap<i64, Vec<u8>>) -> Result<Vec<Migration>, Error> {
-    if let Some(version) = applied.keys().find(|version| !known.version_exists(**version)) {
-        return Err(Error::new(
-            ErrorKind::NotReady,
-            format!(
-                "the database has migration {version}, which this version of aftercommit does not know: use a newer one"
-            ),
-        ));
-    }
     let changed = |migration: &&Migration| {
         applied.get(&migration.version).is_some_and(|checksum| checksum.as_slice() != &*migration.checksum)
     };
@@ -101,7 +94,20 @@ fn missing(known: &Migrator, applied: &BTreeMap<i64, Vec<u8>>) -> Result<Vec<Mig
             format!("the database has another migration {version} than this version of aftercommit: it was changed"),
         ));
     }
-    Ok(known.iter().filter(|migration| !applied.contains_key(&migration.version)).cloned().collect())
+    let missing: Vec<Migration> =
+        known.iter().filter(|migration| !applied.contains_key(&migration.version)).cloned().collect();
+    let last = known.iter().map(|migration| migration.version).max().unwrap_or_default();
+    let unknown = applied.keys().find(|version| !known.version_exists(**version));
+    match unknown {
+        Some(version) if *version < last || !missing.is_empty() => Err(Error::new(
+            ErrorKind::NotReady,
+            format!(
+                "the database has migration {version}, which this version of aftercommit does not know, but lacks others \
+                 or has newer ones: use a newer version"
+            ),
+        )),
+        _ => Ok(missing),
+    }
 }
 
 /// How the recorded migrations differ from those that this version knows.

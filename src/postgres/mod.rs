@@ -120,7 +120,10 @@ pub(crate) fn database_error(doing: impl Into<String>, error: sqlx::Error) -> Er
         sqlx::Error::Database(db) => {
             let doing = doing.into();
             let hint = match db.code().as_deref() {
-                Some("3F000" | "42P01") => " (is the schema there? run `aftercommit migrate`)",
+                // A schema, a table or a column that is not there.
+                Some("3F000" | "42P01" | "42703") => {
+                    " (is the schema there, and up to date? run `aftercommit migrate`)"
+                }
                 Some("42501") => " (the role lacks a grant)",
                 _ if is_mixed_up(&*db) || db.message().contains("startup parameter") => POOLED,
                 _ => "",

@@ -24,7 +24,8 @@ const LEDGER: &str = "
 
 /// What the subscriber does: it writes down what it sees.
 const SEEN: &str = "
-    create table seen (id bigint generated always as identity, event_id uuid not null, key text, version int);
+    create table seen (id bigint generated always as identity, event_id uuid not null, key text, version int,
+                       at timestamptz not null default clock_timestamp());
     create function see(event jsonb) returns void language sql as $$
         insert into seen (event_id, key, version)
         values ((event ->> 'id')::uuid, event ->> 'partitionkey', (event -> 'data' ->> 'version')::int) $$";
@@ -48,9 +49,14 @@ impl Live {
     /// Everything is provisioned, and no process runs yet.
     pub async fn new(publisher_url: String, subscriber_url: String, nats_url: String) -> Self {
         let outbox = Outbox::new(publisher_url, nats_url).await;
-        sqlx::raw_sql(LEDGER).execute(&outbox.pool).await.unwrap();
         let database = PostgresConfig::new(subscriber_url);
         admin::migrate(&database).await.unwrap();
+        Self::on(outbox, database).await
+    }
+
+    /// The same where somebody else has made the schema.
+    pub async fn on(outbox: Outbox, database: PostgresConfig) -> Self {
+        sqlx::raw_sql(LEDGER).execute(&outbox.pool).await.unwrap();
         let options = PgPoolOptions::new().max_connections(5).acquire_timeout(SOON);
         let books = options.connect(&database.url).await.unwrap();
         sqlx::raw_sql(SEEN).execute(&books).await.unwrap();
@@ -72,6 +78,11 @@ impl Live {
         let mut command = self.command(env!("CARGO_BIN_EXE_aftercommit-worker"), &self.database, name);
         command.arg("--config").arg(self.files.path().join("worker.toml"));
         command
+    }
+
+    /// The operator's tool at the outbox.
+    pub fn tool(&self, name: &str) -> Command {
+        self.command(env!("CARGO_BIN_EXE_aftercommit"), &self.outbox.postgres, name)
     }
 
     fn command(&self, program: &str, database: &PostgresConfig, name: &str) -> Command {
@@ -97,6 +108,12 @@ impl Live {
     /// What the process of this name has said.
     pub fn log(&self, name: &str) -> String {
         std::fs::read_to_string(self.log_file(name)).unwrap_or_default()
+    }
+
+    /// Waits until the process of this name has said that.
+    pub async fn says(&self, name: &str, words: &str) {
+        let said = eventually(SOON, "it says so", async || self.log(name).contains(words)).await;
+        assert!(said.is_ok(), "{name} does not say {words:?}: {}", self.log(name));
     }
 
     pub async fn write(&self) -> Writers {

@@ -18,6 +18,7 @@ mod subscribers;
 #[path = "../support/mod.rs"]
 mod support;
 mod system;
+mod updates;
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;

@@ -199,15 +199,15 @@ fn schema(tables: Tables, migrations: Option<&migrate::Difference>, role: &str) 
                     "find out who changed the schema; do not go on before that",
                 );
             }
-            if !unknown.is_empty() {
-                return Check::fail(
-                    NAME,
-                    format!("it has migrations {unknown:?}, which only a newer version knows"),
-                    "use the version of aftercommit that the schema was made for",
-                );
-            }
             if !missing.is_empty() {
                 return Check::fail(NAME, format!("migrations are missing: {}", missing.join(", ")), MIGRATE);
+            }
+            if !unknown.is_empty() {
+                return Check::warn(
+                    NAME,
+                    format!("it has migrations {unknown:?}, which only a newer version knows"),
+                    "update the programs to the version of aftercommit that the schema was made for",
+                );
             }
             Check::ok(NAME, "up to date")
         }
@@ -464,7 +464,7 @@ mod tests {
             judge(there, Some(migrate::Difference { missing: vec!["0003 inbox".into()], ..Default::default() })),
             Fail
         );
-        assert_eq!(judge(there, Some(migrate::Difference { unknown: vec![9], ..Default::default() })), Fail);
+        assert_eq!(judge(there, Some(migrate::Difference { unknown: vec![9], ..Default::default() })), Warn);
         assert_eq!(judge(there, Some(migrate::Difference { changed: vec![1], ..Default::default() })), Fail);
         assert_eq!(judge(Tables { readable: false, ..there }, None), Warn);
         assert_eq!(judge(Tables { migrations: false, readable: false, ..there }, None), Warn);
