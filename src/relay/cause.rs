@@ -5,11 +5,22 @@
 
 use super::chain::Doubt;
 use super::classify::Class;
+use crate::error::ErrorKind;
 
 /// What an operator can do when the server answers, but not to messages.
 const NOTHING_IS_STORED: &str = "the server answers, but stores nothing and does not say why: see its log and /healthz; \
      a disk that was full or failed stops a stream for good since nats-server 2.14: make room, then restart nats-server; \
      a stream with replicas may have lost most of them";
+
+/// What an operator can do when the server is there and its JetStream is not.
+const NO_JETSTREAM: &str = "nats-server is there, but JetStream does not answer: see its log and /healthz; \
+     a member of a cluster turns JetStream off when its disk is full: make room, then restart it";
+
+/// What an operator can do when the stream cannot be read for the `failures`-th time. Once may be a change of its leader, and
+/// a missing stream or connection says so itself.
+pub(super) fn unreadable(error: ErrorKind, failures: u32, connected: bool) -> Option<&'static str> {
+    (error == ErrorKind::Broker && failures > 1 && connected).then_some(NO_JETSTREAM)
+}
 
 /// What is told about a doubt.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -140,6 +151,16 @@ mod tests {
             for word in ["disk", "make room", "restart nats-server"] {
                 assert!(told.remedy.contains(word), "{}", told.remedy);
             }
+        }
+    }
+
+    #[test]
+    fn a_server_without_jetstream_is_told_from_a_missing_stream_and_a_missing_server() {
+        assert!(unreadable(ErrorKind::Broker, 2, true).is_some_and(|remedy| remedy.contains("disk is full")));
+        for (error, failures, connected) in
+            [(ErrorKind::Broker, 1, true), (ErrorKind::Broker, 9, false), (ErrorKind::NotReady, 9, true)]
+        {
+            assert_eq!(unreadable(error, failures, connected), None);
         }
     }
 
