@@ -11,6 +11,7 @@ pub(crate) mod doctor;
 pub(crate) mod feed;
 pub(crate) mod history;
 pub(crate) mod monitoring;
+pub(crate) mod outbox_answer;
 pub(crate) mod outbox_client;
 pub(crate) mod outbox_service;
 pub(crate) mod publisher;
@@ -122,6 +123,12 @@ pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str)
         Error::with_source(ErrorKind::Broker, "cannot connect to NATS (NATS_URL or --nats-url)", error)
     })?;
     Ok(Connection { client, losses, complaint })
+}
+
+/// Reads the settings, without connecting.
+#[cfg(all(feature = "testing", feature = "cli"))]
+pub(crate) fn check(config: &NatsConfig) -> Result<(), Error> {
+    access::options(config).map(drop)
 }
 
 /// JetStream on a connection.
