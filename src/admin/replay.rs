@@ -214,6 +214,10 @@ impl Work<'_> {
                 self.name(found);
             } else if !ids.is_empty() {
                 let events = outbox.events(&ids).await?;
+                if let Some(other) = events.iter().find(|event| !fitting.iter().any(|listed| is(listed, event))) {
+                    let problem = format!("event {} came from the outbox as another than it was listed", other.id);
+                    return Err(Error::new(ErrorKind::Integrity, problem));
+                }
                 self.send(events.into_iter().map(|event| Event { event, sequence: 0 }).collect()).await?;
             }
         }
@@ -282,6 +286,12 @@ fn found(event: &Event) -> Found {
         time: *time,
         stream_sequence: Some(*sequence).filter(|sequence| *sequence > 0),
     }
+}
+
+/// Whether the whole event is the one of a page.
+fn is(listed: &Listed, event: &Envelope) -> bool {
+    (listed.id, listed.event_id, listed.time) == (event.sequence, event.id.as_uuid(), event.time)
+        && (&listed.event_type, &listed.key) == (&event.event_type, &event.key)
 }
 
 fn failed(error: sqlx::Error) -> Error {

@@ -11,6 +11,7 @@ pub(crate) mod doctor;
 pub(crate) mod feed;
 pub(crate) mod history;
 pub(crate) mod monitoring;
+pub(crate) mod outbox_answer;
 pub(crate) mod outbox_client;
 pub(crate) mod outbox_service;
 pub(crate) mod publisher;
@@ -138,6 +139,12 @@ fn tell_failures(servers: &[Server]) {
             tracing::warn!(server = %addr.as_url_str(), error = format!("{error}{}", access::hint(error)), "cannot connect to nats");
         }
     }
+}
+
+/// Reads the settings, without connecting.
+#[cfg(all(feature = "testing", feature = "cli"))]
+pub(crate) fn check(config: &NatsConfig) -> Result<(), Error> {
+    access::options(config).map(drop)
 }
 
 /// JetStream on a connection.

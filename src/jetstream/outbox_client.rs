@@ -1,18 +1,20 @@
 //! Asks the outbox of a stream, which its leading relay serves: see [`super::outbox_service`].
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::{Message, StatusCode};
 use futures_util::StreamExt;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::Connection;
+use super::outbox_answer::{self as answer, NoAnswer};
 use super::outbox_service::{Displaced, END, Page, Question, Rest, subject};
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind};
 
-/// How long the next message of an answer may take.
+/// How long the next message of an answer may take, and what is announced for it.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How often a question is asked that nobody answers: relays may be about to take over.
 const TRIES: u32 = 5;
@@ -24,11 +26,12 @@ const LATELY: Duration = Duration::from_millis(200);
 pub(crate) struct OutboxClient {
     connection: Connection,
     subject: String,
+    patience: Duration,
 }
 
 impl OutboxClient {
     pub(crate) fn new(connection: &Connection, stream: &str) -> Self {
-        Self { connection: connection.clone(), subject: subject(stream) }
+        Self { connection: connection.clone(), subject: subject(stream), patience: PATIENCE }
     }
 
     /// The next events up to a sequence of the stream, or with `digest` only how many and which. Go on behind its `next`
@@ -40,21 +43,28 @@ impl OutboxClient {
         types: &[String],
         digest: bool,
     ) -> Result<Page, Error> {
-        let types = types.to_vec();
+        let (token, names) = (after.clone(), types.to_vec());
         let question = match digest {
-            true => Question::Digest { up_to, after, types },
-            false => Question::Page { up_to, after, types },
+            true => Question::Digest { up_to, after, types: names },
+            false => Question::Page { up_to, after, types: names },
         };
-        self.one(&question).await
+        let (_, page) = self.ask(&question, 0).await?;
+        answer::page(&page, token.as_ref(), types, digest).map_err(|error| self.refused(error))?;
+        Ok(page)
     }
 
     /// The next events that are not where the outbox's order would have them. Waits for those of the last second, which
     /// the relay does not tell yet.
     pub(crate) async fn displaced(&self, after: Option<Value>) -> Result<Displaced, Error> {
+        let begun = Instant::now();
         loop {
-            let displaced: Displaced = self.one(&Question::Displaced { after: after.clone() }).await?;
+            let (_, displaced): (_, Displaced) = self.ask(&Question::Displaced { after: after.clone() }, 0).await?;
+            answer::displaced(&displaced, after.as_ref()).map_err(|error| self.refused(error))?;
             if !displaced.more || !displaced.events.is_empty() {
                 return Ok(displaced);
+            }
+            if begun.elapsed() > self.patience {
+                return Err(self.refused(NoAnswer::Refused("more is announced again and again, and never told".into())));
             }
             tokio::time::sleep(LATELY).await;
         }
@@ -64,7 +74,8 @@ impl OutboxClient {
     pub(crate) async fn events(&self, ids: &[Uuid]) -> Result<Vec<Envelope>, Error> {
         let (mut events, mut left) = (Vec::new(), ids.to_vec());
         while !left.is_empty() {
-            let (found, rest) = self.several(&Question::Events { ids: left }).await?;
+            let (found, rest) = self.several(&Question::Events { ids: left.clone() }, left.len()).await?;
+            answer::events(&left, &found, &rest).map_err(|error| self.refused(error))?;
             if found.is_empty() && !rest.left_out.is_empty() {
                 return Err(Error::new(ErrorKind::Broker, "an event of the outbox is larger than the server takes"));
             }
@@ -82,26 +93,24 @@ impl OutboxClient {
         from: i64,
         up_to: u64,
     ) -> Result<(Vec<Envelope>, Option<i64>), Error> {
-        let (events, rest) = self.several(&Question::Keys { keys: keys.to_vec(), from, up_to }).await?;
+        let question = Question::Keys { keys: keys.to_vec(), from, up_to };
+        let (events, rest) = self.several(&question, answer::MOST_EVENTS).await?;
+        answer::of_keys(keys, from, &events, &rest).map_err(|error| self.refused(error))?;
         Ok((events, rest.next))
     }
 
-    async fn one<T: serde::de::DeserializeOwned>(&self, question: &Question) -> Result<T, Error> {
-        let (_, last) = self.ask(question).await?;
-        serde_json::from_value(last).map_err(|error| self.unreadable(error))
-    }
-
-    async fn several(&self, question: &Question) -> Result<(Vec<Envelope>, Rest), Error> {
-        let (messages, last) = self.ask(question).await?;
+    async fn several(&self, question: &Question, most: usize) -> Result<(Vec<Envelope>, Rest), Error> {
+        let (messages, rest) = self.ask(question, most).await?;
         let events = messages.into_iter().map(|message| super::envelope(message.headers.as_ref(), message.payload));
-        let events = events.collect::<Result<_, _>>().map_err(|error| self.unreadable(error))?;
-        Ok((events, serde_json::from_value(last).map_err(|error| self.unreadable(error))?))
+        let events = events.collect::<Result<_, _>>();
+        Ok((events.map_err(|error| self.refused(NoAnswer::Wrong(error.to_string())))?, rest))
     }
 
-    async fn ask(&self, question: &Question) -> Result<(Vec<Message>, Value), Error> {
+    /// Events that come, `most` at most, and what stands behind them.
+    async fn ask<T: DeserializeOwned>(&self, question: &Question, most: usize) -> Result<(Vec<Message>, T), Error> {
         let mut tries = 1;
         loop {
-            match self.ask_once(question).await {
+            match self.ask_once(question, most).await {
                 Err(error) if error.kind() == ErrorKind::Broker && tries < TRIES => {
                     tracing::debug!(error = error.report(), tries, "asking the outbox again");
                     tries += 1;
@@ -112,7 +121,11 @@ impl OutboxClient {
         }
     }
 
-    async fn ask_once(&self, question: &Question) -> Result<(Vec<Message>, Value), Error> {
+    async fn ask_once<T: DeserializeOwned>(
+        &self,
+        question: &Question,
+        most: usize,
+    ) -> Result<(Vec<Message>, T), Error> {
         let subject = &self.subject;
         let failed = |why: String| Error::new(ErrorKind::Broker, format!("{subject}: {why}"));
         let client = &self.connection.client;
@@ -125,7 +138,7 @@ impl OutboxClient {
             .map_err(|error| failed(error.to_string()))?;
         let mut events = Vec::new();
         loop {
-            let Ok(answer) = tokio::time::timeout(PATIENCE, answers.next()).await else {
+            let Ok(answer) = tokio::time::timeout(self.patience, answers.next()).await else {
                 let complaint = self.connection.complaint().map(|text| format!(": {text}")).unwrap_or_default();
                 return Err(failed(format!("no answer{complaint}")));
             };
@@ -135,19 +148,25 @@ impl OutboxClient {
             }
             let header = |name: &str| message.headers.as_ref().is_some_and(|headers| headers.get(name).is_some());
             if header(crate::envelope::CE_ID) && !header(END) {
+                if events.len() == most {
+                    return Err(self.refused(NoAnswer::Wrong(format!("more than {most} events"))));
+                }
                 events.push(message);
                 continue;
             }
-            let last: Value = serde_json::from_slice(&message.payload).map_err(|error| self.unreadable(error))?;
-            if let Some(why) = last.get("error").and_then(Value::as_str) {
-                return Err(Error::new(ErrorKind::NotReady, format!("{subject}: {why}")));
-            }
-            return Ok((events, last));
+            return Ok((events, answer::last(&message.payload).map_err(|error| self.refused(error))?));
         }
     }
 
-    fn unreadable(&self, error: impl std::error::Error + Send + Sync + 'static) -> Error {
-        Error::with_source(ErrorKind::Integrity, format!("an answer on {} cannot be read", self.subject), error)
+    fn refused(&self, error: NoAnswer) -> Error {
+        let subject = &self.subject;
+        match error {
+            NoAnswer::Refused(why) => Error::new(ErrorKind::NotReady, format!("{subject}: {why}")),
+            NoAnswer::Wrong(_) => {
+                let problem = format!("an answer on {subject} is refused: only this stream's relays may answer there");
+                Error::with_source(ErrorKind::Integrity, problem, error)
+            }
+        }
     }
 }
 
@@ -175,20 +194,19 @@ mod tests {
         }
     }
 
+    fn listed() -> Listed {
+        let (event_type, time) = ("a".into(), chrono::DateTime::UNIX_EPOCH);
+        Listed { id: 1, event_id: Uuid::from_u128(1), event_type, key: None, time }
+    }
+
     fn answer(question: Question) -> Answer {
-        let page = |count, digest| Page {
+        let page = |count: Option<u64>, digest| Page {
             behind: 1,
             to: 2,
-            events: vec![Listed {
-                id: 1,
-                event_id: Uuid::from_u128(1),
-                event_type: "a".into(),
-                key: None,
-                time: chrono::DateTime::UNIX_EPOCH,
-            }],
+            events: count.is_none().then(listed).into_iter().collect(),
+            next: json!(if count.is_none() { "token" } else { "next" }),
             count,
             digest,
-            next: json!("token"),
             more: true,
             complete_to: None,
         };
@@ -240,5 +258,37 @@ mod tests {
         assert_eq!((events, next), (vec![event(5), event(6)], Some(7)));
         let refused = client.of_keys(&[], 1, 9).await.unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::NotReady);
+    }
+
+    /// Who is silent, and who announces more again and again, is left alone after a while.
+    #[tokio::test]
+    async fn it_does_not_wait_for_ever() {
+        let nats = Nats::start(NatsOptions::default()).await.unwrap();
+        let config = NatsConfig { url: nats.url(), ..NatsConfig::default() };
+        let connect = async |name: &str| crate::jetstream::connect(&config, name, "_INBOX_test").await.unwrap();
+        let patience = Duration::from_millis(50);
+        let client = OutboxClient { patience, ..OutboxClient::new(&connect("asker").await, "S") };
+        let mut questions = Questions::subscribe(&connect("relay").await, "S").await.unwrap();
+        let answering = tokio::spawn(async move {
+            let mut asked = 0;
+            while let Some((question, reply)) = questions.next().await {
+                asked += 1;
+                match question {
+                    Question::Displaced { after } => {
+                        let never = Displaced { events: vec![], next: json!(after), more: true };
+                        reply.send(Answer::One(json!(never))).await;
+                    }
+                    Question::Keys { .. } => break,
+                    _ => {}
+                }
+            }
+            asked
+        });
+        let silent = client.page(7, None, &[], true).await.unwrap_err();
+        assert!(silent.kind() == ErrorKind::Broker && silent.report().contains("no answer"), "{}", silent.report());
+        let announced = client.displaced(None).await.unwrap_err();
+        assert!(announced.report().contains("never told"), "{}", announced.report());
+        client.of_keys(&[], 1, 9).await.unwrap_err();
+        assert!(answering.await.unwrap() > usize::try_from(TRIES).unwrap());
     }
 }

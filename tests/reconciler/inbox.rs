@@ -17,9 +17,9 @@ use futures_util::TryStreamExt;
 const KEYS: [&str; 4] = ["a", "b", "c", "d"];
 
 /// A publisher, and a subscriber in another database.
-struct Apart {
-    publisher: Outbox,
-    work: Work,
+pub struct Apart {
+    pub publisher: Outbox,
+    pub work: Work,
 }
 
 impl Apart {
@@ -42,12 +42,12 @@ impl Apart {
         Work { outbox: publisher.moved_to(database).await, context }
     }
 
-    async fn shared() -> Self {
+    pub async fn shared() -> Self {
         Self::on(Nats::shared().await.unwrap().url()).await
     }
 
     /// Publishes numbers of each key, in turns, and waits until they are in the stream.
-    async fn publish(&self, numbers: std::ops::RangeInclusive<i64>) {
+    pub async fn publish(&self, numbers: std::ops::RangeInclusive<i64>) {
         sqlx::query(
             "select aftercommit.publish('test.number', jsonb_build_object('key', key, 'n', n), key)
                from generate_series($1, $2) as n, unnest($3::text[]) as key order by n, key",
@@ -71,11 +71,11 @@ impl Apart {
         .unwrap();
     }
 
-    async fn run_worker_until(&self, count: i64) {
+    pub async fn run_worker_until(&self, count: i64) {
         run_worker_until(&self.work, count).await;
     }
 
-    async fn stream(&self) -> async_nats::jetstream::stream::Stream {
+    pub async fn stream(&self) -> async_nats::jetstream::stream::Stream {
         self.work.context.get_stream(&self.publisher.naming.stream).await.unwrap()
     }
 
@@ -87,7 +87,7 @@ impl Apart {
     }
 }
 
-fn subscriber() -> Subscriber {
+pub fn subscriber() -> Subscriber {
     Subscriber::new("back").on::<Number>(Record::good())
 }
 
@@ -99,11 +99,11 @@ async fn run_worker_until(work: &Work, count: i64) {
     worker.stop().await;
 }
 
-async fn rows_left(work: &Work) -> i64 {
+pub async fn rows_left(work: &Work) -> i64 {
     sqlx::query_scalar("select count(*) from aftercommit.redrive").fetch_one(&work.outbox.pool).await.unwrap()
 }
 
-fn runner(outbox: &Outbox, nats: &NatsConfig) -> Runner {
+pub fn runner(outbox: &Outbox, nats: &NatsConfig) -> Runner {
     let subscription = subscriber().subscription(&outbox.naming);
     Runner::new(outbox.postgres.clone())
         .consumer(ConsumerLeg::new(nats.clone(), subscription.clone()))
@@ -111,13 +111,13 @@ fn runner(outbox: &Outbox, nats: &NatsConfig) -> Runner {
 }
 
 /// A run of leg C that must come to its end.
-async fn ran(work: &Work, scope: Scope, mode: Mode) -> Summary {
+pub async fn ran(work: &Work, scope: Scope, mode: Mode) -> Summary {
     let summary = runner(&work.outbox, &work.outbox.nats).run_now("inbox:back", scope, mode).await.unwrap();
     assert_eq!(summary.outcome, Outcome::Ran, "{summary}");
     summary
 }
 
-async fn findings(work: &Work) -> Vec<(String, String, i64)> {
+pub async fn findings(work: &Work) -> Vec<(String, String, i64)> {
     sqlx::query_as("select kind, state, count(*) from aftercommit.finding group by kind, state order by kind, state")
         .fetch_all(&work.outbox.pool)
         .await

@@ -2,6 +2,7 @@
 
 mod consumer;
 mod inbox;
+mod liars;
 mod outbox;
 mod runner;
 mod scenarios;

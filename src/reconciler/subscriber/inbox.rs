@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::sending::{Item, Outstanding, Source};
 use super::{Compare, LegJob, RETRY, Since, Subscription, ask, unhandled};
 use crate::config::NatsConfig;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::fault;
 use crate::jetstream::history::History;
 use crate::jetstream::outbox_client::OutboxClient;
@@ -189,6 +189,8 @@ struct Range {
     theirs: (u64, Option<String>),
     /// Whether the inbox has all that count, once each.
     handled: bool,
+    /// Whether a page of it has come.
+    begun: bool,
 }
 
 /// What one step came to.
@@ -280,7 +282,13 @@ impl Leg<'_> {
                 return Ok(None);
             }
             let count = range.count.unwrap_or_default();
-            let found = Range { behind: range.behind, to: range.to, theirs: (count, range.digest), handled: true };
+            let found = Range {
+                behind: range.behind,
+                to: range.to,
+                theirs: (count, range.digest),
+                handled: true,
+                begun: false,
+            };
             let ours = self.ours(&found).await?;
             let same = (count, found.theirs.1.as_deref()) == (ours.0, Some(ours.1.to_string().as_str()));
             if same || self.position.settled.get(&found.to) == Some(&self.look(&found, ours)) {
@@ -292,11 +300,19 @@ impl Leg<'_> {
         }
         let page = self.client.page(self.floor, self.token.clone(), types, false).await?;
         if !page.more || self.range.as_ref().is_some_and(|range| page.behind >= range.to) {
+            if self.range.as_ref().is_some_and(|range| !range.begun) {
+                let problem =
+                    "the outbox tells of a range, and nothing of what is in it; it may have gone back meanwhile";
+                return Err(Error::new(ErrorKind::NotReady, problem));
+            }
             // This is of the next range.
             self.settle().await?;
             return Ok(Some(Page { rest: true, ..Page::default() }));
         }
         self.pages += 1;
+        if let Some(range) = self.range.as_mut() {
+            range.begun = true;
+        }
         self.token = Some(page.next);
         self.judge(page.events, page.to).await.map(Some)
     }
@@ -415,8 +431,12 @@ struct Rows<'a> {
 impl Source for Rows<'_> {
     async fn fetch(&self, items: &[Item]) -> Result<(Vec<Event>, usize), Error> {
         let ids: Vec<Uuid> = items.iter().take(EVENTS).map(|item| item.event_id).collect();
-        let events = self.client.events(&ids).await?.into_iter();
-        let events = events.filter(|event| self.types.is_empty() || self.types.contains(&event.event_type));
+        let events = self.client.events(&ids).await?;
+        if let Some(other) = events.iter().find(|event| !items.iter().any(|item| item.is(event))) {
+            let problem = format!("event {} came from the outbox with another key or place than before", other.id);
+            return Err(Error::new(ErrorKind::Integrity, problem));
+        }
+        let events = events.into_iter().filter(|event| self.types.is_empty() || self.types.contains(&event.event_type));
         Ok((events.map(|event| Event { event, sequence: 0 }).collect(), ids.len()))
     }
 }

@@ -6,6 +6,7 @@ use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use uuid::Uuid;
 
 use super::{Subscription, ask, failed_to_send};
+use crate::envelope::Envelope;
 use crate::error::Error;
 use crate::fault;
 use crate::postgres::resend::{self, Event, Open, Order};
@@ -67,6 +68,14 @@ pub(super) struct Item {
     pub(super) event_id: Uuid,
 }
 
+impl Item {
+    /// Whether it stands for this event of the outbox, which has its place there.
+    pub(super) fn is(&self, event: &Envelope) -> bool {
+        let id = event.id.as_uuid();
+        (self.event_id, self.place, self.group) == (id, event.sequence, group(id, event.key.as_deref()))
+    }
+}
+
 /// Where whole events come from.
 pub(super) trait Source {
     /// The first of these events, as far as they are there, and how many of them this has looked for.
@@ -88,8 +97,7 @@ impl Outstanding {
     }
 
     pub(super) fn add(&mut self, event_id: Uuid, key: Option<&str>, place: i64) {
-        let hasher = BuildHasherDefault::<DefaultHasher>::default();
-        let group = key.map_or_else(|| hasher.hash_one(event_id), |key| hasher.hash_one(key));
+        let group = group(event_id, key);
         if group.is_multiple_of(self.one_of) {
             self.items.push(Item { group, place, event_id });
         }
@@ -180,6 +188,12 @@ impl Outstanding {
         }
         Ok(all)
     }
+}
+
+/// Stands for a key, or for an event without one.
+fn group(event_id: Uuid, key: Option<&str>) -> u64 {
+    let hasher = BuildHasherDefault::<DefaultHasher>::default();
+    key.map_or_else(|| hasher.hash_one(event_id), |key| hasher.hash_one(key))
 }
 
 #[cfg(test)]
