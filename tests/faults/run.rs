@@ -137,7 +137,7 @@ async fn supervise(system: &System, over: bool) {
 /// Waits until every event that is in the ledger has come to every subscriber, and nothing is left to be acked.
 async fn drain(system: &System, plan: &Plan) -> Option<f64> {
     let started = Instant::now();
-    let (mut effects, mut progress) = (-1, Instant::now());
+    let (mut effects, mut progress) = (-1_i64, Instant::now());
     // How much there is to do depends on the machine, so only standing still counts.
     while started.elapsed() < BOUND && progress.elapsed() < plan.patience {
         if is_drained(system).await.unwrap_or(false) {
