@@ -5,11 +5,22 @@
 
 use super::chain::Doubt;
 use super::classify::Class;
+use crate::error::ErrorKind;
 
 /// What an operator can do when the server answers, but not to messages.
 const NOTHING_IS_STORED: &str = "the server answers, but stores nothing and does not say why: see its log and /healthz; \
      a disk that was full or failed stops a stream for good since nats-server 2.14: make room, then restart nats-server; \
      a stream with replicas may have lost most of them";
+
+/// What an operator can do when the server is there and its JetStream is not.
+const NO_JETSTREAM: &str = "nats-server is there, but JetStream does not answer: see its log and /healthz; \
+     a member of a cluster turns JetStream off when its disk is full: make room, then restart it";
+
+/// What an operator can do when the stream cannot be read for the `failures`-th time. Once may be a change of its leader, and
+/// a missing stream or connection says so itself.
+pub(super) fn unreadable(error: ErrorKind, failures: u32, connected: bool) -> Option<&'static str> {
+    (error == ErrorKind::Broker && failures > 1 && connected).then_some(NO_JETSTREAM)
+}
 
 /// What is told about a doubt.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,8 +38,8 @@ pub(super) struct Told {
 pub(super) struct Cause {
     /// Where the stream ended meanwhile.
     end: u64,
-    /// What the server said of its storage.
-    storage: Option<Told>,
+    /// The lack of room that the server named.
+    named: Option<Told>,
     /// Doubts in a row that name no cause, although the stream could be read in between.
     silent: u32,
 }
@@ -43,7 +54,7 @@ impl Cause {
         let told = Told { class, code: doubt.code(), error: doubt.to_string(), remedy: class.remedy(doubt.code()) };
         match (class, doubt) {
             (Class::BackPressure, _) => {
-                self.storage = Some(told.clone());
+                self.named = Some(told.clone());
                 self.silent = 0;
                 told
             }
@@ -62,11 +73,11 @@ impl Cause {
     /// A doubt that names no cause has the one that was named before, if any.
     fn explain(&self, told: Told) -> Told {
         let remedy = (self.silent > 1).then_some(NOTHING_IS_STORED);
-        match (&self.storage, remedy) {
-            (Some(storage), remedy) => Told {
-                error: format!("{}; since then: {}", storage.error, told.error),
-                remedy: remedy.unwrap_or(storage.remedy),
-                ..storage.clone()
+        match (&self.named, remedy) {
+            (Some(named), remedy) => Told {
+                error: format!("{}; since then: {}", named.error, told.error),
+                remedy: remedy.unwrap_or(named.remedy),
+                ..named.clone()
             },
             (None, Some(remedy)) => Told { class: Class::BackPressure, remedy, ..told },
             (None, None) => told,
@@ -140,6 +151,16 @@ mod tests {
             for word in ["disk", "make room", "restart nats-server"] {
                 assert!(told.remedy.contains(word), "{}", told.remedy);
             }
+        }
+    }
+
+    #[test]
+    fn a_server_without_jetstream_is_told_from_a_missing_stream_and_a_missing_server() {
+        assert!(unreadable(ErrorKind::Broker, 2, true).is_some_and(|remedy| remedy.contains("disk is full")));
+        for (error, failures, connected) in
+            [(ErrorKind::Broker, 1, true), (ErrorKind::Broker, 9, false), (ErrorKind::NotReady, 9, true)]
+        {
+            assert_eq!(unreadable(error, failures, connected), None);
         }
     }
 

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::batch::BatchPump;
-use super::cause::{Cause, Told};
+use super::cause::{Cause, Told, unreadable};
 use super::chain::Doubt;
 use super::classify::Class;
 use super::method::Method;
@@ -235,8 +235,10 @@ impl Leader<'_> {
                     Err(error) if matches!(error.kind(), ErrorKind::Database | ErrorKind::Fenced) => return Err(error),
                     Err(error) => {
                         failures += 1;
-                        self.progress.state(format!("waiting for the stream: {}", error.report()));
-                        tracing::warn!(error = error.report(), "cannot read the stream's end, trying again");
+                        let remedy = unreadable(error.kind(), failures, self.connection.is_up());
+                        let way_out = remedy.map(|remedy| format!("; {remedy}")).unwrap_or_default();
+                        self.progress.state(format!("waiting for the stream: {}{way_out}", error.report()));
+                        tracing::warn!(error = error.report(), remedy, "cannot read the stream's end, trying again");
                         self.rest(Backoff::RECONNECT.after(failures)).await;
                         continue;
                     }

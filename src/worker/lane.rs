@@ -27,6 +27,7 @@ use crate::postgres::{self, function, inbox, redrive};
 use super::batch::{self, BatchError};
 use super::handler::HandlerError;
 use super::load::{Item, Queued, redrive_ids};
+use super::pace::Took;
 use super::progress::{Outcome, Progress};
 use super::scheduler::{Company, Place};
 use super::span;
@@ -110,18 +111,18 @@ impl Lane {
                 }
                 free
             });
-            let started = Instant::now();
+            let mut took = Took::start();
             match group.as_slice() {
                 [] => {}
                 [single] => {
-                    let verdict = self.run_alone(single).await?;
+                    let verdict = self.run_alone(single, &mut took).await?;
                     if self.holds_key(&verdict) {
                         blocked.extend(single.event.key.as_deref());
                     }
                     report.verdicts.push((single.place, verdict));
-                    report.pace = Some(started.elapsed());
+                    report.ran = Some(took.end());
                 }
-                many => match self.transact(many).await {
+                many => match self.transact(many, &mut took).await {
                     Ok(held) => {
                         let held: HashSet<Uuid> = held.into_iter().collect();
                         for queued in many {
@@ -131,7 +132,7 @@ impl Lane {
                             }
                             report.verdicts.push((queued.place, if held { Verdict::Held } else { Verdict::Done }));
                         }
-                        report.pace = Some(started.elapsed() / u32::try_from(many.len()).unwrap_or(u32::MAX));
+                        report.ran = Some(took.end());
                     }
                     Err(Trouble::Outage(reason)) => return Err(Halt::Outage(reason)),
                     Err(Trouble::Unreachable(reason)) => return Err(Halt::Unreachable(reason)),
@@ -152,15 +153,14 @@ impl Lane {
     }
 
     /// Runs one event in a transaction of its own; this run decides about it.
-    async fn run_alone(&self, queued: &Queued) -> Result<Verdict, Halt> {
+    async fn run_alone(&self, queued: &Queued, took: &mut Took) -> Result<Verdict, Halt> {
         if queued.crashes > self.subscriber.settings.max_crashes {
             let reason = format!("the worker's process died {} times while this event ran", queued.crashes);
             return self.give_up(queued, &reason, false).await;
         }
-        let started = Instant::now();
         let mut conflicts = 0;
         loop {
-            let error = match self.transact(&[queued]).await {
+            let error = match self.transact(&[queued], took).await {
                 Ok(held) if held.is_empty() => return Ok(Verdict::Done),
                 Ok(_) => return Ok(Verdict::Held),
                 Err(Trouble::Outage(reason)) => return Err(Halt::Outage(reason)),
@@ -180,15 +180,15 @@ impl Lane {
                 }
                 Err(Trouble::Conflict { error, .. } | Trouble::Failed { error, .. }) => error,
             };
-            return self.decide(queued, error, started.elapsed()).await;
+            return self.decide(queued, error, took.elapsed()).await;
         }
     }
 
     /// One transaction: inbox rows, handlers of the events that were new, commit. Returns the events that may not run
     /// yet.
-    async fn transact(&self, group: &[&Queued]) -> Result<Vec<Uuid>, Trouble> {
+    async fn transact(&self, group: &[&Queued], took: &mut Took) -> Result<Vec<Uuid>, Trouble> {
         let mut connection = self.own(self.connections.take()).await.map_err(Trouble::Outage)?;
-        let result = self.transact_on(&mut connection, group).await;
+        let result = self.transact_on(&mut connection, group, took).await;
         match &result {
             Err(Trouble::Outage(_)) => self.connections.forget_idle(),
             _ => self.connections.give_back(connection),
@@ -196,13 +196,18 @@ impl Lane {
         result
     }
 
-    async fn transact_on(&self, connection: &mut Session, group: &[&Queued]) -> Result<Vec<Uuid>, Trouble> {
+    async fn transact_on(
+        &self,
+        connection: &mut Session,
+        group: &[&Queued],
+        took: &mut Took,
+    ) -> Result<Vec<Uuid>, Trouble> {
         let limit = self.subscriber.settings.time_limit;
         let events: Vec<Uuid> = group.iter().map(|queued| queued.event.id.as_uuid()).collect();
         let begun = inbox::begin_batch(connection, limit, self.marker(), &events);
         let mut tx = self.own(begun).await.map_err(Trouble::Outage)?;
         fault::point("worker-marked");
-        match self.fill(&mut tx, group).await {
+        match self.fill(&mut tx, group, took).await {
             Ok(held) => {
                 fault::point("worker-handled");
                 self.own_or_conflict(tx.commit()).await?;
@@ -234,7 +239,7 @@ impl Lane {
         self.progress.committed(committed);
     }
 
-    async fn fill(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<Vec<Uuid>, Trouble> {
+    async fn fill(&self, tx: &mut Tx<'_>, group: &[&Queued], took: &mut Took) -> Result<Vec<Uuid>, Trouble> {
         let entered = self.own_or_conflict(self.enter(tx, group)).await;
         // Nothing of the events has run yet, so none of them is to blame.
         let Entered { fresh, held } = entered.map_err(|trouble| match trouble {
@@ -260,7 +265,7 @@ impl Lane {
                 let new: Vec<&Queued> = new.copied().collect();
                 if !new.is_empty() {
                     let events: Vec<String> = new.iter().map(|queued| queued.event.to_json()).collect();
-                    let call = self.told(self.limited(function::call(tx, function, &events)));
+                    let call = self.told(self.limited(function::call(tx, function, &events)), new.len(), took);
                     call.instrument(self.span(&new)).await.map_err(|error| trouble(None, error))?;
                 }
             }
@@ -268,7 +273,7 @@ impl Lane {
             Work::Http { endpoint, .. } => {
                 for (at, queued) in group.iter().enumerate() {
                     if fresh.remove(&queued.event.id.as_uuid()).is_some() {
-                        let run = self.told(endpoint.post(&queued.event));
+                        let run = self.told(endpoint.post(&queued.event), 1, took);
                         run.instrument(self.span(&[queued])).await.map_err(|error| trouble(Some(at), error))?;
                     }
                 }
@@ -292,7 +297,7 @@ impl Lane {
                             failed.error
                         })
                     };
-                    let handled = self.told(handled).instrument(self.span(&queued)).await;
+                    let handled = self.told(handled, queued.len(), took).instrument(self.span(&queued)).await;
                     handled.map_err(|error| trouble(culprit.and_then(at), error))?;
                 }
                 self.check_alive(tx, &new).await?;
@@ -304,11 +309,17 @@ impl Lane {
         Ok(held)
     }
 
-    /// Runs a handler, and measures how long that takes.
-    async fn told(&self, run: impl Future<Output = Result<(), HandlerError>>) -> Result<(), HandlerError> {
+    /// Runs a handler for so many events, and measures how long that takes.
+    async fn told(
+        &self,
+        run: impl Future<Output = Result<(), HandlerError>>,
+        events: usize,
+        took: &mut Took,
+    ) -> Result<(), HandlerError> {
         let started = Instant::now();
         let result = span::told(run).await;
         self.progress.handled(started.elapsed());
+        took.handled(events, started.elapsed());
         result
     }
 

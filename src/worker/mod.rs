@@ -59,6 +59,7 @@ mod http;
 mod lane;
 mod load;
 mod monitor;
+mod pace;
 mod progress;
 mod pruner;
 mod redrive;

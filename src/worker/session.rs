@@ -20,6 +20,7 @@ use crate::postgres::redrive::Waiting;
 
 use super::lane::Lane;
 use super::load::Item;
+use super::pace::Pace;
 use super::progress::{Load, Outcome};
 use super::redrive::Redrives;
 use super::scheduler::{Company, Place, Scheduler};
@@ -28,8 +29,6 @@ use super::verdict::{Report, Verdict, Wait};
 
 /// The most payload bytes in memory, beside what is on its way.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
-/// How long the events of one transaction should take together.
-const TARGET: Duration = Duration::from_millis(100);
 /// When JetStream shall send an event again whose payload was let go. The lane reads it from the stream before.
 const LET_GO: Duration = Duration::from_secs(300);
 
@@ -63,8 +62,7 @@ pub(super) struct Session {
     answers: Answers,
     budget: Arc<Budget>,
     gate: Gate,
-    /// How long one event takes, a moving average.
-    pace: Duration,
+    pace: Pace,
     /// Events whose handlers were interrupted by an outage and have not run since.
     interrupted: usize,
 }
@@ -111,7 +109,7 @@ impl Session {
             answers,
             budget,
             gate: Gate::default(),
-            pace: TARGET / 10,
+            pace: Pace::default(),
             interrupted: 0,
         }
     }
@@ -304,14 +302,13 @@ impl Session {
         }
     }
 
-    /// As many events as should fit into one transaction of the targeted length; what was gathered is not torn apart.
+    /// As many events as should be in one transaction; what was gathered is not torn apart.
     fn batch_limit(&self) -> usize {
         let settings = &self.lane.subscriber.settings;
         if settings.debounce.is_some() {
             return settings.max_batch;
         }
-        let fit = TARGET.as_nanos() / self.pace.as_nanos().max(1);
-        usize::try_from(fit).unwrap_or(usize::MAX).clamp(1, settings.max_batch)
+        self.pace.fit().min(settings.max_batch)
     }
 
     fn next_wake(&self) -> Option<Instant> {
@@ -336,8 +333,8 @@ impl Session {
         for (place, verdict) in report.verdicts {
             self.settle_event(place, verdict);
         }
-        if let Some(pace) = report.pace {
-            self.pace = (self.pace * 7 + pace) / 8;
+        if let Some(ran) = report.ran {
+            self.pace.ran(ran);
             self.gate.open(&self.lane.subscriber.name);
         }
         if let Some(reason) = report.outage {

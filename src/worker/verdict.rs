@@ -10,6 +10,7 @@ use crate::postgres::{self, inbox};
 use super::handler::HandlerError;
 use super::lane::Lane;
 use super::load::Queued;
+use super::pace::Ran;
 use super::progress::Outcome;
 use super::scheduler::Place;
 use super::trouble::describe;
@@ -55,8 +56,8 @@ pub(super) struct Report {
     pub(super) outage: Option<String>,
     /// Another instance has taken over.
     pub(super) fenced: bool,
-    /// How long one event took.
-    pub(super) pace: Option<Duration>,
+    /// What the last transaction took that no outage prevented.
+    pub(super) ran: Option<Ran>,
 }
 
 /// The lane cannot go on with its batch.

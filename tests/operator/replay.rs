@@ -45,14 +45,7 @@ async fn publish(publisher: &Outbox, numbers: std::ops::RangeInclusive<i64>) {
     .await
     .unwrap();
     eventually(SOON, "it is published", async || publisher.stored().await == stored + more).await.unwrap();
-    eventually(SOON, "the window is closed", async || {
-        sqlx::query_scalar("select target is null from aftercommit.relay_log order by seq desc limit 1")
-            .fetch_one(&publisher.pool)
-            .await
-            .unwrap()
-    })
-    .await
-    .unwrap();
+    publisher.settled().await;
 }
 
 async fn run_until(work: &Work, count: i64) {

@@ -52,17 +52,6 @@ fn finding(kind: &str, state: &str, id: impl Into<Option<i64>>) -> (String, Stri
     (kind.into(), state.into(), id.into())
 }
 
-async fn settled(outbox: &Outbox) {
-    eventually(SOON, "the window is closed", async || {
-        sqlx::query_scalar("select target is null from aftercommit.relay_log order by seq desc limit 1")
-            .fetch_one(&outbox.pool)
-            .await
-            .unwrap()
-    })
-    .await
-    .unwrap();
-}
-
 /// Numbers of some keys, one transaction each.
 async fn publish(outbox: &Outbox, numbers: std::ops::Range<i32>) {
     sqlx::query(
@@ -78,7 +67,7 @@ async fn publish(outbox: &Outbox, numbers: std::ops::Range<i32>) {
 
 async fn published(outbox: &Outbox) -> Vec<Message> {
     let messages = outbox.assert_complete().await;
-    settled(outbox).await;
+    outbox.settled().await;
     messages
 }
 
@@ -193,9 +182,9 @@ async fn other_bytes_ghosts_and_foreign_messages_are_named() {
     delete(&outbox, [2]).await;
     let relay = outbox.relay();
     publish(&outbox, 5..6).await;
-    settled(&outbox).await;
+    outbox.settled().await;
     eventually(SOON, "the last one is in the stream", async || outbox.stored().await == 11).await.unwrap();
-    settled(&outbox).await;
+    outbox.settled().await;
     ran(&outbox, Scope::Full, Mode::Repair).await;
     assert_eq!(
         findings(&outbox).await,
@@ -235,12 +224,12 @@ async fn what_is_old_pruned_or_parked_is_not_missed() {
         .unwrap();
     let parked = admin::relay::parked(&outbox.postgres, 10).await.unwrap();
     admin::relay::discard(&outbox.postgres, "test", parked[0].event_id).await.unwrap();
-    settled(&outbox).await;
+    outbox.settled().await;
     assert_eq!(ran(&outbox, Scope::Full, Mode::Repair).await.found, 0);
     js.update_stream(Config { max_message_size: -1, ..config().await }).await.unwrap();
     admin::relay::release(&outbox.postgres, "test", parked[1].event_id).await.unwrap();
     eventually(SOON, "it is released", async || outbox.stored().await == 11).await.unwrap();
-    settled(&outbox).await;
+    outbox.settled().await;
     assert_eq!(ran(&outbox, Scope::Full, Mode::Repair).await.found, 0);
     // What was released is missed when it is gone.
     let last = outbox.messages().await.last().unwrap().sequence;
@@ -360,7 +349,7 @@ async fn everything_is_settled(outbox: &Outbox) {
     })
     .await
     .unwrap();
-    settled(outbox).await;
+    outbox.settled().await;
 }
 
 /// Queues what is missing while no relay leads.
@@ -449,7 +438,7 @@ async fn what_the_relay_has_published_again_is_not_repaired_as_well() {
     nats.restart().await.unwrap();
     publish(&outbox, 100..200).await;
     eventually(SOON, "all but one are there", async || outbox.stored().await == 199).await.unwrap();
-    settled(&outbox).await;
+    outbox.settled().await;
     delete(&outbox, [150, 160]).await;
     assert_eq!(ran(&outbox, Scope::Full, Mode::Report).await.found, 3);
     relay.stop().await.unwrap();
@@ -458,7 +447,7 @@ async fn what_the_relay_has_published_again_is_not_repaired_as_well() {
     nats.restart().await.unwrap();
     let relay = outbox.relay();
     eventually(SOON, "the end is there again", async || outbox.stored().await == 199).await.unwrap();
-    settled(&outbox).await;
+    outbox.settled().await;
     assert_eq!(ran(&outbox, Scope::New, Mode::Repair).await.repaired, 1, "the one that was lost before");
     outbox.assert_complete().await;
     let missing = |state: &str, id| finding("missing_from_stream", state, id);
@@ -494,7 +483,7 @@ async fn in_a_shared_stream_each_outbox_looks_for_its_own() {
         }
     }
     eventually(SOON, "everything is there", async || one.stored().await == 164).await.unwrap();
-    tokio::join!(settled(&one), settled(&other));
+    tokio::join!(one.settled(), other.settled());
     let source = |message: &Message| message.headers.get("ce-source").cloned();
     let victims =
         one.messages().await.into_iter().enumerate().filter(|(at, _)| at % 20 == 7).map(|(_, message)| message);
@@ -660,7 +649,7 @@ async fn a_million_events_of_which_a_hundred_are_missing() {
     }
     let long = Duration::from_secs(1800);
     eventually(long, "everything is in the stream", async || outbox.stored().await == events).await.unwrap();
-    settled(&outbox).await;
+    outbox.settled().await;
     println!("published {events} events in {:.1} s", began.elapsed().as_secs_f64());
     let sweep = async |what: &str| {
         let child = reconcile_command(&outbox, &["--leg", "outbox", "--full", "--json"])

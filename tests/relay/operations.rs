@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Stdio;
 
-use crate::support::{Outbox, RelayProcess, SOON, free_address, get, metric};
+use crate::support::{Outbox, RelayProcess, SOON, answers, free_address, get, reaches};
 use aftercommit::admin;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
 use aftercommit::testing::{eventually, unique_name};
@@ -24,26 +24,6 @@ fn start(outbox: &Outbox) -> (RelayProcess, String) {
     let mut command = outbox.relay_command();
     let child = command.args(["--http", &address, "--unhealthy-after", "1s"]).spawn().unwrap();
     (RelayProcess(child), address)
-}
-
-async fn answers(address: &str, path: &str, status: u16, text: &str) {
-    let mut last = None;
-    let found = eventually(SOON, &format!("{path} answers {status} with {text:?}"), async || {
-        last = get(address, path).await;
-        last.as_ref().is_some_and(|(found, body)| *found == status && body.contains(text))
-    })
-    .await;
-    assert!(found.is_ok(), "{found:?}; the last answer was {last:?}");
-}
-
-async fn reaches(address: &str, name_and_labels: &str, wanted: impl Fn(f64) -> bool) {
-    let mut last = String::new();
-    let found = eventually(SOON, &format!("{name_and_labels} is as expected"), async || {
-        last = get(address, "/metrics").await.unwrap_or_default().1;
-        metric(&last, name_and_labels).is_some_and(&wanted)
-    })
-    .await;
-    assert!(found.is_ok(), "{found:?}\n{last}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

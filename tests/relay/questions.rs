@@ -62,14 +62,7 @@ async fn publish(outbox: &Outbox, event_type: &str, numbers: std::ops::Range<i32
 
 async fn published(outbox: &Outbox) -> u64 {
     outbox.assert_complete().await;
-    eventually(SOON, "the window is closed", async || {
-        sqlx::query_scalar("select target is null from aftercommit.relay_log order by seq desc limit 1")
-            .fetch_one(&outbox.pool)
-            .await
-            .unwrap()
-    })
-    .await
-    .unwrap();
+    outbox.settled().await;
     outbox.stored().await
 }
 

@@ -35,17 +35,6 @@ async fn events(pool: &PgPool, events: i32) {
         .unwrap();
 }
 
-async fn settled(outbox: &Outbox) {
-    eventually(SOON, "the window is closed", async || {
-        sqlx::query_scalar("select target is null and seq > 0 from aftercommit.relay_log order by seq desc limit 1")
-            .fetch_one(&outbox.pool)
-            .await
-            .unwrap()
-    })
-    .await
-    .unwrap();
-}
-
 fn count(messages: &[Message], event_type: &str) -> usize {
     messages.iter().filter(|message| message.headers["ce-type"] == event_type).count()
 }
@@ -69,7 +58,7 @@ async fn survives_dump_and_restore(old_epoch: u32, new_epoch: u32) {
     writers.more(200).await;
     writers.stop().await;
     outbox.assert_complete().await;
-    settled(&outbox).await;
+    outbox.settled().await;
     outbox.kill(relay).await;
     events(&outbox.pool, 100).await;
     outbox.dies_at("relay-acknowledged:30").await;
@@ -103,7 +92,7 @@ async fn survives_dump_and_restore(old_epoch: u32, new_epoch: u32) {
     early.commit().await.unwrap();
     let messages = outbox.assert_complete().await;
     assert_eq!(count(&messages, "new.early"), 1);
-    settled(&outbox).await;
+    outbox.settled().await;
     outbox.kill(relay).await;
     assert_eq!(outbox.assert_complete().await.len(), messages.len());
 }
@@ -137,7 +126,7 @@ async fn open_transactions_have_the_numbers_of_old_events() {
         events(&outbox.pool, 1).await;
     }
     outbox.assert_complete().await;
-    settled(&outbox).await;
+    outbox.settled().await;
     outbox.kill(relay).await;
     let dump = Dump::of(&outbox.postgres.url);
     let url = new.create_database().await.unwrap();
@@ -168,7 +157,7 @@ async fn open_transactions_have_the_numbers_of_old_events() {
         }
     }
     assert_eq!(met, 10);
-    settled(&outbox).await;
+    outbox.settled().await;
     outbox.assert_complete().await;
     relay.stop().await.unwrap();
 }
@@ -184,7 +173,7 @@ async fn an_old_dump_is_restored() {
     let straggler = open(&outbox.pool, "straggler").await;
     events(&outbox.pool, 50).await;
     outbox.assert_complete().await;
-    settled(&outbox).await;
+    outbox.settled().await;
     let dump = Dump::of(&outbox.postgres.url);
     events(&outbox.pool, 30).await;
     straggler.commit().await.unwrap();
@@ -207,7 +196,7 @@ async fn the_id_sequence_is_not_restored() {
     let relay = outbox.relay_process();
     events(&outbox.pool, 50).await;
     outbox.assert_complete().await;
-    settled(&outbox).await;
+    outbox.settled().await;
     outbox.kill(relay).await;
     sqlx::query("delete from aftercommit.outbox where id <= 30").execute(&outbox.pool).await.unwrap();
     let dump = Dump::of(&outbox.postgres.url);
@@ -251,7 +240,7 @@ async fn survives_going_back(mid_window: bool, forgets: bool) {
     writers.more(200).await;
     writers.stop().await;
     outbox.assert_complete().await;
-    settled(&outbox).await;
+    outbox.settled().await;
     outbox.kill(relay).await;
     if mid_window {
         events(&outbox.pool, 100).await;
@@ -291,7 +280,7 @@ async fn survives_going_back(mid_window: bool, forgets: bool) {
     holds_with_ghosts(&outbox, ghosts).await;
     events(&outbox.pool, 50).await;
     holds_with_ghosts(&outbox, ghosts).await;
-    settled(&outbox).await;
+    outbox.settled().await;
     outbox.kill(relay).await;
     let said = std::fs::read_to_string(&log).unwrap();
     std::fs::remove_file(&log).unwrap();

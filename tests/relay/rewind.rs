@@ -31,18 +31,7 @@ async fn write(outbox: &Outbox, commits: u64) {
 /// Everything is in the stream, and the window over it is closed.
 async fn complete(outbox: &Outbox) {
     outbox.assert_complete().await;
-    settled(outbox).await;
-}
-
-async fn settled(outbox: &Outbox) {
-    eventually(SOON, "the window is closed", async || {
-        sqlx::query_scalar("select target is null from aftercommit.relay_log order by seq desc limit 1")
-            .fetch_one(&outbox.pool)
-            .await
-            .unwrap()
-    })
-    .await
-    .unwrap();
+    outbox.settled().await;
 }
 
 /// Several windows, so that there are states to go back to.
@@ -163,7 +152,7 @@ async fn the_log_does_not_reach_back() {
     })
     .await
     .unwrap();
-    settled(&outbox).await;
+    outbox.settled().await;
     assert!(count().await.iter().all(|times| *times == 1), "each once");
     relay.stop().await.unwrap();
 }

@@ -2,8 +2,11 @@
 
 use std::net::TcpListener;
 
+use aftercommit::testing::eventually;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+
+use super::SOON;
 
 /// An address on which nothing listens. Its port is none of those from which the system takes one for each connection, so
 /// a process that is started anew finds it free again.
@@ -31,4 +34,26 @@ pub async fn get(address: &str, path: &str) -> Option<(u16, String)> {
 pub fn metric(metrics: &str, name_and_labels: &str) -> Option<f64> {
     let line = metrics.lines().find(|line| line.split_once(' ').is_some_and(|(name, _)| name == name_and_labels))?;
     line.rsplit_once(' ')?.1.parse().ok()
+}
+
+/// Waits until the process answers with this status and text.
+pub async fn answers(address: &str, path: &str, status: u16, text: &str) {
+    let mut last = None;
+    let found = eventually(SOON, &format!("{path} answers {status} with {text:?}"), async || {
+        last = get(address, path).await;
+        last.as_ref().is_some_and(|(found, body)| *found == status && body.contains(text))
+    })
+    .await;
+    assert!(found.is_ok(), "{found:?}; the last answer was {last:?}");
+}
+
+/// Waits until a metric of the process has a value as it is wanted.
+pub async fn reaches(address: &str, name_and_labels: &str, wanted: impl Fn(f64) -> bool) {
+    let mut last = String::new();
+    let found = eventually(SOON, &format!("{name_and_labels} is as expected"), async || {
+        last = get(address, "/metrics").await.unwrap_or_default().1;
+        metric(&last, name_and_labels).is_some_and(&wanted)
+    })
+    .await;
+    assert!(found.is_ok(), "{found:?}\n{last}");
 }

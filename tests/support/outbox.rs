@@ -153,6 +153,24 @@ impl Outbox {
         }
     }
 
+    /// Waits until the relay publishes again.
+    pub async fn goes_on(&self) {
+        let before = self.stored().await;
+        eventually(SOON, "the relay publishes again", async || self.stored().await > before).await.unwrap();
+    }
+
+    /// Waits until the relay has nothing left to do and has closed its window.
+    pub async fn settled(&self) {
+        eventually(SOON, "the window is closed", async || {
+            sqlx::query_scalar("select target is null and seq > 0 from aftercommit.relay_log order by seq desc limit 1")
+                .fetch_one(&self.pool)
+                .await
+                .unwrap()
+        })
+        .await
+        .unwrap();
+    }
+
     /// Everything in the stream, in order.
     pub async fn messages(&self) -> Vec<Message> {
         use async_nats::jetstream::consumer::{AckPolicy, pull};

@@ -169,6 +169,26 @@ impl Work {
         RunningWorker::start(worker)
     }
 
+    /// Runs the subscriber in two workers that both believe to be active, until all is done.
+    pub async fn run_two_at_once(&self, subscriber: impl Fn() -> Subscriber, mut done: impl AsyncFnMut() -> bool) {
+        let first = self.run(subscriber()).await;
+        let second = RunningWorker::start(self.worker_with(subscriber()));
+        // Whoever stands by takes over at once, while the other notices that only a second later.
+        let query = "update aftercommit.lease set expires_at = clock_timestamp() - interval '1 second'";
+        eventually(SOON, "all effects", async || {
+            sqlx::query(query).execute(&self.outbox.pool).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(700)).await;
+            done().await
+        })
+        .await
+        .unwrap();
+        let epoch: i64 =
+            sqlx::query_scalar("select epoch from aftercommit.lease").fetch_one(&self.outbox.pool).await.unwrap();
+        assert!(epoch > 1, "there was no change of hands");
+        first.stop().await;
+        second.stop().await;
+    }
+
     pub async fn effects(&self) -> Vec<Effect> {
         sqlx::query_as("select key, n, attempt from effect order by id").fetch_all(&self.outbox.pool).await.unwrap()
     }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Stdio;
 
-use crate::support::{SOON, Work, WorkerProcess, free_address, get, metric};
+use crate::support::{SOON, Work, WorkerProcess, answers, free_address, get};
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
 use aftercommit::testing::{eventually, unique_name};
 use async_nats::service::{Info, PingResponse, Stats};
@@ -38,28 +38,13 @@ fn start(work: &Work, toml: &str) -> (WorkerProcess, String) {
     (WorkerProcess(child), address)
 }
 
-async fn answers(address: &str, path: &str, status: u16, text: &str) {
-    let mut last = None;
-    let found = eventually(SOON, &format!("{path} answers {status} with {text:?}"), async || {
-        last = get(address, path).await;
-        last.as_ref().is_some_and(|(found, body)| *found == status && body.contains(text))
-    })
-    .await;
-    assert!(found.is_ok(), "{found:?}; the last answer was {last:?}");
-}
-
+/// Waits until a metric of the subscriber has a value as it is wanted.
 async fn reaches(address: &str, name: &str, wanted: impl Fn(f64) -> bool) {
     let name = match name.split_once('{') {
         Some((name, labels)) => format!("{name}{{subscriber=\"receipts\",{labels}"),
         None => format!("{name}{{subscriber=\"receipts\"}}"),
     };
-    let mut last = String::new();
-    let found = eventually(SOON, &format!("{name} is as expected"), async || {
-        last = get(address, "/metrics").await.unwrap_or_default().1;
-        metric(&last, &name).is_some_and(&wanted)
-    })
-    .await;
-    assert!(found.is_ok(), "{found:?}\n{last}");
+    crate::support::reaches(address, &name, wanted).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

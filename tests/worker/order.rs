@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::support::{Act, Number, Random, Record, RunningWorker, SOON, Work};
+use crate::support::{Act, Number, Random, Record, SOON, Work};
 use aftercommit::backoff::Backoff;
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Delivery, HandlerError, Subscriber};
@@ -139,22 +139,7 @@ async fn two_instances_that_both_believe_to_be_active_do_no_harm() {
             |delivery: &Delivery<Number>| Act::Sleep(Duration::from_millis(20 * (delivery.event.n as u64 % 4)));
         Subscriber::new("order").on::<Number>(Record::new(slowly)).max_attempts(3)
     };
-    let first = work.run(subscriber()).await;
-    let second = RunningWorker::start(work.worker_with(subscriber()));
-    // Whoever stands by takes over at once, while the other notices that only a second later.
-    let query = "update aftercommit.lease set expires_at = clock_timestamp() - interval '1 second'";
-    eventually(SOON, "all effects", async || {
-        sqlx::query(query).execute(&work.outbox.pool).await.unwrap();
-        tokio::time::sleep(Duration::from_millis(700)).await;
-        work.count().await >= 8 * 60
-    })
-    .await
-    .unwrap();
-    let epoch: i64 =
-        sqlx::query_scalar("select epoch from aftercommit.lease").fetch_one(&work.outbox.pool).await.unwrap();
-    assert!(epoch > 1, "there was no change of hands");
-    first.stop().await;
-    second.stop().await;
+    work.run_two_at_once(subscriber, async || work.count().await >= 8 * 60).await;
     work.assert_in_order(&KEYS, 60).await;
     assert!(work.dead_letters().await.is_empty() && work.attempts().await.is_empty());
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crate::support::{Act, Number, Record, RunningWorker, SOON, Work};
+use crate::support::{Act, Number, Record, SOON, Work};
 use aftercommit::admin::dead::{self, Filter};
 use aftercommit::admin::worker::{Which, pause, resume};
 use aftercommit::backoff::Backoff;
@@ -283,22 +283,7 @@ async fn two_instances_that_both_believe_to_be_active_run_a_redriven_event_once(
             |delivery: &Delivery<Number>| Act::Sleep(Duration::from_millis(20 * (delivery.event.n as u64 % 4)));
         Subscriber::new("back").on::<Number>(Record::new(slowly)).max_attempts(3)
     };
-    let first = work.run(subscriber()).await;
-    let second = RunningWorker::start(work.worker_with(subscriber()));
-    // Whoever stands by takes over at once, while the other notices that only a second later.
-    let query = "update aftercommit.lease set expires_at = clock_timestamp() - interval '1 second'";
-    eventually(SOON, "all effects", async || {
-        sqlx::query(query).execute(&work.outbox.pool).await.unwrap();
-        tokio::time::sleep(Duration::from_millis(700)).await;
-        rows_left(&work).await == 0
-    })
-    .await
-    .unwrap();
-    let epoch: i64 =
-        sqlx::query_scalar("select epoch from aftercommit.lease").fetch_one(&work.outbox.pool).await.unwrap();
-    assert!(epoch > 1, "there was no change of hands");
-    first.stop().await;
-    second.stop().await;
+    work.run_two_at_once(subscriber, async || rows_left(&work).await == 0).await;
     work.assert_in_order(&KEYS, 60).await;
     assert!(work.dead_letters().await.is_empty() && work.attempts().await.is_empty());
 }
