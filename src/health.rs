@@ -49,8 +49,8 @@ pub(crate) struct Facts<'a> {
     pub(crate) waiting: Option<i64>,
     /// Whether it could not work if something waited.
     pub(crate) blocked: bool,
-    /// Whether the connection to NATS stands.
-    pub(crate) nats: bool,
+    /// Why the connection to NATS does not stand, as far as that is known; none when it does.
+    pub(crate) outage: Option<&'a str>,
     /// When it last got on: published something, found nothing to do, or found another one leading.
     pub(crate) progressed: Instant,
 }
@@ -71,7 +71,7 @@ impl Facts<'_> {
 
     /// Ready is who is connected to both servers, and leads or could take over.
     pub(crate) fn readiness(&self) -> Health {
-        Health { ok: self.nats && !self.blocked && self.phase != Phase::Connecting, text: self.describe() }
+        Health { ok: self.outage.is_none() && !self.blocked && self.phase != Phase::Connecting, text: self.describe() }
     }
 
     fn describe(&self) -> String {
@@ -82,7 +82,11 @@ impl Facts<'_> {
             // The state tells it, and by whom.
             Phase::Paused => self.state,
         };
-        let nats = if self.nats { "" } else { "; not connected to NATS" };
+        let nats = match self.outage {
+            None => String::new(),
+            Some("") => "; not connected to NATS".into(),
+            Some(why) => format!("; not connected to NATS: {why}"),
+        };
         match self.state {
             state if state.is_empty() || self.phase == Phase::Paused => format!("{phase}{nats}"),
             state => format!("{phase}: {state}{nats}"),
@@ -106,7 +110,7 @@ mod tests {
 
     fn after(seconds: u64, phase: Phase, waiting: Option<i64>) -> Health {
         let start = Instant::now();
-        let facts = Facts { phase, state: "doing", waiting, blocked: false, nats: true, progressed: start };
+        let facts = Facts { phase, state: "doing", waiting, blocked: false, outage: None, progressed: start };
         facts.health(PATIENCE, start + Duration::from_secs(seconds))
     }
 
@@ -127,7 +131,7 @@ mod tests {
             state: "no function",
             waiting: Some(0),
             blocked: true,
-            nats: true,
+            outage: None,
             progressed: start,
         };
         assert!(facts.health(PATIENCE, start + PATIENCE).ok);
@@ -156,7 +160,7 @@ mod tests {
             state: "paused by me",
             waiting: Some(1),
             blocked: false,
-            nats: true,
+            outage: None,
             progressed: start,
         };
         let paused = facts.health(PATIENCE, start + Duration::from_secs(3600));
@@ -172,22 +176,26 @@ mod tests {
             state: "waiting for the stream: no answer",
             waiting: Some(3),
             blocked: false,
-            nats: false,
+            outage: Some("refused"),
             progressed: start,
         };
         let health = facts.health(PATIENCE, start + Duration::from_secs(60));
-        assert!(health.text.contains("waiting for the stream: no answer; not connected to NATS"), "{}", health.text);
+        assert!(
+            health.text.contains("waiting for the stream: no answer; not connected to NATS: refused"),
+            "{}",
+            health.text
+        );
     }
 
     #[test]
     fn ready_needs_both_servers_and_a_role() {
         let now = Instant::now();
-        let facts = |phase, nats| Facts { phase, state: "", waiting: None, blocked: false, nats, progressed: now };
-        assert!(facts(Phase::Leading, true).readiness().ok);
-        assert!(facts(Phase::StandingBy, true).readiness().ok);
-        assert!(facts(Phase::Paused, true).readiness().ok);
-        assert!(!facts(Phase::Connecting, true).readiness().ok);
-        let cut_off = facts(Phase::Leading, false).readiness();
+        let facts = |phase, outage| Facts { phase, state: "", waiting: None, blocked: false, outage, progressed: now };
+        assert!(facts(Phase::Leading, None).readiness().ok);
+        assert!(facts(Phase::StandingBy, None).readiness().ok);
+        assert!(facts(Phase::Paused, None).readiness().ok);
+        assert!(!facts(Phase::Connecting, None).readiness().ok);
+        let cut_off = facts(Phase::Leading, Some("")).readiness();
         assert_eq!(cut_off, Health { ok: false, text: "leading; not connected to NATS".into() });
     }
 }

@@ -46,6 +46,8 @@ pub(crate) struct Connection {
     pub(crate) client: Client,
     losses: watch::Receiver<u64>,
     complaint: watch::Receiver<Option<(Instant, String)>>,
+    /// Why the last tries to connect failed.
+    refusal: watch::Receiver<Option<String>>,
 }
 
 impl Connection {
@@ -74,6 +76,11 @@ impl Connection {
         self.client.connection_state() == State::Connected
     }
 
+    /// Why the connection does not stand, as far as that is known; none when it does.
+    pub(crate) fn outage(&self) -> Option<String> {
+        (!self.is_up()).then(|| self.refusal.borrow().clone().unwrap_or_default())
+    }
+
     /// Returns when the connection stands, at once if it does.
     pub(crate) async fn connected(&self) {
         while !self.is_up() {
@@ -93,6 +100,7 @@ impl fmt::Debug for Connection {
 pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str) -> Result<Connection, Error> {
     let (lost, losses) = watch::channel(0_u64);
     let (complain, complaint) = watch::channel(None);
+    let (refuse, refusal) = watch::channel(None);
     let (options, servers) = access::options(config)?;
     let inbox_prefix = access::inbox_prefix(config)?.unwrap_or(inbox_prefix);
     let options = options.name(name).custom_inbox_prefix(inbox_prefix).event_callback(move |event| {
@@ -121,24 +129,28 @@ pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str)
         }
     });
     // Asked before each round of tries. None: the client chooses by itself.
-    let options = options.reconnect_to_server_callback(|servers, _| {
-        tell_failures(&servers);
+    let options = options.reconnect_to_server_callback(move |servers, _| {
+        refuse.send_replace(tell_failures(&servers));
         std::future::ready(None)
     });
     let client = options.connect(servers).await.map_err(|error| {
         let hint = access::hint(&error.to_string());
         Error::with_source(ErrorKind::Broker, format!("cannot connect to NATS (NATS_URL or --nats-url){hint}"), error)
     })?;
-    Ok(Connection { client, losses, complaint })
+    Ok(Connection { client, losses, complaint, refusal })
 }
 
-/// Says why the last tries to connect failed, which the client's events do not.
-fn tell_failures(servers: &[Server]) {
+/// Says why the last tries to connect failed, which the client's events do not. Returns the last of it.
+fn tell_failures(servers: &[Server]) -> Option<String> {
+    let mut last = None;
     for Server { addr, last_error, .. } in servers {
         if let Some(error) = last_error {
-            tracing::warn!(server = %addr.as_url_str(), error = format!("{error}{}", access::hint(error)), "cannot connect to nats");
+            let error = format!("{error}{}", access::hint(error));
+            tracing::warn!(server = %addr.as_url_str(), error, "cannot connect to nats");
+            last = Some(error);
         }
     }
+    last
 }
 
 /// Reads the settings, without connecting.

@@ -88,14 +88,14 @@ impl Monitor {
 
     fn with_facts<T>(&self, judge: impl FnOnce(&Facts<'_>) -> T) -> T {
         let waiting = self.samples.borrow().as_ref().map(|sample| sample.backlog.events);
-        let nats = self.nats.borrow().as_ref().is_some_and(Connection::is_up);
+        let outage = self.nats.borrow().as_ref().map_or_else(|| Some(String::new()), Connection::outage);
         let position = self.position.borrow();
         judge(&Facts {
             phase: position.phase,
             state: &position.state,
             waiting,
             blocked: false,
-            nats,
+            outage: outage.as_deref(),
             progressed: position.progressed,
         })
     }

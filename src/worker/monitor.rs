@@ -136,9 +136,10 @@ pub struct SubscriberReport {
 impl Monitor {
     /// Everything that is known of the worker now.
     pub fn report(&self) -> WorkerReport {
-        let nats = self.nats();
+        let outage = self.outage();
         let progress = self.subscribers.borrow().clone();
-        let subscribers: Vec<_> = progress.iter().map(|progress| self.subscriber(progress, nats)).collect();
+        let subscribers: Vec<_> =
+            progress.iter().map(|progress| self.subscriber(progress, outage.as_deref())).collect();
         WorkerReport {
             holder: self.holder.clone(),
             version: env!("CARGO_PKG_VERSION"),
@@ -147,8 +148,8 @@ impl Monitor {
         }
     }
 
-    fn subscriber(&self, progress: &Progress, nats: bool) -> SubscriberReport {
-        let health = progress.health(nats, self.patience, Instant::now());
+    fn subscriber(&self, progress: &Progress, outage: Option<&str>) -> SubscriberReport {
+        let health = progress.health(outage, self.patience, Instant::now());
         let (position, sample) = (progress.position(), progress.sample());
         SubscriberReport {
             name: progress.subscriber.clone(),
@@ -168,19 +169,19 @@ impl Monitor {
         }
     }
 
-    fn nats(&self) -> bool {
-        self.nats.borrow().as_ref().is_some_and(Connection::is_up)
+    fn outage(&self) -> Option<String> {
+        self.nats.borrow().as_ref().map_or_else(|| Some(String::new()), Connection::outage)
     }
 
     /// One line per subscriber, those that are not well first.
-    fn all(&self, judge: impl Fn(&Progress, bool) -> Health) -> Health {
-        let nats = self.nats();
+    fn all(&self, judge: impl Fn(&Progress, Option<&str>) -> Health) -> Health {
+        let outage = self.outage();
         let progress = self.subscribers.borrow();
         if progress.is_empty() {
             return Health { ok: false, text: "starting".into() };
         }
         let judged = progress.iter().map(|progress| {
-            let Health { ok, text } = judge(progress, nats);
+            let Health { ok, text } = judge(progress, outage.as_deref());
             (ok, format!("{}: {text}", progress.subscriber))
         });
         let mut lines: Vec<(bool, String)> = judged.collect();
@@ -193,7 +194,7 @@ impl Monitor {
 impl Check for Monitor {
     fn health(&self) -> Health {
         let now = Instant::now();
-        self.all(|progress, nats| progress.health(nats, self.patience, now))
+        self.all(|progress, outage| progress.health(outage, self.patience, now))
     }
 
     fn readiness(&self) -> Health {

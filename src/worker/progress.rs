@@ -207,19 +207,19 @@ impl Progress {
     }
 
     /// Whether it gets on with its work.
-    pub(super) fn health(&self, nats: bool, patience: Duration, now: Instant) -> Health {
+    pub(super) fn health(&self, outage: Option<&str>, patience: Duration, now: Instant) -> Health {
         let position = self.position();
         // A handler that is within its time limit is not stuck.
         let more = if position.load.lanes > 0 && !position.is_troubled() { self.time_limit } else { Duration::ZERO };
-        self.with_facts(&position, nats, |facts| facts.health(patience + more, now))
+        self.with_facts(&position, outage, |facts| facts.health(patience + more, now))
     }
 
     /// Whether it has what it needs to work.
-    pub(super) fn readiness(&self, nats: bool) -> Health {
-        self.with_facts(&self.position(), nats, |facts| facts.readiness())
+    pub(super) fn readiness(&self, outage: Option<&str>) -> Health {
+        self.with_facts(&self.position(), outage, |facts| facts.readiness())
     }
 
-    fn with_facts<T>(&self, position: &Position, nats: bool, judge: impl FnOnce(&Facts<'_>) -> T) -> T {
+    fn with_facts<T>(&self, position: &Position, outage: Option<&str>, judge: impl FnOnce(&Facts<'_>) -> T) -> T {
         let sample = self.sample();
         let runnable = position.load.runnable() as u64;
         let waiting =
@@ -237,7 +237,7 @@ impl Progress {
             state: &state,
             waiting,
             blocked: position.is_troubled(),
-            nats,
+            outage,
             progressed: position.progressed,
         })
     }

@@ -12,7 +12,7 @@ use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions
 use sqlx::{AssertSqlSafe, PgPool};
 
 use super::live::{Live, start};
-use super::support::{Authority, Directory, RelayProcess, SOON, Writers};
+use super::support::{Authority, Directory, RelayProcess, SOON, Writers, free_address, get};
 
 /// How long the first certificate is good.
 const SHORT: Duration = Duration::from_secs(6);
@@ -20,36 +20,50 @@ const SHORT: Duration = Duration::from_secs(6);
 /// Relay and worker, whose words are listened to.
 struct Clients<'a> {
     live: &'a Live,
-    heard: [usize; 2],
-    _processes: [RelayProcess; 2],
+    clients: [Client; 2],
 }
 
-const NAMES: [&str; 2] = ["relay", "worker"];
+struct Client {
+    name: &'static str,
+    /// Where it tells about itself.
+    address: String,
+    /// How much of its log was there when it was listened to.
+    heard: usize,
+    _process: RelayProcess,
+}
 
 impl<'a> Clients<'a> {
     fn start(live: &'a Live, settings: impl Fn(&mut Command, &str)) -> Self {
-        let processes = NAMES.map(|name| {
+        let clients = ["relay", "worker"].map(|name| {
+            let address = free_address();
             let mut command = if name == "relay" { live.relay(name) } else { live.worker(name) };
+            command.env("AFTERCOMMIT_HTTP", &address).env("AFTERCOMMIT_UNHEALTHY_AFTER", "1s");
             settings(&mut command, name);
-            start(command)
+            Client { name, address, heard: 0, _process: start(command) }
         });
-        Self { live, heard: [0, 0], _processes: processes }
+        Self { live, clients }
     }
 
     /// From here on.
     fn listen(&mut self) {
-        self.heard = NAMES.map(|name| self.live.log(name).len());
+        for client in &mut self.clients {
+            client.heard = self.live.log(client.name).len();
+        }
     }
 
-    /// Waits until those say all of that since they were listened to.
-    async fn say(&self, who: &[&str], words: &[&str]) {
-        for (name, heard) in NAMES.into_iter().zip(self.heard).filter(|(name, _)| who.contains(name)) {
-            let said = async || {
-                let log = self.live.log(name).split_off(heard);
-                log.lines().any(|line| words.iter().all(|word| line.contains(word)))
-            };
+    /// Waits until both say all of that since they were listened to, in their logs and when asked for their health.
+    async fn say(&self, words: &[&str]) {
+        let all = |text: &str| words.iter().all(|word| text.contains(word));
+        for Client { name, address, heard, .. } in &self.clients {
+            let said = async || self.live.log(name).split_off(*heard).lines().any(all);
             let waited = eventually(SOON, "the refusal is told", said).await;
-            assert!(waited.is_ok(), "{name} does not say {words:?}:\n{}", self.live.log(name).split_off(heard));
+            assert!(waited.is_ok(), "{name} does not say {words:?}:\n{}", self.live.log(name).split_off(*heard));
+            let mut last = None;
+            let waited = eventually(SOON, "the health names it", async || {
+                last = get(address, "/healthz").await;
+                last.as_ref().is_some_and(|(status, text)| *status == 503 && all(text))
+            });
+            assert!(waited.await.is_ok(), "{name} does not say {words:?}: {last:?}");
         }
     }
 
@@ -119,7 +133,7 @@ async fn certificates_of_nats_run_out_and_are_replaced_under_all() {
     live.goes_on(&writers, 20).await;
     clients.listen();
     server.nats.restart().await.unwrap();
-    clients.say(&NAMES, &["expired", "NATS_CA"]).await;
+    clients.say(&["expired", "NATS_CA"]).await;
     clients.are_stuck(&writers).await;
     server.certificate(old.issue("server"));
     server.reload();
@@ -129,7 +143,7 @@ async fn certificates_of_nats_run_out_and_are_replaced_under_all() {
     server.certificate(new.issue("server"));
     clients.listen();
     server.nats.restart().await.unwrap();
-    clients.say(&NAMES, &["peer certificate", "NATS_CA"]).await;
+    clients.say(&["peer certificate", "NATS_CA"]).await;
     clients.are_stuck(&writers).await;
     std::fs::write(&ca, &new.certificate).unwrap();
     live.goes_on(&writers, 20).await;
@@ -138,7 +152,7 @@ async fn certificates_of_nats_run_out_and_are_replaced_under_all() {
     server.with_tls(false);
     clients.listen();
     server.nats.restart().await.unwrap();
-    clients.say(&NAMES, &["demand", "TLS"]).await;
+    clients.say(&["demand", "TLS"]).await;
     clients.are_stuck(&writers).await;
     server.with_tls(true);
     server.nats.restart().await.unwrap();
@@ -210,7 +224,7 @@ async fn certificates_of_postgresql_run_out_and_are_replaced_under_all() {
     tokio::time::sleep_until(runs_out.into()).await;
     clients.listen();
     cut_off(&pool).await;
-    clients.say(&NAMES, &["expired", "sslrootcert"]).await;
+    clients.say(&["expired", "sslrootcert"]).await;
     clients.are_stuck(&writers).await;
     certify(&postgres, &pool, old.issue("server")).await;
     live.goes_on(&writers, 20).await;
@@ -218,7 +232,7 @@ async fn certificates_of_postgresql_run_out_and_are_replaced_under_all() {
     certify(&postgres, &pool, new.issue("server")).await;
     clients.listen();
     cut_off(&pool).await;
-    clients.say(&NAMES, &["peer certificate", "sslrootcert"]).await;
+    clients.say(&["peer certificate", "sslrootcert"]).await;
     clients.are_stuck(&writers).await;
     std::fs::write(&ca, &new.certificate).unwrap();
     live.goes_on(&writers, 20).await;
@@ -226,7 +240,7 @@ async fn certificates_of_postgresql_run_out_and_are_replaced_under_all() {
     tls(&pool, false).await;
     clients.listen();
     cut_off(&pool).await;
-    clients.say(&NAMES, &["demand", "TLS"]).await;
+    clients.say(&["demand", "TLS"]).await;
     clients.are_stuck(&writers).await;
     tls(&pool, true).await;
     live.goes_on(&writers, 20).await;

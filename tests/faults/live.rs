@@ -35,7 +35,8 @@ const FILE: &str = "
     name = 'books'
     sql.function = 'see'
     types = ['*']
-    concurrency = 3";
+    concurrency = 3
+    backoff = { first = '50ms', max = '200ms' }";
 
 pub struct Live {
     pub outbox: Outbox,

@@ -51,6 +51,8 @@ const MARGIN: u64 = 1000;
 const NAMED: u64 = 1000;
 /// Differences between the clocks of the two servers.
 const CLOCKS: Duration = Duration::from_mins(10);
+/// How many messages are looked at for one of ours, in a stream that has others.
+const NEAR: usize = 100;
 /// How long a run on demand waits for a relay that does not publish.
 const IDLE_RELAY: Duration = Duration::from_secs(10);
 /// How often it looks.
@@ -332,16 +334,33 @@ impl Leg<'_> {
         }
     }
 
-    /// Of the beginning, leaves out the part of the stream that is older than the outbox.
+    /// Of the beginning, leaves out the part of the stream that is older than the outbox. Their clocks may differ by days, so
+    /// what is left out has to end with an event that comes before the first row; else everything is read.
     async fn skip_old(&mut self, first: Place) -> Result<Place, Error> {
         if first.seq >= 0 {
             return Ok(first);
         }
         let horizon = self.ask(async |session| compare::horizon(session).await).await?;
-        let Some((_, written)) = horizon.first else { return Ok(first) };
+        let Some((id, written)) = horizon.first else { return Ok(first) };
         let Extent { first: begin, last, .. } = self.stream.extent().await?;
-        let sequence = self.history.since(begin, last, written - CLOCKS).await?;
-        Ok(Place { sequence: sequence.saturating_sub(1), ..first })
+        let sequence = self.history.since(begin, last, written - CLOCKS).await?.saturating_sub(1);
+        match self.last_event(begin, sequence).await? {
+            Some(last) if last < id => Ok(Place { sequence, ..first }),
+            _ => Ok(first),
+        }
+    }
+
+    /// The outbox id of our last event in this part of the stream, if it is near its end.
+    async fn last_event(&self, begin: u64, end: u64) -> Result<Option<i64>, Error> {
+        for sequence in (begin..=end).rev().take(NEAR) {
+            if let Some(message) = self.history.one(sequence).await?
+                && let Ok(event) = stored::event(&message)
+                && event.source == self.leg.naming.source
+            {
+                return Ok(Some(event.sequence));
+            }
+        }
+        Ok(None)
     }
 
     /// Checks that the stream is the one that the log speaks of, and not shorter. If not, the leading relay finds that
