@@ -112,6 +112,12 @@ impl Cli {
     }
 }
 
+/// What a relay with these arguments would be.
+#[cfg(feature = "testing")]
+pub(crate) fn config_of(arguments: &[&str]) -> Option<RelayConfig> {
+    Cli::try_parse_from([NAME].iter().chain(arguments)).ok()?.config().ok()
+}
+
 impl Cli {
     fn reconciler(&self, config: &RelayConfig) -> Option<Runner> {
         let (interval, mode) = self.reconcile.schedule()?;

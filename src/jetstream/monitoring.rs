@@ -74,7 +74,7 @@ struct JetStreamConfig {
     sync_interval: u64,
 }
 
-fn parse(answer: &str, server: &str) -> Option<Sync> {
+pub(crate) fn parse(answer: &str, server: &str) -> Option<Sync> {
     let (head, body) = answer.split_once("\r\n\r\n")?;
     if head.split(' ').nth(1) != Some("200") {
         return None;

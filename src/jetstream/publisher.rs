@@ -291,7 +291,7 @@ struct ReplyError {
 }
 
 /// Reads a publish acknowledgement as the JetStream wire API (ADR-1) defines it.
-fn read(payload: &[u8]) -> Answer {
+pub(crate) fn read(payload: &[u8]) -> Answer {
     match serde_json::from_slice::<Reply>(payload) {
         Ok(Reply { error: Some(error), .. }) => {
             Answer::Refused { code: error.err_code, description: error.description }

@@ -20,7 +20,7 @@ pub const MAX_HEADERS_BYTES: usize = 16_384;
 pub const MAX_CONTENT_TYPE_BYTES: usize = 128;
 
 /// Takes an event that can be published, with its id and the trace context, or says which field stands in the way.
-pub(super) fn admit(event: RawEvent) -> Result<NewEvent, PublishError> {
+pub(crate) fn admit(event: RawEvent) -> Result<NewEvent, PublishError> {
     match admit_fields(event) {
         Ok(event) => Ok(event),
         Err((event_type, problem)) => Err(PublishError::invalid(&event_type, problem)),

@@ -109,6 +109,8 @@ use sqlx::PgTransaction;
 use crate::event::{Event, EventId};
 use crate::postgres::outbox::NewEvent;
 
+#[cfg(all(feature = "testing", feature = "cli"))]
+pub(crate) use check::admit;
 pub(crate) use check::headers_are_legal;
 pub use check::{MAX_CONTENT_TYPE_BYTES, MAX_HEADERS_BYTES, MAX_KEY_BYTES, MAX_PAYLOAD_BYTES};
 pub use error::{PublishError, PublishErrorKind};

@@ -56,7 +56,7 @@ use crate::error::{Error, ErrorKind, causes, on_one_line};
 use session::Session;
 
 /// Reads the URL. The password stays out of the error.
-fn options(config: &PostgresConfig, application: &str) -> Result<PgConnectOptions, Error> {
+pub(crate) fn options(config: &PostgresConfig, application: &str) -> Result<PgConnectOptions, Error> {
     if config.url.is_empty() {
         return Err(Error::new(
             ErrorKind::Config,

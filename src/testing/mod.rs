@@ -17,6 +17,9 @@
 pub mod coverage;
 mod drain;
 mod environment;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod parsers;
 mod pending;
 mod run_twice;
 #[cfg(unix)]

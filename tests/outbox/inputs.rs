@@ -8,6 +8,19 @@ use proptest::prelude::*;
 
 const ID: &str = "ce-id: 01a1fbb7-bafe-75ab-a111-dc3a330bc524\nce-type: a.b\nce-source: /shop";
 
+/// Each fuzz target and its check.
+const CHECKS: &[(&str, fn(&[u8]))] = &[
+    ("command_line", checks::command_line),
+    ("event", checks::event),
+    ("message", checks::message),
+    ("outbox_answer", checks::outbox_answer),
+    ("question", checks::question),
+    ("server_answer", checks::server_answer),
+    ("subject", checks::subject),
+    ("url", checks::url),
+    ("worker_toml", checks::worker_toml),
+];
+
 /// Headers that matter somewhere, with values that do or do not.
 fn lines() -> impl Strategy<Value = String> {
     const NAMES: &[&str] = &[
@@ -41,9 +54,7 @@ fn lines() -> impl Strategy<Value = String> {
 proptest! {
     #[test]
     fn any_bytes_are_a_message_or_none(input in vec(any::<u8>(), 0..400)) {
-        checks::message(&input);
-        checks::subject(&input);
-        checks::worker_toml(&input);
+        CHECKS.iter().for_each(|(_, check)| check(&input));
     }
 
     #[test]
@@ -66,4 +77,16 @@ fn a_deeply_nested_payload_stays_json() {
 #[test]
 fn a_header_does_not_pass_for_the_key_of_an_event_without_one() {
     checks::message(format!("{ID}\nPartition-Key: somebody\n\n{{}}").as_bytes());
+}
+
+#[test]
+fn the_fuzz_targets_begin_with_values_that_pass() {
+    let fuzz = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
+    let targets = std::fs::read_dir(fuzz.join("fuzz_targets")).unwrap().count();
+    assert_eq!(targets, CHECKS.len());
+    for (target, check) in CHECKS {
+        for seed in std::fs::read_dir(fuzz.join("seeds").join(target)).unwrap() {
+            check(&std::fs::read(seed.unwrap().path()).unwrap());
+        }
+    }
 }
