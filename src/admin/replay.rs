@@ -136,7 +136,7 @@ pub async fn replay(
     // When older messages than wanted are there, the outbox has nothing to add.
     if !replay.stream_only && first == extent.first && extent.first > 1 {
         let mut outbox = match &replay.outbox {
-            None => Outbox::Relay(OutboxClient::new(&nats, &spec.stream)),
+            None => Outbox::Relay(Box::new(OutboxClient::new(&nats, &spec.stream))),
             Some((postgres, naming)) => Outbox::Database(Library::open(postgres, naming).await.map_err(at_the_outbox)?),
         };
         work.outbox(&mut outbox, extent, to).await?;
@@ -147,7 +147,7 @@ pub async fn replay(
 
 /// Who tells of the outbox.
 enum Outbox {
-    Relay(OutboxClient),
+    Relay(Box<OutboxClient>),
     Database(Library),
 }
 
