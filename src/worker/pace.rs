@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 /// For so long handlers may run in one transaction, so that those of other events wait for no longer.
 const TARGET: Duration = Duration::from_millis(100);
+/// For so long at most where the transaction itself takes long: it may just have waited for a lock.
+const LONGEST: Duration = Duration::from_secs(1);
 /// How much one batch moves the averages.
 const WEIGHT: u32 = 8;
 
@@ -73,7 +75,7 @@ impl Pace {
     /// As many events as handlers get done in the time that is meant for them. That is no less than what the transaction
     /// takes besides: where the database is far away or busy, a smaller batch would mostly wait for its own statements.
     pub(super) fn fit(&self) -> usize {
-        let fit = TARGET.max(self.rest).as_nanos() / self.event.as_nanos().max(1);
+        let fit = self.rest.clamp(TARGET, LONGEST).as_nanos() / self.event.as_nanos().max(1);
         usize::try_from(fit).unwrap_or(usize::MAX).max(1)
     }
 }
@@ -110,6 +112,8 @@ mod tests {
         assert_eq!(settles_at(ms(800), |_| ms(200)), 100);
         // A statement for each.
         assert_eq!(settles_at(ms(800), |events| ms(200) * events), 4);
+        // It waits for a lock.
+        assert_eq!(settles_at(ms(60_000), |events| ms(200) * events), 5);
     }
 
     #[test]

@@ -285,7 +285,7 @@ async fn two_instances_that_both_believe_to_be_active_run_a_redriven_event_once(
     };
     work.run_two_at_once(subscriber, async || rows_left(&work).await == 0).await;
     work.assert_in_order(&KEYS, 60).await;
-    assert!(work.dead_letters().await.is_empty() && work.attempts().await.is_empty());
+    assert_eq!((work.dead_letters().await, work.attempts().await), (vec![], vec![]));
 }
 
 #[tokio::test(flavor = "multi_thread")]
