@@ -78,7 +78,7 @@ pub fn event(input: &[u8]) {
     for (name, value) in head.split('\n').skip(3).filter_map(|line| line.split_once(": ")) {
         raw = raw.header(name, value);
     }
-    let Ok((event, subject, headers)) = parsers::message(raw) else { return };
+    let Ok((event, (subject, headers))) = parsers::message(raw) else { return };
     assert_eq!(subject, format!("events.{}", event.event_type));
     assert!(headers.iter().all(|(name, _)| name.bytes().all(|b| b.is_ascii_graphic() && b != b':')), "{headers:?}");
     assert!(headers.iter().all(|(_, value)| value.bytes().all(|b| (b' '..=b'~').contains(&b))), "{headers:?}");
