@@ -96,7 +96,7 @@ impl Envelope {
     pub(crate) fn attributes_of_kind(&self) -> [(&'static str, Cow<'_, str>); 5] {
         [
             (CE_SPECVERSION, "1.0".into()),
-            (CE_TYPE, self.event_type.as_str().into()),
+            (CE_TYPE, encode(&self.event_type)),
             (CE_SOURCE, encode(&self.source)),
             (CE_DATACONTENTTYPE, encode(&self.content_type)),
             (CE_DATAVERSION, self.version.to_string().into()),
@@ -303,6 +303,19 @@ mod tests {
         }
         let back = Envelope::from_headers(headers.iter().map(|(n, v)| (n.as_ref(), v.as_ref())), event.payload.clone());
         assert_eq!(back, Ok(event));
+    }
+
+    /// Types of ours are plain tokens; those of foreign producers may be anything.
+    #[test]
+    fn a_foreign_type_is_written_as_it_was_read() {
+        let foreign =
+            [(CE_ID, "01a1fbb7-bafe-75ab-a111-dc3a330bc524"), (CE_TYPE, "a%2541 %0A\u{1}"), (CE_SOURCE, "/s")];
+        let event = Envelope::from_headers(foreign.into_iter(), Bytes::new()).unwrap();
+        assert_eq!(event.event_type, "a%41 \n\u{1}");
+        let headers = event.to_headers();
+        assert!(headers.iter().all(|(_, value)| value.bytes().all(|b| (b' '..=b'~').contains(&b))), "{headers:?}");
+        let back = Envelope::from_headers(headers.iter().map(|(n, v)| (n.as_ref(), v.as_ref())), Bytes::new());
+        assert_eq!(back.unwrap().event_type, event.event_type);
     }
 
     #[test]

@@ -81,11 +81,14 @@ pub fn nats_urls(urls: &str) -> Result<(), Error> {
     crate::jetstream::check(&NatsConfig { url: urls.into(), ..NatsConfig::default() })
 }
 
-/// The message that the relay would publish, of an event that a publisher may write: the event, its subject and headers.
+/// A message: its subject and its headers.
+pub type Message = (String, Vec<(String, String)>);
+
+/// The message that the relay would publish of an event that a publisher may write, and the event.
 ///
 /// # Errors
 /// When it may not be written.
-pub fn message(event: RawEvent) -> Result<(Envelope, String, Vec<(String, String)>), PublishError> {
+pub fn message(event: RawEvent) -> Result<(Envelope, Message), PublishError> {
     let NewEvent { event_id, event_type, version, key, headers, payload, content_type } = outbox::admit(event)?;
     let event = Envelope {
         id: event_id.into(),
@@ -102,7 +105,7 @@ pub fn message(event: RawEvent) -> Result<(Envelope, String, Vec<(String, String
     let (subject, headers, _) = publisher::Messages::new(SubjectPrefix::default()).message(&event).into_parts();
     let all = headers.iter().flat_map(|(name, values)| values.iter().map(move |value| (name, value)));
     let all = all.map(|(name, value)| (name.to_string(), value.as_str().to_string())).collect();
-    Ok((event, subject.to_string(), all))
+    Ok((event, (subject.to_string(), all)))
 }
 
 /// Reads a relay's command line, without the program's name.

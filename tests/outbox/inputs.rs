@@ -8,8 +8,10 @@ use proptest::prelude::*;
 
 const ID: &str = "ce-id: 01a1fbb7-bafe-75ab-a111-dc3a330bc524\nce-type: a.b\nce-source: /shop";
 
+type Check = fn(&[u8]);
+
 /// Each fuzz target and its check.
-const CHECKS: &[(&str, fn(&[u8]))] = &[
+const CHECKS: &[(&str, Check)] = &[
     ("command_line", checks::command_line),
     ("event", checks::event),
     ("message", checks::message),
