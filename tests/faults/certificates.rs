@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
-use sqlx::{AssertSqlSafe, PgPool};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
 
 use super::live::{Live, start};
 use super::support::{Authority, Directory, RelayProcess, SOON, Writers, free_address, get};
@@ -167,7 +167,7 @@ async fn certificates_of_nats_run_out_and_are_replaced_under_all() {
 }
 
 /// Gives the server a certificate, which counts from the next connection on.
-async fn certify(postgres: &Postgres, pool: &PgPool, (certificate, key): (String, String)) {
+async fn certify(postgres: &Postgres, pool: &PgPool, (certificate, key): (String, String), trusted: &Path) {
     let data = postgres.data_directory();
     let owner = std::fs::metadata(&data).unwrap();
     for (name, text) in [("server.crt", certificate), ("server.key", key)] {
@@ -178,6 +178,10 @@ async fn certify(postgres: &Postgres, pool: &PgPool, (certificate, key): (String
         chown(&path, Some(owner.uid()), Some(owner.gid())).unwrap();
     }
     tls(pool, true).await;
+    // The server reads its files some time after it was told to.
+    let url = secured(&postgres.url("postgres"), trusted);
+    let counts = async || PgConnection::connect(&url).await.is_ok();
+    eventually(SOON, "the certificate counts", counts).await.unwrap();
 }
 
 /// Lets the server offer TLS, or not.
@@ -212,7 +216,7 @@ async fn certificates_of_postgresql_run_out_and_are_replaced_under_all() {
     let live = Live::new(outbox, books, Nats::shared().await.unwrap().url()).await;
     let pool = PgPool::connect(&postgres.url("postgres")).await.unwrap();
     let ca = live.files.write("ca.crt", &old.certificate);
-    certify(&postgres, &pool, old.issue_for("server", SHORT)).await;
+    certify(&postgres, &pool, old.issue_for("server", SHORT), &ca).await;
     let runs_out = Instant::now() + SHORT + Duration::from_secs(1);
     let mut clients = Clients::start(&live, |command, name| {
         let url = if name == "relay" { &live.outbox.postgres.url } else { &live.database.url };
@@ -226,10 +230,11 @@ async fn certificates_of_postgresql_run_out_and_are_replaced_under_all() {
     cut_off(&pool).await;
     clients.say(&["expired", "sslrootcert"]).await;
     clients.are_stuck(&writers).await;
-    certify(&postgres, &pool, old.issue("server")).await;
+    certify(&postgres, &pool, old.issue("server"), &ca).await;
     live.goes_on(&writers, 20).await;
 
-    certify(&postgres, &pool, new.issue("server")).await;
+    let trusted = live.files.write("new-ca.crt", &new.certificate);
+    certify(&postgres, &pool, new.issue("server"), &trusted).await;
     clients.listen();
     cut_off(&pool).await;
     clients.say(&["peer certificate", "sslrootcert"]).await;
@@ -238,6 +243,9 @@ async fn certificates_of_postgresql_run_out_and_are_replaced_under_all() {
     live.goes_on(&writers, 20).await;
 
     tls(&pool, false).await;
+    let url = secured(&postgres.url("postgres"), &ca);
+    let refused = async || PgConnection::connect(&url).await.is_err();
+    eventually(SOON, "the server has no TLS", refused).await.unwrap();
     clients.listen();
     cut_off(&pool).await;
     clients.say(&["demand", "TLS"]).await;

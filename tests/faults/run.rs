@@ -143,7 +143,8 @@ async fn drain(system: &System, plan: &Plan) -> Option<f64> {
         if is_drained(system).await.unwrap_or(false) {
             return Some(started.elapsed().as_secs_f64());
         }
-        let now = sqlx::query_scalar("select count(*) from effect").fetch_one(&system.subscriber).await.unwrap_or(effects);
+        let now =
+            sqlx::query_scalar("select count(*) from effect").fetch_one(&system.subscriber).await.unwrap_or(effects);
         if now != effects {
             (effects, progress) = (now, Instant::now());
         }
