@@ -51,11 +51,12 @@ impl<'a> Clients<'a> {
         }
     }
 
-    /// Waits until both say all of that since they were listened to, in their logs and when asked for their health.
+    /// Waits until both have said the first of that in their logs since they were listened to, and say all of it when asked
+    /// for their health.
     async fn say(&self, words: &[&str]) {
         let all = |text: &str| words.iter().all(|word| text.contains(word));
         for Client { name, address, heard, .. } in &self.clients {
-            let said = async || self.live.log(name).split_off(*heard).lines().any(all);
+            let said = async || self.live.log(name).split_off(*heard).contains(words[0]);
             let waited = eventually(SOON, "the refusal is told", said).await;
             assert!(waited.is_ok(), "{name} does not say {words:?}:\n{}", self.live.log(name).split_off(*heard));
             let mut last = None;
@@ -125,7 +126,7 @@ async fn certificates_of_nats_run_out_and_are_replaced_under_all() {
     server.nats.restart().await.unwrap();
     let url = server.nats.url().replace("nats://", "tls://");
     let mut clients = Clients::start(&live, |command, _| _ = command.env("NATS_URL", &url).env("NATS_CA", &ca));
-    let writers = live.write().await;
+    let writers = Writers::start(&live.outbox.pool, 1, 6).await;
     live.goes_on(&writers, 20).await;
 
     // Who is connected stays so; who comes back is refused until there is a new one.
@@ -152,7 +153,7 @@ async fn certificates_of_nats_run_out_and_are_replaced_under_all() {
     server.with_tls(false);
     clients.listen();
     server.nats.restart().await.unwrap();
-    clients.say(&["demand", "TLS"]).await;
+    clients.say(&["TLS", "demand"]).await;
     clients.are_stuck(&writers).await;
     server.with_tls(true);
     server.nats.restart().await.unwrap();
@@ -222,7 +223,7 @@ async fn certificates_of_postgresql_run_out_and_are_replaced_under_all() {
         let url = if name == "relay" { &live.outbox.postgres.url } else { &live.database.url };
         command.env("DATABASE_URL", secured(url, &ca));
     });
-    let writers = live.write().await;
+    let writers = Writers::start(&live.outbox.pool, 1, 6).await;
     live.goes_on(&writers, 20).await;
 
     tokio::time::sleep_until(runs_out.into()).await;
@@ -248,7 +249,7 @@ async fn certificates_of_postgresql_run_out_and_are_replaced_under_all() {
     eventually(SOON, "the server has no TLS", refused).await.unwrap();
     clients.listen();
     cut_off(&pool).await;
-    clients.say(&["demand", "TLS"]).await;
+    clients.say(&["TLS", "demand"]).await;
     clients.are_stuck(&writers).await;
     tls(&pool, true).await;
     live.goes_on(&writers, 20).await;
