@@ -75,8 +75,12 @@ pub(crate) async fn insert(tx: &mut Tx<'_>, marker: Marker<'_>, events: &[Row]) 
             on conflict do nothing
             returning event_id),
          unmarked as (
-            delete from aftercommit.running where subscriber = $1 and epoch = $6 and lane = $7)
-         select fresh.event_id, attempt.attempts, false
+            delete from aftercommit.running where subscriber = $1 and epoch = $6 and lane = $7
+            returning lane)
+         select fresh.event_id,
+                -- Without the marker a successor has just counted crashes, which this statement cannot see.
+                coalesce(attempt.attempts, case when not exists (select from unmarked) then 0 end),
+                false
            from fresh left join aftercommit.attempt on attempt.subscriber = $1 and attempt.event_id = fresh.event_id
          union all
          select event_id, null, true from event where held",
