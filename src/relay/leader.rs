@@ -61,6 +61,8 @@ pub(super) struct Leader<'a> {
     pub(super) under_way: Option<UnderWay>,
     /// In a shared stream: the outbox id up to which the open window is known to be stored.
     pub(super) stored_up_to: i64,
+    /// Where the stream ended when that was learnt.
+    pub(super) stored_end: u64,
     /// What was found in the stream behind the base.
     pub(super) found: Found,
     /// When the stream was created; none until it was looked at.
@@ -186,7 +188,7 @@ impl Leader<'_> {
         self.method.window_opened();
         self.exceptions.found = Arc::default();
         self.found = Found::default();
-        self.stored_up_to = 0;
+        (self.stored_up_to, self.stored_end) = (0, 0);
         self.unfinished = true;
         Ok(())
     }
@@ -304,6 +306,7 @@ impl Leader<'_> {
             let pump = Pump { publisher, under_way, setting: setting.clone(), watch: self.method.watch() };
             let (pumped, stored_up_to) = pump.run(&mut chunks, &mut waiting).await?;
             self.stored_up_to = self.stored_up_to.max(stored_up_to);
+            self.stored_end = under_way.sequence();
             if let Some(pumped) = pumped {
                 return Ok(pumped);
             }

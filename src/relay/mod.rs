@@ -311,6 +311,7 @@ impl Relay {
                 unfinished: true,
                 under_way: None,
                 stored_up_to: 0,
+                stored_end: 0,
                 found: Found::default(),
                 stream_created: None,
                 exceptions: Exceptions::default(),

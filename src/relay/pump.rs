@@ -68,7 +68,7 @@ pub(super) struct Pump<'a> {
 impl Pump<'_> {
     /// Publishes what comes. It returns how it ended; nothing when the server has turned out to be slow, and what is left
     /// in `waiting` and `chunks` is to go another way. Beside that it returns an outbox id up to which everything of the
-    /// window is stored, for a stream where that cannot be read from its end; 0 when nothing is known.
+    /// window is stored, for a stream with other writers, where that cannot be read from its end; 0 when nothing is known.
     pub(super) async fn run(
         mut self,
         chunks: &mut mpsc::Receiver<Result<Vec<Prepared>, Error>>,
@@ -77,8 +77,7 @@ impl Pump<'_> {
         let mut sending = None;
         let pumped = self.drain(chunks, waiting, &mut sending).await?;
         let next = waiting.front().map(|prepared: &Prepared| prepared.event.outbox_id);
-        let first = [self.under_way.first_outbox_id(), sending, next].into_iter().flatten().min();
-        Ok((pumped, first.map_or(0, |first| first - 1)))
+        Ok((pumped, self.under_way.stored_up_to(sending.into_iter().chain(next))))
     }
 
     async fn drain(

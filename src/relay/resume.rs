@@ -48,6 +48,10 @@ impl Leader<'_> {
         self.still_leading().await?;
         self.stream_created = Some(stream.created);
         self.rewind_if_lost(stream).await?;
+        if stream.last < self.stored_end {
+            // What was acknowledged is gone again.
+            (self.stored_up_to, self.stored_end) = (0, 0);
+        }
         let after = match self.state.scattered {
             true => self.catch_up(stream).await?,
             false => match self.place(stream).await? {
@@ -171,7 +175,7 @@ impl Leader<'_> {
         self.exceptions.found = ids;
         collected?;
         self.load_parked().await?;
-        // In a shared stream the window is gone through from here; what was found is left out.
+        // The window is gone through from here; what was found is left out.
         Ok(self.stored_up_to)
     }
 

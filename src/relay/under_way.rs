@@ -33,11 +33,12 @@ impl UnderWay {
         }
     }
 
-    /// The lowest outbox id under way, where events can overtake each other.
-    pub(super) fn first_outbox_id(&self) -> Option<i64> {
+    /// The outbox id up to which everything is stored, when the events of `next` were not sent. 0 when only the stream
+    /// can tell, because what is under way may be stored or lost.
+    pub(super) fn stored_up_to(&self, next: impl Iterator<Item = i64>) -> i64 {
         match self {
-            Self::Chained(_) => None,
-            Self::Keyed(keyed) => keyed.first_outbox_id(),
+            Self::Chained(_) => 0,
+            Self::Keyed(keyed) => keyed.first_outbox_id().into_iter().chain(next).min().map_or(0, |first| first - 1),
         }
     }
 

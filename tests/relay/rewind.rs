@@ -3,8 +3,9 @@
 
 use std::time::Duration;
 
-use crate::support::{Copy, Outbox, SOON, Writers};
+use crate::support::{Copy, Outbox, RunningRelay, SOON, Writers};
 use aftercommit::admin;
+use aftercommit::relay::RelayConfig;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
 use async_nats::jetstream::stream::Config;
@@ -184,6 +185,29 @@ async fn the_stream_is_recreated_under_a_busy_relay() {
         eventually(SOON, "the relay publishes again", async || outbox.stored().await > 0).await.unwrap();
     }
     writers.stop().await;
+    complete(&outbox).await;
+    relay.stop().await.unwrap();
+}
+
+/// While everything is published again, the stream refuses a part of what is under way. What was under way behind that is
+/// not stored either, though events behind it wait to be sent.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_under_way_when_the_new_stream_refused_it_is_published_all_the_same() {
+    let outbox = shared().await;
+    let config_of_relay = || RelayConfig { max_under_way: 20, ..outbox.relay_config() };
+    let relay = RunningRelay::start(config_of_relay());
+    write(&outbox, 60).await;
+    complete(&outbox).await;
+    relay.stop().await.unwrap();
+    let js = outbox.js().await;
+    js.delete_stream(&outbox.naming.stream).await.unwrap();
+    admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+    let room = config(&outbox).await;
+    js.update_stream(Config { max_messages: 10, ..room.clone() }).await.unwrap();
+    let relay = RunningRelay::start(config_of_relay());
+    eventually(SOON, "the stream is full", async || outbox.stored().await == 10).await.unwrap();
+    write(&outbox, 10).await;
+    js.update_stream(room).await.unwrap();
     complete(&outbox).await;
     relay.stop().await.unwrap();
 }
