@@ -226,6 +226,14 @@ impl Work {
         sqlx::query_scalar("select attempts from aftercommit.attempt").fetch_all(&self.outbox.pool).await.unwrap()
     }
 
+    /// That no event was given up, and nothing is on record about one.
+    pub async fn assert_nothing_failed(&self) {
+        let text =
+            "select format('%s attempts, %s crashes: %s', attempts, crashes, last_error) from aftercommit.attempt";
+        let attempts: Vec<String> = sqlx::query_scalar(text).fetch_all(&self.outbox.pool).await.unwrap();
+        assert_eq!((self.dead_letters().await, attempts), (vec![], vec![]));
+    }
+
     /// Dead letters: number, attempts, reason.
     pub async fn dead_letters(&self) -> Vec<(i64, i32, String)> {
         sqlx::query_as(

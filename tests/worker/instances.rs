@@ -162,7 +162,7 @@ async fn a_consumer_deleted_paused_and_made_anew_under_load_changes_nothing() {
     }
     work.assert_in_order(&KEYS, 200).await;
     assert_eq!(work.count().await, 6 * 200);
-    assert!(work.dead_letters().await.is_empty() && work.attempts().await.is_empty());
+    work.assert_nothing_failed().await;
 }
 
 /// Sleeps past the ack wait, and counts its runs.

@@ -52,7 +52,7 @@ async fn a_pause_under_load_and_a_resume_lose_nothing_and_keep_the_order() {
     work.wait_for(410).await;
     work.assert_in_order(&KEYS, 100).await;
     work.assert_in_order(&["e"], 10).await;
-    assert_eq!((work.attempts().await, work.dead_letters().await), (vec![], vec![]));
+    work.assert_nothing_failed().await;
     work.wait_until_acked("receipts").await;
     worker.stop().await;
 }

@@ -122,7 +122,7 @@ async fn a_redriven_event_takes_effect_once_at_its_subscriber_and_nats_has_no_pa
             .await
             .unwrap();
     assert_eq!(inbox, ("handled".into(), 1), "the place in the stream is kept");
-    assert!(work.dead_letters().await.is_empty() && work.attempts().await.is_empty());
+    work.assert_nothing_failed().await;
     assert_eq!(work.outbox.stored().await, 1);
     assert_eq!(work.consumer("back").await.cached_info().delivered.consumer_sequence, before);
     worker.stop().await;
@@ -285,7 +285,7 @@ async fn two_instances_that_both_believe_to_be_active_run_a_redriven_event_once(
     };
     work.run_two_at_once(subscriber, async || rows_left(&work).await == 0).await;
     work.assert_in_order(&KEYS, 60).await;
-    assert_eq!((work.dead_letters().await, work.attempts().await), (vec![], vec![]));
+    work.assert_nothing_failed().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
