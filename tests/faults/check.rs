@@ -133,9 +133,11 @@ pub fn check(history: &[Entry], subscribers: &[(&str, bool)]) -> Verdict {
 
 fn gather(history: &[Entry]) -> Facts<'_> {
     let mut facts = Facts::default();
+    let (mut known, mut purged) = (Vec::new(), Vec::new());
     for Entry { what, .. } in history {
         match what {
             What::Wrote { tx, event, fate, oversize, .. } => {
+                known.push(*event);
                 facts.fates.insert(*event, (fate, *oversize));
                 facts.written.insert(*event, *tx);
                 facts.counts.written += 1;
@@ -160,6 +162,7 @@ fn gather(history: &[Entry]) -> Facts<'_> {
                 facts.counts.removed += 1;
                 facts.removed.insert(*event);
             }
+            What::Purged => purged.append(&mut known),
             What::Kept { event, key, version, digest } => {
                 let place = facts.kept.len();
                 facts.kept.insert(*event, Kept { place, key: key.as_deref(), version: *version, digest });
@@ -183,6 +186,7 @@ fn gather(history: &[Entry]) -> Facts<'_> {
     facts.counts.stored = facts.stored.len();
     let distinct: HashSet<Uuid> = facts.stored.iter().map(|(_, event, _)| *event).collect();
     facts.counts.repeated = facts.counts.stored - distinct.len();
+    facts.removed.extend(purged.into_iter().filter(|event| !distinct.contains(event)));
     facts
 }
 

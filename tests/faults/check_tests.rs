@@ -81,6 +81,9 @@ fn a_lost_event_is_found_wherever_it_was_lost() {
     let not_stored = |what: &What| matches!(what, What::Stored { .. }) && what.event() == Some(id(2));
     assert_eq!(changed(not_stored, []), lost(2), "on the way into the stream");
     assert_eq!(changed(not_stored, [What::Removed { event: id(2) }]), [], "unless somebody removed it");
+    assert_eq!(changed(not_stored, [What::Purged]), [], "or purged the stream");
+    let before = [What::Purged].into_iter().chain(good().into_iter().filter(|what| !not_stored(what)));
+    assert_eq!(found(before.collect()), lost(2), "but not before it was written");
     let not_outboxed =
         |what: &What| matches!(what, What::Outboxed { .. } | What::Stored { .. }) && what.event() == Some(id(2));
     assert_eq!(changed(not_outboxed, [])[0], lost(2)[0], "beside the business row");

@@ -197,14 +197,16 @@ async fn remove(system: &System, step: Step) -> Option<()> {
         }
         return Some(());
     }
-    // What comes in between stays. The server would take "up to message 0" for everything.
+    // The server would take "up to message 0" for everything.
     if state.last_sequence == 0 {
         return None;
     }
     for (_, event, _) in stored(system).await? {
         system.journal.write(What::Removed { event });
     }
-    stream.purge().sequence(state.last_sequence + 1).await.ok().map(drop)
+    _ = stream.purge().sequence(state.last_sequence + 1).await;
+    system.journal.write(What::Purged);
+    Some(())
 }
 
 /// Removes the stream and makes it anew. A server may be away meanwhile, and an answer may be lost.

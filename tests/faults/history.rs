@@ -78,6 +78,8 @@ pub enum What {
     Removed {
         event: Uuid,
     },
+    /// Somebody purged the stream: whatever was written before may be gone from it.
+    Purged,
     /// At the end: the row that the service wrote with the event.
     Kept {
         event: Uuid,
