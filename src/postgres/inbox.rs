@@ -54,6 +54,9 @@ pub(crate) struct Entered {
     pub(crate) fresh: Vec<(Uuid, Option<i32>)>,
     /// Those that may not run yet, because events of their key that were sent back wait.
     pub(crate) held: Vec<Uuid>,
+    /// All but those, when a successor has taken the marker: it has just counted a crash for those that were not done, and
+    /// they are now.
+    pub(crate) suspected: Vec<Uuid>,
 }
 
 /// Writes the inbox rows of `events` and removes the marker, both valid with the commit. Waits for another transaction
@@ -77,13 +80,12 @@ pub(crate) async fn insert(tx: &mut Tx<'_>, marker: Marker<'_>, events: &[Row]) 
          unmarked as (
             delete from aftercommit.running where subscriber = $1 and epoch = $6 and lane = $7
             returning lane)
-         select fresh.event_id,
-                -- Without the marker a successor has just counted crashes, which this statement cannot see.
-                coalesce(attempt.attempts, case when not exists (select from unmarked) then 0 end),
-                false
+         select fresh.event_id, attempt.attempts, false, false
            from fresh left join aftercommit.attempt on attempt.subscriber = $1 and attempt.event_id = fresh.event_id
          union all
-         select event_id, null, true from event where held",
+         select event_id, null, true, false from event where held
+         union all
+         select event_id, null, false, true from event where not held and not exists (select from unmarked)",
     )
     .bind(marker.subscriber)
     .bind(events.iter().map(|event| event.event_id).collect::<Vec<_>>())
@@ -96,9 +98,10 @@ pub(crate) async fn insert(tx: &mut Tx<'_>, marker: Marker<'_>, events: &[Row]) 
     .await?;
     let mut entered = Entered::default();
     for row in &rows {
-        match row.try_get(2)? {
-            true => entered.held.push(row.try_get(0)?),
-            false => entered.fresh.push((row.try_get(0)?, row.try_get(1)?)),
+        match (row.try_get(2)?, row.try_get(3)?) {
+            (_, true) => entered.suspected.push(row.try_get(0)?),
+            (true, _) => entered.held.push(row.try_get(0)?),
+            (false, _) => entered.fresh.push((row.try_get(0)?, row.try_get(1)?)),
         }
     }
     Ok(entered)

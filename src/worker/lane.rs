@@ -242,7 +242,7 @@ impl Lane {
     async fn fill(&self, tx: &mut Tx<'_>, group: &[&Queued], took: &mut Took) -> Result<Vec<Uuid>, Trouble> {
         let entered = self.own_or_conflict(self.enter(tx, group)).await;
         // Nothing of the events has run yet, so none of them is to blame.
-        let Entered { fresh, held } = entered.map_err(|trouble| match trouble {
+        let Entered { fresh, held, suspected } = entered.map_err(|trouble| match trouble {
             Trouble::Failed { at, error } if timed_out(&error) => Trouble::Interrupted { at, error },
             Trouble::Failed { error, .. } => Trouble::Outage(describe(&error)),
             other => other,
@@ -257,7 +257,8 @@ impl Lane {
             queued.fresh.store(failures.is_some(), Ordering::Relaxed);
             queued.failures.store(failures.copied().flatten().map_or(0, i32::unsigned_abs), Ordering::Relaxed);
         }
-        let on_record: Vec<Uuid> = fresh.iter().filter(|(_, record)| record.is_some()).map(|(id, _)| *id).collect();
+        let on_record = fresh.iter().filter(|(_, record)| record.is_some()).map(|(id, _)| *id);
+        let on_record: Vec<Uuid> = on_record.chain(suspected).collect();
         match &self.subscriber.work {
             Work::Function { function, .. } => {
                 // `remove`, because one event may be in the stream twice.
