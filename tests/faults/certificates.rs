@@ -200,10 +200,23 @@ async fn tls(pool: &PgPool, on: bool) {
     .unwrap();
 }
 
-/// Ends the sessions of relay and worker, so that they come back.
-async fn cut_off(pool: &PgPool) {
-    let end = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'aftercommit-%'";
-    sqlx::query(end).execute(pool).await.unwrap();
+impl Clients<'_> {
+    /// Ends the sessions of relay and worker until they say why they do not come back.
+    async fn are_refused(&mut self, pool: &PgPool, words: &[&str]) {
+        self.listen();
+        let end = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'aftercommit-%'";
+        // A session that was just being made is not seen at first.
+        let cut_off = async {
+            loop {
+                sqlx::query(end).execute(pool).await.unwrap();
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        tokio::select! {
+            () = self.say(words) => {}
+            () = cut_off => {}
+        }
+    }
 }
 
 fn secured(url: &str, ca: &Path) -> String {
@@ -228,18 +241,14 @@ async fn certificates_of_postgresql_run_out_and_are_replaced_under_all() {
     live.goes_on(&writers, 20).await;
 
     tokio::time::sleep_until(runs_out.into()).await;
-    clients.listen();
-    cut_off(&pool).await;
-    clients.say(&["expired", "sslrootcert"]).await;
+    clients.are_refused(&pool, &["expired", "sslrootcert"]).await;
     clients.are_stuck(&writers).await;
     certify(&postgres, &pool, old.issue("server"), &ca).await;
     live.goes_on(&writers, 20).await;
 
     let trusted = live.files.write("new-ca.crt", &new.certificate);
     certify(&postgres, &pool, new.issue("server"), &trusted).await;
-    clients.listen();
-    cut_off(&pool).await;
-    clients.say(&["peer certificate", "sslrootcert"]).await;
+    clients.are_refused(&pool, &["peer certificate", "sslrootcert"]).await;
     clients.are_stuck(&writers).await;
     std::fs::write(&ca, &new.certificate).unwrap();
     live.goes_on(&writers, 20).await;
@@ -248,9 +257,7 @@ async fn certificates_of_postgresql_run_out_and_are_replaced_under_all() {
     let url = secured(&postgres.url("postgres"), &ca);
     let refused = async || PgConnection::connect(&url).await.is_err();
     eventually(SOON, "the server has no TLS", refused).await.unwrap();
-    clients.listen();
-    cut_off(&pool).await;
-    clients.say(&["TLS", "demand"]).await;
+    clients.are_refused(&pool, &["TLS", "demand"]).await;
     clients.are_stuck(&writers).await;
     tls(&pool, true).await;
     live.goes_on(&writers, 20).await;
