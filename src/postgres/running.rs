@@ -68,7 +68,8 @@ pub(crate) async fn clear_all(connection: &mut Session, tenure: &Tenure, subscri
 
 /// Takes over what earlier tenures left behind: counts a crash for each event that was running when they ended and that
 /// is not done. Returns all events of the subscriber that have such a count. Markers that are locked stay for the next
-/// time: their transaction is still open, because its process is frozen or its end has not been noticed yet.
+/// time: their transaction is still open, because its process is frozen or its end has not been noticed yet. Their events
+/// may be committed any moment, so no other marker counts for those either.
 pub(crate) async fn take_over(
     connection: &mut Session,
     tenure: &Tenure,
@@ -86,7 +87,11 @@ pub(crate) async fn take_over(
          suspect as (
             select distinct ran.event_id from taken, unnest(events) as ran(event_id)
              where not exists (select from aftercommit.inbox as done
-                                where done.subscriber = $1 and done.event_id = ran.event_id)),
+                                where done.subscriber = $1 and done.event_id = ran.event_id)
+               and not exists (select from aftercommit.running as open
+                                where open.subscriber = $1 and open.epoch < $2 and ran.event_id = any (open.events)
+                                  and not exists (select from behind
+                                                   where behind.epoch = open.epoch and behind.lane = open.lane))),
          counted as (
             insert into aftercommit.attempt as attempt (subscriber, event_id, crashes, last_error)
             select $1, event_id, 1, 'the worker''s process died while this event ran' from suspect order by event_id
