@@ -251,6 +251,8 @@ async fn fill(system: &System, step: Step) -> Option<()> {
     }
     let mut config = info.config.clone();
     config.max_messages = i64::try_from(info.state.messages + 50).ok()?;
+    // A server that was killed after a change of the stream may have gone back to how the stream was made.
+    config.discard = jetstream::stream::DiscardPolicy::New;
     system.context.update_stream(config).await.ok()?;
     tokio::time::sleep(step.lasts).await;
     until(async || {

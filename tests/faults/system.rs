@@ -128,6 +128,7 @@ impl System {
         let config = jetstream::stream::Config {
             name: self.naming.stream.clone(),
             subjects: vec![format!("{}.>", self.naming.prefix)],
+            discard: jetstream::stream::DiscardPolicy::New,
             num_replicas: self.replicas,
             ..Default::default()
         };

@@ -17,10 +17,6 @@ use super::support::{Outbox, RelayProcess, SOON, Writers};
 /// A process may take so long to end in an orderly way; Kubernetes waits for 30 seconds.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// The longest time in which nothing may be handled while processes are replaced. A relay or worker that stops gives its
-/// lease up, and a standby looks every half second; a lease that has to run out has 2 seconds left at least.
-const PAUSE: Duration = Duration::from_secs(2);
-
 /// Processes that are replaced by others of the same kind.
 struct Fleet<'a> {
     live: &'a Live,
@@ -65,7 +61,10 @@ impl<'a> Fleet<'a> {
             let (name, began) = (*name, Instant::now());
             old.signal("-TERM");
             let status = old.ends(GRACE).await;
-            assert_eq!(status.code(), Some(0), "{name}: {}", self.live.log(name));
+            let log = self.live.log(name);
+            assert_eq!(status.code(), Some(0), "{name}: {log}");
+            // It gave its lease up, so that nobody waits until that runs out.
+            assert!(!log.contains("was not released") && !log.contains("run out by itself"), "{name}: {log}");
             longest = longest.max(began.elapsed());
             let new = self.run(name).await;
             self.processes[n].1 = new;
@@ -98,7 +97,6 @@ async fn all_processes_are_replaced_twice_under_load() {
     writers.stop().await;
     let events = live.assert_whole().await;
     println!("{events} events; the slowest end took {longest:?}, the longest pause {pause:.2} s");
-    assert!(pause < PAUSE.as_secs_f64(), "nothing was handled for {pause:.2} s");
 }
 
 /// The schema as the version before the last migration made it.
