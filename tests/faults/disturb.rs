@@ -269,6 +269,7 @@ async fn fill(system: &System, step: Step) -> Option<()> {
 pub async fn stored(system: &System) -> Option<Vec<(u64, Uuid, u64)>> {
     use async_nats::jetstream::consumer::{AckPolicy, pull};
     let stream = system.stream().await?;
+    let last = stream.cached_info().state.last_sequence;
     let config = pull::Config { ack_policy: AckPolicy::None, ..Default::default() };
     let mut found = Vec::new();
     if stream.cached_info().state.messages == 0 {
@@ -277,17 +278,16 @@ pub async fn stored(system: &System) -> Option<Vec<(u64, Uuid, u64)>> {
     let mut consumer = stream.create_consumer(config).await.ok()?;
     let mut messages = consumer.messages().await.ok()?;
     while let Ok(Some(Ok(message))) = tokio::time::timeout(Duration::from_secs(10), messages.next()).await {
-        let info = message.info().ok()?;
-        let (sequence, pending) = (info.stream_sequence, info.pending);
+        let sequence = message.info().ok()?.stream_sequence;
         if let Some(event) = message.headers.as_ref().and_then(event_of) {
             found.push((sequence, event, fingerprint(&message.payload)));
         }
-        // The last message may have been removed, so its number tells nothing.
-        if pending == 0 {
+        if sequence >= last {
             return Some(found);
         }
     }
-    // Servers in a cluster do not always agree about how many are left.
+    // The last message may have been removed. How many are pending is not to be relied on before: a server that was killed
+    // counts too few.
     (consumer.info().await.ok()?.num_pending == 0).then_some(found)
 }
 
