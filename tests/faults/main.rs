@@ -135,7 +135,6 @@ async fn each_mechanism_that_is_taken_away_is_missed() {
         ("ack after commit", &workers[..1], 2, Invariant::NothingLost),
         ("inbox", &workers[..], 2, Invariant::OneEffect),
         ("order of keys", &[][..], 2, Invariant::KeyOrder),
-        ("chain", &relays[..], 2, Invariant::NothingLost),
         ("stragglers", &["transaction-held"][..], 2, Invariant::NothingLost),
         ("barrier", &["publisher-postgres-killed"][..], 5, Invariant::NoGhost),
     ];

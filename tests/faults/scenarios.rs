@@ -9,6 +9,7 @@ use aftercommit::admin;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
 use aftercommit::testing::{eventually, unique_name};
 use aftercommit::worker::Subscriber;
+use async_nats::jetstream::stream;
 use sqlx::{AssertSqlSafe, PgPool};
 
 use super::plan::Plan;
@@ -218,4 +219,41 @@ async fn a_standby_that_lacks_commits_is_promoted() {
     drop(relay);
     let log = std::fs::read_to_string(&log).unwrap();
     assert!(ghosts.iter().any(|id| log.contains(id.as_str())), "none of {} ghosts is named: {log}", ghosts.len());
+}
+
+/// Many events are under way, and the stream has no room for a large one among them. Returns which events are not in the
+/// stream when there is room again.
+async fn refused_amid_others(broken: &str, stored_beside_it: u64) -> Vec<String> {
+    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    let outbox = Outbox::new(database, Nats::shared().await.unwrap().url()).await;
+    let js = outbox.js().await;
+    let room = js.get_stream(&outbox.naming.stream).await.unwrap().cached_info().config.clone();
+    js.update_stream(stream::Config { max_bytes: 20_000, ..room.clone() }).await.unwrap();
+    let write = "select aftercommit.publish('some', to_jsonb(repeat('x', case n when 6 then 30000 else 1 end)))
+                   from generate_series(1, 26) n";
+    sqlx::raw_sql(write).execute(&outbox.pool).await.unwrap();
+    let mut command = outbox.relay_command();
+    let _relay = RelayProcess(command.env("AFTERCOMMIT_BROKEN", broken).env("RUST_LOG", "off").spawn().unwrap());
+    eventually(SOON, "what fits is stored", async || outbox.stored().await == stored_beside_it).await.unwrap();
+    js.update_stream(room).await.unwrap();
+    outbox.publish("last", "{}", None).await;
+    let mut missing = Vec::new();
+    eventually(SOON, "the last event is stored", async || {
+        let stored: Vec<String> =
+            outbox.messages().await.into_iter().map(|message| message.headers["ce-id"].clone()).collect();
+        let committed = outbox.committed().await;
+        let last = stored.contains(committed.last().unwrap());
+        missing = committed.into_iter().filter(|id| !stored.contains(id)).collect();
+        last
+    })
+    .await
+    .unwrap();
+    missing
+}
+
+/// The schedules seldom meet the moment that shows what the chain is for.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_chain_is_missed_when_one_of_many_events_is_refused() {
+    assert_eq!(refused_amid_others("", 5).await, Vec::<String>::new());
+    assert_eq!(refused_amid_others("chain", 25).await.len(), 1, "without it the refused event is overtaken and lost");
 }
