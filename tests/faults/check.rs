@@ -178,7 +178,7 @@ fn gather(history: &[Entry]) -> Facts<'_> {
             What::Dead { subscriber, event, reason } => _ = facts.dead.insert((subscriber, *event), reason),
             What::Drained { seconds } => facts.drained = *seconds,
             What::Unwell { who, says } => facts.unwell.push(format!("{who} is not well: {says}")),
-            What::Healed { .. } | What::Note { .. } => {}
+            What::Healed { .. } | What::NatsRestarted | What::Note { .. } => {}
         }
     }
     facts.counts.dead = facts.dead.len();
@@ -186,7 +186,7 @@ fn gather(history: &[Entry]) -> Facts<'_> {
     facts.counts.stored = facts.stored.len();
     let distinct: HashSet<Uuid> = facts.stored.iter().map(|(_, event, _)| *event).collect();
     facts.counts.repeated = facts.counts.stored - distinct.len();
-    facts.removed.extend(purged.into_iter().filter(|event| !distinct.contains(event)));
+    facts.removed.extend(purged);
     facts
 }
 

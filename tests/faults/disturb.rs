@@ -123,6 +123,15 @@ async fn kill_nats(system: &System, which: &[usize], pause: Duration) {
         .for_each(Result::unwrap);
 }
 
+/// One server after the other, in an orderly way.
+pub async fn restart_nats(system: &System) {
+    for nats in &system.nats {
+        let mut nats = nats.lock().await;
+        nats.stop().await.unwrap();
+        nats.restart().await.unwrap();
+    }
+}
+
 /// The number of the server that leads the stream.
 async fn leader(system: &System) -> Option<usize> {
     let leader = system.stream().await?.cached_info().cluster.clone()?.leader?;

@@ -78,7 +78,8 @@ pub enum What {
     Removed {
         event: Uuid,
     },
-    /// Somebody purged the stream: whatever was written before may be gone from it.
+    /// Somebody purged the stream: whatever was written before may be gone from it, for good or until a server that was
+    /// killed at that moment finds it again.
     Purged,
     /// At the end: the row that the service wrote with the event.
     Kept {
@@ -121,6 +122,8 @@ pub enum What {
     Drained {
         seconds: Option<f64>,
     },
+    /// Nothing went on after everything was healed, so all NATS servers were started again.
+    NatsRestarted,
     /// At the end: somebody was not well.
     Unwell {
         who: String,

@@ -9,7 +9,7 @@ use sqlx::AssertSqlSafe;
 use uuid::Uuid;
 
 use super::check::{Verdict, check, story};
-use super::disturb::{disturb, fingerprint, stored};
+use super::disturb::{disturb, fingerprint, restart_nats, stored};
 use super::history::{self, What};
 use super::plan::{CONTROL, Plan};
 use super::subscribers;
@@ -28,6 +28,8 @@ pub struct Outcome {
     /// The first violation with its story.
     pub story: Option<String>,
     pub drained: Option<f64>,
+    /// Whether the NATS servers had to be restarted for that.
+    pub restarted: bool,
     /// Journals and logs; they are removed when all is well.
     pub directory: PathBuf,
 }
@@ -41,7 +43,7 @@ impl fmt::Display for Outcome {
         write!(
             f,
             "seed {} | R{} | {:.1} min | {} faults | {} events written | {} commits, {} rollbacks, {} unknown | \
-             {} messages ({} repeated, {} removed) | {} effects, {} dead, {} parked | drained in {} | {} violations",
+             {} messages ({} repeated, {} removed) | {} effects, {} dead, {} parked | drained in {}{} | {} violations",
             self.seed,
             self.replicas,
             self.played.as_secs_f64() / 60.0,
@@ -57,6 +59,7 @@ impl fmt::Display for Outcome {
             counts.dead,
             counts.parked,
             self.drained.map_or("never".into(), |seconds| format!("{seconds:.1} s")),
+            if self.restarted { " after a restart of NATS" } else { "" },
             self.verdict.violations.len(),
         )
     }
@@ -117,6 +120,7 @@ pub async fn run(plan: Plan) -> Outcome {
         verdict,
         story,
         drained,
+        restarted: history.iter().any(|entry| entry.what == What::NatsRestarted),
         directory,
     }
 }
@@ -137,7 +141,7 @@ async fn supervise(system: &System, over: bool) {
 /// Waits until every event that is in the ledger has come to every subscriber, and nothing is left to be acked.
 async fn drain(system: &System, plan: &Plan) -> Option<f64> {
     let started = Instant::now();
-    let (mut effects, mut progress) = (-1_i64, Instant::now());
+    let (mut effects, mut progress, mut restarted) = (-1_i64, Instant::now(), false);
     // How much there is to do depends on the machine, so only standing still counts.
     while started.elapsed() < BOUND && progress.elapsed() < plan.patience {
         if is_drained(system).await.unwrap_or(false) {
@@ -147,6 +151,13 @@ async fn drain(system: &System, plan: &Plan) -> Option<f64> {
             sqlx::query_scalar("select count(*) from effect").fetch_one(&system.subscriber).await.unwrap_or(effects);
         if now != effects {
             (effects, progress) = (now, Instant::now());
+        } else if !restarted && progress.elapsed() > plan.patience / 2 && system.replicas > 1 {
+            // Now and then servers of a cluster that were killed do not come to read their stream again by themselves.
+            restarted = true;
+            system
+                .journal
+                .write(What::Note { text: "nothing went on, so the operator restarts the NATS servers".into() });
+            restart_nats(system).await;
         }
         tokio::time::sleep(Duration::from_millis(250)).await;
     }
