@@ -232,7 +232,7 @@ async fn sql_functions_are_subscribers_too() {
 async fn a_worker_that_runs_the_subscriber_is_told() {
     let pool = pool().await;
     sqlx::query(
-        "insert into aftercommit.lease values ('subscriber:numbers', 'a worker', 1, now() + interval '1 hour')",
+        "insert into aftercommit.lease values ('subscriber:numbers', 'a worker', 1, now() + interval '30 seconds')",
     )
     .execute(&pool)
     .await
