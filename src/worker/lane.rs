@@ -319,8 +319,9 @@ impl Lane {
     ) -> Result<(), HandlerError> {
         let started = Instant::now();
         let result = span::told(run).await;
-        self.progress.handled(started.elapsed());
-        took.handled(events, started.elapsed());
+        let time = started.elapsed();
+        self.progress.handled(time);
+        took.handled(events, time);
         result
     }
 

@@ -12,7 +12,7 @@ use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
 
 use super::live::{Live, start};
-use super::support::{Authority, Directory, RelayProcess, SOON, Writers, free_address, get};
+use super::support::{Authority, Directory, RelayProcess, SOON, Writers, complains, free_address};
 
 /// How long the first certificate is good.
 const SHORT: Duration = Duration::from_secs(6);
@@ -54,18 +54,12 @@ impl<'a> Clients<'a> {
     /// Waits until the relay has said the first of that in its log since it was listened to, and both say all of it when
     /// asked for their health.
     async fn say(&self, words: &[&str]) {
-        let all = |text: &str| words.iter().all(|word| text.contains(word));
         for Client { name, address, heard, .. } in &self.clients {
             // The worker logs the first trouble of an outage only, which may be that it was cut off.
             let said = async || *name == "worker" || self.live.log(name).split_off(*heard).contains(words[0]);
             let waited = eventually(SOON, "the refusal is told", said).await;
             assert!(waited.is_ok(), "{name} does not say {words:?}:\n{}", self.live.log(name).split_off(*heard));
-            let mut last = None;
-            let waited = eventually(SOON, "the health names it", async || {
-                last = get(address, "/healthz").await;
-                last.as_ref().is_some_and(|(status, text)| *status == 503 && all(text))
-            });
-            assert!(waited.await.is_ok(), "{name} does not say {words:?}: {last:?}");
+            complains(address, words).await;
         }
     }
 
@@ -74,9 +68,10 @@ impl<'a> Clients<'a> {
         let seen = async || {
             sqlx::query_scalar::<_, i64>("select count(*) from seen").fetch_one(&self.live.books).await.unwrap()
         };
-        let before = seen().await;
+        let (before, heard) = (seen().await, self.live.log("relay").len());
         writers.more(20).await;
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        let tried = async || self.live.log("relay").len() > heard;
+        eventually(SOON, "the relay has tried again and was refused", tried).await.unwrap();
         assert_eq!(seen().await, before, "nothing comes through");
     }
 }

@@ -21,7 +21,7 @@ use super::support::{Directory, SOON, Scenario, Writers};
 const TAKEN_OVER: Duration = Duration::from_secs(15);
 
 /// Where packages put the library that shows a process another time.
-fn library() -> Option<PathBuf> {
+fn faketime() -> Option<PathBuf> {
     let mut places = vec![PathBuf::from("/usr/lib"), PathBuf::from("/usr/lib64"), PathBuf::from("/usr/local/lib")];
     places.extend(std::fs::read_dir("/usr/lib").into_iter().flatten().flatten().map(|entry| entry.path()));
     let found = places.into_iter().map(|place| place.join("faketime/libfaketimeMT.so.1")).find(|file| file.is_file());
@@ -33,13 +33,13 @@ fn library() -> Option<PathBuf> {
 
 /// A process's clock.
 struct Clock {
-    library: PathBuf,
+    faketime: PathBuf,
     file: PathBuf,
 }
 
 impl Clock {
-    fn new(library: &Path, files: &Directory, name: &str, days: i32) -> Self {
-        let clock = Self { library: library.into(), file: files.path().join(name) };
+    fn new(faketime: &Path, files: &Directory, name: &str, days: i32) -> Self {
+        let clock = Self { faketime: faketime.into(), file: files.path().join(name) };
         clock.set(days);
         clock
     }
@@ -55,7 +55,7 @@ impl Clock {
     /// The time since the start of the machine stays as it is.
     fn give(&self, mut command: Command) -> Command {
         command
-            .env("LD_PRELOAD", &self.library)
+            .env("LD_PRELOAD", &self.faketime)
             .env("FAKETIME_TIMESTAMP_FILE", &self.file)
             .env("FAKETIME_NO_CACHE", "1")
             .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
@@ -130,9 +130,9 @@ const FLAKY: &str = "
 
 #[tokio::test(flavor = "multi_thread")]
 async fn clocks_that_jump_by_days_lose_nothing_and_hold_nobody_up() {
-    let Some(library) = library() else { return };
+    let Some(faketime) = faketime() else { return };
     let files = Directory::new();
-    let clock = |name: &str, days| Clock::new(&library, &files, name, days);
+    let clock = |name: &str, days| Clock::new(&faketime, &files, name, days);
     let (publishers, subscribers) = (clock("publishers", 0), clock("subscribers", 0));
     let (first, second) = tokio::join!(Database::new(&publishers), Database::new(&subscribers));
     let (outbox, books) =
@@ -228,7 +228,16 @@ async fn a_lease_that_is_held_stays_where_it_is() {
     let writers = live.write().await;
     live.goes_on(&writers, 20).await;
     let before = (live.leads(true).await, live.leads(false).await);
-    tokio::time::sleep(Duration::from_secs(5)).await;
+    for pool in [&live.outbox.pool, &live.books] {
+        // For longer than it would last by itself.
+        let ends = "select max(expires_at) from aftercommit.lease";
+        let end: DateTime<Utc> = sqlx::query_scalar(ends).fetch_one(pool).await.unwrap();
+        eventually(SOON, "the lease is prolonged", async || {
+            sqlx::query_scalar::<_, DateTime<Utc>>(ends).fetch_one(pool).await.unwrap() > end + TimeDelta::seconds(5)
+        })
+        .await
+        .unwrap();
+    }
     live.goes_on(&writers, 20).await;
     assert_eq!((live.leads(true).await, live.leads(false).await), before);
     writers.stop().await;

@@ -16,8 +16,8 @@ use chrono::Utc;
 use sqlx::{AssertSqlSafe, PgPool};
 use tokio_util::sync::CancellationToken;
 
-use super::scenarios::{complaint, publish, relay};
-use super::support::{Outbox, Record, RunningRelay, SOON, Scenario, Work, Writers, get, metric};
+use super::scenarios::{publish, relay};
+use super::support::{Outbox, Record, RunningRelay, SOON, Scenario, Work, Writers, complains, get, metric};
 
 /// A small disk, which is there until it is dropped.
 struct Disk {
@@ -123,7 +123,7 @@ async fn interruptions(outbox: &Outbox, address: &str, class: &str) -> f64 {
 
 /// The relay named `words` as the cause, in health and in its log, and the class of the metric is that of a lack of room.
 async fn assert_cause_named(outbox: &Outbox, address: &str, log: &Path, words: &[&str]) {
-    complaint(address, words).await;
+    complains(address, words).await;
     let log = std::fs::read_to_string(log).unwrap();
     assert!(log.lines().any(|line| words.iter().all(|word| line.contains(word))), "{words:?} are not in: {log}");
     assert!(!log.contains("another writer"), "{log}");
@@ -252,11 +252,13 @@ async fn a_full_disk_under_postgresql_fails_writers_and_costs_no_attempt() {
         sqlx::query_scalar("select count(*) from aftercommit.outbox").fetch_one(&work.outbox.pool).await.unwrap();
     // Those that still had room in pages that were there already are whole transactions.
     assert_eq!(written % 200, 0, "nothing of a refused transaction is there");
+    let refusals = || std::fs::read_to_string(postgres.log()).unwrap().matches("No space left").count();
+    let before = refusals();
     for n in 21..=400 {
         work.send("a", n).await;
     }
-    // The worker, too, comes to where it cannot write.
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    // Nobody else writes any more.
+    eventually(SOON, "the worker, too, comes to where it cannot write", async || refusals() > before).await.unwrap();
     std::fs::remove_file(ballast).unwrap();
     work.wait_for(420).await;
     work.assert_in_order(&["a"], 400).await;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use aftercommit::admin::{relay, worker};
+use aftercommit::testing::eventually;
 use async_nats::jetstream;
 use async_nats::jetstream::ErrorCode;
 use async_nats::jetstream::context::GetStreamErrorKind;
@@ -18,6 +19,8 @@ use super::subscribers;
 use super::support::Way;
 use super::system::System;
 
+/// Other faults are over after that, whatever the machine does besides.
+const HEALED: Duration = Duration::from_secs(600);
 /// Who pauses.
 const OPERATOR: &str = "the test";
 
@@ -71,13 +74,14 @@ pub async fn disturb(system: &System, step: Step) {
         Kind::RelayPaused => {
             _ = relay::pause(&system.publisher_config, OPERATOR, None).await;
             tokio::time::sleep(step.lasts).await;
-            until(async || relay::resume(&system.publisher_config, OPERATOR).await.is_ok()).await;
+            until("the relay is resumed", async || relay::resume(&system.publisher_config, OPERATOR).await.is_ok())
+                .await;
         }
         Kind::WorkerPaused => {
             let (config, which) = (&system.subscriber_config, || worker::Which::All);
             _ = worker::pause(config, which(), OPERATOR, None).await;
             tokio::time::sleep(step.lasts).await;
-            until(async || worker::resume(config, which(), OPERATOR).await.is_ok()).await;
+            until("the workers are resumed", async || worker::resume(config, which(), OPERATOR).await.is_ok()).await;
         }
         Kind::ConsumerDeleted | Kind::ConsumerPaused => consumer(system, step).await,
         Kind::MessageRepeated => _ = repeat(system, step).await,
@@ -92,11 +96,9 @@ fn some(parts: &[Part], step: Step) -> &Part {
     &parts[step.target % parts.len()]
 }
 
-/// Servers may be away meanwhile.
-async fn until(mut done: impl AsyncFnMut() -> bool) {
-    while !done().await {
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+/// Waits for what cannot be done while servers are away.
+async fn until(what: &str, done: impl AsyncFnMut() -> bool) {
+    eventually(HEALED, what, done).await.unwrap();
 }
 
 async fn kill_postgres(postgres: &Mutex<aftercommit::testing::servers::Postgres>, pause: Duration) {
@@ -221,14 +223,14 @@ async fn remove(system: &System, step: Step) -> Option<()> {
 /// Removes the stream and makes it anew. A server may be away meanwhile, and an answer may be lost.
 async fn wipe(system: &System, pause: Duration) -> Option<()> {
     // Nothing is stored any more once it is sealed, so that all of what is removed is written down.
-    until(async || {
+    until("the stream is sealed", async || {
         let Some(stream) = system.stream().await else { return false };
         let config = jetstream::stream::Config { sealed: true, ..stream.cached_info().config.clone() };
         stream.cached_info().config.sealed || system.context.update_stream(config).await.is_ok()
     })
     .await;
     let mut removed = None;
-    until(async || {
+    until("what the stream holds is read", async || {
         removed = stored(system).await;
         removed.is_some()
     })
@@ -237,7 +239,7 @@ async fn wipe(system: &System, pause: Duration) -> Option<()> {
         system.journal.write(What::Removed { event });
     }
     let name = &system.naming.stream;
-    until(async || match system.context.get_stream(name).await {
+    until("the stream is gone", async || match system.context.get_stream(name).await {
         Ok(stream) if stream.cached_info().config.sealed => {
             _ = system.context.delete_stream(name).await;
             false
@@ -264,7 +266,7 @@ async fn fill(system: &System, step: Step) -> Option<()> {
     config.discard = jetstream::stream::DiscardPolicy::New;
     system.context.update_stream(config).await.ok()?;
     tokio::time::sleep(step.lasts).await;
-    until(async || {
+    until("the stream has room again", async || {
         let Some(stream) = system.stream().await else { return false };
         let mut config = stream.cached_info().config.clone();
         config.max_messages = -1;

@@ -145,30 +145,18 @@ impl Live {
     pub async fn assert_whole(&self) -> usize {
         self.handled(SOON).await;
         let committed = ids(&self.outbox.pool, "select event_id::text from ledger").await;
-        let (mut times, mut versions) = (BTreeMap::<String, usize>::new(), BTreeMap::<String, Vec<i64>>::new());
-        for message in self.outbox.messages().await {
-            *times.entry(message.headers["ce-id"].clone()).or_default() += 1;
+        let stored = self.outbox.messages().await.into_iter().map(|message| {
             let payload: serde_json::Value = serde_json::from_slice(&message.payload).unwrap();
-            if let (Some(key), Some(version)) = (message.headers.get("ce-partitionkey"), payload["version"].as_i64()) {
-                versions.entry(key.clone()).or_default().push(version);
-            }
-        }
-        once("in the stream", &committed, &times);
-        in_order("in the stream", versions);
-        let rows: Vec<(String, Option<String>, Option<i32>)> =
-            sqlx::query_as("select event_id::text, key, version from seen order by id")
+            let key = message.headers.get("ce-partitionkey").cloned();
+            (message.headers["ce-id"].clone(), key, payload["version"].as_i64())
+        });
+        assert_once_in_order("in the stream", &committed, stored);
+        let seen: Vec<(String, Option<String>, Option<i64>)> =
+            sqlx::query_as("select event_id::text, key, version::bigint from seen order by id")
                 .fetch_all(&self.books)
                 .await
                 .unwrap();
-        let (mut times, mut versions) = (BTreeMap::<String, usize>::new(), BTreeMap::<String, Vec<i64>>::new());
-        for (id, key, version) in rows {
-            *times.entry(id).or_default() += 1;
-            if let (Some(key), Some(version)) = (key, version) {
-                versions.entry(key).or_default().push(version.into());
-            }
-        }
-        once("seen", &committed, &times);
-        in_order("seen", versions);
+        assert_once_in_order("seen", &committed, seen);
         for (pool, what) in [
             (&self.books, "select count(*) from aftercommit.attempt"),
             (&self.books, "select count(*) from aftercommit.dead_letter"),
@@ -203,14 +191,23 @@ async fn ids(pool: &PgPool, sql: &'static str) -> BTreeSet<String> {
     sqlx::query_scalar(sql).fetch_all(pool).await.unwrap().into_iter().collect()
 }
 
-fn once(place: &str, committed: &BTreeSet<String>, times: &BTreeMap<String, usize>) {
+/// That it is the committed events, each once, and those of a key with their versions in order.
+fn assert_once_in_order(
+    place: &str,
+    committed: &BTreeSet<String>,
+    events: impl IntoIterator<Item = (String, Option<String>, Option<i64>)>,
+) {
+    let (mut times, mut versions) = (BTreeMap::<String, usize>::new(), BTreeMap::<String, Vec<i64>>::new());
+    for (id, key, version) in events {
+        *times.entry(id).or_default() += 1;
+        if let (Some(key), Some(version)) = (key, version) {
+            versions.entry(key).or_default().push(version);
+        }
+    }
     let lost = committed.iter().filter(|id| !times.contains_key(*id)).count();
     let ghosts = times.keys().filter(|id| !committed.contains(*id)).count();
     let doubled = times.values().filter(|times| **times > 1).count();
     assert_eq!((lost, ghosts, doubled), (0, 0, 0), "{place}: lost, never committed, twice, of {}", committed.len());
-}
-
-fn in_order(place: &str, versions: BTreeMap<String, Vec<i64>>) {
     for (key, versions) in versions {
         let last = i64::try_from(versions.len()).unwrap();
         assert_eq!(versions, (1..=last).collect::<Vec<_>>(), "{place}: {key}");

@@ -13,7 +13,7 @@ use async_nats::jetstream::stream;
 use sqlx::{AssertSqlSafe, PgPool};
 
 use super::plan::Plan;
-use super::support::{Outbox, RelayProcess, SOON, Work, Writers, free_address, get};
+use super::support::{Outbox, RelayProcess, SOON, Work, Writers, complains, free_address};
 use super::{assert_clean, play};
 
 /// Plays a schedule with these faults only.
@@ -48,20 +48,6 @@ pub(super) fn relay(outbox: &Outbox) -> (RelayProcess, String, PathBuf) {
     command.env("AFTERCOMMIT_HTTP", &address).env("AFTERCOMMIT_UNHEALTHY_AFTER", "1s").env("RUST_LOG", "warn");
     command.stderr(std::fs::File::create(&log).unwrap());
     (RelayProcess(command.spawn().unwrap()), address, log)
-}
-
-/// Waits until the process at the address is not well, and says why in these words.
-pub(super) async fn complaint(address: &str, words: &[&str]) {
-    let mut last = String::new();
-    let told = eventually(SOON, "the trouble is told", async || match get(address, "/healthz").await {
-        Some((503, says)) => {
-            last = says;
-            words.iter().all(|word| last.contains(word))
-        }
-        _ => false,
-    })
-    .await;
-    assert!(told.is_ok(), "{words:?} are not in: {last}");
 }
 
 pub(super) async fn publish(pool: &PgPool, events: i32) -> Result<(), sqlx::Error> {
@@ -104,7 +90,7 @@ async fn a_sealed_stream_is_named_and_its_successor_gets_everything() {
     config.sealed = true;
     context.update_stream(config).await.unwrap();
     publish(&outbox.pool, 50).await.unwrap();
-    complaint(&address, &["seal"]).await;
+    complains(&address, &["seal"]).await;
     // Nothing opens it again.
     context.delete_stream(&outbox.naming.stream).await.unwrap();
     admin::provision(&outbox.nats, &outbox.naming).await.unwrap();

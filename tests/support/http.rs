@@ -38,10 +38,19 @@ pub fn metric(metrics: &str, name_and_labels: &str) -> Option<f64> {
 
 /// Waits until the process answers with this status and text.
 pub async fn answers(address: &str, path: &str, status: u16, text: &str) {
+    answers_all(address, path, status, &[text]).await;
+}
+
+/// Waits until the process is not well, and says why in these words.
+pub async fn complains(address: &str, words: &[&str]) {
+    answers_all(address, "/healthz", 503, words).await;
+}
+
+async fn answers_all(address: &str, path: &str, status: u16, texts: &[&str]) {
     let mut last = None;
-    let found = eventually(SOON, &format!("{path} answers {status} with {text:?}"), async || {
+    let found = eventually(SOON, &format!("{path} answers {status} with {texts:?}"), async || {
         last = get(address, path).await;
-        last.as_ref().is_some_and(|(found, body)| *found == status && body.contains(text))
+        last.as_ref().is_some_and(|(found, body)| *found == status && texts.iter().all(|text| body.contains(text)))
     })
     .await;
     assert!(found.is_ok(), "{found:?}; the last answer was {last:?}");

@@ -18,7 +18,7 @@ use std::time::Duration;
 pub use certificates::{Authority, Directory};
 pub use database::{Database, succeeded};
 pub use endpoint::{Endpoint, Received, Reply};
-pub use http::{answers, free_address, get, metric, reaches};
+pub use http::{answers, complains, free_address, get, metric, reaches};
 pub use outbox::{Message, Outbox, RelayProcess, RunningRelay};
 pub use proxy::{Proxy, Way};
 pub use restore::{Copy, Dump, raise_transaction_ids};
