@@ -9,6 +9,7 @@ use async_nats::jetstream::stream::ConsumerErrorKind;
 use async_nats::jetstream::{Context, ErrorCode};
 use chrono::{DateTime, Utc};
 
+use super::api;
 use crate::error::{Error, ErrorKind};
 
 /// How many delivered messages may be without ack. Events that wait behind a failing one of their key are among
@@ -215,19 +216,7 @@ pub(crate) async fn load(context: &Context, spec: &ConsumerSpec) -> Result<Optio
 }
 
 async fn info(context: &Context, spec: &ConsumerSpec) -> Result<Option<Info>, Error> {
-    let subject = format!("CONSUMER.INFO.{}.{}", spec.stream, spec.name);
-    let nothing = serde_json::Map::new();
-    let response: Response<Info> =
-        context.request(subject, &nothing).await.map_err(|error| broker(spec, "cannot be looked at", error))?;
-    match response {
-        Response::Ok(info) => Ok(Some(info)),
-        Response::Err { error }
-            if matches!(error.error_code(), ErrorCode::CONSUMER_NOT_FOUND | ErrorCode::STREAM_NOT_FOUND) =>
-        {
-            Ok(None)
-        }
-        Response::Err { error } => Err(broker(spec, "cannot be looked at", error)),
-    }
+    api::consumer(context, &spec.stream, &spec.name).await.map_err(|error| broker(spec, "cannot be looked at", error))
 }
 
 fn position(info: &Info) -> Position {

@@ -90,7 +90,7 @@ async fn consumers(connection: &Connection, name: &str) -> Result<Vec<Consumer>,
     let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
         Error::with_source(ErrorKind::Broker, format!("cannot list the consumers of stream {name}"), error)
     };
-    let stream = context(&connection.client).get_stream(name).await.map_err(|error| failed(error.into()))?;
+    let stream = context(&connection.client).get_stream_no_info(name).await.map_err(|error| failed(error.into()))?;
     let mut listed = stream.consumers();
     let mut found = Vec::new();
     while let Some(info) = listed.next().await {

@@ -10,6 +10,7 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use async_nats::StatusCode;
+use async_nats::jetstream::Context;
 use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::Stream;
 use chrono::{DateTime, Utc};
@@ -17,7 +18,7 @@ use futures_util::{StreamExt, TryStreamExt};
 use serde_json::json;
 
 use super::Connection;
-use super::stored::{following, handle};
+use super::stored::following;
 use crate::error::{Error, ErrorKind};
 
 /// Messages in a batch.
@@ -35,6 +36,7 @@ const QUESTIONS: usize = 32;
 #[derive(Clone)]
 pub(crate) struct History {
     pub(super) connection: Connection,
+    context: Context,
     pub(super) name: String,
     pub(super) stream: Stream<()>,
 }
@@ -57,8 +59,12 @@ enum Answer {
 
 impl History {
     pub(crate) async fn new(connection: &Connection, name: &str) -> Result<Self, Error> {
-        let stream = handle(&super::context(&connection.client), name).await?;
-        Ok(Self { connection: connection.clone(), name: name.into(), stream })
+        let context = super::context(&connection.client);
+        let stream = context
+            .get_stream_no_info(name)
+            .await
+            .map_err(|error| Error::with_source(ErrorKind::Config, format!("{name:?} is not a stream name"), error))?;
+        Ok(Self { connection: connection.clone(), context, name: name.into(), stream })
     }
 
     /// The next messages of a range. What it leaves out, the stream's leader does not have.
@@ -101,8 +107,13 @@ impl History {
 
     /// The message under a sequence, as the stream's leader has it.
     pub(crate) async fn one(&self, sequence: u64) -> Result<Option<StreamMessage>, Error> {
-        let message = following(&self.stream, ">", sequence).await?;
+        let message = self.following(sequence).await?;
         Ok(message.filter(|message| message.sequence == sequence))
+    }
+
+    /// The first message from a sequence on, as the stream's leader has it.
+    pub(super) async fn following(&self, sequence: u64) -> Result<Option<StreamMessage>, Error> {
+        following(&self.context, &self.name, ">", sequence).await
     }
 
     /// The sequence from which on messages were stored at `time` or later, between two sequences or right behind them.
@@ -110,7 +121,7 @@ impl History {
         let (mut low, mut high) = (first, last + 1);
         while low < high {
             let middle = low + (high - low) / 2;
-            match following(&self.stream, ">", middle).await? {
+            match self.following(middle).await? {
                 Some(message) if message.sequence < high && message.time.unix_timestamp() < time.timestamp() => {
                     low = message.sequence + 1;
                 }
@@ -189,7 +200,7 @@ impl History {
         let (mut next, last) = gap.into_inner();
         let mut found = Vec::new();
         while next <= last {
-            match following(&self.stream, ">", next).await? {
+            match self.following(next).await? {
                 Some(message) if message.sequence <= last => {
                     next = message.sequence + 1;
                     found.push(message);

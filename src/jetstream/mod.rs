@@ -2,6 +2,7 @@
 
 mod access;
 pub(crate) mod ack;
+mod api;
 #[cfg(feature = "cli")]
 pub(crate) mod bench;
 #[cfg(feature = "cli")]

@@ -111,7 +111,7 @@ impl<'a> Searcher<'a> {
         let context = super::context(&self.connection.client);
         while first < last {
             let middle = first + (last - first) / 2;
-            match stored::next(&context, self.stream, &self.prefix.wildcard(), middle).await?.map(found) {
+            match stored::following(&context, self.stream, &self.prefix.wildcard(), middle).await?.map(found) {
                 Some(message) if message.sequence <= last && before(&message) => first = message.sequence + 1,
                 _ => last = middle,
             }

@@ -5,10 +5,10 @@ use std::time::SystemTime;
 
 use async_nats::jetstream::Context;
 pub(crate) use async_nats::jetstream::message::StreamMessage;
-use async_nats::jetstream::stream::{RawMessageError, RawMessageErrorKind, Stream};
 use chrono::{DateTime, Utc};
 use futures_util::future::try_join_all;
 
+use super::api;
 use crate::envelope::{Envelope, EnvelopeError};
 use crate::error::{Error, ErrorKind};
 
@@ -36,9 +36,8 @@ pub(crate) async fn load(
     first: u64,
     last: u64,
 ) -> Result<Stretch, Error> {
-    let stream = handle(context, stream).await?;
     // One look per subject skips what is empty.
-    let heads = try_join_all(subjects.iter().map(|subject| following(&stream, subject, first))).await?;
+    let heads = try_join_all(subjects.iter().map(|subject| following(context, stream, subject, first))).await?;
     let heads: Vec<(&String, StreamMessage)> = subjects
         .iter()
         .zip(heads)
@@ -52,7 +51,7 @@ pub(crate) async fn load(
     let (subjects, heads): (Vec<&String>, Vec<StreamMessage>) = heads.unzip();
     let walks = subjects.iter().zip(&heads).flat_map(|(subject, head)| {
         let starts = (head.sequence + 1..=end).step_by(STRIDE as usize);
-        starts.map(|start| walk(&stream, subject, start, end.min(start + STRIDE - 1)))
+        starts.map(|start| walk(context, stream, subject, start, end.min(start + STRIDE - 1)))
     });
     let found = try_join_all(walks).await?;
     let messages = heads.into_iter().chain(found.into_iter().flatten());
@@ -60,22 +59,18 @@ pub(crate) async fn load(
     Ok(Stretch { messages, next: Some(end + 1).filter(|next| *next <= last) })
 }
 
-/// The first message on a subject from a sequence on.
-pub(crate) async fn next(
+/// Follows one subject from message to message.
+async fn walk(
     context: &Context,
     stream: &str,
     subject: &str,
-    sequence: u64,
-) -> Result<Option<StreamMessage>, Error> {
-    following(&handle(context, stream).await?, subject, sequence).await
-}
-
-/// Follows one subject from message to message.
-async fn walk(stream: &Stream<()>, subject: &str, start: u64, end: u64) -> Result<Vec<StreamMessage>, Error> {
+    start: u64,
+    end: u64,
+) -> Result<Vec<StreamMessage>, Error> {
     let mut found = Vec::new();
     let mut next = start;
     while next <= end {
-        match following(stream, subject, next).await? {
+        match following(context, stream, subject, next).await? {
             Some(message) if message.sequence <= end => {
                 next = message.sequence + 1;
                 found.push(message);
@@ -88,22 +83,12 @@ async fn walk(stream: &Stream<()>, subject: &str, start: u64, end: u64) -> Resul
 
 /// The first message on a subject from a sequence on.
 pub(super) async fn following(
-    stream: &Stream<()>,
+    context: &Context,
+    stream: &str,
     subject: &str,
     sequence: u64,
 ) -> Result<Option<StreamMessage>, Error> {
-    match stream.raw_message_builder().sequence(sequence).next_by_subject(subject).send().await {
-        Ok(message) => Ok(Some(message)),
-        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
-        Err(error) => Err(unreadable(error)),
-    }
-}
-
-pub(super) async fn handle(context: &Context, stream: &str) -> Result<Stream<()>, Error> {
-    context
-        .get_stream_no_info(stream)
-        .await
-        .map_err(|error| Error::with_source(ErrorKind::Config, format!("{stream:?} is not a stream name"), error))
+    api::message(context, stream, sequence, Some(subject)).await.map_err(unreadable)
 }
 
 /// Reads single events of one stream.
@@ -132,8 +117,7 @@ impl Source {
     /// The sequence and the time of the first message that the stream holds, on whatever subject; none when it is empty.
     pub(crate) async fn oldest(&self) -> Result<Option<(i64, DateTime<Utc>)>, Error> {
         let Some(context) = &self.context else { return Ok(None) };
-        let stream = handle(context, &self.stream).await?;
-        let first = following(&stream, ">", 1).await?;
+        let first = following(context, &self.stream, ">", 1).await?;
         Ok(first.map(|message| {
             (i64::try_from(message.sequence).unwrap_or(i64::MAX), SystemTime::from(message.time).into())
         }))
@@ -142,16 +126,12 @@ impl Source {
     /// Reads the event at `sequence`; none when the stream no longer holds it.
     pub(crate) async fn read(&self, sequence: u64) -> Result<Option<Envelope>, Error> {
         let Some(context) = &self.context else { return Ok(None) };
-        let stream = handle(context, &self.stream).await?;
-        match stream.raw_message_builder().sequence(sequence).send().await {
-            Ok(message) => Ok(event(&message).ok()),
-            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
-            Err(error) => Err(unreadable(error)),
-        }
+        let message = api::message(context, &self.stream, sequence, None).await.map_err(unreadable)?;
+        Ok(message.and_then(|message| event(&message).ok()))
     }
 }
 
-fn unreadable(error: RawMessageError) -> Error {
+fn unreadable(error: api::Failure) -> Error {
     Error::with_source(ErrorKind::Broker, "a message of the stream cannot be read", error)
 }
 

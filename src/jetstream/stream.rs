@@ -3,16 +3,13 @@
 use std::ops::RangeInclusive;
 
 use async_nats::jetstream::consumer::Info;
-use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::message::StreamMessage;
-use async_nats::jetstream::response::Response;
-use async_nats::jetstream::stream::{self, RawMessageErrorKind};
-use async_nats::jetstream::{self, Context, ErrorCode};
+use async_nats::jetstream::{self, Context, stream};
 use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, TryStreamExt};
 use uuid::Uuid;
 
-use super::Connection;
+use super::{Connection, api};
 use crate::envelope::{CE_ID, CE_SEQUENCE, CE_SOURCE, REPAIR};
 use crate::error::{Error, ErrorKind};
 
@@ -94,14 +91,11 @@ impl StreamReader {
 
     /// The stream's configuration and state.
     pub(crate) async fn info(&self) -> Result<stream::Info, Error> {
-        let stream = self.context.get_stream(&self.name).await.map_err(|error| match error.kind() {
-            GetStreamErrorKind::JetStream(answer) if answer.error_code() == ErrorCode::STREAM_NOT_FOUND => Error::new(
-                ErrorKind::NotReady,
-                format!("there is no stream {}: create it with `aftercommit provision`", self.name),
-            ),
-            _ => Error::with_source(ErrorKind::Broker, format!("cannot read stream {}", self.name), error),
-        })?;
-        Ok(stream.cached_info().clone())
+        let failed = |error| Error::with_source(ErrorKind::Broker, format!("cannot read stream {}", self.name), error);
+        api::stream(&self.context, &self.name).await.map_err(failed)?.ok_or_else(|| {
+            let problem = format!("there is no stream {}: create it with `aftercommit provision`", self.name);
+            Error::new(ErrorKind::NotReady, problem)
+        })
     }
 
     /// Where the stream begins and ends.
@@ -125,7 +119,7 @@ impl StreamReader {
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
             Error::with_source(ErrorKind::Broker, format!("cannot list the consumers of stream {}", self.name), error)
         };
-        let stream = self.context.get_stream(&self.name).await.map_err(|error| failed(error.into()))?;
+        let stream = self.context.get_stream_no_info(&self.name).await.map_err(|error| failed(error.into()))?;
         let mut consumers = stream.consumers();
         let mut positions = Vec::new();
         while let Some(info) = consumers.next().await {
@@ -136,22 +130,12 @@ impl StreamReader {
 
     /// Where one consumer stands; none when there is no such consumer.
     pub(crate) async fn consumer(&self, name: &str) -> Result<Option<ConsumerPosition>, Error> {
-        let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
+        let failed = |error| {
             let problem = format!("the consumer {name} of stream {} cannot be looked at", self.name);
             Error::with_source(ErrorKind::Broker, problem, error)
         };
-        let subject = format!("CONSUMER.INFO.{}.{name}", self.name);
-        let answer: Response<Info> =
-            self.context.request(subject, &serde_json::Map::new()).await.map_err(|error| failed(error.into()))?;
-        match answer {
-            Response::Ok(info) => Ok(Some(ConsumerPosition::new(info))),
-            Response::Err { error }
-                if matches!(error.error_code(), ErrorCode::CONSUMER_NOT_FOUND | ErrorCode::STREAM_NOT_FOUND) =>
-            {
-                Ok(None)
-            }
-            Response::Err { error } => Err(failed(error.into())),
-        }
+        let info = api::consumer(&self.context, &self.name, name).await.map_err(failed)?;
+        Ok(info.map(ConsumerPosition::new))
     }
 
     /// The message under a sequence; none when it was deleted or never existed.
@@ -173,20 +157,10 @@ impl StreamReader {
 
     /// The same as it is.
     pub(crate) async fn raw(&self, sequence: u64) -> Result<Option<StreamMessage>, Error> {
-        let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
-            Error::with_source(
-                ErrorKind::Broker,
-                format!("cannot read message {sequence} of stream {}", self.name),
-                error,
-            )
+        let failed = |error| {
+            let problem = format!("cannot read message {sequence} of stream {}", self.name);
+            Error::with_source(ErrorKind::Broker, problem, error)
         };
-        let stream = self.context.get_stream_no_info(&self.name).await.map_err(|error| failed(error.into()))?;
-        match stream.get_raw_message(sequence).await {
-            Ok(message) => Ok(Some(message)),
-            Err(error) => match error.kind() {
-                RawMessageErrorKind::NoMessageFound => Ok(None),
-                _ => Err(failed(error.into())),
-            },
-        }
+        api::message(&self.context, &self.name, sequence, None).await.map_err(failed)
     }
 }

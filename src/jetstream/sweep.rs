@@ -19,7 +19,6 @@ use futures_util::StreamExt;
 use serde_json::json;
 
 use super::history::{BATCH, BATCH_BYTES, History, PATIENCE};
-use super::stored::following;
 use crate::error::{Error, ErrorKind};
 
 /// The server removes the consumer of a process that died after so long.
@@ -71,7 +70,7 @@ impl Sweep {
         messages.retain(|message| (self.next..=self.last).contains(&message.sequence));
         if matches!(end, End::Nothing) {
             let next = self.next.max(reached + 1);
-            let ahead = following(&self.history.stream, ">", next).await?.filter(|ahead| ahead.sequence <= self.last);
+            let ahead = self.history.following(next).await?.filter(|ahead| ahead.sequence <= self.last);
             reached = ahead.as_ref().map_or(self.last, |ahead| ahead.sequence);
             messages.extend(ahead);
         }

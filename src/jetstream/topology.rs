@@ -2,11 +2,10 @@
 
 use std::time::Duration;
 
-use async_nats::jetstream::context::GetStreamErrorKind;
-use async_nats::jetstream::stream::{Config, DiscardPolicy, PersistenceMode, RetentionPolicy, StorageType};
-use async_nats::jetstream::{self, ErrorCode};
+use async_nats::jetstream;
+use async_nats::jetstream::stream::{Config, DiscardPolicy, Info, PersistenceMode, RetentionPolicy, StorageType};
 
-use super::Connection;
+use super::{Connection, api};
 use crate::config::Naming;
 use crate::error::{Error, ErrorKind};
 
@@ -49,15 +48,11 @@ pub(crate) async fn provision_stream(
 ) -> Result<Vec<String>, Error> {
     let context = jetstream::new(connection.client.clone());
     let name = &naming.stream;
-    let existing = match context.get_stream(name).await {
-        Ok(stream) => Some(stream.cached_info().config.clone()),
-        Err(error) => match error.kind() {
-            GetStreamErrorKind::JetStream(answer) if answer.error_code() == ErrorCode::STREAM_NOT_FOUND => None,
-            _ => return Err(Error::with_source(ErrorKind::Broker, format!("cannot read stream {name}"), error)),
-        },
-    };
+    let existing = api::stream(&context, name)
+        .await
+        .map_err(|error| Error::with_source(ErrorKind::Broker, format!("cannot read stream {name}"), error))?;
     let atomic = connection.client.is_server_compatible(2, 12, 0);
-    let Some(current) = existing else {
+    let Some(Info { config: current, .. }) = existing else {
         let config = new_stream(naming, settings, atomic);
         context
             .create_stream(config)
