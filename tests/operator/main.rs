@@ -4,6 +4,7 @@ mod bench;
 mod dead;
 mod doctor;
 mod explain;
+mod leaders;
 mod nats_cli;
 mod replay;
 mod status;
