@@ -1,5 +1,6 @@
 //! Disks that are full, and disks whose power is cut.
 
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -11,7 +12,7 @@ use aftercommit::relay::{Mode, PublishMethod, RelayConfig};
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
 use aftercommit::testing::{eventually, unique_name};
 use aftercommit::worker::Subscriber;
-use async_nats::jetstream::stream::Config;
+use async_nats::jetstream::{self, stream::Config};
 use chrono::Utc;
 use sqlx::{AssertSqlSafe, PgPool};
 use tokio_util::sync::CancellationToken;
@@ -71,7 +72,6 @@ impl Disk {
         let left = file.with_extension("left");
         // Nothing moves while the file is copied, so that it is of one moment.
         nats.pause().unwrap();
-        eventually(SOON, "the server stands still", async || stands_still(nats)).await.unwrap();
         std::fs::copy(file, &left).unwrap();
         nats.kill().await.unwrap();
         succeed(Command::new("umount").arg(&self.place));
@@ -101,16 +101,6 @@ fn mounts(command: &mut Command) -> bool {
 
 fn succeed(command: &mut Command) {
     assert!(command.status().unwrap().success(), "{command:?}");
-}
-
-/// Whether every thread of a halted server has stopped, also those that waited for the disk.
-fn stands_still(nats: &Nats) -> bool {
-    let process = std::fs::read_to_string(nats.store_directory().with_file_name("pid")).unwrap();
-    let threads = std::fs::read_dir(format!("/proc/{}/task", process.trim())).unwrap();
-    threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap()).all(|status| {
-        let state = status.lines().find(|line| line.starts_with("State:")).unwrap();
-        state.contains("T (stopped)")
-    })
 }
 
 /// How often publishing was interrupted, by class.
@@ -323,6 +313,48 @@ async fn survives_power_cuts(sync_interval: &str, publish: PublishMethod) -> Opt
     drop(disk);
     println!("{sync_interval:?}, {publish:?}: {lost} acknowledged messages lost; {findings:?}");
     Some(Losses { messages: lost, findings })
+}
+
+/// A power cut is of one moment only if nothing is written after the server was halted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_waits_for_its_disk_is_halted_when_the_disk_has_answered() {
+    let mut nats = Nats::start(NatsOptions::default()).await.unwrap();
+    nats.stop().await.unwrap();
+    let Some(_disk) = Disk::in_file(&nats.store_directory(), 64) else { return };
+    nats.restart().await.unwrap();
+    let context = jetstream::new(async_nats::connect(nats.url()).await.unwrap());
+    context
+        .create_stream(Config { name: "LATE".into(), subjects: vec!["late".into()], ..Config::default() })
+        .await
+        .unwrap();
+    let directory = nats.store_directory().with_file_name("");
+    let shell = |script: &str| {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script]).arg(&directory).current_dir(nats.store_directory()).stdout(Stdio::piped());
+        shell.spawn().unwrap()
+    };
+    // The disk answers when the first thread has stopped, and some time in any case: a process that waits for a disk
+    // cannot be killed.
+    let mut frozen = shell(
+        r#"fsfreeze --freeze . && echo frozen
+           until grep -q '^State:.T' /proc/$(cat "$0/pid")/task/*/status || [ $((tries += 1)) -gt 300 ]; do sleep 0.1; done
+           touch "$0/answers"; fsfreeze --unfreeze ."#,
+    );
+    let mut said = String::new();
+    BufReader::new(frozen.stdout.take().unwrap()).read_line(&mut said).unwrap();
+    assert_eq!(said, "frozen\n");
+    let acknowledged = context.publish("late", "1".into()).await.unwrap();
+    eventually(SOON, "a thread waits for the disk", async || {
+        let states = shell(r#"cat /proc/$(cat "$0/pid")/task/*/stat"#).wait_with_output().unwrap().stdout;
+        String::from_utf8_lossy(&states).contains(") D ")
+    })
+    .await
+    .unwrap();
+    nats.pause().unwrap();
+    assert!(directory.join("answers").exists(), "it was halted before the disk answered");
+    nats.resume().unwrap();
+    acknowledged.await.unwrap();
+    frozen.wait().unwrap();
 }
 
 /// By default nats-server syncs its files every two minutes.

@@ -88,10 +88,21 @@ async fn a_paused_nats_answers_nothing_until_it_is_resumed() {
     let nats = Nats::start(NatsOptions::default()).await.unwrap();
     assert!(pong(&nats).await);
     nats.pause().unwrap();
-    // Its threads stop one after the other.
-    eventually(SOON, "the server is halted", async || !pong(&nats).await).await.unwrap();
+    assert!(!pong(&nats).await);
     nats.resume().unwrap();
     eventually(SOON, "the server answers again", async || pong(&nats).await).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_nats_that_has_ended_cannot_be_paused() {
+    let mut nats = Nats::start(NatsOptions::default()).await.unwrap();
+    let pid = std::fs::read_to_string(nats.store_directory().with_file_name("pid")).unwrap();
+    Command::new("sh").args(["-c", &format!("kill -s KILL {pid}")]).status().unwrap();
+    let ended = nats.pause().unwrap_err().to_string();
+    assert!(ended.contains("has ended") && ended.contains("Server is ready"), "{ended}");
+    nats.kill().await.unwrap();
+    let gone = nats.pause().unwrap_err().to_string();
+    assert!(gone.contains("does not run"), "{gone}");
 }
 
 /// Whether the server answers a new client.
