@@ -9,8 +9,8 @@ use std::time::Duration;
 use aftercommit::admin;
 use aftercommit::health::Check;
 use aftercommit::relay::{Mode, PublishMethod, RelayConfig};
+use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
-use aftercommit::testing::{eventually, unique_name};
 use aftercommit::worker::Subscriber;
 use async_nats::jetstream::{self, stream::Config};
 use chrono::Utc;
@@ -20,10 +20,10 @@ use tokio_util::sync::CancellationToken;
 use super::scenarios::{publish, relay};
 use super::support::{Outbox, Record, RunningRelay, SOON, Scenario, Work, Writers, complains, get, metric};
 
-/// A small disk, which is there until it is dropped.
+/// A small disk in a server's directory. It goes with the server.
 struct Disk {
     place: PathBuf,
-    /// Where its content is; in memory without one.
+    /// What is on it; in memory without one.
     file: Option<PathBuf>,
 }
 
@@ -38,7 +38,7 @@ impl Disk {
     /// One whose power can be cut: a file system in a file. What was written to it and not synced is in the memory of the
     /// kernel, and not in that file. None where nothing may be mounted.
     fn in_file(place: &Path, megabytes: u64) -> Option<Self> {
-        let file = std::env::temp_dir().join(unique_name("disk"));
+        let file = place.with_extension("disk");
         std::fs::File::create_new(&file).unwrap().set_len(megabytes << 20).unwrap();
         let disk = Self { place: place.into(), file: Some(file.clone()) };
         let made = mounts(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&file)) && mounts(&mut disk.plug_in());
@@ -77,16 +77,6 @@ impl Disk {
         succeed(Command::new("umount").arg(&self.place));
         std::fs::rename(left, file).unwrap();
         succeed(&mut self.plug_in());
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        // The loop device goes with the mount.
-        _ = Command::new("umount").arg("-l").arg(&self.place).stderr(Stdio::null()).status();
-        for file in self.file.iter().flat_map(|file| [file.clone(), file.with_extension("left")]) {
-            _ = std::fs::remove_file(file);
-        }
     }
 }
 
@@ -143,8 +133,6 @@ async fn nats_waits_for_room(version: Option<&str>) {
     }
     outbox.assert_complete().await;
     assert_eq!(admin::relay::parked(&outbox.postgres, 10).await.unwrap().len(), 0, "nothing is to blame");
-    drop(nats);
-    drop(disk);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -188,8 +176,6 @@ async fn a_server_that_falls_silent_over_a_full_disk_is_told_from_a_slow_one() {
         outbox.assert_complete().await;
         relay.stop().await.unwrap();
     }
-    drop(nats);
-    drop(disk);
 }
 
 /// The server's own limit, `max_file_store`.
@@ -255,9 +241,6 @@ async fn a_full_disk_under_postgresql_fails_writers_and_costs_no_attempt() {
     assert_eq!(work.dead_letters().await, []);
     assert_eq!(work.attempts().await, [0; 0]);
     worker.stop().await;
-    drop(work);
-    drop(postgres);
-    drop(disk);
 }
 
 /// What a server lost of what it had acknowledged when its power was cut twice, and what the reconcilers found of that.
@@ -309,8 +292,6 @@ async fn survives_power_cuts(sync_interval: &str, publish: PublishMethod) -> Opt
     }
     let findings = [system.outbox_findings().await, system.books_findings().await].concat();
     system.nothing_is_left().await;
-    drop(system);
-    drop(disk);
     println!("{sync_interval:?}, {publish:?}: {lost} acknowledged messages lost; {findings:?}");
     Some(Losses { messages: lost, findings })
 }
@@ -320,7 +301,7 @@ async fn survives_power_cuts(sync_interval: &str, publish: PublishMethod) -> Opt
 async fn a_server_that_waits_for_its_disk_is_halted_when_the_disk_has_answered() {
     let mut nats = Nats::start(NatsOptions::default()).await.unwrap();
     nats.stop().await.unwrap();
-    let Some(_disk) = Disk::in_file(&nats.store_directory(), 64) else { return };
+    let Some(_) = Disk::in_file(&nats.store_directory(), 64) else { return };
     nats.restart().await.unwrap();
     let context = jetstream::new(async_nats::connect(nats.url()).await.unwrap());
     context

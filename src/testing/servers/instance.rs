@@ -17,7 +17,8 @@ use super::processes::{Owner, as_user, cannot, send, threads};
 use crate::error::{Error, ErrorKind};
 use crate::testing::{eventually, unique_name};
 
-/// $1: the directory, $2: the signal that ends the server. A dead process that nobody collects is a zombie (Z).
+/// $1: the directory, $2: the signal that ends the server. A dead process that nobody collects is a zombie (Z). What a test
+/// has mounted in the directory, where that can be, goes with it.
 const GUARD: &str = r#"
 cat >/dev/null
 if server=$(cat "$1/pid"); then
@@ -28,6 +29,7 @@ if server=$(cat "$1/pid"); then
         tries=$((tries + 1))
     done
 fi
+grep -sF " $1/" /proc/mounts | while read -r _ place _; do umount -l "$place"; done
 rm -rf "$1"
 "#;
 
