@@ -25,6 +25,8 @@ pub(crate) struct Server {
 pub(crate) struct Stream {
     pub(crate) problems: Vec<Problem>,
     pub(crate) replicas: usize,
+    /// Whether it takes atomic batches.
+    pub(crate) batches: bool,
     /// None when it keeps messages for ever.
     pub(crate) max_age: Option<Duration>,
     /// The durable ones: others belong to people who look.
@@ -71,6 +73,7 @@ pub(crate) async fn stream(connection: &Connection, naming: &Naming, shared: boo
         unread: unread.map(|(_, event_type)| event_type.to_string()).collect(),
         problems: topology::problems(&config, naming, shared),
         replicas: config.num_replicas,
+        batches: config.allow_atomic_publish,
         max_age: Some(config.max_age).filter(|age| !age.is_zero()),
         consumers,
     })

@@ -31,6 +31,10 @@ pub(crate) struct Extent {
     /// The sequence of the first message, one above `last` when there is none.
     pub(crate) first: u64,
     pub(crate) last: u64,
+    /// Whether several servers keep it.
+    pub(crate) replicated: bool,
+    /// Whether it takes atomic batches.
+    pub(crate) batches: bool,
 }
 
 /// Who a stored message says it is.
@@ -105,7 +109,8 @@ impl StreamReader {
         let created = micros.and_then(DateTime::from_timestamp_micros).unwrap_or_default();
         let last = info.state.last_sequence;
         let first = if info.state.messages == 0 { last + 1 } else { info.state.first_sequence };
-        Ok(Extent { created, first, last })
+        let replicated = info.config.num_replicas > 1;
+        Ok(Extent { created, first, last, replicated, batches: info.config.allow_atomic_publish })
     }
 
     /// The messages in a range of sequences, in order. What was deleted is left out.

@@ -60,7 +60,7 @@ pub(crate) async fn provision_stream(
             .map_err(|error| Error::with_source(ErrorKind::Broker, format!("cannot create stream {name}"), error))?;
         return Ok(vec![format!("stream {name}: created, subjects {}", naming.prefix.wildcard())]);
     };
-    let (wanted, changes) = corrected(&current, naming, settings);
+    let (wanted, changes) = corrected(&current, naming, settings, atomic);
     if !changes.is_empty() {
         context.update_stream(&wanted).await.map_err(|error| {
             Error::with_source(
@@ -95,7 +95,7 @@ fn new_stream(naming: &Naming, settings: &StreamSettings, atomic: bool) -> Confi
 }
 
 /// The configuration with everything put right that can be, and what was wrong in words.
-fn corrected(current: &Config, naming: &Naming, settings: &StreamSettings) -> (Config, Vec<String>) {
+fn corrected(current: &Config, naming: &Naming, settings: &StreamSettings, atomic: bool) -> (Config, Vec<String>) {
     let mut config = current.clone();
     let mut changes = Vec::new();
     let mut set = |what: &str, from: String, to: String| changes.push(format!("{what} {from} -> {to}"));
@@ -135,6 +135,11 @@ fn corrected(current: &Config, naming: &Naming, settings: &StreamSettings) -> (C
     if let Some(replicas) = settings.replicas.filter(|replicas| *replicas != config.num_replicas) {
         set("replicas", config.num_replicas.to_string(), replicas.to_string());
         config.num_replicas = replicas;
+    }
+    if config.num_replicas > 1 && atomic && !config.allow_atomic_publish {
+        // Else the relay can have one message under way only.
+        config.allow_atomic_publish = true;
+        set("allow_atomic", "false".into(), "true".into());
     }
     (config, changes)
 }
@@ -286,10 +291,20 @@ mod tests {
         (config.no_ack, config.allow_rollup, config.max_message_size) = (true, true, 10);
         (config.discard, config.max_bytes) = (DiscardPolicy::Old, 1);
         config.subjects = vec!["other.>".into()];
-        let (config, changes) = corrected(&config, &naming, &settings);
+        let (config, changes) = corrected(&config, &naming, &settings, true);
         assert_eq!(problems(&config, &naming, true), []);
         assert_eq!(changes.len(), 5, "{changes:?}");
-        assert_eq!(corrected(&config, &naming, &settings).1, [""; 0], "again it finds nothing");
+        assert_eq!(corrected(&config, &naming, &settings, true).1, [""; 0], "again it finds nothing");
+    }
+
+    #[test]
+    fn a_stream_with_replicas_is_to_take_batches_where_the_server_can() {
+        let settings = StreamSettings { replicas: None, max_age: None, max_bytes: None };
+        for (replicas, atomic, expected) in [(3, true, true), (3, false, false), (1, true, false)] {
+            let current = Config { num_replicas: replicas, allow_atomic_publish: false, ..good() };
+            let (config, changes) = corrected(&current, &Naming::default(), &settings, atomic);
+            assert_eq!((config.allow_atomic_publish, changes.len()), (expected, usize::from(expected)), "{changes:?}");
+        }
     }
 
     #[test]

@@ -45,8 +45,6 @@ impl Sent {
 pub(super) struct Chain {
     stream: String,
     sequence: u64,
-    /// The id of the last message that is known to be stored; kept while nothing is under way.
-    message_id: Option<String>,
     under_way: VecDeque<(Sent, bool)>,
     bytes: usize,
     /// The number of the first message under way.
@@ -122,16 +120,9 @@ impl fmt::Display for Doubt {
 }
 
 impl Chain {
-    /// A chain behind the last message of `stream`. Its id may be unknown; the sequence suffices for the first one.
+    /// A chain behind the last message of `stream`.
     pub(super) fn behind(stream: &str, sequence: u64) -> Self {
-        Self {
-            stream: stream.into(),
-            sequence,
-            message_id: None,
-            under_way: VecDeque::new(),
-            bytes: 0,
-            first_number: 0,
-        }
+        Self { stream: stream.into(), sequence, under_way: VecDeque::new(), bytes: 0, first_number: 0 }
     }
 
     /// The sequence of the last message that is known to be stored.
@@ -214,20 +205,15 @@ impl Chain {
             event.tell_published(&self.stream, self.sequence);
             done.push(event);
         }
-        if let (Some(last), true) = (done.last(), self.under_way.is_empty()) {
-            self.message_id = Some(last.message_id());
-        }
         done
     }
 
-    /// What the next message must be behind.
+    /// What the next message must be behind. A predecessor that is under way is named, because another message may
+    /// take its place; one that is stored has its place.
     pub(super) fn predecessor(&self) -> Predecessor {
         Predecessor {
             sequence: self.sequence + self.under_way.len() as u64,
-            message_id: match self.under_way.back() {
-                Some((event, _)) => Some(event.message_id()),
-                None => self.message_id.clone(),
-            },
+            message_id: self.under_way.back().map(|(event, _)| event.message_id()),
         }
     }
 }
@@ -280,14 +266,21 @@ mod tests {
     }
 
     #[test]
-    fn each_message_names_its_predecessor() {
+    fn each_message_names_a_predecessor_that_is_under_way() {
         let mut chain = Chain::behind("E", 40);
         assert_eq!(chain.predecessor(), Predecessor { sequence: 40, message_id: None });
         chain.sent(event(1));
-        let behind_first = Predecessor { sequence: 41, message_id: Some("m1".into()) };
-        assert_eq!(chain.predecessor(), behind_first);
+        assert_eq!(chain.predecessor(), Predecessor { sequence: 41, message_id: Some("m1".into()) });
+        chain.sent(event(2));
+        assert_eq!(chain.predecessor(), Predecessor { sequence: 42, message_id: Some("m2".into()) });
         assert_eq!(chain.answered(0, stored(41)), Ok(vec![event(1)]));
-        assert_eq!(chain.predecessor(), behind_first);
+        assert_eq!(chain.predecessor(), Predecessor { sequence: 42, message_id: Some("m2".into()) });
+        assert_eq!(chain.answered(1, stored(42)), Ok(vec![event(2)]));
+        assert_eq!(
+            chain.predecessor(),
+            Predecessor { sequence: 42, message_id: None },
+            "with one message at a time none is named"
+        );
     }
 
     #[test]

@@ -40,10 +40,13 @@ use crate::postgres::{database_error, parked, window};
 const REST: Duration = Duration::from_secs(1);
 /// So many ids that were handed out and not committed move the mark at once, so that looks stay cheap.
 const MANY_IDS: i64 = 1000;
-/// How often an idle leader looks whether the stream is still as it left it.
+/// How often a leader looks, between two windows, whether the stream is still as it left it.
 const STREAM_LOOK: Duration = Duration::from_secs(5);
 /// Waits between tries when the stream is full or a setting is wrong.
 const SLOW: Backoff = Backoff { first: Duration::from_millis(250), max: Duration::from_secs(5) };
+
+/// The server's error when a batch holds a message that the stream has already.
+const REPEAT_IN_BATCH: u64 = 10201;
 
 /// A leader's tools and state. It is dropped, wherever it is, when the lease is lost.
 pub(super) struct Leader<'a> {
@@ -110,6 +113,11 @@ impl Leader<'_> {
             if self.under_way.is_none() {
                 continue;
             }
+            if last_stream_look.elapsed() > STREAM_LOOK {
+                last_stream_look = Instant::now();
+                self.look_at_stream().await;
+                continue;
+            }
             let handled = self.handled();
             let look = window::look(&mut self.log, &handled)
                 .await
@@ -133,11 +141,6 @@ impl Leader<'_> {
                     continue;
                 }
                 self.settle().await?;
-            }
-            if last_stream_look.elapsed() > STREAM_LOOK {
-                last_stream_look = Instant::now();
-                self.look_at_stream().await;
-                continue;
             }
             self.progress.idle();
             let pause = polling.pause(std::time::Instant::now());
@@ -185,7 +188,7 @@ impl Leader<'_> {
         fault::point("relay-after-barrier");
         self.exceptions.present.clear();
         self.exceptions.renamed.clear();
-        self.method.window_opened();
+        self.method.go_on();
         self.exceptions.found = Arc::default();
         self.found = Found::default();
         (self.stored_up_to, self.stored_end) = (0, 0);
@@ -293,17 +296,20 @@ impl Leader<'_> {
         &mut self,
         mut chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>,
     ) -> Result<Pumped, Error> {
+        let (publisher, mut waiting) = (&mut self.publisher, VecDeque::new());
+        let Some(under_way) = &mut self.under_way else { return Ok(Pumped::Stopped) };
+        let chained = matches!(under_way, UnderWay::Chained(_));
+        let messages = if chained && self.method.is_one_at_a_time() { 1 } else { self.config.max_under_way };
         let setting = Setting {
             connection: self.connection,
             progress: self.progress,
-            limits: Limits { messages: self.config.max_under_way, ack_timeout: self.config.ack_timeout },
+            limits: Limits { messages, ack_timeout: self.config.ack_timeout },
             paused: self.paused.clone(),
             shutdown: self.shutdown,
         };
-        let (publisher, mut waiting) = (&mut self.publisher, VecDeque::new());
-        let Some(under_way) = &mut self.under_way else { return Ok(Pumped::Stopped) };
-        if !self.method.batches() || matches!(under_way, UnderWay::Keyed(_)) {
-            let pump = Pump { publisher, under_way, setting: setting.clone(), watch: self.method.watch() };
+        if !chained || !self.method.batches() {
+            let watch = self.method.watch().filter(|_| chained);
+            let pump = Pump { publisher, under_way, setting: setting.clone(), watch };
             let (pumped, stored_up_to) = pump.run(&mut chunks, &mut waiting).await?;
             self.stored_up_to = self.stored_up_to.max(stored_up_to);
             self.stored_end = under_way.sequence();
@@ -343,9 +349,16 @@ impl Leader<'_> {
 
     /// Does what the class of a doubt asks for, so that the next try can get further.
     async fn deal_with(&mut self, doubt: &Doubt, class: Class, failures: u32) -> Result<(), Error> {
+        let batched = self.method.batches();
         match (class, doubt) {
             // The answer is for the batch. One by one it shows which event is meant.
-            (_, Doubt::Refused { .. }) if self.method.batches() => self.method.single_out(),
+            (Class::Park | Class::Alarm, Doubt::Refused { .. }) | (_, Doubt::Refused { code: REPEAT_IN_BATCH, .. })
+                if batched =>
+            {
+                self.method.single_out();
+                return Ok(());
+            }
+            (_, Doubt::Refused { .. }) if batched && failures > 1 => self.method.single_out(),
             (Class::Park, _) => {
                 if let Some(event) = doubt.event() {
                     parked::park(
@@ -369,6 +382,9 @@ impl Leader<'_> {
             // The first look costs nothing, and most often it is the answer.
             _ if failures <= 1 => {}
             _ => self.rest(Backoff::RECONNECT.after(failures)).await,
+        }
+        if !batched {
+            self.method.go_on();
         }
         Ok(())
     }

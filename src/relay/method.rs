@@ -7,9 +7,11 @@ use tokio::time::Instant;
 /// How the relay publishes to an exclusive stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PublishMethod {
-    /// Chained, until it shows that the server waits for its disk with each message and can take batches.
+    /// In atomic batches where the stream has replicas or the server waits for its disk with each message, as far as
+    /// the stream takes them; chained elsewhere.
     Auto,
-    /// Always chained: many messages under way, each naming its predecessor.
+    /// Always chained: many messages under way, each naming its predecessor. In a stream with replicas one message at a
+    /// time.
     Chained,
     /// Always in atomic batches of up to 1,000. Needs nats-server 2.12.1 and `allow_atomic` on the stream.
     Batched,
@@ -27,11 +29,22 @@ const SLOW_BURSTS: u32 = 3;
 #[derive(Debug)]
 pub(super) struct Method {
     wanted: PublishMethod,
-    /// Batches pay off on this server: it writes a whole batch to disk at once.
-    can_batch: bool,
+    stream: Takes,
     watch: Watch,
-    /// The open window goes out one by one, because a batch of it was refused.
+    /// Messages go out one by one, because a batch of them was refused.
     singled_out: bool,
+}
+
+/// What the stream takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Takes {
+    /// Atomic batches.
+    pub(super) batches: bool,
+    /// A batch is written to disk at once, which pays off where the disk is waited for.
+    pub(super) at_once: bool,
+    /// The stream is kept by several servers. From nats-server 2.14 on, a message that names the id of another
+    /// predecessor than it finds stops such a stream for good, so no message to it names one.
+    pub(super) replicated: bool,
 }
 
 /// Watches the pace of the answers to chained messages. A burst counts only while more messages are under way, so neither
@@ -79,32 +92,58 @@ impl Watch {
 }
 
 impl Method {
-    pub(super) fn new(wanted: PublishMethod, can_batch: bool) -> Self {
-        Self { wanted, can_batch, watch: Watch::default(), singled_out: false }
+    pub(super) fn new(wanted: PublishMethod) -> Self {
+        Self { wanted, stream: Takes::default(), watch: Watch::default(), singled_out: false }
+    }
+
+    /// What the stream takes, which an operator can change at any time.
+    pub(super) fn suit(&mut self, stream: Takes) {
+        if stream != self.stream && stream.replicated && !stream.batches {
+            tracing::warn!(
+                "the stream has replicas and takes no atomic batches, so messages go out one at a time: run \
+                 `aftercommit provision` with nats-server 2.12 or newer"
+            );
+        }
+        self.stream = stream;
+    }
+
+    /// Whether the stream is still as the method suits it.
+    pub(super) fn suits(&self, stream: Takes) -> bool {
+        self.stream == stream
     }
 
     /// Whether the next run is in batches.
     pub(super) fn batches(&self) -> bool {
+        let Takes { batches, at_once, replicated } = self.stream;
         let wanted = match self.wanted {
-            PublishMethod::Auto => self.can_batch && self.watch.slow == Some(true),
+            PublishMethod::Auto if replicated => batches,
+            PublishMethod::Auto => batches && at_once && self.watch.slow == Some(true),
             PublishMethod::Chained => false,
             PublishMethod::Batched => true,
         };
         wanted && !self.singled_out
     }
 
-    /// Who is to be told of the answers of a chained run; nobody when it changes nothing.
-    pub(super) fn watch(&mut self) -> Option<&mut Watch> {
-        let matters = self.wanted == PublishMethod::Auto && self.can_batch && self.watch.slow.is_none();
-        matters.then_some(&mut self.watch)
+    /// Whether a chained run has one message under way at most. Behind a stored message the sequence says enough, so
+    /// none has to name an id.
+    pub(super) fn is_one_at_a_time(&self) -> bool {
+        self.stream.replicated
     }
 
-    /// A batch was refused: the window goes on one by one.
+    /// Who is to be told of the answers of a chained run; nobody when it changes nothing.
+    pub(super) fn watch(&mut self) -> Option<&mut Watch> {
+        let Takes { batches, at_once, replicated } = self.stream;
+        let matters = batches && at_once && !replicated && self.wanted == PublishMethod::Auto;
+        (matters && self.watch.slow.is_none()).then_some(&mut self.watch)
+    }
+
+    /// A batch was refused: its messages go out one by one, which shows the one that is meant.
     pub(super) fn single_out(&mut self) {
         self.singled_out = true;
     }
 
-    pub(super) fn window_opened(&mut self) {
+    /// It is found, or another window begins.
+    pub(super) fn go_on(&mut self) {
         self.singled_out = false;
     }
 }
@@ -121,22 +160,31 @@ mod tests {
         })
     }
 
+    /// A stream of one server.
+    const SINGLE: Takes = Takes { batches: true, at_once: true, replicated: false };
+
+    fn method(wanted: PublishMethod, stream: Takes) -> Method {
+        let mut method = Method::new(wanted);
+        method.suit(stream);
+        method
+    }
+
     #[test]
     fn a_slow_server_that_can_gets_batches() {
-        let mut method = Method::new(PublishMethod::Auto, true);
+        let mut method = method(PublishMethod::Auto, SINGLE);
         let mut now = Instant::now();
         assert!(!watched(&mut method, &mut now, 2 * BURST, Duration::from_millis(1)), "two bursts may be a pause");
         assert!(watched(&mut method, &mut now, 2 * BURST, Duration::from_millis(1)));
         assert!(method.batches() && method.watch().is_none());
         method.single_out();
         assert!(!method.batches());
-        method.window_opened();
+        method.go_on();
         assert!(method.batches());
     }
 
     #[test]
     fn a_fast_server_is_watched_for_one_burst() {
-        let mut method = Method::new(PublishMethod::Auto, true);
+        let mut method = method(PublishMethod::Auto, SINGLE);
         assert_eq!(method.watch().map(|watch| watch.limit()), Some(BURST as usize));
         assert!(!watched(&mut method, &mut Instant::now(), 10 * BURST, Duration::from_micros(20)));
         assert!(!method.batches() && method.watch().is_none());
@@ -144,7 +192,7 @@ mod tests {
 
     #[test]
     fn events_that_come_seldom_make_no_server_slow() {
-        let mut method = Method::new(PublishMethod::Auto, true);
+        let mut method = method(PublishMethod::Auto, SINGLE);
         let mut now = Instant::now();
         for _ in 0..10 * BURST {
             now += Duration::from_millis(5);
@@ -155,10 +203,34 @@ mod tests {
 
     #[test]
     fn what_is_forced_is_done_and_what_cannot_be_is_not() {
-        assert!(Method::new(PublishMethod::Batched, false).batches());
-        for (wanted, can_batch) in [(PublishMethod::Auto, false), (PublishMethod::Chained, true)] {
-            let mut method = Method::new(wanted, can_batch);
-            assert!(method.watch().is_none() && !method.batches());
+        assert!(method(PublishMethod::Batched, Takes::default()).batches());
+        let cannot = Takes { at_once: false, ..SINGLE };
+        for (wanted, stream) in [(PublishMethod::Auto, cannot), (PublishMethod::Chained, SINGLE)] {
+            let mut method = method(wanted, stream);
+            assert!(method.watch().is_none() && !method.batches() && !method.is_one_at_a_time());
         }
+    }
+
+    #[test]
+    fn with_replicas_there_is_a_batch_or_a_single_message_under_way() {
+        for batches in [false, true] {
+            let replicated = Takes { batches, at_once: false, replicated: true };
+            for wanted in [PublishMethod::Auto, PublishMethod::Chained, PublishMethod::Batched] {
+                let mut method = method(wanted, replicated);
+                let expected = wanted == PublishMethod::Batched || (wanted == PublishMethod::Auto && batches);
+                assert_eq!((method.batches(), method.watch().is_none()), (expected, true), "{wanted:?}");
+                method.single_out();
+                assert!(!method.batches() && method.is_one_at_a_time(), "{wanted:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_stream_that_changes_is_noticed() {
+        let mut method = method(PublishMethod::Auto, SINGLE);
+        let replicated = Takes { replicated: true, ..SINGLE };
+        assert!(method.suits(SINGLE) && !method.suits(replicated));
+        method.suit(replicated);
+        assert!(method.suits(replicated) && method.batches());
     }
 }

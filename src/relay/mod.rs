@@ -265,16 +265,6 @@ impl Relay {
         Err(Error::new(ErrorKind::NotReady, format!("stream {stream} would lose events: {}", problems.join("; "))))
     }
 
-    /// Whether the server writes an atomic batch to disk at once, and the stream allows batches.
-    /// When that cannot be found out now, messages are chained, which is always right.
-    async fn can_batch(&self, nats: &Connection, stream: &StreamReader) -> bool {
-        if self.config.mode == Mode::Shared || !nats.client.is_server_compatible(2, 15, 0) {
-            return false;
-        }
-        let info = stream.info().await;
-        info.is_ok_and(|info| info.config.allow_atomic_publish && info.config.num_replicas == 1)
-    }
-
     async fn lead(
         &self,
         epoch: i64,
@@ -292,7 +282,6 @@ impl Relay {
         let _answering = AbortOnDropHandle::new(tokio::spawn(answering));
         let heartbeat = self.heartbeat(epoch, self.progress.subscribe(), paused);
         let leading = async {
-            let can_batch = self.can_batch(nats, &stream).await;
             let newest = relay_log::newest(&mut log).await;
             let newest = newest.map_err(|error| database_error("reading the relay's log failed", error))?;
             let taken = relay_log::take_over(&mut log, &newest, epoch).await;
@@ -316,7 +305,7 @@ impl Relay {
                 stream_created: None,
                 exceptions: Exceptions::default(),
                 repairs: Repairs::new(),
-                method: Method::new(self.config.publish, can_batch),
+                method: Method::new(self.config.publish),
                 cause: Cause::default(),
                 progress: &self.progress,
                 paused: told_paused,

@@ -13,6 +13,7 @@ use super::Mode;
 use super::chain::Chain;
 use super::keyed::Keyed;
 use super::leader::{Leader, fenced};
+use super::method::Takes;
 use super::under_way::UnderWay;
 use crate::error::{Error, ErrorKind};
 use crate::jetstream::stream::{Extent, Stored};
@@ -47,6 +48,7 @@ impl Leader<'_> {
         let stream = self.extent().await?;
         self.still_leading().await?;
         self.stream_created = Some(stream.created);
+        self.method.suit(self.takes(stream));
         self.rewind_if_lost(stream).await?;
         if stream.last < self.stored_end {
             // What was acknowledged is gone again.
@@ -80,12 +82,20 @@ impl Leader<'_> {
         let end = under_way.sequence();
         let as_left = match self.extent().await {
             Ok(stream) if self.config.mode == Mode::Shared => stream.last >= end,
-            Ok(stream) => stream.last == end && Some(stream.created) == self.stream_created,
+            Ok(stream) => {
+                let same = stream.last == end && Some(stream.created) == self.stream_created;
+                same && self.method.suits(self.takes(stream))
+            }
             Err(_) => false,
         };
         if !as_left {
             self.under_way = None;
         }
+    }
+
+    fn takes(&self, stream: Extent) -> Takes {
+        let server = |minor, patch| self.connection.client.is_server_compatible(2, minor, patch);
+        Takes { batches: stream.batches && server(12, 1), at_once: server(15, 0), replicated: stream.replicated }
     }
 
     async fn extent(&self) -> Result<Extent, Error> {

@@ -1,5 +1,6 @@
 //! Disks that are full, and disks whose power is cut.
 
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -8,10 +9,10 @@ use std::time::Duration;
 use aftercommit::admin;
 use aftercommit::health::Check;
 use aftercommit::relay::{Mode, PublishMethod, RelayConfig};
+use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
-use aftercommit::testing::{eventually, unique_name};
 use aftercommit::worker::Subscriber;
-use async_nats::jetstream::stream::Config;
+use async_nats::jetstream::{self, stream::Config};
 use chrono::Utc;
 use sqlx::{AssertSqlSafe, PgPool};
 use tokio_util::sync::CancellationToken;
@@ -19,10 +20,10 @@ use tokio_util::sync::CancellationToken;
 use super::scenarios::{publish, relay};
 use super::support::{Outbox, Record, RunningRelay, SOON, Scenario, Work, Writers, complains, get, metric};
 
-/// A small disk, which is there until it is dropped.
+/// A small disk in a server's directory. It goes with the server.
 struct Disk {
     place: PathBuf,
-    /// Where its content is; in memory without one.
+    /// What is on it; in memory without one.
     file: Option<PathBuf>,
 }
 
@@ -37,7 +38,7 @@ impl Disk {
     /// One whose power can be cut: a file system in a file. What was written to it and not synced is in the memory of the
     /// kernel, and not in that file. None where nothing may be mounted.
     fn in_file(place: &Path, megabytes: u64) -> Option<Self> {
-        let file = std::env::temp_dir().join(unique_name("disk"));
+        let file = place.with_extension("disk");
         std::fs::File::create_new(&file).unwrap().set_len(megabytes << 20).unwrap();
         let disk = Self { place: place.into(), file: Some(file.clone()) };
         let made = mounts(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&file)) && mounts(&mut disk.plug_in());
@@ -71,22 +72,11 @@ impl Disk {
         let left = file.with_extension("left");
         // Nothing moves while the file is copied, so that it is of one moment.
         nats.pause().unwrap();
-        eventually(SOON, "the server stands still", async || stands_still(nats)).await.unwrap();
         std::fs::copy(file, &left).unwrap();
         nats.kill().await.unwrap();
         succeed(Command::new("umount").arg(&self.place));
         std::fs::rename(left, file).unwrap();
         succeed(&mut self.plug_in());
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        // The loop device goes with the mount.
-        _ = Command::new("umount").arg("-l").arg(&self.place).stderr(Stdio::null()).status();
-        for file in self.file.iter().flat_map(|file| [file.clone(), file.with_extension("left")]) {
-            _ = std::fs::remove_file(file);
-        }
     }
 }
 
@@ -101,16 +91,6 @@ fn mounts(command: &mut Command) -> bool {
 
 fn succeed(command: &mut Command) {
     assert!(command.status().unwrap().success(), "{command:?}");
-}
-
-/// Whether every thread of a halted server has stopped, also those that waited for the disk.
-fn stands_still(nats: &Nats) -> bool {
-    let process = std::fs::read_to_string(nats.store_directory().with_file_name("pid")).unwrap();
-    let threads = std::fs::read_dir(format!("/proc/{}/task", process.trim())).unwrap();
-    threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap()).all(|status| {
-        let state = status.lines().find(|line| line.starts_with("State:")).unwrap();
-        state.contains("T (stopped)")
-    })
 }
 
 /// How often publishing was interrupted, by class.
@@ -153,8 +133,6 @@ async fn nats_waits_for_room(version: Option<&str>) {
     }
     outbox.assert_complete().await;
     assert_eq!(admin::relay::parked(&outbox.postgres, 10).await.unwrap().len(), 0, "nothing is to blame");
-    drop(nats);
-    drop(disk);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -198,8 +176,6 @@ async fn a_server_that_falls_silent_over_a_full_disk_is_told_from_a_slow_one() {
         outbox.assert_complete().await;
         relay.stop().await.unwrap();
     }
-    drop(nats);
-    drop(disk);
 }
 
 /// The server's own limit, `max_file_store`.
@@ -265,9 +241,6 @@ async fn a_full_disk_under_postgresql_fails_writers_and_costs_no_attempt() {
     assert_eq!(work.dead_letters().await, []);
     assert_eq!(work.attempts().await, [0; 0]);
     worker.stop().await;
-    drop(work);
-    drop(postgres);
-    drop(disk);
 }
 
 /// What a server lost of what it had acknowledged when its power was cut twice, and what the reconcilers found of that.
@@ -319,10 +292,50 @@ async fn survives_power_cuts(sync_interval: &str, publish: PublishMethod) -> Opt
     }
     let findings = [system.outbox_findings().await, system.books_findings().await].concat();
     system.nothing_is_left().await;
-    drop(system);
-    drop(disk);
     println!("{sync_interval:?}, {publish:?}: {lost} acknowledged messages lost; {findings:?}");
     Some(Losses { messages: lost, findings })
+}
+
+/// A power cut is of one moment only if nothing is written after the server was halted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_waits_for_its_disk_is_halted_when_the_disk_has_answered() {
+    let mut nats = Nats::start(NatsOptions::default()).await.unwrap();
+    nats.stop().await.unwrap();
+    let Some(_) = Disk::in_file(&nats.store_directory(), 64) else { return };
+    nats.restart().await.unwrap();
+    let context = jetstream::new(async_nats::connect(nats.url()).await.unwrap());
+    context
+        .create_stream(Config { name: "LATE".into(), subjects: vec!["late".into()], ..Config::default() })
+        .await
+        .unwrap();
+    let directory = nats.store_directory().with_file_name("");
+    let shell = |script: &str| {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script]).arg(&directory).current_dir(nats.store_directory()).stdout(Stdio::piped());
+        shell.spawn().unwrap()
+    };
+    // The disk answers when the first thread has stopped, and some time in any case: a process that waits for a disk
+    // cannot be killed.
+    let mut frozen = shell(
+        r#"fsfreeze --freeze . && echo frozen
+           until grep -q '^State:.T' /proc/$(cat "$0/pid")/task/*/status || [ $((tries += 1)) -gt 300 ]; do sleep 0.1; done
+           touch "$0/answers"; fsfreeze --unfreeze ."#,
+    );
+    let mut said = String::new();
+    BufReader::new(frozen.stdout.take().unwrap()).read_line(&mut said).unwrap();
+    assert_eq!(said, "frozen\n");
+    let acknowledged = context.publish("late", "1".into()).await.unwrap();
+    eventually(SOON, "a thread waits for the disk", async || {
+        let states = shell(r#"cat /proc/$(cat "$0/pid")/task/*/stat"#).wait_with_output().unwrap().stdout;
+        String::from_utf8_lossy(&states).contains(") D ")
+    })
+    .await
+    .unwrap();
+    nats.pause().unwrap();
+    assert!(directory.join("answers").exists(), "it was halted before the disk answered");
+    nats.resume().unwrap();
+    acknowledged.await.unwrap();
+    frozen.wait().unwrap();
 }
 
 /// By default nats-server syncs its files every two minutes.

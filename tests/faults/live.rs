@@ -24,8 +24,7 @@ const LEDGER: &str = "
 
 /// What the subscriber does: it writes down what it sees.
 const SEEN: &str = "
-    create table seen (id bigint generated always as identity, event_id uuid not null, key text, version int,
-                       at timestamptz not null default clock_timestamp());
+    create table seen (id bigint generated always as identity, event_id uuid not null, key text, version int);
     create function see(event jsonb) returns void language sql as $$
         insert into seen (event_id, key, version)
         values ((event ->> 'id')::uuid, event ->> 'partitionkey', (event -> 'data' ->> 'version')::int) $$";

@@ -4,6 +4,7 @@ mod consumer;
 mod inbox;
 mod liars;
 mod outbox;
+mod outbox_races;
 mod runner;
 mod scenarios;
 #[path = "../support/mod.rs"]

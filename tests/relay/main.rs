@@ -6,6 +6,7 @@ mod latency;
 mod operations;
 mod questions;
 mod refusals;
+mod replicas;
 mod restore;
 mod rewind;
 mod shared;

@@ -177,7 +177,15 @@ impl Outbox {
         let stream = self.js().await.get_stream(&self.naming.stream).await.unwrap();
         let mut left = stream.cached_info().state.messages as usize;
         let config = pull::Config { ack_policy: AckPolicy::None, ..Default::default() };
-        let consumer = stream.create_consumer(config).await.unwrap();
+        let mut consumer = None;
+        // A cluster that has lost a server creates nothing until it has agreed on who decides.
+        eventually(SOON, "a consumer is there", async || {
+            consumer = stream.create_consumer(config.clone()).await.ok();
+            consumer.is_some()
+        })
+        .await
+        .unwrap();
+        let consumer = consumer.unwrap();
         let mut found = Vec::with_capacity(left);
         while left > 0 {
             let mut batch = consumer.fetch().max_messages(left.min(500)).messages().await.unwrap();

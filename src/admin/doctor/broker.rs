@@ -6,6 +6,7 @@ use super::{BrokerFacts, Check, DoctorConfig, span};
 use crate::error::Error;
 use crate::jetstream::doctor::{Consumer, Server, Stream};
 use crate::jetstream::monitoring::Sync;
+use crate::relay::Mode;
 
 /// The first release of each line without the security holes that are known to us.
 const SECURE: [(u64, u64, u64); 3] = [(2, 11, 16), (2, 12, 7), (2, 14, 0)];
@@ -65,25 +66,33 @@ fn stream(stream: &Stream, config: &DoctorConfig) -> Vec<Check> {
     if checks.is_empty() {
         checks.push(Check::ok("stream", format!("{name} has no setting that would lose or re-order events")));
     }
-    checks.push(replicas(stream.replicas, name, config.retention));
+    checks.push(replicas(stream, name, config));
     checks.push(max_age(stream.max_age, name, config.retention));
     checks.push(subscribers(stream, name));
     checks.extend(stream.consumers.iter().flat_map(|found| consumer(found, name)));
     checks
 }
 
-fn replicas(replicas: usize, name: &str, retention: Duration) -> Check {
-    if replicas > 1 {
+fn replicas(stream: &Stream, name: &str, config: &DoctorConfig) -> Check {
+    let replicas = stream.replicas;
+    if replicas > 1 && (stream.batches || config.mode == Mode::Shared) {
         return Check::ok("replicas", format!("{name} is kept on {replicas} servers"));
+    }
+    if replicas > 1 {
+        return Check::warn(
+            "replicas",
+            format!("{name} is kept on {replicas} servers and takes no atomic batches: messages go out one at a time"),
+            "run `aftercommit provision` with nats-server 2.12 or newer",
+        );
     }
     Check::warn(
         "replicas",
         format!(
             "{name} is kept on one server: while it is down nothing is published, and with its disk all messages are \
              lost; the outbox still has the events of the last {}",
-            span(retention)
+            span(config.retention)
         ),
-        format!("run a cluster of three servers and `nats stream edit {name} --replicas 3`"),
+        format!("run a cluster of three servers, `nats stream edit {name} --replicas 3` and `aftercommit provision`"),
     )
 }
 
@@ -194,7 +203,8 @@ mod tests {
         let consumer =
             Consumer { name: "c".into(), max_deliver: -1, odd_ack_policy: None, paused: false, filters: vec![] };
         let max_age = Some(Duration::from_hours(14 * 24));
-        Stream { problems: vec![], replicas: 3, max_age, consumers: vec![consumer], types: 2, unread: vec![] }
+        let (problems, consumers, unread) = (vec![], vec![consumer], vec![]);
+        Stream { problems, replicas: 3, batches: true, max_age, consumers, types: 2, unread }
     }
 
     fn worst(checks: &[Check]) -> Severity {
@@ -239,9 +249,10 @@ mod tests {
     #[test]
     fn what_a_stream_can_lose_is_a_warning() {
         type Spoil = fn(&mut Stream);
-        let cases: [(&str, Spoil); 6] = [
+        let cases: [(&str, Spoil); 7] = [
             ("subscribers", |stream| stream.unread = vec!["order.lost".into()]),
             ("replicas", |stream| stream.replicas = 1),
+            ("replicas", |stream| stream.batches = false),
             ("retention", |stream| stream.max_age = Some(Duration::from_hours(24))),
             ("consumer", |stream| stream.consumers[0].max_deliver = 5),
             ("consumer", |stream| stream.consumers[0].odd_ack_policy = Some("none".into())),

@@ -9,15 +9,16 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::processes::{Owner, as_user, cannot, send};
+use super::processes::{Owner, as_user, cannot, send, threads};
 use crate::error::{Error, ErrorKind};
 use crate::testing::{eventually, unique_name};
 
-/// $1: the directory, $2: the signal that ends the server. A dead process that nobody collects is a zombie (Z).
+/// $1: the directory, $2: the signal that ends the server. A dead process that nobody collects is a zombie (Z). What a test
+/// has mounted in the directory, where that can be, goes with it.
 const GUARD: &str = r#"
 cat >/dev/null
 if server=$(cat "$1/pid"); then
@@ -28,6 +29,7 @@ if server=$(cat "$1/pid"); then
         tries=$((tries + 1))
     done
 fi
+grep -sF " $1/" /proc/mounts | while read -r _ place _; do umount -l "$place"; done
 rm -rf "$1"
 "#;
 
@@ -35,7 +37,7 @@ rm -rf "$1"
 /// guard knows it from the first moment.
 const START: &str = r#"echo "$$" >"$0/pid" && exec "$@""#;
 
-/// How long a server may take to start or to end; recovery after a crash takes longest.
+/// How long a server may take to start, to stand still or to end; recovery after a crash takes longest.
 pub(super) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// See the module.
@@ -133,6 +135,34 @@ impl Instance {
     /// Sends a signal to the server.
     pub(super) fn signal(&self, signal: &str) -> Result<(), Error> {
         send(signal, &[self.pid()?])
+    }
+
+    /// Halts the server's process with SIGSTOP, and returns when it stands still: its threads stop one after the other, and
+    /// one that waits for the disk only when the disk has answered. It blocks: it seldom takes more than a millisecond.
+    pub(super) fn halt(&self) -> Result<(), Error> {
+        let (pid, begun) = (self.pid()?, Instant::now());
+        self.signal("STOP")?;
+        loop {
+            let threads = threads(pid)?;
+            // Dead threads do not move either; a dead process that nobody has collected yet has one of them.
+            let is_dead = |state| matches!(state, 'Z' | 'X');
+            if threads.iter().all(|thread| is_dead(thread.state)) {
+                let said = format!("{} cannot be halted, because it has ended; {}", self.software, self.log_tail());
+                return Err(Error::new(ErrorKind::NotReady, said));
+            }
+            let Some(moving) = threads.iter().find(|thread| thread.state != 'T' && !is_dead(thread.state)) else {
+                return Ok(());
+            };
+            if begun.elapsed() > DEADLINE {
+                let (software, thread, state) = (self.software, moving.pid, moving.state);
+                let said = format!(
+                    "{software} does not stand still {DEADLINE:?} after SIGSTOP: its thread {thread} is in state {state} \
+                     (D waits for a disk)"
+                );
+                return Err(Error::new(ErrorKind::NotReady, said));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Kills the server's process and waits until it has ended. One that has ended already is no error.

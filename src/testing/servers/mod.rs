@@ -1,7 +1,8 @@
 //! PostgreSQL, nats-server and PgBouncer for the length of a test.
 //!
 //! Each server is a process of its own on a free port of 127.0.0.1, with its data in a temporary directory. They
-//! disappear when the value is dropped and when the test process ends, however it ends.
+//! disappear when the value is dropped and when the test process ends, however it ends, and with them what a test has
+//! mounted in that directory.
 //!
 //! Most tests use the servers that the whole test process shares, with a database and a stream of their own; a test
 //! that kills or pauses a server starts one for itself:

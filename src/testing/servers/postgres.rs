@@ -136,12 +136,8 @@ impl Postgres {
     /// When the server does not run.
     pub async fn kill(&mut self) -> Result<(), Error> {
         let postmaster = self.instance.pid()?;
-        // Stopped, it starts no process behind our back.
-        send("STOP", &[postmaster])?;
-        let is_stopped = async || {
-            processes().is_ok_and(|all| all.iter().any(|process| process.pid == postmaster && process.state == 'T'))
-        };
-        eventually(DEADLINE, "the postmaster has stopped", is_stopped).await?;
+        // Halted, it starts no process behind our back.
+        self.instance.halt()?;
         let family: Vec<u32> = processes()?
             .iter()
             .filter(|process| process.pid == postmaster || process.parent == postmaster)

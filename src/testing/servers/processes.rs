@@ -22,8 +22,9 @@ pub(super) fn send(signal: &str, pids: &[u32]) -> Result<(), Error> {
         .map_err(|error| cannot(format!("cannot send SIG{signal}"), error))
 }
 
-/// A running process.
+/// A running process, or one thread of it.
 pub(super) struct Process {
+    /// Of a thread, the thread's own.
     pub(super) pid: u32,
     pub(super) parent: u32,
     /// As in `ps`: `T` is stopped, `Z` dead and not yet collected.
@@ -33,19 +34,39 @@ pub(super) struct Process {
 /// All processes, from /proc or, where there is none, from `ps`.
 pub(super) fn processes() -> Result<Vec<Process>, Error> {
     let failed = |error| cannot("cannot list processes", error);
-    if Path::new("/proc/self/stat").exists() {
-        return Ok(fs::read_dir("/proc")
-            .map_err(failed)?
-            .filter_map(|entry| fs::read_to_string(entry.ok()?.path().join("stat")).ok())
-            .filter_map(|stat| Process::from_stat(&stat))
-            .collect());
+    if has_proc() {
+        return Process::below(Path::new("/proc")).map_err(failed);
     }
     let list = Command::new("ps").args(["-A", "-o", "pid=,state=,ppid="]).output().map_err(failed)?;
     let list = String::from_utf8_lossy(&list.stdout);
     Ok(list.lines().filter_map(|line| Process::from_fields(line.split_ascii_whitespace())).collect())
 }
 
+/// The threads of a process, from /proc or, where there is none, the process itself, from `ps`. Empty when it is gone.
+pub(super) fn threads(pid: u32) -> Result<Vec<Process>, Error> {
+    if !has_proc() {
+        return Ok(processes()?.into_iter().filter(|process| process.pid == pid).collect());
+    }
+    match Process::below(Path::new(&format!("/proc/{pid}/task"))) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(cannot(format!("cannot list the threads of process {pid}"), error))
+        }
+        found => Ok(found.unwrap_or_default()),
+    }
+}
+
+fn has_proc() -> bool {
+    Path::new("/proc/self/stat").exists()
+}
+
 impl Process {
+    /// Those of which `directory` has directories. One that ends meanwhile is left out.
+    fn below(directory: &Path) -> std::io::Result<Vec<Self>> {
+        let entries = fs::read_dir(directory)?;
+        let stats = entries.filter_map(|entry| fs::read_to_string(entry.ok()?.path().join("stat")).ok());
+        Ok(stats.filter_map(|stat| Self::from_stat(&stat)).collect())
+    }
+
     /// From `pid (name) state parent …`; the name may hold anything.
     fn from_stat(stat: &str) -> Option<Self> {
         let (pid, rest) = (stat.split_once(' ')?.0, stat.rsplit_once(") ")?.1);
