@@ -19,6 +19,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::config::check_stream;
+use crate::error::{Error, causes};
 
 /// How long a question may be without a leader's answer before it is asked again. A leader that was elected meanwhile does
 /// not answer older ones.
@@ -38,6 +39,11 @@ pub(super) type Failure = Box<dyn StdError + Send + Sync>;
 struct NoLeader {
     of: String,
     source: Option<jetstream::Error>,
+}
+
+/// Whether an error is that nobody leads the stream or the consumer.
+pub(crate) fn has_no_leader(error: &Error) -> bool {
+    causes(error).any(|cause| cause.is::<NoLeader>())
 }
 
 /// What an answer says about who gave it.
@@ -230,6 +236,7 @@ impl Insistence {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
     use serde_json::{Value, json};
 
     fn leaders<T: Answer>(answer: Value, clustered: bool) -> bool {
@@ -316,8 +323,9 @@ mod tests {
     fn who_finds_no_leader_is_told_where_to_look() {
         let source = serde_json::from_value(json!({ "code": 503, "err_code": 10008, "description": "unavailable" }));
         let error = NoLeader { of: "stream S".into(), source: Some(source.unwrap()) };
-        let line =
-            crate::error::Error::with_source(crate::error::ErrorKind::Broker, "cannot read stream S", error).report();
+        let error = Error::with_source(ErrorKind::Broker, "cannot read stream S", error);
+        assert!(has_no_leader(&error) && !has_no_leader(&Error::new(ErrorKind::Broker, "timed out")));
+        let line = error.report();
         for word in ["stream S has no leader", "critical write error", "most of them run", "10008"] {
             assert!(line.contains(word), "{line}");
         }

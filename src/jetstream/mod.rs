@@ -2,7 +2,7 @@
 
 mod access;
 pub(crate) mod ack;
-mod api;
+pub(crate) mod api;
 #[cfg(feature = "cli")]
 pub(crate) mod bench;
 #[cfg(feature = "cli")]

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::{Number, Outbox, Record, SOON, Work};
 use aftercommit::admin;
+use aftercommit::admin::doctor::DoctorConfig;
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit::subject::SubjectPrefix;
 use aftercommit::testing::servers::{Nats, NatsCluster, NatsOptions, Postgres};
@@ -188,8 +189,9 @@ async fn a_stream_without_a_leader_is_told_from_one_with_few_messages() {
     headers.insert("Nats-Expected-Last-Msg-Id", "another");
     js.publish_with_headers(naming.prefix.subject("a"), headers, "{}".into()).await.unwrap();
     let stopped = eventually(Duration::from_secs(10), "a replica tells its own state", async || {
-        let stream = js.get_stream(&naming.stream).await.unwrap();
-        stream.cached_info().cluster.as_ref().is_some_and(|cluster| cluster.leader.is_none())
+        let look = tokio::time::timeout(Duration::from_secs(1), js.get_stream(&naming.stream));
+        let cluster = look.await.ok().and_then(|stream| stream.ok()?.cached_info().cluster.clone());
+        cluster.is_some_and(|cluster| cluster.leader.is_none())
     });
     if stopped.await.is_err() {
         println!("SKIPPED: nats-server {} has not stopped the stream", cluster.members[0].version());
@@ -199,4 +201,13 @@ async fn a_stream_without_a_leader_is_told_from_one_with_few_messages() {
         let error = status.stream_error.unwrap_or_default();
         assert!(status.stream.is_none() && error.contains("has no leader at present"), "{:?} {error}", status.stream);
     }
+    let nats = NatsConfig { url: cluster.url(), ..NatsConfig::default() };
+    let report = admin::doctor::doctor(&DoctorConfig::new(postgres.clone(), nats, naming.clone())).await.unwrap();
+    let check = report.checks.iter().find(|check| check.name == "stream").unwrap();
+    assert!(check.finding.contains("has no leader at present"), "{check:?}");
+    assert!(check.remedy.as_ref().is_some_and(|remedy| remedy.contains("A stream without a leader")), "{check:?}");
+    // The way out that the documentation names.
+    js.delete_stream(&naming.stream).await.unwrap();
+    js.create_stream(config).await.unwrap();
+    assert_eq!(status(0).await.stream.map(|stream| stream.last_sequence), Some(0));
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::{BrokerFacts, Check, DoctorConfig, span};
 use crate::error::Error;
+use crate::jetstream::api::has_no_leader;
 use crate::jetstream::doctor::{Consumer, Server, Stream};
 use crate::jetstream::monitoring::Sync;
 use crate::relay::Mode;
@@ -21,11 +22,13 @@ pub(super) fn unreachable(error: &Error) -> Check {
 pub(super) fn judge(facts: &BrokerFacts, sync: Option<&Result<Sync, Error>>, config: &DoctorConfig) -> Vec<Check> {
     let mut checks = vec![server(&facts.server)];
     match &facts.stream {
-        Err(error) => checks.push(Check::fail(
-            "stream",
-            error.report(),
-            "run `aftercommit provision`, or give the NATS user the right to look at the stream",
-        )),
+        Err(error) => {
+            let remedy = match has_no_leader(error) {
+                true => "wait for some seconds; if that lasts, see \"A stream without a leader\" in docs/operations.md",
+                false => "run `aftercommit provision`, or give the NATS user the right to look at the stream",
+            };
+            checks.push(Check::fail("stream", error.report(), remedy));
+        }
         Ok(found) => checks.extend(stream(found, config)),
     }
     checks.push(disk(sync));
