@@ -66,9 +66,9 @@ impl From<Writers> for Mode {
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum Publish {
-    /// Chained; in batches when the server waits for its disk with each message and can take them
+    /// In batches when the stream has replicas or the server waits for its disk with each message; else chained
     Auto,
-    /// Many messages under way, each naming its predecessor
+    /// Many messages under way, each naming its predecessor; one at a time when the stream has replicas
     Chained,
     /// In atomic batches of up to 1,000
     Batched,
