@@ -5,7 +5,8 @@
 
 use super::chain::Doubt;
 use super::classify::Class;
-use crate::error::ErrorKind;
+use crate::error::{Error, ErrorKind};
+use crate::jetstream::api::has_no_leader;
 
 /// What an operator can do when the server answers, but not to messages.
 const NOTHING_IS_STORED: &str = "the server answers, but stores nothing and does not say why: see its log and /healthz; \
@@ -17,9 +18,10 @@ const NO_JETSTREAM: &str = "nats-server is there, but JetStream does not answer:
      a member of a cluster turns JetStream off when its disk is full: make room, then restart it";
 
 /// What an operator can do when the stream cannot be read for the `failures`-th time. Once may be a change of its leader, and
-/// a missing stream or connection says so itself.
-pub(super) fn unreadable(error: ErrorKind, failures: u32, connected: bool) -> Option<&'static str> {
-    (error == ErrorKind::Broker && failures > 1 && connected).then_some(NO_JETSTREAM)
+/// a missing stream, leader or connection says so itself.
+pub(super) fn unreadable(error: &Error, failures: u32, connected: bool) -> Option<&'static str> {
+    let silent = error.kind() == ErrorKind::Broker && !has_no_leader(error);
+    (silent && failures > 1 && connected).then_some(NO_JETSTREAM)
 }
 
 /// What is told about a doubt.
@@ -156,11 +158,14 @@ mod tests {
 
     #[test]
     fn a_server_without_jetstream_is_told_from_a_missing_stream_and_a_missing_server() {
-        assert!(unreadable(ErrorKind::Broker, 2, true).is_some_and(|remedy| remedy.contains("disk is full")));
+        assert!(
+            unreadable(&Error::new(ErrorKind::Broker, "timed out"), 2, true)
+                .is_some_and(|remedy| remedy.contains("disk is full"))
+        );
         for (error, failures, connected) in
             [(ErrorKind::Broker, 1, true), (ErrorKind::Broker, 9, false), (ErrorKind::NotReady, 9, true)]
         {
-            assert_eq!(unreadable(error, failures, connected), None);
+            assert_eq!(unreadable(&Error::new(error, "why"), failures, connected), None);
         }
     }
 

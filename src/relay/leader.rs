@@ -240,7 +240,7 @@ impl Leader<'_> {
                     Err(error) if matches!(error.kind(), ErrorKind::Database | ErrorKind::Fenced) => return Err(error),
                     Err(error) => {
                         failures += 1;
-                        let remedy = unreadable(error.kind(), failures, self.connection.is_up());
+                        let remedy = unreadable(&error, failures, self.connection.is_up());
                         let way_out = remedy.map(|remedy| format!("; {remedy}")).unwrap_or_default();
                         self.progress.state(format!("waiting for the stream: {}{way_out}", error.report()));
                         tracing::warn!(error = error.report(), remedy, "cannot read the stream's end, trying again");
