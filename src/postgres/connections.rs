@@ -5,17 +5,12 @@
 //! open on it.
 
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 
-use sqlx::ConnectOptions;
 use sqlx::postgres::PgConnectOptions;
 
-use super::session::Session;
+use super::session::{SILENCE, Session};
 use crate::config::PostgresConfig;
 use crate::error::Error;
-
-/// How long to wait for a server that does not even refuse.
-const CONNECT: Duration = Duration::from_secs(10);
 
 /// Connections to one database, opened when they are needed. There are as many as are used at the same time.
 #[derive(Debug)]
@@ -42,10 +37,10 @@ impl Connections {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         match idle {
             Some(connection) => Ok(connection),
-            None => tokio::time::timeout(CONNECT, self.options.connect())
-                .await
-                .unwrap_or_else(|_| Err(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())))
-                .map(|connection| Session::new(connection, self.pooled)),
+            None => {
+                let connection = super::open(&self.options).await?;
+                Ok(Session::new(connection, self.pooled).patient_for(SILENCE))
+            }
         }
     }
 

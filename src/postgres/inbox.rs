@@ -14,7 +14,7 @@ use super::session::{Session, Tx};
 /// of it (frozen, or cut off), the server ends it, so that its locks do not keep a successor waiting for ever; that takes
 /// a little longer than `limit`, which a living process enforces itself.
 pub(crate) async fn begin(connection: &mut Session, limit: Duration) -> Result<Tx<'_>, sqlx::Error> {
-    connection.begin_with(begin_within(limit)).await
+    Ok(connection.begin_with(begin_within(limit)).await?.unhurried())
 }
 
 /// The same for a batch of events. The marker that names them is committed before, so that it stays when the process
@@ -27,7 +27,7 @@ pub(crate) async fn begin_batch<'s>(
 ) -> Result<Tx<'s>, sqlx::Error> {
     // A crash of PostgreSQL empties the table anyway, so nothing has to wait for the disk.
     let mark = format!("begin; set local synchronous_commit = off; {}; commit", marker.set(events)?);
-    connection.begin_with(format!("{mark}; {}", begin_within(limit))).await
+    Ok(connection.begin_with(format!("{mark}; {}", begin_within(limit))).await?.unhurried())
 }
 
 /// One simple query, so one round trip. SET LOCAL ends with the transaction, as transaction pooling wants it.

@@ -45,11 +45,12 @@ pub(crate) mod window;
 use std::error::Error as StdError;
 use std::path::Path;
 use std::str::FromStr;
+use std::time::Duration;
 
 use percent_encoding::percent_decode_str;
-use sqlx::ConnectOptions;
 use sqlx::error::DatabaseError;
 use sqlx::postgres::PgConnectOptions;
+use sqlx::{ConnectOptions, PgConnection};
 
 use crate::config::{PostgresConfig, read_file};
 use crate::error::{Error, ErrorKind, causes, on_one_line};
@@ -102,10 +103,18 @@ fn check_files(url: &str) -> Result<(), Error> {
     Ok(())
 }
 
+/// How long to wait for a server that does not even refuse.
+const CONNECT: Duration = Duration::from_secs(10);
+
+async fn open(options: &PgConnectOptions) -> Result<PgConnection, sqlx::Error> {
+    let late = |_| Err(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()));
+    tokio::time::timeout(CONNECT, options.connect()).await.unwrap_or_else(late)
+}
+
 /// Opens one connection.
 pub(crate) async fn connect(config: &PostgresConfig, application: &str) -> Result<Session, Error> {
-    let connected = options(config, application)?.connect().await;
-    connected
+    open(&options(config, application)?)
+        .await
         .map(|connection| Session::new(connection, config.pooled))
         .map_err(|error| database_error("cannot connect to PostgreSQL", error))
 }

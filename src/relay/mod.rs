@@ -43,7 +43,7 @@ use crate::jetstream::stream::StreamReader;
 use crate::jetstream::{self, Connection, topology};
 use crate::postgres::relay_log::{self, Appended};
 use crate::postgres::relay_status::{self, Report};
-use crate::postgres::session::Session;
+use crate::postgres::session::{SILENCE, Session};
 use crate::postgres::{self, database_error, lease, pause, prune};
 use cause::Cause;
 use leader::Leader;
@@ -460,7 +460,7 @@ impl Relay {
     }
 
     async fn connect(&self) -> Result<Session, Error> {
-        postgres::connect(&self.config.postgres, "aftercommit-relay").await
+        Ok(postgres::connect(&self.config.postgres, "aftercommit-relay").await?.patient_for(SILENCE))
     }
 }
 

@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind};
 use crate::jetstream::Connection;
 use crate::jetstream::outbox_service::{Answer, Displaced, Listed, Moved, Page, Question, Questions, Rest};
 use crate::postgres::place::{self, Place};
-use crate::postgres::session::Session;
+use crate::postgres::session::{SILENCE, Session};
 use crate::postgres::{self, database_error, questions, window};
 
 /// Events in a page, unless they are more than a message holds.
@@ -52,7 +52,9 @@ pub(super) async fn answer(postgres: PostgresConfig, nats: Connection, naming: A
         let mut library = match connection.take() {
             Some(library) => library,
             None => match postgres::connect(&postgres, "aftercommit-relay").await {
-                Ok(session) => Library { session, naming: naming.clone(), room: reply.room() },
+                Ok(session) => {
+                    Library { session: session.patient_for(SILENCE), naming: naming.clone(), room: reply.room() }
+                }
                 Err(error) => {
                     tracing::warn!(error = error.report(), "a question about the outbox cannot be answered");
                     reply.refuse("the outbox's database does not answer").await;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::sync::Mutex;
 
 use super::support::{Proxy, Way, free_address, get};
@@ -32,9 +33,7 @@ impl Ways {
         self.0.iter().for_each(|way| way.set(how));
         tokio::time::sleep(lasts).await;
         // What was disturbed stays so until it is cut.
-        self.0.iter().for_each(|way| way.set(Way::Cut));
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        self.0.iter().for_each(|way| way.set(Way::Open));
+        join_all(self.0.iter().map(Proxy::cut)).await;
     }
 }
 

@@ -1,6 +1,7 @@
 //! A way to a server that can be disturbed.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use aftercommit::testing::eventually;
@@ -29,6 +30,10 @@ pub enum Way {
 pub struct Proxy {
     pub address: String,
     way: watch::Sender<Way>,
+    /// Connections up to this number are silent until they are cut.
+    forgotten: watch::Sender<u64>,
+    /// How many connections there have been.
+    count: Arc<AtomicU64>,
     /// Each direction of each connection holds one more.
     open: Arc<()>,
 }
@@ -39,9 +44,9 @@ impl Proxy {
         let server = url.rsplit("//").next().unwrap().to_string();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let (way, told) = watch::channel(Way::Open);
-        let open = Arc::new(());
-        let held = Arc::downgrade(&open);
+        let ((way, told), (forgotten, told_forgotten)) = (watch::channel(Way::Open), watch::channel(0));
+        let (open, count) = (Arc::new(()), Arc::new(AtomicU64::new(0)));
+        let (held, counter) = (Arc::downgrade(&open), Arc::clone(&count));
         tokio::spawn(async move {
             loop {
                 let Ok((client, _)) = listener.accept().await else { continue };
@@ -50,12 +55,14 @@ impl Proxy {
                 }
                 let Ok(server) = TcpStream::connect(&server).await else { continue };
                 let Some(open) = held.upgrade() else { return };
+                let number = counter.fetch_add(1, Ordering::SeqCst) + 1;
+                let told = Told { way: told.clone(), forgotten: told_forgotten.clone(), number };
                 let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
                 tokio::spawn(pass(from_client, to_server, told.clone(), false, open.clone()));
-                tokio::spawn(pass(from_server, to_client, told.clone(), true, open));
+                tokio::spawn(pass(from_server, to_client, told, true, open));
             }
         });
-        Self { address, way, open }
+        Self { address, way, forgotten, count, open }
     }
 
     pub fn set(&self, way: Way) {
@@ -68,34 +75,58 @@ impl Proxy {
         eventually(SOON, "the connections are cut", async || Arc::strong_count(&self.open) == 1).await.unwrap();
         self.set(Way::Open);
     }
+
+    /// Passes nothing on any more between those who are connected now, and tells nobody, as a firewall does with
+    /// connections that were idle for long. New ones are not concerned. Returns how many connections there have been.
+    pub fn forget(&self) -> u64 {
+        let count = self.count.load(Ordering::SeqCst);
+        self.forgotten.send_replace(count);
+        count
+    }
 }
 
-async fn pass(
-    mut from: OwnedReadHalf,
-    mut to: OwnedWriteHalf,
-    mut told: watch::Receiver<Way>,
-    answers: bool,
-    _open: Arc<()>,
-) {
+/// What one connection is told.
+#[derive(Clone)]
+struct Told {
+    way: watch::Receiver<Way>,
+    forgotten: watch::Receiver<u64>,
+    number: u64,
+}
+
+impl Told {
+    /// Returns when the connection is cut.
+    async fn cut(&self) {
+        _ = self.way.clone().wait_for(|way| *way == Way::Cut).await;
+    }
+
+    /// Returns when it is forgotten.
+    async fn forgotten(&self) {
+        _ = self.forgotten.clone().wait_for(|last| *last >= self.number).await;
+    }
+}
+
+async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, told: Told, answers: bool, _open: Arc<()>) {
+    tokio::select! {
+        () = told.cut() => {}
+        () = async {
+            tokio::select! {
+                () = forward(&mut from, &mut to, &told, answers) => {}
+                // The connection stays, and nobody hears anything.
+                () = told.forgotten() => std::future::pending().await,
+            }
+        } => {}
+    }
+}
+
+async fn forward(from: &mut OwnedReadHalf, to: &mut OwnedWriteHalf, told: &Told, answers: bool) {
     let mut buffer = vec![0; 64 << 10];
     loop {
-        let read = tokio::select! {
-            read = from.read(&mut buffer) => read,
-            Ok(_) = told.wait_for(|way| *way == Way::Cut) => return,
-        };
-        let Ok(length @ 1..) = read else { return };
-        let way = *told.borrow();
+        let Ok(length @ 1..) = from.read(&mut buffer).await else { return };
+        let way = *told.way.borrow();
         match way {
-            Way::Cut => return,
-            Way::Deaf | Way::Mute if answers == (way == Way::Deaf) => {
-                // Half a message must not follow: this connection stays so until it is cut.
-                _ = told.wait_for(|way| *way == Way::Cut).await;
-                return;
-            }
-            Way::Slow(delay) if answers => tokio::select! {
-                () = tokio::time::sleep(delay) => {}
-                Ok(_) = told.wait_for(|way| *way == Way::Cut) => return,
-            },
+            // Half a message must not follow: this connection stays so until it is cut.
+            Way::Deaf | Way::Mute if answers == (way == Way::Deaf) => std::future::pending().await,
+            Way::Slow(delay) if answers => tokio::time::sleep(delay).await,
             _ => {}
         }
         if to.write_all(&buffer[..length]).await.is_err() {

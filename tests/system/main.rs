@@ -7,6 +7,7 @@ mod end_to_end;
 mod guides;
 mod pgbouncer;
 mod ping;
+mod silence;
 mod stats_debounce;
 mod stewardship;
 #[path = "../support/mod.rs"]

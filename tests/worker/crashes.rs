@@ -77,6 +77,18 @@ fn start(work: &Work) -> Child {
     work.child("crashes::worker_process").stderr(Stdio::piped()).spawn().unwrap()
 }
 
+/// Starts the process after a death, once PostgreSQL has noticed that: before, its successor could not count it.
+async fn start_after_death(work: &Work) -> Child {
+    eventually(SOON, "what the dead process did is over", async || {
+        let open = "select (select count(*) from aftercommit.running)
+                        = (select count(*) from (select from aftercommit.running for update skip locked) as over)";
+        sqlx::query_scalar(open).fetch_one(&work.outbox.pool).await.unwrap()
+    })
+    .await
+    .unwrap();
+    start(work)
+}
+
 async fn markers(work: &Work) -> i64 {
     sqlx::query_scalar("select count(*) from aftercommit.running").fetch_one(&work.outbox.pool).await.unwrap()
 }
@@ -102,7 +114,8 @@ async fn an_event_that_kills_the_process_ends_as_a_dead_letter_and_its_neighbour
     let mut process = start(&work);
     let given_up = eventually(SOON, "the killer is given up", async || {
         if process.try_wait().unwrap().is_some() {
-            let dead = std::mem::replace(&mut process, start(&work)).wait_with_output().unwrap();
+            let next = start_after_death(&work).await;
+            let dead = std::mem::replace(&mut process, next).wait_with_output().unwrap();
             let said = String::from_utf8_lossy(&dead.stderr).into_owned();
             deaths.push(said.lines().find_map(|line| line.strip_suffix(" running")?.parse::<usize>().ok()));
             work.expire_leases().await;
@@ -130,7 +143,7 @@ async fn restart_until(work: &Work, process: &mut Child, done: impl AsyncFn() ->
     let waited = eventually(SOON, "the end of the deaths", async || {
         if process.try_wait().unwrap().is_some() {
             deaths += 1;
-            *process = start(work);
+            *process = start_after_death(work).await;
             work.expire_leases().await;
         }
         deaths > 6 || done().await

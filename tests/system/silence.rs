@@ -1,0 +1,62 @@
+//! Connections to PostgreSQL that die without a word, as a firewall lets those die that were idle for long: neither side
+//! hears of it. A minute later everything goes on.
+
+use std::time::Duration;
+
+use crate::support::{Act, Number, Outbox, Proxy, Record, RunningRelay, SOON, Work};
+use aftercommit::testing::eventually;
+use aftercommit::testing::servers::{Nats, Postgres};
+use aftercommit::worker::Subscriber;
+
+/// A minute of silence, and some time around it.
+const A_WHILE: Duration = Duration::from_secs(120);
+
+/// The URL with a way in between that can be disturbed.
+async fn proxied(url: &str) -> (Proxy, String) {
+    let server = url.rsplit(['@', '/']).nth(1).unwrap();
+    let proxy = Proxy::to(server).await;
+    let url = url.replace(server, &proxy.address);
+    (proxy, url)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_gives_connections_up_that_died_while_they_were_idle() {
+    let mut work = Work::shared().await;
+    let (proxy, url) = proxied(&work.outbox.postgres.url).await;
+    work.outbox.postgres.url = url;
+    let subscriber = || {
+        let record = Record::new(|_| Act::Sleep(Duration::from_millis(20)));
+        Subscriber::new("idle").on::<Number>(record).concurrency(8).max_batch(1)
+    };
+    let worker = work.run(subscriber()).await;
+    work.send_many(&["a", "b", "c", "d", "e", "f", "g", "h"], 5).await;
+    work.wait_for(40).await;
+    work.wait_until_acked("idle").await;
+    assert!(proxy.forget() >= 3, "there are idle connections");
+    // It has to look anew at what a predecessor left, on one of them.
+    let stream = work.outbox.js().await.get_stream(&work.outbox.naming.stream).await.unwrap();
+    stream.delete_consumer("idle").await.unwrap();
+    work.worker_with(subscriber()).provision().await.unwrap();
+    work.send_many(&["i", "j"], 5).await;
+    eventually(A_WHILE, "the worker goes on", async || work.count().await == 50).await.unwrap();
+    work.assert_in_order(&["i", "j"], 5).await;
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_gives_connections_up_that_died_while_they_were_idle() {
+    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    let outbox = Outbox::new(database, Nats::shared().await.unwrap().url()).await;
+    let (proxy, url) = proxied(&outbox.postgres.url).await;
+    let mut config = outbox.relay_config();
+    config.postgres.url = url;
+    let relay = RunningRelay::start(config);
+    outbox.publish("before", "{}", None).await;
+    outbox.assert_complete().await;
+    outbox.settled().await;
+    assert!(proxy.forget() >= 3, "there are connections");
+    outbox.publish("after", "{}", None).await;
+    eventually(A_WHILE, "the relay goes on", async || outbox.stored().await == 2).await.unwrap();
+    outbox.assert_complete().await;
+    tokio::time::timeout(SOON, relay.stop()).await.unwrap().unwrap();
+}
