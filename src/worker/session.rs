@@ -312,12 +312,8 @@ impl Session {
     }
 
     fn next_wake(&self) -> Option<Instant> {
-        match self.gate.closed_until {
-            Some(until) if self.gate.failures > 0 && self.lanes.is_empty() => {
-                Some(self.scheduler.next_wake().map_or(until, |wake| wake.min(until)))
-            }
-            _ => self.scheduler.next_wake(),
-        }
+        let waits_for_gate = self.lanes.is_empty() && self.scheduler.ready() > 0;
+        self.gate.next_look(waits_for_gate).into_iter().chain(self.scheduler.next_wake()).min()
     }
 
     /// Takes the outcome of a batch, and says when the session cannot go on.
@@ -435,6 +431,12 @@ impl Session {
 }
 
 impl Gate {
+    /// When a lane looks whether the outage is over; none when nothing waits for that. Whoever waits for a time that is
+    /// past comes to nothing else.
+    fn next_look(&self, waits: bool) -> Option<Instant> {
+        self.closed_until.filter(|_| waits && self.failures > 0)
+    }
+
     fn close(&mut self, subscriber: &str, reason: &str) {
         if self.failures == 0 {
             tracing::warn!(subscriber, error = reason, "the subscriber cannot work, waiting");
@@ -454,5 +456,22 @@ impl Gate {
 async fn sleep_until(wake: Option<Instant>) {
     if let Some(wake) = wake {
         tokio::time::sleep_until(wake.into()).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_outage_is_looked_after_only_for_events_that_wait() {
+        let mut gate = Gate::default();
+        assert_eq!(gate.next_look(true), None, "there is none");
+        gate.close("subscriber", "the database is away");
+        assert!(gate.next_look(true).is_some_and(|look| look > Instant::now() - Duration::from_secs(5)));
+        // What waited is gone from the stream, say. What comes next finds the gate's time past.
+        assert_eq!(gate.next_look(false), None);
+        gate.open("subscriber");
+        assert_eq!(gate.next_look(true), None);
     }
 }
