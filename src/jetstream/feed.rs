@@ -185,12 +185,13 @@ impl Feed {
             }
         }
         loop {
-            let connects = self.connects();
             if let Err(reason) = self.confirm().await {
                 let _ = self.output.send(Fed::Ended(reason));
                 return;
             }
-            match self.pull(connects).await {
+            // Not before: what is pulled would be thrown away for a connection that was made anew meanwhile, and come again
+            // only after the ack wait.
+            match self.pull(self.connects()).await {
                 Ok(why) => {
                     tracing::debug!(subscriber = self.spec.name, why, "pulling is interrupted");
                     if self.failures > 0 {

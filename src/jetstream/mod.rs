@@ -41,6 +41,10 @@ pub(crate) use async_nats::Client;
 /// For how long an error that the server reports out of turn may explain that an answer does not come.
 const COMPLAINT_AGE: Duration = Duration::from_secs(30);
 
+/// How often the server is asked whether it is still there. When it has not answered three times, the connection is made
+/// anew: it can have died without a word.
+const PING: Duration = Duration::from_secs(10);
+
 /// A connection that heals itself, the count of times that it broke, and what the server complained of last.
 #[derive(Clone)]
 pub(crate) struct Connection {
@@ -104,7 +108,8 @@ pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str)
     let (refuse, refusal) = watch::channel(None);
     let (options, servers) = access::options(config)?;
     let inbox_prefix = access::inbox_prefix(config)?.unwrap_or(inbox_prefix);
-    let options = options.name(name).custom_inbox_prefix(inbox_prefix).event_callback(move |event| {
+    let options = options.name(name).custom_inbox_prefix(inbox_prefix).ping_interval(PING);
+    let options = options.event_callback(move |event| {
         if matches!(event, ClientEvent::Disconnected) {
             lost.send_modify(|count| *count += 1);
         }

@@ -120,7 +120,7 @@ impl Outgoing {
 }
 
 /// What must be true of the stream for a message to be stored: it is behind this sequence, and behind this message
-/// while that is under way. The sequence alone would let a message pass whose own predecessor lost its place to a
+/// when its id is known. The sequence alone would let a message pass whose own predecessor lost its place to a
 /// stranger's.
 ///
 /// Never give an id for a stream with replicas: nats-server 2.14.0 to 2.15.1 (at least) check it when a message is

@@ -45,6 +45,10 @@ impl Sent {
 pub(super) struct Chain {
     stream: String,
     sequence: u64,
+    /// Whether messages may name their predecessor by its id.
+    named: bool,
+    /// The id of the last message that is known to be stored; kept while nothing is under way.
+    message_id: Option<String>,
     under_way: VecDeque<(Sent, bool)>,
     bytes: usize,
     /// The number of the first message under way.
@@ -120,9 +124,18 @@ impl fmt::Display for Doubt {
 }
 
 impl Chain {
-    /// A chain behind the last message of `stream`.
-    pub(super) fn behind(stream: &str, sequence: u64) -> Self {
-        Self { stream: stream.into(), sequence, under_way: VecDeque::new(), bytes: 0, first_number: 0 }
+    /// A chain behind the last message of `stream`. Its id may be unknown; the sequence suffices for the first one. In
+    /// a stream with replicas messages are not `named`: see [`Predecessor`].
+    pub(super) fn behind(stream: &str, sequence: u64, named: bool) -> Self {
+        Self {
+            stream: stream.into(),
+            sequence,
+            named,
+            message_id: None,
+            under_way: VecDeque::new(),
+            bytes: 0,
+            first_number: 0,
+        }
     }
 
     /// The sequence of the last message that is known to be stored.
@@ -205,16 +218,20 @@ impl Chain {
             event.tell_published(&self.stream, self.sequence);
             done.push(event);
         }
+        if let (Some(last), true) = (done.last(), self.under_way.is_empty()) {
+            self.message_id = Some(last.message_id());
+        }
         done
     }
 
-    /// What the next message must be behind. A predecessor that is under way is named, because another message may
-    /// take its place; one that is stored has its place.
+    /// What the next message must be behind.
     pub(super) fn predecessor(&self) -> Predecessor {
-        Predecessor {
-            sequence: self.sequence + self.under_way.len() as u64,
-            message_id: self.under_way.back().map(|(event, _)| event.message_id()),
-        }
+        let message_id = match self.under_way.back() {
+            _ if !self.named => None,
+            Some((event, _)) => Some(event.message_id()),
+            None => self.message_id.clone(),
+        };
+        Predecessor { sequence: self.sequence + self.under_way.len() as u64, message_id }
     }
 }
 
@@ -235,7 +252,7 @@ mod tests {
     }
 
     fn chain(events: i64) -> Chain {
-        let mut chain = Chain::behind("E", 40);
+        let mut chain = Chain::behind("E", 40, true);
         for id in 1..=events {
             assert_eq!(chain.next_number(), id as u64 - 1);
             chain.sent(event(id));
@@ -266,21 +283,23 @@ mod tests {
     }
 
     #[test]
-    fn each_message_names_a_predecessor_that_is_under_way() {
-        let mut chain = Chain::behind("E", 40);
+    fn each_message_names_its_predecessor() {
+        let mut chain = Chain::behind("E", 40, true);
         assert_eq!(chain.predecessor(), Predecessor { sequence: 40, message_id: None });
         chain.sent(event(1));
-        assert_eq!(chain.predecessor(), Predecessor { sequence: 41, message_id: Some("m1".into()) });
-        chain.sent(event(2));
-        assert_eq!(chain.predecessor(), Predecessor { sequence: 42, message_id: Some("m2".into()) });
+        let behind_first = Predecessor { sequence: 41, message_id: Some("m1".into()) };
+        assert_eq!(chain.predecessor(), behind_first);
         assert_eq!(chain.answered(0, stored(41)), Ok(vec![event(1)]));
-        assert_eq!(chain.predecessor(), Predecessor { sequence: 42, message_id: Some("m2".into()) });
-        assert_eq!(chain.answered(1, stored(42)), Ok(vec![event(2)]));
-        assert_eq!(
-            chain.predecessor(),
-            Predecessor { sequence: 42, message_id: None },
-            "with one message at a time none is named"
-        );
+        assert_eq!(chain.predecessor(), behind_first);
+    }
+
+    #[test]
+    fn in_a_stream_with_replicas_none_is_named() {
+        let mut chain = Chain::behind("E", 40, false);
+        chain.sent(event(1));
+        assert_eq!(chain.predecessor(), Predecessor { sequence: 41, message_id: None });
+        assert_eq!(chain.answered(0, stored(41)), Ok(vec![event(1)]));
+        assert_eq!(chain.predecessor(), Predecessor { sequence: 41, message_id: None });
     }
 
     #[test]

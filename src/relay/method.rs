@@ -124,8 +124,7 @@ impl Method {
         wanted && !self.singled_out
     }
 
-    /// Whether a chained run has one message under way at most. Behind a stored message the sequence says enough, so
-    /// none has to name an id.
+    /// Whether a chained run has one message under way at most: the sequence says enough behind one that is stored.
     pub(super) fn is_one_at_a_time(&self) -> bool {
         self.stream.replicated
     }

@@ -70,7 +70,7 @@ impl Leader<'_> {
         };
         self.progress.found(after, stream.last);
         self.under_way = Some(match self.config.mode {
-            Mode::Exclusive => UnderWay::Chained(Chain::behind(&self.naming.stream, stream.last)),
+            Mode::Exclusive => UnderWay::Chained(Chain::behind(&self.naming.stream, stream.last, !stream.replicated)),
             Mode::Shared => UnderWay::Keyed(Keyed::new(&self.naming.stream, stream.last)),
         });
         Ok(after)

@@ -1,5 +1,5 @@
-//! Connections to PostgreSQL that die without a word, as a firewall lets those die that were idle for long: neither side
-//! hears of it. A minute later everything goes on.
+//! Connections that die without a word, as a firewall lets those die that were idle for long: neither side hears of it. A
+//! minute later everything goes on.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ const A_WHILE: Duration = Duration::from_secs(120);
 
 /// The URL with a way in between that can be disturbed.
 async fn proxied(url: &str) -> (Proxy, String) {
-    let server = url.rsplit(['@', '/']).nth(1).unwrap();
+    let server = url.split("//").nth(1).unwrap().split('/').next().unwrap().rsplit('@').next().unwrap();
     let proxy = Proxy::to(server).await;
     let url = url.replace(server, &proxy.address);
     (proxy, url)
@@ -59,4 +59,37 @@ async fn a_relay_gives_connections_up_that_died_while_they_were_idle() {
     eventually(A_WHILE, "the relay goes on", async || outbox.stored().await == 2).await.unwrap();
     outbox.assert_complete().await;
     tokio::time::timeout(SOON, relay.stop()).await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_notices_that_nats_has_fallen_silent() {
+    let mut work = Work::shared().await;
+    let direct = work.outbox.nats.url.clone();
+    let (proxy, url) = proxied(&direct).await;
+    work.outbox.nats.url = url;
+    let worker = work.run(Subscriber::new("silent").on::<Number>(Record::good())).await;
+    work.send_many(&["a"], 2).await;
+    work.wait_for(2).await;
+    assert!(proxy.forget() >= 1, "it is connected");
+    work.send_many(&["b"], 4).await;
+    eventually(A_WHILE, "it goes on", async || work.count().await == 6).await.unwrap();
+    work.assert_in_order(&["b"], 4).await;
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_notices_that_nats_has_fallen_silent() {
+    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    let outbox = Outbox::new(database, Nats::shared().await.unwrap().url()).await;
+    let (proxy, url) = proxied(&outbox.nats.url).await;
+    let mut config = outbox.relay_config();
+    config.nats.url = url;
+    let relay = RunningRelay::start(config);
+    outbox.publish("before", "{}", None).await;
+    outbox.assert_complete().await;
+    assert!(proxy.forget() >= 1, "it is connected");
+    outbox.publish("after", "{}", None).await;
+    eventually(A_WHILE, "the relay goes on", async || outbox.stored().await == 2).await.unwrap();
+    outbox.assert_complete().await;
+    relay.stop().await.unwrap();
 }
