@@ -173,23 +173,27 @@ impl Outbox {
 
     /// Everything in the stream, in order.
     pub async fn messages(&self) -> Vec<Message> {
-        use async_nats::jetstream::consumer::{AckPolicy, pull};
-        let stream = self.js().await.get_stream(&self.naming.stream).await.unwrap();
-        let mut left = stream.cached_info().state.messages as usize;
-        let config = pull::Config { ack_policy: AckPolicy::None, ..Default::default() };
-        let mut consumer = None;
-        // A cluster that has lost a server creates nothing until it has agreed on who decides.
-        eventually(SOON, "a consumer is there", async || {
-            consumer = stream.create_consumer(config.clone()).await.ok();
-            consumer.is_some()
+        let mut found = Vec::new();
+        // A cluster that has lost a server reads nothing until it has agreed on who decides.
+        eventually(SOON, "the stream can be read", async || {
+            found = self.read().await.unwrap_or_default();
+            !found.is_empty() || self.stored().await == 0
         })
         .await
         .unwrap();
-        let consumer = consumer.unwrap();
+        found
+    }
+
+    async fn read(&self) -> Result<Vec<Message>, async_nats::Error> {
+        use async_nats::jetstream::consumer::{AckPolicy, pull};
+        let stream = self.js().await.get_stream(&self.naming.stream).await?;
+        let mut left = stream.cached_info().state.messages as usize;
+        let config = pull::Config { ack_policy: AckPolicy::None, ..Default::default() };
+        let consumer = stream.create_consumer(config).await?;
         let mut found = Vec::with_capacity(left);
         while left > 0 {
-            let mut batch = consumer.fetch().max_messages(left.min(500)).messages().await.unwrap();
-            while let Some(message) = batch.try_next().await.unwrap() {
+            let mut batch = consumer.fetch().max_messages(left.min(500)).messages().await?;
+            while let Some(message) = batch.try_next().await? {
                 left -= 1;
                 found.push(Message {
                     subject: message.subject.to_string(),
@@ -201,11 +205,11 @@ impl Outbox {
                         })
                         .unwrap_or_default(),
                     payload: message.payload.to_vec(),
-                    sequence: message.info().unwrap().stream_sequence,
+                    sequence: message.info()?.stream_sequence,
                 });
             }
         }
-        found
+        Ok(found)
     }
 
     /// When each message was written and when the server stored it, in the stream's order.
