@@ -5,9 +5,13 @@ use aftercommit::admin;
 use aftercommit::relay::{PublishMethod, RelayConfig};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{NatsCluster, NatsOptions, Postgres};
+use tokio::sync::Mutex;
 
 /// What names a predecessor by its id.
 const NAMED: &str = "Nats-Expected-Last-Msg-Id";
+
+/// One cluster at a time: fifteen servers at once would be much for a small machine.
+static TURN: Mutex<()> = Mutex::const_new(());
 
 async fn cluster() -> (NatsCluster, Outbox) {
     let cluster = NatsCluster::start(3, NatsOptions::default()).await.unwrap();
@@ -61,6 +65,7 @@ async fn disturbed(outbox: &Outbox) {
 /// Left to itself the relay takes batches, and a foreign message costs the stream nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_foreign_message_does_not_stop_a_replicated_stream() {
+    let _turn = TURN.lock().await;
     let (_cluster, outbox) = cluster().await;
     replicate(&outbox, true).await;
     let relay = outbox.relay();
@@ -76,6 +81,7 @@ async fn a_foreign_message_does_not_stop_a_replicated_stream() {
 /// Without batches, and where they are not wanted, one message at a time is under way.
 #[tokio::test(flavor = "multi_thread")]
 async fn without_batches_a_replicated_stream_gets_one_message_at_a_time() {
+    let _turn = TURN.lock().await;
     let (_cluster, outbox) = cluster().await;
     replicate(&outbox, false).await;
     let relay = outbox.relay();
@@ -100,6 +106,7 @@ async fn without_batches_a_replicated_stream_gets_one_message_at_a_time() {
 /// A relay that leads while the stream gets its replicas names no predecessor any more.
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_that_come_later_are_noticed() {
+    let _turn = TURN.lock().await;
     let (_cluster, outbox) = cluster().await;
     let relay = outbox.relay();
     let writers = Writers::start(&outbox.pool, 4, 4).await;
@@ -126,6 +133,7 @@ async fn replicas_that_come_later_are_noticed() {
 /// The servers are killed one after the other while batches are on their way.
 #[tokio::test(flavor = "multi_thread")]
 async fn batches_keep_order_while_servers_of_a_cluster_are_killed() {
+    let _turn = TURN.lock().await;
     let (mut cluster, outbox) = cluster().await;
     replicate(&outbox, true).await;
     let mut relay = outbox.relay_config();
@@ -150,6 +158,7 @@ async fn batches_keep_order_while_servers_of_a_cluster_are_killed() {
 /// told works: delete the stream and provision it; everything comes again from the outbox.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_a_stranger_has_stopped_for_good_is_made_anew() {
+    let _turn = TURN.lock().await;
     let (cluster, outbox) = cluster().await;
     if cluster.members[0].version().starts_with("2.12.") {
         println!("SKIPPED: with this nats-server the stream goes on");

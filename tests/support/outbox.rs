@@ -188,7 +188,8 @@ impl Outbox {
         use async_nats::jetstream::consumer::{AckPolicy, pull};
         let stream = self.js().await.get_stream(&self.naming.stream).await?;
         let mut left = stream.cached_info().state.messages as usize;
-        let config = pull::Config { ack_policy: AckPolicy::None, ..Default::default() };
+        let config =
+            pull::Config { ack_policy: AckPolicy::None, memory_storage: true, num_replicas: 1, ..Default::default() };
         let consumer = stream.create_consumer(config).await?;
         let mut found = Vec::with_capacity(left);
         while left > 0 {
