@@ -2,27 +2,40 @@
 //! and whether it is well.
 
 pub mod audit;
+pub mod coverage;
 pub mod dead;
 pub mod doctor;
 pub mod explain;
+mod filter;
+pub mod parked;
+mod pause;
 pub mod peek;
 pub mod reconciler;
 pub mod relay;
 pub mod replay;
 pub mod status;
+pub mod subscriber;
+mod waits;
 pub mod worker;
+
+pub use filter::{Filter, When};
+pub use pause::Pausing;
 
 use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::{Error, ErrorKind};
 use crate::event::EventId;
+use crate::jetstream::advisories;
 use crate::jetstream::topology::{self, StreamSettings};
 use crate::outbox::{self, PublishError, PublishErrorKind, RawEvent};
 use crate::{jetstream, postgres};
 
 /// Brings the schema `aftercommit` up to date and returns the names of the migrations that were new, such as
-/// `0001 outbox`. It is all or nothing; done twice it changes nothing; several at once wait for each other. What was
-/// applied is recorded in `aftercommit.migrations`, never in the application's own migration table. There is nothing to do
+/// `0001 outbox`. Done twice it changes nothing; several at once wait for each other. A first migration is all or nothing; of
+/// an update each migration is, and those before one that fails stay. What was applied is recorded in `aftercommit.migrations`, never in the application's own migration table. There is nothing to do
 /// where a newer version has migrated further: this one works there, too.
+///
+/// Nobody who publishes waits for it for longer than about a second: what holds a table that it must change, such as an open
+/// transaction that has published, it waits for in the background, for as long as that takes, and logs who it is.
 ///
 /// # Errors
 /// When the database cannot be reached, when the role may not create the schema, or when the schema was changed, made
@@ -30,6 +43,17 @@ use crate::{jetstream, postgres};
 pub async fn migrate(config: &PostgresConfig) -> Result<Vec<String>, Error> {
     let mut session = postgres::connect(config, "aftercommit-migrate").await?;
     postgres::migrate::run(&mut session).await
+}
+
+/// Puts right what is wrong with the sequence that hands out the outbox's ids: settings with which ids would not follow the
+/// commits of a key, such as `CACHE 50`, or that it stands behind ids which are there. Returns what was done, in words;
+/// nothing when all was well.
+///
+/// # Errors
+/// When the database cannot be reached, or the role does not own the sequence.
+pub async fn correct_ids(config: &PostgresConfig) -> Result<Vec<String>, Error> {
+    let mut session = postgres::connect(config, "aftercommit-migrate").await?;
+    postgres::sequence::heal(&mut session).await
 }
 
 /// The SQL of [`migrate`] as one script, for another migration tool. It writes the same record, so that [`migrate`]
@@ -48,6 +72,17 @@ pub async fn provision(nats: &NatsConfig, naming: &Naming) -> Result<Vec<String>
     let connection = jetstream::connect(nats, "aftercommit-provision", "_INBOX_prov").await?;
     let settings = StreamSettings { replicas: None, max_age: None, max_bytes: None };
     topology::provision_stream(&connection, naming, &settings).await
+}
+
+/// Creates a stream `<stream>_ADVISORIES` that keeps for 30 days what JetStream announces of the consumers of an outbox's
+/// stream: events that a subscriber gave up, and those that the server delivers no more. Returns what was changed, in words;
+/// nothing when all was well.
+///
+/// # Errors
+/// When NATS cannot be reached, or when the role may not administer that stream.
+pub async fn provision_advisories(nats: &NatsConfig, naming: &Naming) -> Result<Vec<String>, Error> {
+    let connection = jetstream::connect(nats, "aftercommit-provision", "_INBOX_prov").await?;
+    advisories::provision(&connection, &naming.stream).await
 }
 
 /// Writes one event in a transaction of its own.

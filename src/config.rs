@@ -1,5 +1,6 @@
 //! How to reach the two servers, and the names that publishers, relay and workers share.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::{fmt, fs};
 
@@ -70,6 +71,9 @@ pub struct NatsConfig {
     /// Where answers come, for servers whose permissions give each user an inbox of its own: the first tokens of a
     /// subject, beginning with `_INBOX`. Defaults to that of the role, such as `_INBOX_relay` or `_INBOX_worker`.
     pub inbox_prefix: Option<String>,
+    /// The first tokens of JetStream's API, for a user whose account imports it under another name (`JS.API`), or for the
+    /// domain of a leaf node (`$JS.hub.API`). Defaults to `$JS.API`.
+    pub api_prefix: Option<String>,
 }
 
 impl Default for NatsConfig {
@@ -79,17 +83,19 @@ impl Default for NatsConfig {
             auth: NatsAuth::default(),
             tls: NatsTls::default(),
             inbox_prefix: None,
+            api_prefix: None,
         }
     }
 }
 
 impl fmt::Debug for NatsConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { url: _, auth, tls, inbox_prefix } = self;
+        let Self { url: _, auth, tls, inbox_prefix, api_prefix } = self;
         f.debug_struct("NatsConfig")
             .field("auth", auth)
             .field("tls", tls)
             .field("inbox_prefix", inbox_prefix)
+            .field("api_prefix", api_prefix)
             .finish_non_exhaustive()
     }
 }
@@ -163,6 +169,13 @@ impl fmt::Debug for Secret {
     }
 }
 
+/// Whether what is sent to a host, or to the directory of a socket, stays on this machine.
+pub(crate) fn stays_here(host: &str) -> bool {
+    let is_loopback = host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback());
+    let host = host.to_ascii_lowercase();
+    is_loopback || host.starts_with('/') || host == "localhost" || host.ends_with(".localhost")
+}
+
 /// The text of a file that a setting names. What is in it does not get into the error.
 pub(crate) fn read_file(path: &Path, setting: &str) -> Result<String, Error> {
     fs::read_to_string(path).map_err(|error| {
@@ -189,6 +202,18 @@ mod tests {
         }
         assert!(!format!("{:?}", PostgresConfig::new(url)).contains("hunter2"));
         assert!(format!("{:?}", Secret::File("/run/secrets/token".into())).contains("/run/secrets/token"));
+    }
+
+    #[test]
+    fn only_a_loopback_address_or_a_socket_stays_on_this_machine() {
+        for host in
+            ["localhost", "Db.Localhost", "127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1", "/run/postgresql"]
+        {
+            assert!(stays_here(host), "{host}");
+        }
+        for host in ["db", "10.0.0.1", "localhost.example.com", "fe80::1", "192.168.1.1", "127.0.0.1.nip.io", ""] {
+            assert!(!stays_here(host), "{host}");
+        }
     }
 
     #[test]

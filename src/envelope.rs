@@ -37,6 +37,9 @@ pub const NATS_MSG_ID: &str = "Nats-Msg-Id";
 /// Set on messages that were published out of the outbox's order: `released` after they had been set aside, `missing` when
 /// the stream was found not to hold them.
 pub const REPAIR: &str = "Aftercommit-Repair";
+/// On the message of an event, the sequences of earlier messages that have its id and are not the event: somebody else
+/// wrote them. A subscriber that has handled one of them handles the event all the same.
+pub const REPLACES: &str = "Aftercommit-Replaces";
 /// The W3C trace context of the publisher.
 pub const TRACEPARENT: &str = "traceparent";
 
@@ -66,6 +69,9 @@ pub struct Envelope {
     pub content_type: String,
     /// The payload, byte for byte as it was written.
     pub payload: Bytes,
+    /// The sequences of earlier messages that have this event's id and are not the event, as the relay has found them.
+    /// Not written with the other headers.
+    pub replaces: Vec<u64>,
 }
 
 /// Why a message is not one of ours.
@@ -128,10 +134,13 @@ impl Envelope {
         // A handful: looking through them costs less than a map.
         let mut attributes: Vec<(&'a str, Cow<'a, str>)> = Vec::with_capacity(12);
         let mut own = BTreeMap::new();
+        let mut replaces = Vec::new();
         for (name, value) in headers {
-            if starts_with(name, "ce-") {
+            if name.eq_ignore_ascii_case(REPLACES) {
+                replaces = value.split(',').filter_map(|sequence| sequence.trim().parse().ok()).collect();
+            } else if starts_with(name, "ce-") {
                 attributes.push((name, percent_decode_str(value).decode_utf8_lossy()));
-            } else if !starts_with(name, "nats-") && !starts_with(name, "aftercommit-") {
+            } else if !is_reserved(name) {
                 own.insert(name.to_string(), value.to_string());
             }
         }
@@ -163,6 +172,7 @@ impl Envelope {
             headers: own,
             content_type: take(CE_DATACONTENTTYPE).map_or_else(|| "application/json".into(), Cow::into_owned),
             payload,
+            replaces,
         })
     }
 
@@ -193,6 +203,19 @@ impl Envelope {
     /// a number is lost; text becomes a string, anything else `data_base64`. The publisher's headers become extension
     /// attributes, their names in lower case without `-` and `_`, as CloudEvents wants attribute names.
     pub fn to_json(&self) -> String {
+        self.to_json_and_problem().0
+    }
+
+    /// The same, for a reader who expects JSON where the content type says so: why the payload is none.
+    pub(crate) fn to_json_strictly(&self) -> Result<String, String> {
+        let (json, problem) = self.to_json_and_problem();
+        match problem {
+            None => Ok(json),
+            Some(error) => Err(format!("the payload is no JSON, although it is {}: {error}", self.content_type)),
+        }
+    }
+
+    fn to_json_and_problem(&self) -> (String, Option<serde_json::Error>) {
         let mut event = serde_json::Map::new();
         for (name, value) in self.extensions() {
             event.insert(name, value.into());
@@ -208,8 +231,8 @@ impl Envelope {
         if let Some(key) = &self.key {
             event.insert("partitionkey".into(), key.as_str().into());
         }
-        let json =
-            is_json(&self.content_type).then(|| serde_json::from_slice::<&RawValue>(&self.payload).ok()).flatten();
+        let json = is_json(&self.content_type).then(|| serde_json::from_slice::<&RawValue>(&self.payload)).transpose();
+        let (json, problem) = json.map_or_else(|problem| (None, Some(problem)), |json| (json, None));
         let (name, data) = match (json, std::str::from_utf8(&self.payload)) {
             (Some(raw), _) => ("data", raw.get().to_string()),
             (None, Ok(text)) if self.content_type.starts_with("text/") => ("data", quoted(text)),
@@ -218,7 +241,7 @@ impl Envelope {
         let mut text = serde_json::Value::Object(event).to_string();
         text.pop();
         text.push_str(&format!(",\"{name}\":{data}}}"));
-        text
+        (text, problem)
     }
 }
 
@@ -257,6 +280,11 @@ pub(crate) fn is_traceparent(text: &str) -> bool {
     next() == "00" && id(next(), 32) && id(next(), 16) && hex(next(), 2) && parts.next().is_none()
 }
 
+/// Whether a header with this name is none of a publisher's own.
+pub(crate) fn is_reserved(name: &str) -> bool {
+    ["ce-", "nats-", "aftercommit-"].iter().any(|prefix| starts_with(name, prefix))
+}
+
 /// Whether a header's name begins so, in whatever case.
 fn starts_with(name: &str, prefix: &str) -> bool {
     name.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix))
@@ -291,6 +319,7 @@ mod tests {
             headers: BTreeMap::from([("X-Tenant".into(), "a b".into())]),
             content_type: "application/json".into(),
             payload: Bytes::from_static(br#"{"n": 12345678901234567890.10}"#),
+            replaces: Vec::new(),
         }
     }
 
@@ -316,6 +345,14 @@ mod tests {
         assert!(headers.iter().all(|(_, value)| value.bytes().all(|b| (b' '..=b'~').contains(&b))), "{headers:?}");
         let back = Envelope::from_headers(headers.iter().map(|(n, v)| (n.as_ref(), v.as_ref())), Bytes::new());
         assert_eq!(back.unwrap().event_type, event.event_type);
+    }
+
+    #[test]
+    fn what_an_event_replaces_is_read_and_is_no_header_of_its_own() {
+        let mut headers = vec![(CE_ID, "01a1fbb7-bafe-75ab-a111-dc3a330bc524"), (CE_TYPE, "a"), (CE_SOURCE, "/s")];
+        headers.push((REPLACES, "5, 9,x,-1"));
+        let event = Envelope::from_headers(headers.into_iter(), Bytes::new()).unwrap();
+        assert_eq!((event.replaces.as_slice(), event.headers.len()), ([5, 9].as_slice(), 0));
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Named places in which a test can let the process die: what a SIGKILL at exactly that step would leave behind. And
 //! mechanisms that a test can take away, to see that it notices.
 //!
-//! With the feature `testing`, `AFTERCOMMIT_FAULT=name:n` aborts the process when it passes `name` for the n-th time, and
-//! `AFTERCOMMIT_BROKEN=name` takes the mechanism `name` away. Without the feature there is nothing.
+//! With the feature `testing`, `AFTERCOMMIT_FAULT=name:n` aborts the process when it passes `name` for the n-th time,
+//! `AFTERCOMMIT_HOLD=name:file` makes the file when it passes `name` for the first time and holds the process there until
+//! somebody removes it (of several such, with commas between them, one after the other), and `AFTERCOMMIT_BROKEN=name` takes
+//! the mechanism `name` away. Without the feature there is nothing.
 
 /// The process passes `name`.
 #[cfg(not(feature = "testing"))]
@@ -25,6 +27,33 @@ pub(crate) fn point(name: &str) {
         && left.fetch_sub(1, Ordering::Relaxed) == 1
     {
         std::process::abort();
+    }
+}
+
+/// The process passes `name`, where a test may hold it.
+#[cfg(not(feature = "testing"))]
+pub(crate) async fn pass(_name: &str) {}
+
+/// The process passes `name`, and waits there until the test has done what it wants to do meanwhile.
+#[cfg(feature = "testing")]
+pub(crate) async fn pass(name: &str) {
+    use std::collections::VecDeque;
+    use std::path::PathBuf;
+    use std::sync::{Mutex, OnceLock};
+
+    static WANTED: OnceLock<Mutex<VecDeque<(String, PathBuf)>>> = OnceLock::new();
+    point(name);
+    let wanted = WANTED.get_or_init(|| {
+        let wanted = std::env::var("AFTERCOMMIT_HOLD").unwrap_or_default();
+        let each = wanted.split(',').filter_map(|one| one.split_once(':'));
+        Mutex::new(each.map(|(name, file)| (name.to_string(), PathBuf::from(file))).collect())
+    });
+    let next = wanted.lock().ok().and_then(|mut wanted| wanted.pop_front_if(|(wanted, _)| wanted == name));
+    let Some((_, file)) = next else { return };
+    if std::fs::write(&file, "").is_ok() {
+        while file.exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
     }
 }
 

@@ -39,6 +39,18 @@ pub enum Phase {
     Paused,
 }
 
+impl Phase {
+    /// Its name, as JSON has it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::StandingBy => "standing_by",
+            Self::Leading => "leading",
+            Self::Paused => "paused",
+        }
+    }
+}
+
 /// What a health check is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Facts<'a> {

@@ -20,10 +20,13 @@ pub mod telemetry;
 pub mod testing;
 pub mod worker;
 
+mod digest;
 mod error;
 mod fault;
 mod jetstream;
+mod owner;
 mod postgres;
+mod text;
 
 pub use error::{Error, ErrorKind};
 pub use event::{Event, EventId};

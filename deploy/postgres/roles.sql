@@ -29,6 +29,8 @@
 \set operator :prefix operator
 
 begin;
+-- Whoever runs this has more rights than those who may create functions and operators in the schema public.
+set local search_path = pg_catalog, pg_temp;
 set local lock_timeout = '3s';
 set local client_min_messages = warning;
 
@@ -80,64 +82,97 @@ grant select on aftercommit.migrations to :"relay", :"worker", :"reader", :"oper
 -- The publishing service. It cannot read what it wrote, and it gives neither `id` nor `xid`.
 grant insert (event_id, type, version, key, headers, payload, content_type) on aftercommit.outbox to :"publisher";
 grant execute on function aftercommit.publish, aftercommit.new_event_id to :"publisher";
+-- For the trigger that asks which role may publish what; it is off until somebody switches it on.
+grant select on aftercommit.allowed_type to :"publisher";
 
 -- aftercommit-relay. It deletes what is published and old, and stamps rows anew after a restore: `update (xid)`.
 grant select, delete, update (xid) on aftercommit.outbox to :"relay";
 grant select, update on sequence aftercommit.outbox_id_seq to :"relay";
-grant select, insert, update on aftercommit.lease to :"relay";
+grant select, insert, update (holder, epoch, expires_at) on aftercommit.lease to :"relay";
 grant select, insert, delete on aftercommit.relay_log to :"relay";
-grant select, insert, update on aftercommit.relay_status, aftercommit.parked to :"relay";
+grant select, insert, update on aftercommit.relay_status to :"relay";
+grant select, insert, update, delete on aftercommit.parked to :"relay";
 grant select, update, delete on aftercommit.repair to :"relay";
 grant select on aftercommit.pause to :"relay";
+grant execute on function aftercommit.timeline, aftercommit.reads_up_to to :"relay";
 -- Everybody may call it, unless somebody has taken that away.
 select format('grant execute on function pg_control_system() to %I', :'relay')
  where (select rolsuper from pg_roles where rolname = current_user)
 \gexec
 
--- aftercommit-worker, beside what its handlers do themselves.
-grant select, insert, update on aftercommit.lease to :"worker";
+-- aftercommit-worker, beside what its handlers do themselves. Columns, because who may update all of a table may lock it,
+-- and because an id that somebody chooses would be in the way of the next one.
+grant select, insert, update (holder, epoch, expires_at) on aftercommit.lease to :"worker";
 grant select, insert, delete on aftercommit.inbox to :"worker";
 grant select, insert, update, delete on aftercommit.attempt, aftercommit.running to :"worker";
-grant select, insert, update on aftercommit.dead_letter to :"worker";
-grant select, update, delete on aftercommit.redrive to :"worker";
+grant select, update (attempts, reason, dead_at),
+    insert (subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type, stream,
+            stream_seq, attempts, reason, first_failed_at)
+    on aftercommit.dead_letter to :"worker";
+grant select, delete on aftercommit.redrive to :"worker";
 grant select on aftercommit.pause to :"worker";
+grant select, insert, update, delete on aftercommit.worker_status to :"worker";
+grant select, insert, delete on aftercommit.failure to :"worker";
+grant select, insert, delete on aftercommit.reached to :"worker";
+grant select, insert, update (pruned_to) on aftercommit.inbox_pruned to :"worker";
+-- aftercommit provision, and aftercommit-worker --provision.
+grant select, insert, update (stream, stream_created, sequence, starts_at, asked, recorded_at) on aftercommit.subscriber_start
+    to :"worker", :"operator";
+
+-- All reconcilers keep their runs and findings.
+grant select, insert (name),
+    update (last_attempt_at, last_success_at, failures, retry_at, reconciled_up_to, full_sweep_at, position, repaired_total)
+    on aftercommit.reconciler to :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler";
+grant select, delete, insert (name, cause, mode, scope, holder, alive_until),
+    update (alive_until, ended_at, result, error, scanned, found, repaired, failed, detail)
+    on aftercommit.reconcile_run to :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler";
+grant select, delete,
+    insert (name, kind, item, event_id, outbox_id, key, stream_seq, detail, state, first_run, last_run, settled_at),
+    update (stream_seq, detail, state, last_run, settled_at)
+    on aftercommit.finding to :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler";
 
 -- aftercommit-relay --reconcile-every and `aftercommit reconcile --leg outbox`, beside the relay's.
-grant select, insert, update on aftercommit.reconciler to :"outbox_reconciler";
-grant select, insert, update, delete on aftercommit.reconcile_run, aftercommit.finding to :"outbox_reconciler";
 grant select on aftercommit.outbox, aftercommit.relay_log, aftercommit.parked to :"outbox_reconciler";
 grant select on sequence aftercommit.outbox_id_seq to :"outbox_reconciler";
-grant select, insert, update on aftercommit.repair to :"outbox_reconciler";
+grant select, insert, update (event_id, key, state, times, queued_at, published_at, sequence, reason) on aftercommit.repair
+    to :"outbox_reconciler";
+grant execute on function aftercommit.reads_up_to to :"outbox_reconciler";
 
 -- aftercommit-worker --reconcile-every and `aftercommit reconcile --leg consumer` and `--leg inbox`.
-grant select, insert, update on aftercommit.reconciler to :"inbox_reconciler";
-grant select, insert, update, delete on aftercommit.reconcile_run, aftercommit.finding to :"inbox_reconciler";
-grant select on aftercommit.inbox, aftercommit.dead_letter to :"inbox_reconciler";
-grant select, insert, delete on aftercommit.redrive to :"inbox_reconciler";
-grant insert on aftercommit.audit to :"inbox_reconciler";
+grant select on aftercommit.inbox, aftercommit.inbox_pruned, aftercommit.subscriber_start, aftercommit.dead_letter,
+    aftercommit.reached to :"inbox_reconciler";
+grant select, delete,
+    insert (subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type, stream,
+            stream_seq, requested_at, requested_by)
+    on aftercommit.redrive to :"inbox_reconciler";
+grant insert (who, action, subscriber, event_id, detail) on aftercommit.audit to :"outbox_reconciler", :"inbox_reconciler";
 
--- A service's own reconcilers, beside what they do themselves.
-grant select, insert, update on aftercommit.reconciler to :"own_reconciler";
-grant select, insert, update, delete on aftercommit.reconcile_run, aftercommit.finding to :"own_reconciler";
+-- A service's own reconcilers need nothing more, beside what they do themselves.
 
 -- Operators who look: status, explain, peek, audit, findings, runs, dead list and show, parked list. They see payloads.
 grant select on
     aftercommit.outbox, aftercommit.events, aftercommit.parked, aftercommit.relay_log, aftercommit.relay_status, aftercommit.repair,
     aftercommit.inbox, aftercommit.attempt, aftercommit.running, aftercommit.dead_letter, aftercommit.redrive,
-    aftercommit.reconciler, aftercommit.reconcile_run, aftercommit.finding,
-    aftercommit.lease, aftercommit.pause, aftercommit.audit
+    aftercommit.reached, aftercommit.inbox_pruned, aftercommit.subscriber_start, aftercommit.worker_status, aftercommit.failure, aftercommit.reconciler, aftercommit.reconcile_run, aftercommit.finding,
+    aftercommit.lease, aftercommit.pause, aftercommit.audit, aftercommit.allowed_type
     to :"reader", :"operator";
 grant select on sequence aftercommit.outbox_id_seq to :"reader", :"operator";
-grant execute on function aftercommit.payload_json to :"reader", :"operator";
+grant execute on function aftercommit.payload_json, aftercommit.reads_up_to to :"reader", :"operator";
 
 -- Operators who act: besides, dead retry, edit and discard, relay and worker pause and resume, parked release and discard,
--- replay. The audit trail only grows.
-grant update, delete on aftercommit.dead_letter to :"operator";
-grant insert, update, delete on aftercommit.inbox to :"operator";
-grant insert, update, delete on aftercommit.redrive to :"operator";
-grant insert, delete on aftercommit.pause to :"operator";
-grant update on aftercommit.parked to :"operator";
-grant insert on aftercommit.audit to :"operator";
+-- replay. The audit trail only grows; role, time and number of an entry are PostgreSQL's. What is done to dead letters and
+-- to events that were sent back, triggers write there.
+grant delete, update (headers, payload) on aftercommit.dead_letter to :"operator";
+grant execute on function aftercommit.tell to :"operator";
+grant delete, insert (subscriber, event_id, stream_seq, sequence, outcome), update (outcome, handled_at)
+    on aftercommit.inbox to :"operator";
+grant delete, update (headers, payload, requested_by),
+    insert (subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type, stream,
+            stream_seq, requested_at, requested_by)
+    on aftercommit.redrive to :"operator";
+grant delete, insert (name, reason), update (paused_by, reason) on aftercommit.pause to :"operator";
+grant update (state, changed_at) on aftercommit.parked to :"operator";
+grant insert (who, action, subscriber, event_id, detail) on aftercommit.audit to :"operator";
 
 -- Some tables have rows of several of them, where one database is publisher and subscriber at once: a worker cannot take
 -- the relay's lease, nor hold up the other's reconcilers. The owner sees all rows; roles that are not named here see none.
@@ -163,6 +198,26 @@ select format('drop policy if exists %1$I on aftercommit.%2$I', role, relation),
        format('create policy %1$I on aftercommit.%2$I for select to %1$I using (true)', role, relation)
   from unnest(array['lease', 'reconciler', 'reconcile_run', 'finding']) as relation
  cross join unnest(array[:'reader', :'operator']) as role
+\gexec
+
+-- An event trigger of this server may have turned row-level security on for tables that have none of ours: then the
+-- grants alone would show no row. They stay the only limit.
+\set grants :prefix grants
+select format('drop policy if exists %I on %s', :'grants', c.oid::regclass),
+       format('create policy %I on %s to %s using (true) with check (true)', :'grants', c.oid::regclass, roles.list)
+  from pg_class c
+ cross join (select string_agg(format('%I', role), ', ') as list
+               from unnest(array[:'owner', :'publisher', :'relay', :'worker', :'outbox_reconciler', :'inbox_reconciler',
+                                 :'own_reconciler', :'reader', :'operator']) as role) as roles
+ where c.relnamespace = 'aftercommit'::regnamespace and c.relkind in ('r', 'p') and c.relrowsecurity
+   and c.relname not in ('lease', 'reconciler', 'reconcile_run', 'finding')
+\gexec
+-- Where it is forced, the owner would see no row of the others either.
+select format('drop policy if exists %I on %s', :'owner', c.oid::regclass),
+       format('create policy %I on %s to %I using (true) with check (true)', :'owner', c.oid::regclass, :'owner')
+  from pg_class c
+ where c.relnamespace = 'aftercommit'::regnamespace and c.relforcerowsecurity
+   and c.relname in ('lease', 'reconciler', 'reconcile_run', 'finding')
 \gexec
 
 \else

@@ -112,8 +112,9 @@ impl Secured {
         // Another login of the caller's would contradict this one.
         let others = ["NATS_CREDS", "NATS_NKEY", "NATS_TOKEN", "NATS_TOKEN_FILE", "NATS_PASSWORD_FILE"];
         settings.extend(others.map(|name| (name, String::new())));
-        if let Role::Worker = role {
-            settings.push(("NATS_INBOX_PREFIX", format!("_INBOX_worker.{user}")));
+        // These have accounts of their own, and import JetStream under this name.
+        if let Role::Worker | Role::Operator = role {
+            settings.push(("NATS_API_PREFIX", "JS.API".into()));
         }
         settings
     }

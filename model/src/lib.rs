@@ -3,6 +3,7 @@
 
 pub mod inbox;
 pub mod relay;
+pub mod rewound;
 
 // The product's own code, so that the marks that are checked are those that run.
 #[allow(dead_code)]

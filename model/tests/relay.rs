@@ -5,6 +5,7 @@ use stateright::{Checker, HasDiscoveries, Model};
 
 const NONE: Faults = Faults {
     database_crashes: 0,
+    promotions: 0,
     relay_crashes: 0,
     expiries: 0,
     timeouts: 0,
@@ -14,12 +15,25 @@ const NONE: Faults = Faults {
 };
 
 fn scope(transactions: &[Transaction], relays: usize, faults: Faults) -> Scope {
-    Scope { transactions: transactions.to_vec(), relays, under_way: 2, faults, broken: None }
+    Scope {
+        transactions: transactions.to_vec(),
+        unfit: Vec::new(),
+        relays,
+        under_way: 2,
+        faults,
+        ids_in_advance: false,
+        broken: None,
+    }
 }
 
 /// Two transactions of a key, and one of nothing whose number shifts those of the others.
 fn windows() -> Scope {
     scope(&[Transaction::durable(&[1]), Transaction::durable(&[2]), Transaction::durable(&[])], 1, NONE)
+}
+
+/// The same where sessions take ids in advance, as with a sequence that has a cache.
+fn ids_in_advance() -> Scope {
+    Scope { ids_in_advance: true, ..windows() }
 }
 
 /// A transaction that does not wait for the disk, and one that does.
@@ -38,6 +52,14 @@ fn bad_stream() -> Scope {
     let faults = Faults { relay_crashes: 1, timeouts: 1, lost_publishes: 1, foreign: 1, ..NONE };
     scope(&[Transaction::durable(&[1, 1])], 1, faults)
 }
+
+/// An event that is parked and one behind it; the database crashes, or a standby that lacks any end of its log is promoted.
+fn parking(faults: Faults) -> Scope {
+    Scope { unfit: vec![0], ..scope(&[Transaction::durable(&[1, 2])], 1, faults) }
+}
+
+const CRASH: Faults = Faults { database_crashes: 1, ..NONE };
+const PROMOTION: Faults = Faults { promotions: 1, ..NONE };
 
 /// Two transactions and two relays that take over from each other: too much to be gone through whole.
 fn take_over() -> Scope {
@@ -71,9 +93,16 @@ fn is_caught(broken: Broken, mut scope: Scope, property: &'static str) {
 #[test]
 fn the_protocol_holds() {
     holds("windows", windows());
+    holds("ids in advance", ids_in_advance());
     holds("database crash", database_crash());
     holds("two relays", two_relays());
     holds("bad stream", bad_stream());
+}
+
+#[test]
+fn it_holds_with_parked_events() {
+    holds("parking, database crash", parking(CRASH));
+    holds("parking, promotion", parking(Faults { relay_crashes: 1, ..PROMOTION }));
 }
 
 #[test]
@@ -92,13 +121,23 @@ fn a_mark_of_the_snapshots_list_alone_loses_events() {
 }
 
 #[test]
-fn an_id_that_is_taken_before_the_transactions_own_loses_events() {
-    is_caught(Broken::IdBeforeTransaction, windows(), NOTHING_LOST);
+fn without_late_rows_an_id_that_is_taken_in_advance_is_lost() {
+    is_caught(Broken::NoLateRows, ids_in_advance(), NOTHING_LOST);
 }
 
 #[test]
 fn without_a_barrier_ghosts_get_out() {
     is_caught(Broken::NoBarrier, database_crash(), NO_GHOST);
+}
+
+#[test]
+fn parking_that_does_not_wait_for_the_disk_loses_events() {
+    is_caught(Broken::ParkingNotDurable, parking(CRASH), NOTHING_LOST);
+}
+
+#[test]
+fn without_a_timeline_a_promoted_standby_loses_parked_events() {
+    is_caught(Broken::NoTimeline, parking(PROMOTION), NOTHING_LOST);
 }
 
 #[test]

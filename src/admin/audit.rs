@@ -1,11 +1,10 @@
 //! The audit trail: what operators did, and who and when.
 
-use std::time::Duration;
-
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::Value;
 
+use super::When;
 use crate::config::PostgresConfig;
 use crate::error::Error;
 use crate::event::EventId;
@@ -19,8 +18,8 @@ pub struct AuditFilter {
     pub event: Option<EventId>,
     /// Those that concern this subscriber.
     pub subscriber: Option<String>,
-    /// Those of the last so long, by the database's clock.
-    pub since: Option<Duration>,
+    /// Those since then.
+    pub since: Option<When>,
 }
 
 /// Something that an operator did.
@@ -54,12 +53,53 @@ pub(super) async fn read(connection: &mut Session, filter: &AuditFilter, limit: 
     let wanted = audit::Wanted {
         event_id: filter.event.map(EventId::as_uuid),
         subscriber: filter.subscriber.as_deref(),
-        since: filter.since.map(|since| since.as_secs_f64()),
+        since: match filter.since {
+            Some(When::Ago(age)) => Some(age.as_secs_f64()),
+            _ => None,
+        },
+        from: match filter.since {
+            Some(When::At(at)) => Some(at),
+            _ => None,
+        },
     };
     let entries = audit::list(connection, &wanted, limit)
         .await
         .map_err(|error| database_error("reading the audit trail failed", error))?;
     Ok(entries.into_iter().map(AuditEntry::from).collect())
+}
+
+/// Writes down what was provisioned.
+#[cfg(feature = "cli")]
+pub(crate) async fn provisioned(
+    config: &PostgresConfig,
+    who: &str,
+    stream: &str,
+    changes: &[String],
+) -> Result<(), Error> {
+    let detail = serde_json::json!({ "stream": stream, "changes": changes });
+    write(config, who, "provision", detail).await
+}
+
+/// Writes down what a comparison on demand has repaired.
+#[cfg(feature = "cli")]
+pub(crate) async fn reconciled(
+    config: &PostgresConfig,
+    who: &str,
+    reconciler: &str,
+    repaired: u64,
+) -> Result<(), Error> {
+    let detail = serde_json::json!({ "reconciler": reconciler, "repaired": repaired });
+    write(config, who, "reconcile --repair", detail).await
+}
+
+#[cfg(feature = "cli")]
+async fn write(config: &PostgresConfig, who: &str, action: &str, detail: Value) -> Result<(), Error> {
+    let failed = |error| database_error("writing the audit trail failed", error);
+    let mut session = postgres::connect(config, "aftercommit").await?;
+    let mut tx = session.begin().await.map_err(failed)?;
+    let entry = audit::Entry { who, action, subscriber: None, event_id: None, detail };
+    audit::write(&mut tx, &entry).await.map_err(failed)?;
+    tx.commit().await.map_err(failed)
 }
 
 impl From<audit::Done> for AuditEntry {

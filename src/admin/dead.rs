@@ -5,13 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Duration;
 
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde::de::IgnoredAny;
 
 use super::audit::{self, AuditEntry, AuditFilter};
+pub use super::filter::Filter;
 use crate::config::PostgresConfig;
 use crate::envelope::is_json;
 use crate::error::{Error, ErrorKind};
@@ -26,64 +26,19 @@ const BATCH: i64 = 1000;
 /// Entries of the audit trail that are shown with a letter.
 const SHOWN_ENTRIES: i64 = 100;
 
-/// Which dead letters are meant: those for which everything that is set holds.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Filter {
-    /// These letters, by their ids. Defaults to none: it does not matter.
-    pub ids: Vec<i64>,
-    /// The letters of these events. Defaults to none: it does not matter.
-    pub events: Vec<EventId>,
-    /// Those of this subscriber.
-    pub subscriber: Option<String>,
-    /// Those of events of this type.
-    pub event_type: Option<String>,
-    /// Those of events with this key.
-    pub key: Option<String>,
-    /// Those whose reason contains this text.
-    pub error: Option<String>,
-    /// Those that have been dead letters for at least so long.
-    pub older_than: Option<Duration>,
-    /// Those that have been dead letters for less than that.
-    pub newer_than: Option<Duration>,
-    /// All of them. [`retry`] and [`discard`] want this to be said when nothing else is set. Defaults to false.
-    pub all: bool,
-}
-
-impl Filter {
-    /// Just this letter.
-    pub fn id(id: i64) -> Self {
-        Self { ids: vec![id], ..Self::default() }
-    }
-
-    /// Whether each letter is named, by its id or its event, and not only described.
-    pub fn names_letters(&self) -> bool {
-        !self.ids.is_empty() || !self.events.is_empty()
-    }
-
-    /// Whether nothing is set. Every reason contains the empty text, so that says nothing either.
-    fn is_empty(&self) -> bool {
-        let error = self.error.clone().filter(|text| !text.is_empty());
-        Self { error, ..self.clone() } == Self::default()
-    }
-
-    async fn selection(&self, connection: &mut Session) -> Result<Selection, Error> {
-        let (newest_id, now) = dead_letter::bounds(connection).await.map_err(reading)?;
-        let ago = |age: Duration| {
-            let age = TimeDelta::from_std(age).ok();
-            age.and_then(|age| now.checked_sub_signed(age)).unwrap_or(DateTime::UNIX_EPOCH)
-        };
-        Ok(Selection {
-            ids: Some(self.ids.clone()).filter(|ids| !ids.is_empty()),
-            events: Some(self.events.iter().map(|id| id.as_uuid()).collect::<Vec<_>>()).filter(|ids| !ids.is_empty()),
-            subscriber: self.subscriber.clone(),
-            event_type: self.event_type.clone(),
-            key: self.key.clone(),
-            error: self.error.clone(),
-            dead_before: self.older_than.map(ago),
-            dead_after: self.newer_than.map(ago),
-            newest_id,
-        })
-    }
+async fn selection(filter: &Filter, connection: &mut Session) -> Result<Selection, Error> {
+    let (newest_id, now) = dead_letter::bounds(connection).await.map_err(reading)?;
+    Ok(Selection {
+        ids: Some(filter.ids.clone()).filter(|ids| !ids.is_empty()),
+        events: filter.event_ids(),
+        subscriber: filter.subscriber.clone(),
+        event_type: filter.event_type.clone(),
+        key: filter.key.clone(),
+        error: filter.error.clone(),
+        dead_before: filter.older_than.map(|when| when.resolve(now)),
+        dead_after: filter.newer_than.map(|when| when.resolve(now)),
+        newest_id,
+    })
 }
 
 /// A dead letter without what its event held.
@@ -107,7 +62,7 @@ pub struct DeadLetter {
     /// When the event was written.
     pub time: DateTime<Utc>,
     /// Its id in that outbox; none when it did not come from one.
-    pub sequence: Option<i64>,
+    pub outbox_id: Option<i64>,
     /// The payload's media type.
     pub content_type: String,
     /// The payload's length.
@@ -137,7 +92,7 @@ impl From<dead_letter::Letter> for DeadLetter {
             key: letter.key,
             source: letter.source,
             time: letter.time,
-            sequence: letter.sequence,
+            outbox_id: letter.sequence,
             content_type: letter.content_type,
             payload_bytes: letter.payload_bytes,
             stream: letter.stream,
@@ -196,7 +151,7 @@ pub struct Group {
 /// When the database cannot be reached or has no schema.
 pub async fn list(config: &PostgresConfig, filter: &Filter, limit: i64) -> Result<Vec<DeadLetter>, Error> {
     let mut connection = postgres::connect(config, "aftercommit").await?;
-    let selection = filter.selection(&mut connection).await?;
+    let selection = self::selection(filter, &mut connection).await?;
     let letters = dead_letter::list(&mut connection, &selection, limit).await.map_err(reading)?;
     Ok(letters.into_iter().map(DeadLetter::from).collect())
 }
@@ -207,7 +162,7 @@ pub async fn list(config: &PostgresConfig, filter: &Filter, limit: i64) -> Resul
 /// As [`list`].
 pub async fn count(config: &PostgresConfig, filter: &Filter) -> Result<i64, Error> {
     let mut connection = postgres::connect(config, "aftercommit").await?;
-    let selection = filter.selection(&mut connection).await?;
+    let selection = self::selection(filter, &mut connection).await?;
     dead_letter::count(&mut connection, &selection).await.map_err(reading)
 }
 
@@ -217,7 +172,7 @@ pub async fn count(config: &PostgresConfig, filter: &Filter) -> Result<i64, Erro
 /// As [`list`].
 pub async fn groups(config: &PostgresConfig, filter: &Filter, limit: i64) -> Result<Vec<Group>, Error> {
     let mut connection = postgres::connect(config, "aftercommit").await?;
-    let selection = filter.selection(&mut connection).await?;
+    let selection = self::selection(filter, &mut connection).await?;
     let groups = dead_letter::groups(&mut connection, &selection, limit).await.map_err(reading)?;
     let groups = groups.into_iter().map(|group| {
         let dead_letter::Group { subscriber, event_type, reason, letters, oldest, newest } = group;
@@ -250,9 +205,9 @@ pub async fn show(config: &PostgresConfig, id: i64) -> Result<OpenedLetter, Erro
 /// [`ErrorKind::Config`] when the filter is empty and [`Filter::all`] is not set; and as [`list`]. What was sent before
 /// an error stays sent.
 pub async fn retry(config: &PostgresConfig, who: &str, filter: &Filter) -> Result<Vec<i64>, Error> {
-    check(filter)?;
+    filter.check("dead letters")?;
     let mut connection = postgres::connect(config, "aftercommit").await?;
-    let selection = filter.selection(&mut connection).await?;
+    let selection = self::selection(filter, &mut connection).await?;
     let mut sent = Vec::new();
     loop {
         match dead_letter::retry(&mut connection, &selection, who, BATCH).await {
@@ -269,9 +224,9 @@ pub async fn retry(config: &PostgresConfig, who: &str, filter: &Filter) -> Resul
 /// # Errors
 /// As [`retry`].
 pub async fn discard(config: &PostgresConfig, who: &str, filter: &Filter) -> Result<Vec<i64>, Error> {
-    check(filter)?;
+    filter.check("dead letters")?;
     let mut connection = postgres::connect(config, "aftercommit").await?;
-    let selection = filter.selection(&mut connection).await?;
+    let selection = self::selection(filter, &mut connection).await?;
     let mut gone = Vec::new();
     loop {
         match dead_letter::discard(&mut connection, &selection, who, BATCH).await {
@@ -321,7 +276,7 @@ pub async fn edit(config: &PostgresConfig, who: &str, id: i64, edit: &Edit) -> R
     let letter = dead_letter::one(&mut connection, id).await.map_err(reading)?;
     let (letter, _) = letter.ok_or_else(|| no_letter(id))?;
     check_edit(edit, &letter.content_type)?;
-    let selection = Filter::id(id).selection(&mut connection).await?;
+    let selection = self::selection(&Filter::id(id), &mut connection).await?;
     let change = Change {
         payload: edit.payload.as_deref(),
         set_headers: &edit.set_headers,
@@ -364,16 +319,6 @@ fn check_edit(edit: &Edit, content_type: &str) -> Result<(), Error> {
     }
 }
 
-fn check(filter: &Filter) -> Result<(), Error> {
-    match filter.is_empty() {
-        true => Err(Error::new(
-            ErrorKind::Config,
-            "no dead letter is meant: name letters by id or by event, describe them, or say that all are meant",
-        )),
-        false => Ok(()),
-    }
-}
-
 fn no_letter(id: i64) -> Error {
     Error::new(
         ErrorKind::NotReady,
@@ -392,14 +337,6 @@ fn interrupted(doing: &str, done: usize, error: sqlx::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_filter_that_says_nothing_is_refused() {
-        assert_eq!(check(&Filter::default()).unwrap_err().kind(), ErrorKind::Config);
-        assert!(check(&Filter { all: true, ..Filter::default() }).is_ok());
-        assert!(check(&Filter { error: Some(String::new()), ..Filter::default() }).is_err());
-        assert!(check(&Filter::id(1)).is_ok());
-    }
 
     #[test]
     fn an_edit_is_checked_before_anything_is_written() {

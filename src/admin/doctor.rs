@@ -2,6 +2,8 @@
 
 mod broker;
 mod database;
+mod ids;
+mod work;
 
 use std::fmt;
 use std::time::Duration;
@@ -9,15 +11,20 @@ use std::time::Duration;
 use chrono::{TimeDelta, Utc};
 use serde::Serialize;
 
+use super::status::{self, Status};
 use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::{Error, ErrorKind};
 use crate::jetstream::{self, doctor as nats, monitoring};
 use crate::postgres::session::Session;
 use crate::postgres::{
-    self, database_error, doctor as facts, migrate, parked, pause, relay_log, rights, status as positions,
+    self, database_error, doctor as facts, migrate, parked, pause, relay_log, rights, sequence, status as positions,
 };
 use crate::relay::{LEASE, Mode};
+use crate::text::plain;
+pub(super) use crate::text::span;
 
+/// The roles that may see dead letters.
+const READERS_OF_LETTERS: [Role; 4] = [Role::Worker, Role::InboxReconciler, Role::Reader, Role::Operator];
 /// How long a server may take to answer everything.
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -100,6 +107,13 @@ impl DoctorConfig {
     }
 }
 
+impl DoctorConfig {
+    /// Whether the login is to have any of these roles, or nobody has said which it is to have.
+    fn does(&self, roles: &[Role]) -> bool {
+        self.roles.is_empty() || self.roles.iter().any(|role| roles.contains(role))
+    }
+}
+
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
@@ -156,9 +170,9 @@ impl fmt::Display for Report {
                 Severity::Warn => "WARN",
                 Severity::Fail => "FAIL",
             };
-            writeln!(f, "{status:<4}  {name:<18}  {finding}")?;
+            writeln!(f, "{status:<4}  {name:<18}  {}", plain(finding))?;
             if let Some(remedy) = remedy {
-                writeln!(f, "{:26}-> {remedy}", "")?;
+                writeln!(f, "{:26}-> {}", "", plain(remedy))?;
             }
         }
         let count = |severity| self.checks.iter().filter(|check| check.status == severity).count();
@@ -174,7 +188,10 @@ impl fmt::Display for Report {
 pub async fn doctor(config: &DoctorConfig) -> Result<Report, Error> {
     let database = within(Box::pin(look_at_database(config)));
     let broker = within(Box::pin(look_at_broker(config)));
-    let (database, broker, sync) = tokio::join!(database, broker, look_at_sync(config));
+    let workers = Box::pin(look_at_workers(config));
+    let (database, broker, sync, workers) = tokio::join!(database, broker, look_at_sync(config), workers);
+    // Without the database or its schema there is nothing to add to what is said of that.
+    let has_schema = database.as_ref().is_ok_and(|seen| seen.tables.outbox);
     let mut checks = match unless_config(database)? {
         Ok(seen) => database::judge(&seen, config),
         Err(error) => vec![database::unreachable(&error)],
@@ -186,8 +203,23 @@ pub async fn doctor(config: &DoctorConfig) -> Result<Report, Error> {
         }
         Err(error) => checks.push(broker::unreachable(&error)),
     }
+    if let Some(workers) = workers.filter(|_| has_schema) {
+        checks.extend(work::judge(&unless_config(workers)?));
+    }
+    for (servers, remedy) in [
+        (facts::in_clear(&config.postgres)?, "set sslmode=verify-full in DATABASE_URL, and sslrootcert if need be"),
+        (jetstream::in_clear(&config.nats)?, "write tls:// in NATS_URL, and set NATS_CA if need be"),
+    ] {
+        checks.extend(encryption(&servers, remedy));
+    }
     let status = checks.iter().map(|check| check.status).max().unwrap_or(Severity::Ok);
     Ok(Report { status, checks })
+}
+
+/// `in_clear` are servers elsewhere to which the configuration does not demand TLS.
+fn encryption(in_clear: &[String], remedy: &str) -> Option<Check> {
+    let finding = format!("the connection to {} may be neither encrypted nor verified", in_clear.join(", "));
+    (!in_clear.is_empty()).then(|| Check::warn("encryption", finding, remedy))
 }
 
 async fn within<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
@@ -207,7 +239,7 @@ fn unless_config<T>(result: Result<T, Error>) -> Result<Result<T, Error>, Error>
 #[derive(Debug)]
 struct DatabaseFacts {
     server: facts::Server,
-    configured_port: u16,
+    configured_ports: Vec<u16>,
     /// How far the server's clock is ahead of ours.
     clock_ahead: TimeDelta,
     /// How long the question took: the difference is no better known than that.
@@ -232,6 +264,7 @@ struct Work {
     paused: Vec<pause::Pause>,
     parked: i64,
     oldest_event: Option<Duration>,
+    sequence: sequence::Sequence,
 }
 
 async fn look_at_database(config: &DoctorConfig) -> Result<DatabaseFacts, Error> {
@@ -245,13 +278,13 @@ async fn look_at_database(config: &DoctorConfig) -> Result<DatabaseFacts, Error>
         true => Some(migrate::difference(&mut connection).await.map_err(failed)?),
         false => None,
     };
-    let does = |roles: &[Role]| config.roles.is_empty() || config.roles.iter().any(|role| roles.contains(role));
+    let does = |roles: &[Role]| config.does(roles);
     let mut work = None;
     if tables.outbox && does(&[Role::Relay, Role::Reader, Role::Operator]) {
         work = Some(look_at_work(&mut connection).await);
     }
     let mut dead_letters = None;
-    if tables.outbox && does(&[Role::Worker, Role::InboxReconciler, Role::Reader, Role::Operator]) {
+    if tables.outbox && does(&READERS_OF_LETTERS) {
         let letters = positions::dead_letters(&mut connection).await;
         dead_letters = Some(letters.map_err(|error| database_error("the dead letters cannot be read", error)));
     }
@@ -264,7 +297,7 @@ async fn look_at_database(config: &DoctorConfig) -> Result<DatabaseFacts, Error>
         false => Some(rights::difference(&mut connection, &rights::of(&roles)).await.map_err(failed)?),
     };
     Ok(DatabaseFacts {
-        configured_port: facts::configured_port(&config.postgres)?,
+        configured_ports: facts::configured_ports(&config.postgres)?,
         clock_ahead: server.clock - (before + round_trip / 2),
         round_trip,
         prepared: facts::prepared(&mut connection).await.map_err(failed)?,
@@ -289,6 +322,7 @@ async fn look_at_work(connection: &mut Session) -> Result<Work, Error> {
         paused: pause::list(&mut *connection).await.map_err(failed)?,
         parked: parked::count(connection).await.map_err(failed)?,
         oldest_event: facts::oldest_event(connection).await.map_err(failed)?,
+        sequence: sequence::read(connection).await.map_err(failed)?,
     })
 }
 
@@ -309,22 +343,19 @@ async fn look_at_broker(config: &DoctorConfig) -> Result<BrokerFacts, Error> {
     Ok(BrokerFacts { server: nats::server(&connection), stream })
 }
 
+/// None when it is not the login's business.
+async fn look_at_workers(config: &DoctorConfig) -> Option<Result<Status, Error>> {
+    if !config.does(&[Role::Reader, Role::Operator]) {
+        return None;
+    }
+    Some(within(Box::pin(status::status(&config.postgres, &config.nats, &config.naming))).await)
+}
+
 async fn look_at_sync(config: &DoctorConfig) -> Option<Result<monitoring::Sync, Error>> {
     match &config.nats_monitor {
         Some(url) => Some(monitoring::sync(url).await),
         None => None,
     }
-}
-
-/// A duration in words, in its largest unit.
-fn span(duration: Duration) -> String {
-    let seconds = duration.as_secs_f64();
-    for (unit, length) in [("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0)] {
-        if seconds >= 2.0 * length {
-            return format!("{:.0} {unit}", seconds / length);
-        }
-    }
-    if seconds >= 10.0 { format!("{seconds:.0} seconds") } else { format!("{seconds:.1} seconds") }
 }
 
 #[cfg(test)]
@@ -347,10 +378,9 @@ mod tests {
     }
 
     #[test]
-    fn spans_are_told_in_their_largest_unit() {
-        for (seconds, text) in [(1, "1.0 seconds"), (90, "90 seconds"), (120, "2 minutes"), (86_400, "24 hours")] {
-            assert_eq!(span(Duration::from_secs(seconds)), text);
-        }
-        assert_eq!(span(Duration::from_hours(7 * 24)), "7 days");
+    fn a_connection_in_clear_is_told_with_its_server() {
+        assert_eq!(encryption(&[], "use TLS"), None);
+        let check = encryption(&["db:5432".into(), "db:5433".into()], "use TLS").unwrap();
+        assert!(check.status == Severity::Warn && check.finding.contains("db:5432, db:5433"), "{check:?}");
     }
 }

@@ -52,9 +52,12 @@ pub struct Explanation {
     pub moments: Vec<Moment>,
     /// What is not known, and why.
     pub unknown: Vec<String>,
-    /// The payload, when it was asked for and found.
+    /// The payload as it was published, when it was asked for and found.
     #[serde(skip)]
     pub payload: Option<Vec<u8>>,
+    /// The payloads that subscribers hold, or will run, where an operator has changed them; when they were asked for.
+    #[serde(skip)]
+    pub edited: BTreeMap<String, Vec<u8>>,
 }
 
 /// Shows no payload.
@@ -96,11 +99,18 @@ pub struct About {
 /// How it stands somewhere.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Standing {
-    /// One word. At the outbox: `waiting`, `under way`, `published`, `parked`, `released`, `discarded`. At a subscriber:
-    /// `waiting`, `delivered`, `running`, `failing`, `handled`, `dead`, `redrive`, `discarded`, `acked`, `unknown`.
+    /// One word. At the outbox: `waiting`, `in_flight`, `published`, `parked`, `released`, `discarded`. At a subscriber:
+    /// `waiting`, `delivered`, `running`, `behind`, `snoozed`, `unavailable`, `stopped`, `failing`, `handled`, `dead`,
+    /// `redrive`, `discarded`, `acked`, `unknown`.
     pub state: &'static str,
     /// The same in a sentence, with what to do next.
     pub text: String,
+    /// Attempts that have failed; none when none is on record. At the outbox always none, as the next two.
+    pub attempts: Option<i32>,
+    /// How many attempts it has; none when there is no end, or it is not known.
+    pub max_attempts: Option<i64>,
+    /// When it is tried again.
+    pub next_try_at: Option<DateTime<Utc>>,
 }
 
 /// A message in the stream.
@@ -109,14 +119,14 @@ pub struct StreamMessage {
     /// The stream.
     pub stream: String,
     /// Its sequence.
-    pub sequence: u64,
+    pub stream_sequence: u64,
     /// Whether it is still there.
     pub present: bool,
     /// When the server stored it; none when it is gone.
     pub stored_at: Option<DateTime<Utc>>,
     /// Its id for the server's duplicate window.
     pub message_id: Option<String>,
-    /// Whether it was published out of the outbox's order, after it had been set aside.
+    /// Whether it was published out of the outbox's order: after it had been parked, or was found missing.
     pub repair: bool,
 }
 

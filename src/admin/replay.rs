@@ -1,7 +1,7 @@
 //! Running events again at one subscriber, or for the first time when it has missed them: from the stream, and from the
 //! outbox what the stream does not hold any more.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
@@ -16,7 +16,7 @@ use crate::jetstream::history::History;
 use crate::jetstream::outbox_client::OutboxClient;
 use crate::jetstream::outbox_service::{Listed, Page};
 use crate::jetstream::stream::{Extent, StreamReader};
-use crate::jetstream::{self, consumer, stored};
+use crate::jetstream::{consumer, stored};
 use crate::postgres::resend::{self, Event, Known, Order};
 use crate::postgres::session::Session;
 use crate::postgres::{self, database_error};
@@ -69,6 +69,12 @@ pub struct Replayed {
     pub events: u64,
     /// The first 20 of them.
     pub first: Vec<Found>,
+    /// Of the events that were named by id, those that were left out, because the subscriber is done with them or they wait
+    /// to run already.
+    pub left_out: Vec<EventId>,
+    /// Of the events that were named by id, those that were not found: neither stream nor outbox has them, they do not fit the
+    /// rest of the filter, or the consumer has not come to them yet.
+    pub unknown: Vec<EventId>,
 }
 
 /// An event that was found.
@@ -116,7 +122,7 @@ pub async fn replay(
     let session = postgres::connect(postgres, "aftercommit").await?;
     let nats = subscription.connect(nats).await?;
     let spec = &subscription.spec;
-    let found = consumer::locate(&jetstream::context(&nats.client), spec).await?;
+    let found = consumer::locate(&nats.jetstream(), spec).await?;
     let consumer = found.ok_or_else(|| {
         let problem =
             format!("consumer {} of stream {} does not exist: {}", spec.name, spec.stream, subscription.remedy);
@@ -126,7 +132,16 @@ pub async fn replay(
     let order =
         Order { subscriber: spec.name.clone(), stream: spec.stream.clone(), who: who.into(), again: replay.again };
     let history = History::new(&nats, &spec.stream).await?;
-    let mut work = Work { session, subscription, replay, order, replayed: Replayed::default(), done: HashSet::new() };
+    let mut work = Work {
+        session,
+        subscription,
+        replay,
+        order,
+        replayed: Replayed::default(),
+        done: HashSet::new(),
+        seen: HashSet::new(),
+        left_out: BTreeSet::new(),
+    };
     let to = consumer.ack_floor.min(extent.last);
     let since = replay.filter.since.and_then(|since| since.checked_sub_signed(CLOCKS));
     let first = match since {
@@ -142,6 +157,9 @@ pub async fn replay(
         work.outbox(&mut outbox, extent, to).await?;
     }
     work.stream(&history, first, to).await?;
+    let (seen, left_out) = (work.seen, work.left_out);
+    work.replayed.left_out = left_out.into_iter().map(EventId::from).collect();
+    work.replayed.unknown = replay.filter.ids.iter().filter(|id| !seen.contains(&id.as_uuid())).copied().collect();
     Ok(work.replayed)
 }
 
@@ -179,6 +197,10 @@ struct Work<'a> {
     replayed: Replayed,
     /// Of what came from the outbox, the part that the stream may hold, too.
     done: HashSet<Uuid>,
+    /// Of the events that were named by id, those that were found.
+    seen: HashSet<Uuid>,
+    /// Those of them that are not to run.
+    left_out: BTreeSet<Uuid>,
 }
 
 impl Work<'_> {
@@ -253,11 +275,17 @@ impl Work<'_> {
 
     /// Those that are to run.
     async fn wanted(&mut self, ids: Vec<Uuid>) -> Result<Vec<Uuid>, Error> {
+        if !self.replay.filter.ids.is_empty() {
+            self.seen.extend(&ids);
+        }
         if self.replay.again || ids.is_empty() {
             return Ok(ids);
         }
         let known = resend::unhandled(&mut self.session, &self.order.subscriber, &ids).await.map_err(failed)?;
-        Ok(ids.into_iter().filter(|id| known.get(id) == Some(&Known::Not)).collect())
+        let (wanted, left_out): (Vec<Uuid>, Vec<Uuid>) =
+            ids.into_iter().partition(|id| known.get(id) == Some(&Known::Not));
+        self.left_out.extend(left_out.into_iter().filter(|id| self.seen.contains(id)));
+        Ok(wanted)
     }
 
     async fn send(&mut self, events: Vec<Event>) -> Result<(), Error> {

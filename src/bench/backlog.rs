@@ -11,7 +11,9 @@ use super::wait_until;
 use crate::error::Error;
 use crate::postgres::session::Session;
 use crate::postgres::snapshot::Mark;
-use crate::postgres::{self, database_error, window};
+use crate::postgres::walk::Walk;
+use crate::postgres::window::OutboxEvent;
+use crate::postgres::{self, database_error};
 
 const LARGE: u64 = 10_000_000;
 const SMALL: u64 = 10_000;
@@ -75,7 +77,8 @@ async fn pages(bench: &Bench, big: &Scratch, small: &Scratch) -> Result<Row, Err
 }
 
 async fn read(session: &mut Session, target: &Mark, after: i64) -> Result<(), Error> {
-    window::page(session, &Mark::nothing(), target, after, PAGE_ROWS)
+    Walk::<OutboxEvent>::new(Mark::nothing(), target.clone(), after)
+        .next(session, PAGE_ROWS)
         .await
         .map(drop)
         .map_err(|error| database_error("reading a page failed", error))

@@ -26,7 +26,7 @@ const PAGE_ROWS: u64 = 1000;
 const PAGES: u64 = 50;
 
 /// Events a second while latency is measured.
-const RATE: u32 = 200;
+pub(super) const RATE: u32 = 200;
 /// The writing transaction is open for at least so long.
 const HELD: Duration = Duration::from_mins(1);
 const KEYS: u64 = 100;
@@ -177,7 +177,7 @@ pub(super) async fn writer(bench: &Bench) -> Result<Vec<Row>, Error> {
 }
 
 /// Commits events at a steady pace for so long; returns when each commit returned.
-async fn write(session: &mut Session, length: Duration) -> Result<Vec<(Uuid, DateTime<Utc>)>, Error> {
+pub(super) async fn write(session: &mut Session, length: Duration) -> Result<Vec<(Uuid, DateTime<Utc>)>, Error> {
     let mut pace = tokio::time::interval(Duration::from_secs(1) / RATE);
     let mut committed = Vec::new();
     let end = Instant::now() + length;
@@ -191,7 +191,7 @@ async fn write(session: &mut Session, length: Duration) -> Result<Vec<(Uuid, Dat
 
 /// From the return of each commit until the server stored the event, in milliseconds, sorted. The server may be the
 /// quicker one: then it is less than nothing.
-fn latencies(committed: &[(Uuid, DateTime<Utc>)], stored: &HashMap<Uuid, DateTime<Utc>>) -> Vec<f64> {
+pub(super) fn latencies(committed: &[(Uuid, DateTime<Utc>)], stored: &HashMap<Uuid, DateTime<Utc>>) -> Vec<f64> {
     let latency = |(id, commit): &(Uuid, DateTime<Utc>)| Some((*stored.get(id)? - *commit).as_seconds_f64() * 1e3);
     let mut latencies: Vec<f64> = committed.iter().filter_map(latency).collect();
     latencies.sort_by(f64::total_cmp);
@@ -199,6 +199,6 @@ fn latencies(committed: &[(Uuid, DateTime<Utc>)], stored: &HashMap<Uuid, DateTim
 }
 
 /// The value below which this share of sorted values lies.
-fn at(sorted: &[f64], share: f64) -> Option<f64> {
+pub(super) fn at(sorted: &[f64], share: f64) -> Option<f64> {
     sorted.get((sorted.len().saturating_sub(1) as f64 * share).round() as usize).copied()
 }

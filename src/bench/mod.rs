@@ -17,6 +17,7 @@ mod latency;
 mod machine;
 mod publish;
 mod report;
+mod retained;
 mod scratch;
 mod worker;
 
@@ -85,6 +86,7 @@ pub async fn run(config: BenchConfig, interrupted: CancellationToken) -> Result<
     }
     if bench.wants(&[5]) {
         rows.extend(held::writer(&bench).await?);
+        rows.extend(retained::retained(&bench).await?);
     }
     if bench.wants(&[8]) {
         rows.extend(drain::synced(&bench).await?);

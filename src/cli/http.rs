@@ -15,13 +15,20 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 
 use crate::error::{Error, ErrorKind};
 use crate::health::{Check, Health};
 use crate::telemetry;
+use crate::text::cut;
 
 /// How long a client may take to send its request.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long it may take until the client has the answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+/// Connections at a time. Who comes beside them is turned away at once, so that whoever opens many and sends nothing takes
+/// from the process neither file descriptors nor memory, and is himself the one who waits.
+const CONNECTIONS: usize = 64;
 /// How often values of histograms are counted; until then each one takes memory.
 const UPKEEP: Duration = Duration::from_secs(5);
 /// Upper bounds for times: from half a millisecond to ten minutes.
@@ -30,8 +37,12 @@ const SECONDS: &[f64] =
 /// Upper bounds for numbers of events.
 const EVENTS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 50.0, 100.0, 500.0, 1_000.0, 5_000.0, 10_000.0, 100_000.0, 1_000_000.0];
 
+/// How much of a subscriber's or a relay's state is shown.
+const LINE: usize = 500;
+
 /// Where health checks and metrics are served.
 #[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Health checks and metrics")]
 pub(super) struct HttpArgs {
     /// Serve /healthz, /readyz and /metrics here, as host:port; off when not given
     #[arg(long, env = "AFTERCOMMIT_HTTP", value_name = "ADDR")]
@@ -60,8 +71,10 @@ impl HttpArgs {
             .and_then(PrometheusBuilder::install_recorder)
             .map_err(failed)?;
         telemetry::describe();
-        tracing::info!(address, "serving /healthz, /readyz and /metrics");
-        Ok(Some(Server { listener, metrics }))
+        // With port 0 the system has chosen one.
+        let bound = listener.local_addr().map_or_else(|_| address.to_string(), |bound| bound.to_string());
+        tracing::info!(address = bound, "serving /healthz, /readyz and /metrics");
+        Ok(Some(Server { listener, metrics, connections: Arc::new(Semaphore::new(CONNECTIONS)) }))
     }
 }
 
@@ -69,6 +82,7 @@ impl HttpArgs {
 pub(super) struct Server {
     listener: TcpListener,
     metrics: PrometheusHandle,
+    connections: Arc<Semaphore>,
 }
 
 /// Runs a role, and answers questions about it until it ends.
@@ -96,6 +110,7 @@ impl Server {
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             };
+            let Ok(place) = Arc::clone(&self.connections).try_acquire_owned() else { continue };
             let (metrics, check) = (self.metrics.clone(), check.clone());
             let service = service_fn(move |request| {
                 let response = answer(&request, &metrics, check.as_ref());
@@ -107,7 +122,10 @@ impl Server {
                 .keep_alive(false)
                 .serve_connection(TokioIo::new(stream), service);
             // A client that breaks off harms nobody.
-            tokio::spawn(async move { _ = connection.await });
+            tokio::spawn(async move {
+                _ = tokio::time::timeout(ANSWER_TIMEOUT, connection).await;
+                drop(place);
+            });
         }
     }
 }
@@ -130,7 +148,9 @@ fn answer<B>(request: &Request<B>, metrics: &PrometheusHandle, check: &impl Chec
 }
 
 fn health(Health { ok, text }: Health) -> Response<Full<Bytes>> {
-    respond(if ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, text + "\n")
+    // Line by line, because each subscriber has one.
+    let text: String = text.lines().map(|line| format!("{}\n", cut(line, LINE))).collect();
+    respond(if ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, text)
 }
 
 fn respond(status: StatusCode, text: String) -> Response<Full<Bytes>> {

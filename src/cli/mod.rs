@@ -31,6 +31,7 @@ const STOP_DEADLINE: Duration = Duration::from_secs(25);
 
 /// The names under which an outbox is published.
 #[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Stream")]
 struct NamingArgs {
     /// The JetStream stream
     #[arg(long, env = "AFTERCOMMIT_STREAM", default_value = "EVENTS")]
@@ -56,8 +57,28 @@ impl NamingArgs {
 
 /// Reads a command line; ends the process when it cannot be read, or asks for help.
 fn parse<C: Parser>(arguments: impl IntoIterator<Item = OsString>) -> C {
-    let read = without_empty_variables(C::command(), &|name| env::var_os(name)).try_get_matches_from(arguments);
-    read.and_then(|matches| C::from_arg_matches(&matches)).unwrap_or_else(|error| error.exit())
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let read = without_empty_variables(C::command(), &|name| env::var_os(name)).try_get_matches_from(&arguments);
+    read.and_then(|matches| C::from_arg_matches(&matches)).unwrap_or_else(|error| {
+        if error.use_stderr() {
+            eprint!("{}", without_secrets(&error.render().to_string(), &arguments));
+            std::process::exit(error.exit_code());
+        }
+        error.exit()
+    })
+}
+
+/// What is wrong with a command line, without what URLs in it hold: one that stands where none belongs would be repeated.
+fn without_secrets(complaint: &str, arguments: &[OsString]) -> String {
+    let mut told = complaint.to_string();
+    for argument in arguments {
+        let argument = argument.to_string_lossy();
+        let secret = argument.split_once("://").or_else(|| argument.split_once("password=")).map(|(_, secret)| secret);
+        if let Some(secret) = secret.filter(|secret| !secret.is_empty()) {
+            told = told.replace(secret, "…");
+        }
+    }
+    told
 }
 
 /// A variable that is set to nothing is as good as one that is not set: that is how deployments leave settings out.
@@ -93,7 +114,7 @@ fn is_discreet(line: &Metadata<'_>) -> bool {
     }
 }
 
-/// Runs a role until it ends or is told to stop. The first SIGTERM or SIGINT cancels the token that `start` gets; a
+/// Runs a role until it ends or is told to stop. The first SIGTERM, SIGINT or SIGHUP cancels the token that `start` gets; a
 /// second one, or a stop that takes longer than 25 seconds, ends the process at once.
 fn run_role<F>(name: &str, start: impl FnOnce(CancellationToken) -> F) -> ExitCode
 where
@@ -140,9 +161,12 @@ async fn signal() -> Result<(), Error> {
     let failed = |error| Error::with_source(ErrorKind::Config, "signals cannot be received", error);
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    // The terminal is gone, as when an ssh session ends; without this the process would end at once.
+    let mut hangup = signal(SignalKind::hangup()).map_err(failed)?;
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        _ = hangup.recv() => {}
     }
     Ok(())
 }
@@ -156,13 +180,36 @@ async fn signal() -> Result<(), Error> {
 
 /// Prints the error and gives its exit status: 2 when the command line or a setting is at fault, else 1.
 fn fail(name: &str, error: &Error) -> ExitCode {
-    eprintln!("{name}: {}", error.report());
+    // Each line by itself: some reports have several.
+    let report: Vec<String> = error.report().lines().map(crate::text::plain).collect();
+    eprintln!("{name}: {}", report.join("\n"));
     ExitCode::from(if error.kind() == ErrorKind::Config { 2 } else { 1 })
 }
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory;
+
     use super::*;
+
+    #[test]
+    fn a_url_is_not_repeated_in_a_complaint() {
+        #[derive(Parser)]
+        struct Line {
+            #[arg(long)]
+            _database_url: Option<String>,
+        }
+        let complain = |argument: &str| {
+            let line = ["aftercommit", argument].map(OsString::from);
+            let error = Line::command().try_get_matches_from(&line).unwrap_err();
+            without_secrets(&error.render().to_string(), &line)
+        };
+        for argument in ["postgres://me:hunter2@db/shop", "--database-ur=nats://hunter2@db", "host=db password=hunter2"]
+        {
+            let told = complain(argument);
+            assert!(told.contains("error:") && !told.contains("hunter2"), "{told}");
+        }
+    }
 
     /// None of the command's options, nor of those below it, takes a variable that is set to nothing for a value.
     pub(super) fn assert_empty_variables_do_not_count(command: Command) {

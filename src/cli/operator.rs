@@ -1,7 +1,10 @@
 //! `aftercommit`, the operator's tool.
 
 mod audit;
+mod backlog;
 mod bench;
+mod bulk;
+mod coverage;
 mod dead;
 mod doctor;
 mod explain;
@@ -12,29 +15,32 @@ mod reconcile;
 mod relay;
 mod replay;
 mod selection;
+mod setup;
+mod shell;
+mod status;
+mod subscriber;
 mod subscribers;
 mod terminal;
+mod time;
 mod who;
 mod worker;
 
 use std::env;
 use std::io::{Read, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
-use serde::de::IgnoredAny;
+use clap::{CommandFactory, Parser, Subcommand};
 
-use super::servers::{NatsArgs, PostgresArgs, Servers};
-use super::{NamingArgs, fail, parse, start_logging};
-use crate::admin;
-use crate::envelope::is_json;
+use super::{fail, parse, start_logging};
 use crate::error::{Error, ErrorKind};
-use crate::outbox::RawEvent;
 
 /// The operator's tool of aftercommit
 #[derive(Parser)]
-#[command(name = "aftercommit", version)]
+#[command(name = "aftercommit", version, help_template = grouped_help())]
+#[command(
+    after_help = "Exit status: 0 when it is done, 1 when something was not found or failed, 2 when the command line or a \
+                        setting is wrong."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -43,97 +49,100 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Show what operators did, and who and when
+    #[command(after_help = "Example:\n  aftercommit audit --since 1d")]
     Audit(audit::Audit),
+    /// Show what waits where: in the outbox, parked, and for each subscriber
+    #[command(after_help = "Example:\n  aftercommit backlog --json")]
+    Backlog(Box<backlog::Backlog>),
     /// Measure how fast everything is here, beside its floor in the same run; makes databases and streams of its own and
     /// removes them
+    #[command(after_help = "Example:\n  aftercommit bench --quick")]
     Bench(Box<bench::Bench>),
     /// What `bench` starts
     #[command(hide = true)]
     BenchArm(Box<bench::BenchArm>),
+    /// Print the completions of a shell
+    #[command(after_help = "Example:\n  aftercommit completions bash > /etc/bash_completion.d/aftercommit")]
+    Completions(shell::Completions),
+    /// Show which event types have no subscriber, and which subscribers no publisher
+    #[command(after_help = "Example:\n  aftercommit coverage --config worker.toml --check")]
+    Coverage(Box<coverage::Coverage>),
     /// See, run again, edit or give up events that a subscriber gave up on
     #[command(subcommand)]
     Dead(dead::Dead),
     /// Look for what is wrong, or will be, and say what to do about it; it changes nothing
+    #[command(after_help = "Example:\n  aftercommit doctor --nats-monitor http://127.0.0.1:8222")]
     Doctor(Box<doctor::Doctor>),
     /// Tell one event's whole story, from the outbox to its effects
+    #[command(after_help = "Example:\n  aftercommit explain 019aa1c2-7c1f-7b2e-9d55-0d3c5a7e9b11")]
     Explain(Box<explain::Explain>),
     /// Show what reconcilers found
+    #[command(after_help = "Example:\n  aftercommit findings --reconciler outbox")]
     Findings(findings::Findings),
+    /// Write the manual pages of all programs into a directory
+    #[command(after_help = "Example:\n  aftercommit man target/man")]
+    Man(shell::ManPages),
     /// Create or update the schema aftercommit; harmless when it is up to date
-    Migrate(Migrate),
+    #[command(after_help = "Example:\n  aftercommit migrate --database-url postgres://owner@db/shop")]
+    Migrate(setup::Migrate),
     /// See and decide about events that the stream would not take
     #[command(subcommand)]
     Parked(parked::Parked),
     /// Look at what waits for a subscriber, without taking anything
+    #[command(after_help = "Example:\n  aftercommit peek --subscriber mails -n 20")]
     Peek(Box<peek::Peek>),
     /// Create the stream and consumers, or correct settings of it that would lose events; prints what it changed
-    Provision(Provision),
+    #[command(after_help = "Example:\n  aftercommit provision --config worker.toml")]
+    Provision(Box<setup::Provision>),
     /// Write one event in a transaction of its own and print its id
-    Publish(Publish),
+    #[command(after_help = "Example:\n  aftercommit publish order.placed --key order-7 --payload '{\"cents\": 995}'")]
+    Publish(setup::Publish),
     /// Compare what should be the same, report what is not, and repair it
+    #[command(after_help = "Example:\n  aftercommit reconcile --full")]
     Reconcile(Box<reconcile::Reconcile>),
     /// Pause or resume publishing, whichever relay leads
     #[command(subcommand)]
     Relay(relay::Relay),
     /// Send events to one subscriber that it has missed, or once more
+    #[command(after_help = "Example:\n  aftercommit replay --subscriber mails --since 2h --dry-run")]
     Replay(Box<replay::Replay>),
     /// Show what reconcilers did
+    #[command(after_help = "Example:\n  aftercommit runs --limit 5")]
     Runs(findings::Runs),
-    /// Show the backlog, the leading relay, the stream and the subscribers
-    Status(Status),
+    /// Show whether everything works, what is stuck and what to do, then backlog, relay, stream and subscribers
+    #[command(after_help = "Examples:\n  aftercommit status --watch\n  aftercommit status --check || page-somebody")]
+    Status(Box<status::Status>),
+    /// Forget subscribers that are no more
+    #[command(subcommand)]
+    Subscriber(subscriber::Subscriber),
     /// Pause or resume subscribers, whichever instance is active
     #[command(subcommand)]
     Worker(worker::Worker),
 }
 
-#[derive(Args)]
-struct Migrate {
-    /// Print the SQL instead, for another migration tool
-    #[arg(long)]
-    print: bool,
-    #[command(flatten)]
-    postgres: PostgresArgs,
-}
+/// The commands as the help groups them.
+const GROUPS: [(&str, &[&str]); 5] = [
+    ("See what is", &["status", "backlog", "doctor", "coverage", "explain", "peek", "audit", "findings", "runs"]),
+    ("Decide about events", &["dead", "parked", "replay"]),
+    ("Stop and go on", &["relay", "worker"]),
+    ("Set up", &["migrate", "provision", "publish", "subscriber"]),
+    ("Check and measure", &["reconcile", "bench", "completions", "man", "help"]),
+];
 
-#[derive(Args)]
-struct Provision {
-    /// A worker.toml: provisions the consumers of its subscribers too
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    #[command(flatten)]
-    nats: NatsArgs,
-    #[command(flatten)]
-    naming: NamingArgs,
-}
-
-#[derive(Args)]
-struct Status {
-    /// Print it as JSON
-    #[arg(long)]
-    json: bool,
-    #[command(flatten)]
-    servers: Servers,
-}
-
-#[derive(Args)]
-struct Publish {
-    /// The event's type, such as order.placed
-    #[arg(value_name = "TYPE")]
-    event_type: String,
-    /// The ordering key
-    #[arg(long)]
-    key: Option<String>,
-    /// A header; may be given several times
-    #[arg(long = "header", value_name = "NAME=VALUE", value_parser = header)]
-    headers: Vec<(String, String)>,
-    /// The payload, or - to read it from standard input
-    #[arg(long)]
-    payload: String,
-    /// The payload's media type
-    #[arg(long, default_value = "application/json")]
-    content_type: String,
-    #[command(flatten)]
-    postgres: PostgresArgs,
+/// The help with the commands under headings: clap itself knows only one heading for all of them.
+fn grouped_help() -> String {
+    let commands = Command::augment_subcommands(clap::Command::new("aftercommit"));
+    let about = |name: &str| {
+        let found = commands.get_subcommands().find(|command| command.get_name() == name);
+        let about = found.and_then(|command| command.get_about()).map(ToString::to_string);
+        about.unwrap_or_else(|| "Print this message or the help of the given command".into())
+    };
+    let mut help = String::from("{about-with-newline}\n{usage-heading} {usage}\n");
+    for (heading, names) in GROUPS {
+        help += &format!("\n{heading}:\n");
+        help.extend(names.iter().map(|name| format!("  {name:<12} {}\n", about(name))));
+    }
+    help + "\nOptions:\n{options}{after-help}"
 }
 
 fn header(text: &str) -> Result<(String, String), String> {
@@ -169,13 +178,24 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
     let mut exit = ExitCode::SUCCESS;
     let text = match cli.command {
         Command::Audit(command) => runtime.block_on(audit::run(command))?,
+        Command::Backlog(command) => runtime.block_on(backlog::run(*command))?,
         Command::Bench(command) => {
             let (text, status) = runtime.block_on(bench::run(*command))?;
             exit = status;
             text
         }
         Command::BenchArm(command) => runtime.block_on(bench::arm(*command))?,
-        Command::Dead(command) => runtime.block_on(dead::run(command))?,
+        Command::Completions(command) => shell::completions(&command, Cli::command()),
+        Command::Coverage(command) => {
+            let (text, status) = runtime.block_on(coverage::run(*command))?;
+            exit = status;
+            text
+        }
+        Command::Dead(command) => {
+            let (text, status) = runtime.block_on(dead::run(command))?;
+            exit = status;
+            text
+        }
         Command::Doctor(command) => {
             let (text, well) = runtime.block_on(doctor::run(*command))?;
             if !well {
@@ -185,12 +205,16 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         }
         Command::Explain(command) => runtime.block_on(explain::run(*command))?,
         Command::Findings(command) => runtime.block_on(findings::findings(command))?,
-        Command::Migrate(Migrate { print: true, .. }) => admin::migrations_sql(),
-        Command::Migrate(command) => runtime.block_on(migrate(command))?,
-        Command::Parked(command) => runtime.block_on(parked::run(command))?,
+        Command::Man(command) => shell::man(&command, Cli::command())?,
+        Command::Migrate(command) => runtime.block_on(setup::migrate(command))?,
+        Command::Parked(command) => {
+            let (text, status) = runtime.block_on(parked::run(command))?;
+            exit = status;
+            text
+        }
         Command::Peek(command) => runtime.block_on(peek::run(*command))?,
-        Command::Provision(command) => runtime.block_on(provision(command))?,
-        Command::Publish(command) => runtime.block_on(publish(command))?,
+        Command::Provision(command) => runtime.block_on(setup::provision(*command))?,
+        Command::Publish(command) => runtime.block_on(setup::publish(command))?,
         Command::Reconcile(command) => {
             start_logging();
             let (text, status) = runtime.block_on(reconcile::run(*command))?;
@@ -198,22 +222,23 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
             text
         }
         Command::Relay(command) => runtime.block_on(relay::run(command))?,
-        Command::Replay(command) => runtime.block_on(replay::run(*command))?,
+        Command::Replay(command) => {
+            let (text, status) = runtime.block_on(replay::run(*command))?;
+            exit = status;
+            text
+        }
         Command::Runs(command) => runtime.block_on(findings::runs(command))?,
-        Command::Status(command) => runtime.block_on(status(command))?,
+        Command::Status(command) => {
+            let (text, status) = runtime.block_on(status::run(*command))?;
+            exit = status;
+            text
+        }
+        Command::Subscriber(command) => runtime.block_on(subscriber::run(command))?,
         Command::Worker(command) => runtime.block_on(worker::run(command))?,
     };
     // A reader that went away early, such as `head`, has what it wanted.
     let _ = std::io::stdout().write_all(text.as_bytes());
     Ok(exit)
-}
-
-async fn migrate(command: Migrate) -> Result<String, Error> {
-    let applied = admin::migrate(&command.postgres.config()?).await?;
-    if applied.is_empty() {
-        return Ok("the schema aftercommit is up to date\n".into());
-    }
-    Ok(applied.iter().map(|name| format!("applied {name}\n")).collect())
 }
 
 fn as_json(value: &impl serde::Serialize) -> Result<String, Error> {
@@ -222,47 +247,14 @@ fn as_json(value: &impl serde::Serialize) -> Result<String, Error> {
     Ok(json + "\n")
 }
 
-async fn provision(command: Provision) -> Result<String, Error> {
-    let subscribers = command.config.as_deref().map(crate::worker::read_file).transpose()?;
-    let (nats, naming) = (command.nats.config()?, command.naming.config()?);
-    let mut changes = admin::provision(&nats, &naming).await?;
-    if let Some(subscribers) = subscribers {
-        changes.extend(crate::worker::provision(&nats, &naming, &subscribers.into()).await?);
+/// A payload as it is given: text, `@FILE` for what a file has, or `-` for standard input.
+fn given_payload(text: &str) -> Result<Vec<u8>, Error> {
+    match (text, text.strip_prefix('@')) {
+        ("-", _) => standard_input(),
+        (_, Some(file)) => std::fs::read(file)
+            .map_err(|error| Error::with_source(ErrorKind::Config, format!("the file {file} cannot be read"), error)),
+        (text, None) => Ok(text.as_bytes().to_vec()),
     }
-    if changes.is_empty() {
-        return Ok("everything is as it should be\n".into());
-    }
-    Ok(changes.iter().map(|change| format!("{change}\n")).collect())
-}
-
-async fn status(command: Status) -> Result<String, Error> {
-    let (postgres, nats, naming) = command.servers.config()?;
-    let status = admin::status::status(&postgres, &nats, &naming).await?;
-    if !command.json {
-        return Ok(status.to_string());
-    }
-    as_json(&status)
-}
-
-async fn publish(command: Publish) -> Result<String, Error> {
-    let payload = match command.payload.as_str() {
-        "-" => standard_input()?,
-        text => text.as_bytes().to_vec(),
-    };
-    if is_json(&command.content_type) {
-        serde_json::from_slice::<IgnoredAny>(&payload).map_err(|error| {
-            Error::with_source(ErrorKind::Config, "the payload is not JSON; --content-type names something else", error)
-        })?;
-    }
-    let mut event = RawEvent::new(command.event_type, command.content_type, payload);
-    if let Some(key) = command.key {
-        event = event.key(key);
-    }
-    for (name, value) in command.headers {
-        event = event.header(name, value);
-    }
-    let id = admin::publish(&command.postgres.config()?, event).await?;
-    Ok(format!("{id}\n"))
 }
 
 fn standard_input() -> Result<Vec<u8>, Error> {
@@ -275,8 +267,6 @@ fn standard_input() -> Result<Vec<u8>, Error> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
     use crate::cli::tests::assert_empty_variables_do_not_count;
 
@@ -288,6 +278,31 @@ mod tests {
     #[test]
     fn a_variable_that_is_set_to_nothing_does_not_count() {
         assert_empty_variables_do_not_count(Cli::command());
+    }
+
+    /// Also those that come later: each is in a group, and each has an example.
+    #[test]
+    fn the_help_groups_every_command_and_each_has_an_example() {
+        let mut grouped: Vec<&str> = GROUPS.iter().flat_map(|(_, names)| names.iter().copied()).collect();
+        grouped.retain(|name| *name != "help");
+        grouped.sort_unstable();
+        let command = Cli::command();
+        let shown: Vec<&clap::Command> = command.get_subcommands().filter(|command| !command.is_hide_set()).collect();
+        let mut names: Vec<&str> = shown.iter().map(|command| command.get_name()).collect();
+        names.sort_unstable();
+        assert_eq!(grouped, names);
+        let last = |command: &&clap::Command| !command.has_subcommands();
+        let all = shown.iter().flat_map(|command| std::iter::once(*command).chain(command.get_subcommands()));
+        for command in all.filter(last) {
+            let example = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(example.contains("aftercommit "), "{} has no example", command.get_name());
+        }
+    }
+
+    #[test]
+    fn a_payload_is_given_in_one_way() {
+        assert_eq!(given_payload("{}").unwrap(), b"{}");
+        assert_eq!(given_payload("@/nowhere").unwrap_err().kind(), ErrorKind::Config);
     }
 
     #[test]

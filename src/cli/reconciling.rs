@@ -15,6 +15,7 @@ use crate::reconciler::{Mode, Monitor, Outcome, Runner, Scope, Summary};
 
 /// Whether and how often a role compares what it should.
 #[derive(Args)]
+#[command(next_help_heading = "Reconciliation")]
 pub(super) struct ReconcileArgs {
     /// Compare so often, in the processes that have this, one at a time: the relay outbox and stream, the worker stream,
     /// consumers, inbox and outbox

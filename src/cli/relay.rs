@@ -19,7 +19,7 @@ const NAME: &str = "aftercommit-relay";
 
 /// Publishes what transactions committed to the outbox, in order, to a JetStream stream
 #[derive(Parser)]
-#[command(name = NAME, version)]
+#[command(name = NAME, version, after_help = "Example:\n  aftercommit-relay --http 127.0.0.1:9100")]
 struct Cli {
     #[command(flatten)]
     servers: Servers,
@@ -35,8 +35,11 @@ struct Cli {
     /// What becomes of later events of a key when one of it can never be stored
     #[arg(long, env = "AFTERCOMMIT_PARK_POLICY", value_enum, default_value = "block")]
     park_policy: Policy,
-    /// How many days events stay in the outbox after they were published
-    #[arg(long, env = "AFTERCOMMIT_RETENTION_DAYS", value_name = "DAYS", default_value_t = 7.0, value_parser = days)]
+    /// How long to wait for a limit such as nats-server's max_payload to be raised before events that exceed it are parked
+    #[arg(long, env = "AFTERCOMMIT_PARK_AFTER", value_name = "DURATION", default_value = "1m", value_parser = humantime::parse_duration)]
+    park_after: Duration,
+    /// How long events stay in the outbox after they were published: a number of days, or a duration such as 12h
+    #[arg(long, env = "AFTERCOMMIT_RETENTION_DAYS", value_name = "DAYS", default_value = "7", value_parser = days)]
     retention_days: f64,
     /// How many events that were found missing in the stream are published again in a second at most
     #[arg(long, env = "AFTERCOMMIT_REPAIR_RATE", value_name = "EVENTS", default_value_t = 5000)]
@@ -83,9 +86,10 @@ enum Policy {
 }
 
 pub(super) fn days(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(days) if (0.0..=36_500.0).contains(&days) => Ok(days),
-        _ => Err("a number of days from 0 to 36500 is needed".into()),
+    let duration = || humantime::parse_duration(text).ok().map(|duration| duration.as_secs_f64() / 86_400.0);
+    match text.parse::<f64>().ok().or_else(duration) {
+        Some(days) if (0.0..=36_500.0).contains(&days) => Ok(days),
+        _ => Err("a number of days from 0 to 36500 is needed, or a duration such as 12h".into()),
     }
 }
 
@@ -95,6 +99,7 @@ impl Cli {
         Ok(RelayConfig {
             mode: self.mode.into(),
             once: self.once,
+            park_after: self.park_after,
             park_policy: match self.park_policy {
                 Policy::Block => ParkPolicy::Block,
                 Policy::Skip => ParkPolicy::Skip,
@@ -131,6 +136,11 @@ impl Cli {
     }
 }
 
+/// The command line, for its manual page and completions.
+pub(super) fn command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
+}
+
 /// Runs the relay of this process until a signal ends it. The exit status is 0 after an orderly stop, 2 when the
 /// command line or a setting is at fault, 1 when schema or stream are missing at the start or the stop was a hard one.
 pub fn main() -> ExitCode {
@@ -164,6 +174,13 @@ mod tests {
 
     use super::*;
     use crate::cli::tests::assert_empty_variables_do_not_count;
+
+    #[test]
+    fn a_retention_is_a_number_of_days_or_a_duration() {
+        assert_eq!(days("7"), Ok(7.0));
+        assert_eq!(days("12h"), Ok(0.5));
+        assert!(days("-1").is_err() && days("soon").is_err() && days("1000y").is_err());
+    }
 
     #[test]
     fn verify_cli() {

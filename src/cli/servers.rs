@@ -14,6 +14,7 @@ use crate::error::{Error, ErrorKind};
 
 /// Where PostgreSQL is.
 #[derive(Args)]
+#[command(next_help_heading = "PostgreSQL")]
 pub(super) struct PostgresArgs {
     /// The database, as postgres://user@host:5432/database; with a password better in the environment or a file
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, default_value = "", hide_default_value = true)]
@@ -36,6 +37,7 @@ impl PostgresArgs {
 
 /// Where the outbox is, for somebody who works in another database.
 #[derive(Args)]
+#[command(next_help_heading = "PostgreSQL")]
 pub(super) struct OutboxArgs {
     /// The publisher's database, to read there what the stream does not hold any more, without a relay; with a password
     /// better in the environment or a file
@@ -65,7 +67,7 @@ impl OutboxArgs {
 /// A URL, or what a file has of it; `names` are those of both settings.
 fn url(url: &str, file: &Option<PathBuf>, names: (&str, &str)) -> Result<String, Error> {
     match file.clone() {
-        None => Ok(url.into()),
+        None => Ok(url.trim().into()),
         Some(_) if !url.is_empty() => Err(both(names.0, names.1)),
         Some(file) => Secret::File(file).read(names.1),
     }
@@ -73,6 +75,7 @@ fn url(url: &str, file: &Option<PathBuf>, names: (&str, &str)) -> Result<String,
 
 /// Where NATS is.
 #[derive(Args)]
+#[command(next_help_heading = "NATS")]
 pub(super) struct NatsArgs {
     /// The NATS servers, as nats://host:port or tls://host:port, separated by commas
     #[arg(long, env = "NATS_URL", hide_env_values = true, default_value = "nats://127.0.0.1:4222")]
@@ -92,7 +95,7 @@ pub(super) struct NatsArgs {
     /// A file with the user's password; or set NATS_PASSWORD to the password itself
     #[arg(long, env = "NATS_PASSWORD_FILE", value_name = "FILE")]
     nats_password_file: Option<PathBuf>,
-    /// Certificates of those whom to trust instead of the system's
+    /// CA certificates to trust instead of the system's
     #[arg(long, env = "NATS_CA", value_name = "FILE")]
     nats_ca: Option<PathBuf>,
     /// The certificate to show to the server
@@ -107,6 +110,25 @@ pub(super) struct NatsArgs {
     /// Where answers come, for a user who has an inbox of its own, such as _INBOX_worker.receipts
     #[arg(long, env = "NATS_INBOX_PREFIX", value_name = "SUBJECT")]
     nats_inbox_prefix: Option<String>,
+    /// The first tokens of JetStream's API, for a user whose account imports it as something else than $JS.API, such as
+    /// JS.API
+    #[arg(long, env = "NATS_API_PREFIX", value_name = "SUBJECT")]
+    nats_api_prefix: Option<String>,
+    /// The JetStream domain, for a stream behind a leaf node; short for the API prefix $JS.DOMAIN.API
+    #[arg(long, env = "NATS_DOMAIN", value_name = "DOMAIN")]
+    nats_domain: Option<String>,
+}
+
+/// The first tokens of the API of a JetStream domain.
+fn domain_prefix(domain: &str) -> Result<String, Error> {
+    let legal = |c: char| c.is_ascii_graphic() && !matches!(c, '.' | '*' | '>');
+    if domain.chars().all(legal) {
+        return Ok(format!("$JS.{domain}.API"));
+    }
+    Err(refuse(format!(
+        "{domain:?} cannot be a JetStream domain (NATS_DOMAIN or --nats-domain): take the name that stands in the block \
+         jetstream of the server's configuration, such as hub"
+    )))
 }
 
 impl NatsArgs {
@@ -123,8 +145,18 @@ impl NatsArgs {
             (None, Some(_)) => return Err(refuse("NATS_KEY (--nats-key) needs NATS_CERT (--nats-cert)")),
         };
         let tls = NatsTls { ca: self.nats_ca.clone(), certificate, first: self.nats_tls_first };
-        let inbox_prefix = self.nats_inbox_prefix.clone().filter(|prefix| !prefix.is_empty());
-        Ok(NatsConfig { url: self.nats_url.clone(), auth: self.auth(token, password)?, tls, inbox_prefix })
+        let given = |prefix: &Option<String>| prefix.clone().filter(|prefix| !prefix.is_empty());
+        let inbox_prefix = given(&self.nats_inbox_prefix);
+        let api_prefix = match (given(&self.nats_api_prefix), given(&self.nats_domain)) {
+            (Some(_), Some(_)) => {
+                return Err(refuse(
+                    "give either NATS_API_PREFIX (--nats-api-prefix) or NATS_DOMAIN (--nats-domain): a domain is a prefix, too",
+                ));
+            }
+            (prefix, None) => prefix,
+            (None, Some(domain)) => Some(domain_prefix(&domain)?),
+        };
+        Ok(NatsConfig { url: self.nats_url.clone(), auth: self.auth(token, password)?, tls, inbox_prefix, api_prefix })
     }
 
     fn auth(&self, token: Option<Secret>, password: Option<Secret>) -> Result<NatsAuth, Error> {
@@ -177,7 +209,12 @@ impl Servers {
 }
 
 fn environment(name: &str) -> Option<Secret> {
-    env::var(name).ok().filter(|text| !text.is_empty()).map(Secret::Text)
+    env::var(name).ok().and_then(|text| secret(&text))
+}
+
+/// What a variable holds, taken as if it stood in a file: how it got there, a line's end may have come along.
+fn secret(text: &str) -> Option<Secret> {
+    Some(text.trim()).filter(|text| !text.is_empty()).map(|text| Secret::Text(text.into()))
 }
 
 fn either(text: Option<Secret>, file: Option<Secret>, one: &str, other: &str) -> Result<Option<Secret>, Error> {
@@ -223,6 +260,14 @@ mod tests {
         let user = |password| NatsAuth::UserPassword { user: "me".into(), password };
         assert_eq!(auth(&["--nats-user", "me"], None, secret()), user(Secret::Text("hunter2".into())));
         assert_eq!(auth(&["--nats-user", "me", "--nats-password-file", "f"], None, None), user(file()));
+    }
+
+    #[test]
+    fn a_secret_in_the_environment_is_read_as_in_a_file() {
+        for text in ["s3cret", "s3cret\n", "s3cret\r\n", " s3cret "] {
+            assert_eq!(secret(text), Some(Secret::Text("s3cret".into())), "{text:?}");
+        }
+        assert_eq!(secret("\n"), None);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::servers::Servers;
 use super::{fail, parse, run_role};
 use crate::error::{Error, ErrorKind};
 use crate::reconciler::{Mode, Scope};
-use crate::worker::{Queues, Registry, Worker, read_file};
+use crate::worker::{MAX_CONNECTIONS, Queues, Registry, Worker, read_file};
 
 const NAME: &str = "aftercommit-worker";
 /// The interval of what runs on demand only.
@@ -23,13 +23,15 @@ const NO_MATTER: Duration = Duration::from_mins(5);
 
 /// Runs the subscribers of a worker.toml: calls an SQL function for each event, in order per key
 #[derive(Parser)]
-#[command(name = NAME, version)]
+#[command(name = NAME, version, after_help = "Example:\n  aftercommit-worker --config worker.toml --http 127.0.0.1:9101")]
 struct Cli {
     /// The file that names the subscribers
     #[arg(long, value_name = "FILE", default_value = "worker.toml")]
     config: PathBuf,
     #[command(flatten)]
     queues: QueueArgs,
+    #[command(flatten)]
+    connections: ConnectionArgs,
     #[command(flatten)]
     servers: Servers,
     #[command(flatten)]
@@ -43,9 +45,18 @@ impl Cli {
         let remedy = format!("run `aftercommit provision --config {}`", self.config.display());
         let (postgres, nats, naming) = self.servers.config()?;
         let worker = Worker::new(postgres, nats, naming).remedy(remedy);
-        let worker = worker.unhealthy_after(self.http.unhealthy_after);
+        let worker = worker.unhealthy_after(self.http.unhealthy_after).max_connections(self.connections.most);
         Ok(worker.queues(self.queues.config()?).registry(read_file(&self.config)?))
     }
+}
+
+/// How many connections it opens.
+#[derive(clap::Args)]
+struct ConnectionArgs {
+    /// The most connections to PostgreSQL for all subscribers together; reconcilers have their own
+    #[arg(long = "max-connections", env = "AFTERCOMMIT_MAX_CONNECTIONS", value_name = "N", default_value_t = MAX_CONNECTIONS.get())]
+    #[arg(value_parser = clap::value_parser!(u32).range(4..))]
+    most: u32,
 }
 
 /// Which subscribers this process serves; all of them when nothing is said.
@@ -82,6 +93,9 @@ struct Service {
     /// Create or correct the JetStream consumers, print what was changed, and end
     #[arg(long, conflicts_with = "reconcile_now")]
     provision: bool,
+    /// Take consumers over from another database, and narrow those that deliver more than is wanted
+    #[arg(long, requires = "provision")]
+    adopt: bool,
     /// Run this reconciler now, print what came of it, and end: one of the program's own, or consumer:<subscriber> or
     /// inbox:<subscriber>
     #[arg(long = "reconcile", value_name = "NAME")]
@@ -98,6 +112,8 @@ struct Service {
     #[command(flatten)]
     queues: QueueArgs,
     #[command(flatten)]
+    connections: ConnectionArgs,
+    #[command(flatten)]
     servers: Servers,
     #[command(flatten)]
     reconcile: ReconcileArgs,
@@ -113,6 +129,8 @@ pub(crate) fn serve(registry: Registry, arguments: impl IntoIterator<Item = OsSt
         let worker = Worker::new(postgres, nats, naming);
         let worker = worker.remedy("run this program with --provision".into());
         let worker = worker.unhealthy_after(cli.http.unhealthy_after);
+        let worker = worker.max_connections(cli.connections.most);
+        let worker = if cli.adopt { worker.adopt() } else { worker };
         Ok(worker.queues(cli.queues.config()?).registry(registry))
     };
     let worker = match worker() {
@@ -155,6 +173,11 @@ async fn run(
     let result = Box::pin(http::beside(server, checks, worker.run(shutdown))).await;
     running.end().await;
     result
+}
+
+/// The command line, for its manual page and completions.
+pub(super) fn command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
 }
 
 /// Runs the worker of this process until a signal ends it. The exit status is 0 after an orderly stop, 2 when the

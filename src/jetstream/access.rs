@@ -1,10 +1,13 @@
 //! Who connects to NATS and how: checks the settings and turns them into those of the client.
 
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
+
 use async_nats::{Auth, AuthError, ConnectOptions, ServerAddr};
 use nkeys::{KeyPair, KeyPairType};
 use percent_encoding::percent_decode_str;
 
-use crate::config::{ClientCertificate, NatsAuth, NatsConfig, NatsTls, Secret, read_file};
+use crate::config::{ClientCertificate, NatsAuth, NatsConfig, NatsTls, Secret, read_file, stays_here};
 use crate::error::{Error, ErrorKind};
 use crate::subject::check_tokens;
 
@@ -27,7 +30,8 @@ pub(super) fn options(config: &NatsConfig) -> Result<(ConnectOptions, Vec<Server
             })
         }
     };
-    Ok((secure(&config.tls, tls, options)?, addresses))
+    warn_of_clear_text(in_clear(config)?);
+    Ok((secure(&config.tls, options)?.require_tls(must_encrypt(&config.tls, tls)), addresses))
 }
 
 /// The configured inbox. Relays and workers answer to inboxes only, which they know by their first token.
@@ -38,6 +42,20 @@ pub(super) fn inbox_prefix(config: &NatsConfig) -> Result<Option<&str>, Error> {
     }
     Err(refuse(format!(
         "{prefix:?} cannot be an inbox (NATS_INBOX_PREFIX or --nats-inbox-prefix): take one like _INBOX_worker.receipts"
+    )))
+}
+
+/// The first tokens of JetStream's API, as the configured user writes them.
+pub(super) fn api_prefix(config: &NatsConfig) -> Result<&str, Error> {
+    const OWN: &str = "$JS.API";
+    let Some(prefix) = config.api_prefix.as_deref() else { return Ok(OWN) };
+    let legal = |c: char| c.is_ascii_graphic() && !matches!(c, '*' | '>');
+    if prefix.chars().all(legal) && prefix.split('.').all(|token| !token.is_empty()) {
+        return Ok(prefix);
+    }
+    Err(refuse(format!(
+        "{prefix:?} cannot be the prefix of JetStream's API (NATS_API_PREFIX or --nats-api-prefix): take what the account \
+         imports it as, such as JS.API"
     )))
 }
 
@@ -90,7 +108,13 @@ fn decorated(text: &str) -> [Option<&str>; 2] {
     })
 }
 
-fn secure(tls: &NatsTls, must: bool, mut options: ConnectOptions) -> Result<ConnectOptions, Error> {
+/// Whether TLS is a must for all servers; `url` when the URL says so.
+fn must_encrypt(tls: &NatsTls, url: bool) -> bool {
+    let NatsTls { ca, certificate, first } = tls;
+    url || *first || ca.is_some() || certificate.is_some()
+}
+
+fn secure(tls: &NatsTls, mut options: ConnectOptions) -> Result<ConnectOptions, Error> {
     let NatsTls { ca, certificate, first } = tls;
     if let Some(ca) = ca {
         // The client takes a file without certificates for one that trusts nobody.
@@ -108,7 +132,7 @@ fn secure(tls: &NatsTls, must: bool, mut options: ConnectOptions) -> Result<Conn
     if *first {
         options = options.tls_first();
     }
-    Ok(options.require_tls(must || *first || ca.is_some() || certificate.is_some()))
+    Ok(options)
 }
 
 /// Where to look when TLS with a server failed, to be written behind the error.
@@ -132,22 +156,21 @@ struct Servers {
     tls: bool,
 }
 
-/// Reads the URLs. What they hold stays out of the errors.
+/// Reads the URLs. What they hold stays out of the errors, but for words that are not understood.
 fn servers(urls: &str) -> Result<Servers, Error> {
-    let malformed = || refuse("NATS_URL is not of the form nats://host:4222 or tls://host:4222, separated by commas");
     let mut found = Servers { addresses: Vec::new(), login: NatsAuth::Url, tls: false };
+    // A password that holds a ',' is cut in two.
+    let is_cut = urls.split(',').any(|piece| piece.contains('@') && !piece.contains("://"));
     for url in urls.split(',').map(str::trim).filter(|url| !url.is_empty()) {
-        let address: ServerAddr = url.parse().map_err(|_| malformed())?;
-        if address.is_websocket() {
-            return Err(refuse("NATS_URL asks for a websocket; only nats:// and tls:// are possible"));
-        }
+        let address = address(url, is_cut)?;
         found.tls |= address.tls_required();
         let decode = |text: &str| percent_decode_str(text).decode_utf8().map(String::from).map_err(|_| malformed());
         let secret = |text: &str| decode(text).map(Secret::Text);
         let login = match (address.username(), address.password()) {
             (Some(user), Some(password)) => NatsAuth::UserPassword { user: decode(user)?, password: secret(password)? },
             (Some(token), None) => NatsAuth::Token(secret(token)?),
-            (None, _) => NatsAuth::Url,
+            (None, Some(_)) => return Err(refuse("NATS_URL has a password without a user")),
+            (None, None) => NatsAuth::Url,
         };
         if !found.addresses.is_empty() && login != found.login {
             return Err(refuse("the servers in NATS_URL name different users; all must name the same, or none"));
@@ -162,6 +185,61 @@ fn servers(urls: &str) -> Result<Servers, Error> {
         return Err(refuse("no NATS server is named: set NATS_URL or --nats-url to nats://host:4222"));
     }
     Ok(found)
+}
+
+/// One URL, or a host with or without a port. It has nothing behind the host: the client would pass over it. `is_cut` when
+/// what looks like a parameter may be a piece of a password.
+fn address(url: &str, is_cut: bool) -> Result<ServerAddr, Error> {
+    let is_plain =
+        |text: &&str| text.len() <= 40 && text.chars().all(|c| c.is_ascii_alphanumeric() || "+-._".contains(c));
+    if let Some((scheme, _)) = url.split_once("://") {
+        match scheme.to_ascii_lowercase().as_str() {
+            "nats" | "tls" => {}
+            "ws" | "wss" => return Err(refuse("NATS_URL asks for a websocket; only nats:// and tls:// are possible")),
+            _ if is_plain(&scheme) => {
+                return Err(refuse(format!("NATS_URL begins with {scheme}://; only nats:// and tls:// are possible")));
+            }
+            _ => return Err(malformed()),
+        }
+    }
+    let parsed = url.parse::<ServerAddr>().map_err(|_| malformed())?.into_inner();
+    if let Some(query) = parsed.query() {
+        let is_cut = is_cut || url.split_once('?').is_some_and(|(_, behind)| behind.contains('@'));
+        let name = query.split(['=', '&']).next().filter(|name| is_plain(name) && !is_cut);
+        let named = name.map(|name| format!(" {name}")).unwrap_or_default();
+        return Err(refuse(format!(
+            "NATS_URL has the parameter{named}, but there are none: TLS and logins have settings of their own (NATS_CA, NATS_CREDS, …)"
+        )));
+    }
+    if !matches!(parsed.path(), "" | "/") || parsed.fragment().is_some() {
+        return Err(refuse("NATS_URL has something behind the host: in a password write '/' as %2F and '#' as %23"));
+    }
+    ServerAddr::from_url(parsed).map_err(|_| malformed())
+}
+
+fn malformed() -> Error {
+    refuse("NATS_URL is not of the form nats://host:4222 or tls://host:4222, separated by commas")
+}
+
+/// Says once in a process which servers somebody on the way could read along with, or stand in for.
+fn warn_of_clear_text(servers: Vec<String>) {
+    static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    for server in servers {
+        if TOLD.lock().unwrap_or_else(PoisonError::into_inner).insert(server.clone()) {
+            tracing::warn!(
+                server,
+                "the connection to NATS may be neither encrypted nor verified: write tls:// in NATS_URL, with NATS_CA for \
+                 an authority of your own"
+            );
+        }
+    }
+}
+
+/// The servers that are not on this machine and to which TLS is not a must.
+pub(super) fn in_clear(config: &NatsConfig) -> Result<Vec<String>, Error> {
+    let Servers { addresses, tls, .. } = servers(&config.url)?;
+    let away = addresses.iter().filter(|address| !must_encrypt(&config.tls, tls) && !stays_here(address.host()));
+    Ok(away.map(|address| format!("{}:{}", address.host(), address.port())).collect())
 }
 
 fn refuse(message: impl Into<String>) -> Error {
@@ -204,6 +282,41 @@ mod tests {
     }
 
     #[test]
+    fn words_that_are_not_understood_are_named() {
+        for (url, named) in [
+            ("natss://me:hunter2@one", "natss"),
+            ("http://me:hunter2@one", "http"),
+            ("nats://me:hunter2@one?tls=hunter2", "tls"),
+            ("nats://me:hunter2@one:4222/?tls_first=hunter2&x=1", "tls_first"),
+            ("one?creds=hunter2", "creds"),
+            ("nats://me:hunter2@one/hunter2", "behind the host"),
+            ("nats://me:hunter2@one#hunter2", "behind the host"),
+            ("nats://me:1?hunter2=2@one", "parameter"),
+            ("nats://me:1?hunter2,2@one", "parameter"),
+            ("nats://:hunter2@one", "without a user"),
+        ] {
+            let report = servers(url).unwrap_err().report();
+            assert!(report.contains(named) && !report.contains("hunter2"), "{url}: {report}");
+        }
+        assert!(servers("NATS://one:4222/, TLS://[::1]:4222").unwrap().tls);
+    }
+
+    #[test]
+    fn servers_elsewhere_are_in_clear_without_tls() {
+        let elsewhere =
+            |urls: &str, tls: NatsTls| in_clear(&NatsConfig { url: urls.into(), tls, ..Default::default() }).unwrap();
+        let urls =
+            "nats://me:hunter2@one,nats://me:hunter2@[::1],nats://me:hunter2@127.0.0.1,nats://me:hunter2@[fe80::1]:1";
+        assert_eq!(elsewhere(urls, NatsTls::default()), ["one:4222", "fe80::1:1"]);
+        for tls in
+            [NatsTls { ca: Some("ca".into()), ..Default::default() }, NatsTls { first: true, ..Default::default() }]
+        {
+            assert_eq!(elsewhere(urls, tls), Vec::<String>::new());
+        }
+        assert_eq!(elsewhere("nats://one,tls://two", NatsTls::default()), Vec::<String>::new());
+    }
+
+    #[test]
     fn a_user_in_the_url_and_another_one_is_refused() {
         let config = NatsConfig {
             url: "nats://me:hunter2@one".into(),
@@ -224,6 +337,20 @@ mod tests {
         assert_eq!(inbox("_INBOX_worker.receipts").unwrap().as_deref(), Some("_INBOX_worker.receipts"));
         for wrong in ["", "events", "_INBOX.", "_INBOX.>", "_INBOX_worker.*", "_INBOX a"] {
             assert!(inbox(wrong).unwrap_err().report().contains("NATS_INBOX_PREFIX"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_api_is_where_the_account_imports_it() {
+        let prefix = |prefix: Option<&str>| {
+            api_prefix(&NatsConfig { api_prefix: prefix.map(String::from), ..Default::default() }).map(String::from)
+        };
+        assert_eq!(prefix(None).unwrap(), "$JS.API");
+        for good in ["JS.API", "$JS.hub.API"] {
+            assert_eq!(prefix(Some(good)).unwrap(), good);
+        }
+        for wrong in ["", ".", "JS.API.", ".API", "JS..API", "JS.*", ">", "JS API", "JS\r\nAPI"] {
+            assert!(prefix(Some(wrong)).unwrap_err().report().contains("NATS_API_PREFIX"), "{wrong}");
         }
     }
 

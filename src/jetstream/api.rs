@@ -7,17 +7,20 @@
 use std::error::Error as StdError;
 use std::time::{Duration, Instant};
 
+use async_nats::StatusCode;
+use async_nats::client::{self, Client, PublishError};
 use async_nats::jetstream::context::{RequestError, RequestErrorKind};
 use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{ClusterInfo, RawMessage};
 use async_nats::jetstream::{self, Context, ErrorCode, consumer, stream};
-use async_nats::{Client, StatusCode};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use super::settings::Fields;
 use crate::config::check_stream;
 use crate::error::{Error, causes};
 
@@ -40,6 +43,14 @@ struct NoLeader {
     of: String,
     source: Option<jetstream::Error>,
 }
+
+/// The user's account has no JetStream of its own.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the account of this NATS user has no JetStream; where it imports that of another one, set NATS_API_PREFIX or \
+     --nats-api-prefix to the name that it has there, such as JS.API"
+)]
+struct NoJetStream(#[source] jetstream::Error);
 
 /// Whether an error is that nobody leads the stream or the consumer.
 pub(crate) fn has_no_leader(error: &Error) -> bool {
@@ -91,10 +102,11 @@ fn is_leaders<T: Answer>(answer: &Response<T>, clustered: impl FnOnce() -> bool)
     }
 }
 
-/// Whether the server at the other end keeps streams together with others.
+/// Whether the server at the other end keeps streams together with others. One that is a leaf of others and stands alone
+/// otherwise names itself as its cluster.
 fn clustered(client: &Client) -> bool {
     let server = client.server_info();
-    server.jetstream && server.cluster.is_some()
+    server.jetstream && server.cluster.is_some_and(|cluster| cluster != server.server_name)
 }
 
 /// A question without details.
@@ -104,13 +116,40 @@ struct Plain {}
 /// Which message is asked for.
 #[derive(Serialize)]
 struct Which<'a> {
-    seq: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seq: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     next_by_subj: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_by_subj: Option<&'a str>,
+}
+
+/// The configuration and state of a stream or consumer.
+#[derive(Deserialize)]
+#[serde(try_from = "Value", bound = "I: DeserializeOwned")]
+pub(crate) struct Described<I> {
+    pub(crate) info: I,
+    /// The configuration with everything that the server says of it.
+    pub(crate) config: Fields,
+}
+
+impl<I: DeserializeOwned> TryFrom<Value> for Described<I> {
+    type Error = serde_json::Error;
+
+    fn try_from(answer: Value) -> Result<Self, serde_json::Error> {
+        let config = answer.get("config").and_then(Value::as_object).cloned().unwrap_or_default();
+        Ok(Self { info: serde_json::from_value(answer)?, config })
+    }
+}
+
+impl<I: Answer> Answer for Described<I> {
+    fn is_leaders(&self, clustered: impl FnOnce() -> bool) -> bool {
+        self.info.is_leaders(clustered)
+    }
 }
 
 /// The stream's configuration and state; none when there is no such stream.
-pub(super) async fn stream(context: &Context, stream: &str) -> Result<Option<stream::Info>, Failure> {
+pub(super) async fn stream(context: &Context, stream: &str) -> Result<Option<Described<stream::Info>>, Failure> {
     check_stream(stream)?;
     let answer = ask(context, &format!("STREAM.INFO.{stream}"), &Plain {}, || format!("stream {stream}")).await?;
     unless(answer, &[ErrorCode::STREAM_NOT_FOUND])
@@ -121,7 +160,7 @@ pub(super) async fn consumer(
     context: &Context,
     stream: &str,
     consumer: &str,
-) -> Result<Option<consumer::Info>, Failure> {
+) -> Result<Option<Described<consumer::Info>>, Failure> {
     check_stream(stream)?;
     let of = || format!("consumer {consumer} of stream {stream}");
     let answer = ask(context, &format!("CONSUMER.INFO.{stream}.{consumer}"), &Plain {}, of).await?;
@@ -135,9 +174,17 @@ pub(super) async fn message(
     sequence: u64,
     next_on: Option<&str>,
 ) -> Result<Option<StreamMessage>, Failure> {
+    get(context, stream, &Which { seq: Some(sequence), next_by_subj: next_on, last_by_subj: None }).await
+}
+
+/// The newest message; none when the stream is empty.
+pub(super) async fn newest(context: &Context, stream: &str) -> Result<Option<StreamMessage>, Failure> {
+    get(context, stream, &Which { seq: None, next_by_subj: None, last_by_subj: Some(">") }).await
+}
+
+async fn get(context: &Context, stream: &str, which: &Which<'_>) -> Result<Option<StreamMessage>, Failure> {
     check_stream(stream)?;
-    let which = Which { seq: sequence, next_by_subj: next_on };
-    let answer = ask(context, &format!("STREAM.MSG.GET.{stream}"), &which, || format!("stream {stream}")).await?;
+    let answer = ask(context, &format!("STREAM.MSG.GET.{stream}"), which, || format!("stream {stream}")).await?;
     let got: Option<Got> = unless(answer, &[ErrorCode::NO_MESSAGE_FOUND])?;
     got.map(|got| StreamMessage::try_from(got.message)).transpose()
 }
@@ -147,6 +194,9 @@ fn unless<T>(answer: Response<T>, none: &[ErrorCode]) -> Result<Option<T>, Failu
     match answer {
         Response::Ok(answer) => Ok(Some(answer)),
         Response::Err { error } if none.contains(&error.error_code()) => Ok(None),
+        Response::Err { error } if error.error_code() == ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT => {
+            Err(NoJetStream(error).into())
+        }
         Response::Err { error } => Err(error.into()),
     }
 }
@@ -160,32 +210,37 @@ async fn ask<T: Answer>(
 ) -> Result<Response<T>, Failure> {
     // The first answer is nearly always a leader's. An inbox for each question would make many at a time a fifth slower.
     let answer = context.request(subject.to_string(), question).await?;
-    let client = context.client();
-    if is_leaders(&answer, || clustered(&client)) {
+    if is_leaders(&answer, || clustered(&context.client())) {
         return Ok(answer);
     }
     let question = serde_json::to_vec(question)?.into();
-    match insist(&client, format!("$JS.API.{subject}"), question, answer).await? {
+    match insist(context, subject, question, answer).await? {
         Ok(answer) => Ok(answer),
         Err(Response::Ok(_)) => Err(NoLeader { of: of(), source: None }.into()),
         Err(Response::Err { error }) => Err(NoLeader { of: of(), source: Some(error) }.into()),
     }
 }
 
+/// Sends a question of JetStream's API, such as `STREAM.INFO.EVENTS`, whose answers come to an inbox of the caller's.
+pub(super) async fn send(context: &Context, subject: &str, inbox: &str, question: Bytes) -> Result<(), PublishError> {
+    context.send_request(subject.to_string(), client::Request::new().inbox(inbox.into()).payload(question)).await
+}
+
 /// Asks again until a leader answers; otherwise returns what was answered last, to begin with `last`.
 async fn insist<T: Answer>(
-    client: &Client,
-    subject: String,
+    context: &Context,
+    subject: &str,
     question: Bytes,
     mut last: Response<T>,
 ) -> Result<Result<Response<T>, Response<T>>, Failure> {
+    let client = context.client();
     let inbox = client.new_inbox();
     let mut answers = client.subscribe(inbox.clone()).await?;
     let began = Instant::now();
     let mut insistence = Insistence::default();
     loop {
         match insistence.next(began.elapsed()) {
-            Step::Ask => client.publish_with_reply(subject.clone(), inbox.clone(), question.clone()).await?,
+            Step::Ask => send(context, subject, &inbox, question.clone()).await?,
             Step::Listen(time) => {
                 let Ok(answer) = tokio::time::timeout(time, answers.next()).await else { continue };
                 let answer = answer.ok_or("the NATS client was closed")?;
@@ -193,7 +248,7 @@ async fn insist<T: Answer>(
                     return Err(RequestError::new(RequestErrorKind::NoResponders).into());
                 }
                 last = serde_json::from_slice(&answer.payload)?;
-                if is_leaders(&last, || clustered(client)) {
+                if is_leaders(&last, || clustered(&client)) {
                     return Ok(Ok(last));
                 }
             }
@@ -237,7 +292,7 @@ impl Insistence {
 mod tests {
     use super::*;
     use crate::error::ErrorKind;
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     fn leaders<T: Answer>(answer: Value, clustered: bool) -> bool {
         is_leaders(&serde_json::from_value::<Response<T>>(answer).unwrap(), || clustered)

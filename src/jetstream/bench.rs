@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 use super::publisher::Outgoing;
 use super::stream::StreamReader;
-use super::{Connection, context, envelope};
+use super::{Connection, envelope};
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind};
 
@@ -143,7 +143,7 @@ pub(crate) struct Arrival {
 
 /// All messages of a stream, in order.
 pub(crate) async fn contents(connection: &Connection, name: &str) -> Result<Vec<Arrival>, Error> {
-    let stream = context(&connection.client).get_stream(name).await.map_err(|error| failed(error.into()))?;
+    let stream = connection.jetstream().get_stream(name).await.map_err(|error| failed(error.into()))?;
     let left = usize::try_from(stream.cached_info().state.messages).unwrap_or(usize::MAX);
     if left == 0 {
         return Ok(Vec::new());
@@ -172,7 +172,7 @@ pub(crate) async fn time_between(stream: &StreamReader, first: u64, last: u64) -
 
 /// Deletes a stream.
 pub(crate) async fn delete(connection: &Connection, name: &str) -> Result<(), Error> {
-    context(&connection.client).delete_stream(name).await.map(drop).map_err(|error| failed(error.into()))
+    connection.jetstream().delete_stream(name).await.map(drop).map_err(|error| failed(error.into()))
 }
 
 pub(super) fn failed(error: Box<dyn std::error::Error + Send + Sync>) -> Error {

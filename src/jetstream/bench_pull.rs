@@ -9,7 +9,7 @@ use futures_util::stream::ReadyChunks;
 
 use super::bench::failed;
 use super::publisher::Outgoing;
-use super::{Connection, context, envelope};
+use super::{Connection, envelope};
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind};
 
@@ -31,7 +31,7 @@ pub(crate) async fn pullers(
     readers: usize,
     batch: usize,
 ) -> Result<Vec<Puller>, Error> {
-    let stream = context(&connection.client).get_stream(stream).await.map_err(|error| failed(error.into()))?;
+    let stream = connection.jetstream().get_stream(stream).await.map_err(|error| failed(error.into()))?;
     let config = pull::Config { durable_name: Some(name.into()), max_ack_pending: 100_000, ..Default::default() };
     let consumer = stream.create_consumer(config).await.map_err(|error| failed(error.into()))?;
     let mut pullers = Vec::new();
@@ -72,7 +72,7 @@ pub(crate) async fn publish_to_deliver(
     stream: &str,
     messages: impl Iterator<Item = Outgoing>,
 ) -> Result<Vec<Duration>, Error> {
-    let stream = context(&subscriber.client).get_stream(stream).await.map_err(|error| failed(error.into()))?;
+    let stream = subscriber.jetstream().get_stream(stream).await.map_err(|error| failed(error.into()))?;
     let config = pull::Config { durable_name: Some("floor".into()), ..Default::default() };
     let consumer = stream.create_consumer(config).await.map_err(|error| failed(error.into()))?;
     let mut delivered = consumer.stream().messages().await.map_err(|error| failed(error.into()))?;

@@ -6,8 +6,10 @@ use std::time::Duration;
 use async_nats::jetstream::consumer::{AckPolicy, Info};
 use futures_util::{StreamExt, TryStreamExt};
 
-use super::topology::{self, Problem};
-use super::{Connection, context, stream::StreamReader};
+use super::consumer::DESCRIPTION;
+use super::settings::Findings;
+use super::topology;
+use super::{Connection, stream::StreamReader};
 use crate::config::Naming;
 use crate::error::{Error, ErrorKind};
 use crate::subject;
@@ -18,12 +20,17 @@ pub(crate) struct Server {
     pub(crate) version: String,
     /// Why it cannot be used at all.
     pub(crate) problem: Option<String>,
+    /// How many bytes a message may have.
+    pub(crate) max_payload: usize,
 }
 
 /// The stream and its consumers.
 #[derive(Debug, Clone)]
 pub(crate) struct Stream {
-    pub(crate) problems: Vec<Problem>,
+    /// What is wrong with its settings, or cannot be judged.
+    pub(crate) findings: Findings,
+    /// That its newest event lies under another subject than that on which it was published.
+    pub(crate) misplaced: Option<String>,
     pub(crate) replicas: usize,
     /// Whether it takes atomic batches.
     pub(crate) batches: bool,
@@ -45,6 +52,8 @@ pub(crate) struct Consumer {
     /// The ack policy when it is not `explicit`.
     pub(crate) odd_ack_policy: Option<String>,
     pub(crate) paused: bool,
+    /// Whether it was made for a subscriber, as its description says.
+    pub(crate) ours: bool,
     /// The subjects that it gets; none when it gets all.
     pub(crate) filters: Vec<String>,
 }
@@ -57,12 +66,19 @@ impl Consumer {
 
 /// The server at the other end.
 pub(crate) fn server(connection: &Connection) -> Server {
-    Server { version: connection.client.server_info().version, problem: topology::server_problem(connection) }
+    let info = connection.client.server_info();
+    Server { version: info.version, problem: topology::server_problem(connection), max_payload: info.max_payload }
 }
 
 /// The stream, judged as the relay judges it at its start.
 pub(crate) async fn stream(connection: &Connection, naming: &Naming, shared: bool) -> Result<Stream, Error> {
-    let config = StreamReader::new(connection, &naming.stream).info().await?.config;
+    let reader = StreamReader::new(connection, &naming.stream);
+    let described = reader.described().await?;
+    let newest = match described.info.state.last_sequence {
+        0 => None,
+        last => reader.message(last).await?,
+    };
+    let config = &described.info.config;
     let consumers = consumers(connection, &naming.stream).await?;
     let subjects = subjects(connection, &naming.stream).await?;
     let types: Vec<(&String, &str)> =
@@ -71,7 +87,8 @@ pub(crate) async fn stream(connection: &Connection, naming: &Naming, shared: boo
     Ok(Stream {
         types: types.len(),
         unread: unread.map(|(_, event_type)| event_type.to_string()).collect(),
-        problems: topology::problems(&config, naming, shared),
+        findings: topology::findings(&described.config, naming, shared),
+        misplaced: newest.and_then(|message| message.misplaced(naming)),
         replicas: config.num_replicas,
         batches: config.allow_atomic_publish,
         max_age: Some(config.max_age).filter(|age| !age.is_zero()),
@@ -79,12 +96,17 @@ pub(crate) async fn stream(connection: &Connection, naming: &Naming, shared: boo
     })
 }
 
+/// The subjects of all messages in a stream, and its durable consumers.
+pub(crate) async fn flow(connection: &Connection, stream: &str) -> Result<(BTreeSet<String>, Vec<Consumer>), Error> {
+    Ok((subjects(connection, stream).await?, consumers(connection, stream).await?))
+}
+
 /// The subjects of all messages in the stream, sorted.
 async fn subjects(connection: &Connection, name: &str) -> Result<BTreeSet<String>, Error> {
     let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
         Error::with_source(ErrorKind::Broker, format!("cannot list the subjects of stream {name}"), error)
     };
-    let stream = context(&connection.client).get_stream_no_info(name).await.map_err(|error| failed(error.into()))?;
+    let stream = connection.jetstream().get_stream_no_info(name).await.map_err(|error| failed(error.into()))?;
     let listed = stream.info_with_subjects(">").await.map_err(|error| failed(error.into()))?;
     listed.map(|subject| subject.map(|(subject, _)| subject)).try_collect().await.map_err(|error| failed(error.into()))
 }
@@ -93,7 +115,7 @@ async fn consumers(connection: &Connection, name: &str) -> Result<Vec<Consumer>,
     let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
         Error::with_source(ErrorKind::Broker, format!("cannot list the consumers of stream {name}"), error)
     };
-    let stream = context(&connection.client).get_stream_no_info(name).await.map_err(|error| failed(error.into()))?;
+    let stream = connection.jetstream().get_stream_no_info(name).await.map_err(|error| failed(error.into()))?;
     let mut listed = stream.consumers();
     let mut found = Vec::new();
     while let Some(info) = listed.next().await {
@@ -114,6 +136,7 @@ fn consumer(info: &Info) -> Consumer {
         max_deliver: info.config.max_deliver,
         odd_ack_policy: (*policy != AckPolicy::Explicit).then(|| format!("{policy:?}").to_lowercase()),
         paused: info.paused,
+        ours: info.config.description.as_deref().is_some_and(|text| text.starts_with(DESCRIPTION)),
         filters: filters.cloned().collect(),
     }
 }

@@ -4,27 +4,41 @@
 //! predecessor left unacked, and what got lost on the way, would come behind newer messages of the same key. The feed
 //! closes such holes: whenever messages were delivered that it has not seen, it reads them from the stream before it
 //! hands on anything newer. Every message that the feed hands on for the first time is newer than all before it.
+//!
+//! Where the consumer stands counts only as far as the stream is what it was. When that has lost its end, others come into
+//! the places of what was lost, and the consumer may count them as delivered. So the feed begins where the subscriber has
+//! come by its own account, reads the stream from there up to where the consumer stands, and ends when a message that
+//! it has seen is not in its place any more.
+
+mod missed;
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::Context;
 use async_nats::{Client, StatusCode};
 use bytes::Bytes;
-use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
-use tokio::sync::{Notify, mpsc};
+use futures_util::{FutureExt, StreamExt, TryFutureExt};
+use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::backoff::Backoff;
 use crate::envelope::{Envelope, EnvelopeError};
 use crate::event::EventId;
+use crate::owner::Owner;
 
+use super::Connection;
 use super::ack::Reply;
+use super::api;
+use super::budget::{Budget, Permit};
 use super::consumer::{self, ConsumerSpec, Position};
-use super::stored::{self, Stretch};
+use super::seen::Seen;
+use super::stored;
+use super::witness::{self, Witness};
+use crate::error::Error;
 
 /// The most messages in one pull request.
 const MAX_PULL: usize = 1000;
@@ -32,12 +46,20 @@ const MAX_PULL: usize = 1000;
 const EXPIRES: Duration = Duration::from_secs(10);
 /// How often the server says that it still knows of a pull request.
 const HEARTBEAT: Duration = Duration::from_secs(3);
+/// How often to look whether the stream has lost its end, or the consumer was given to another database, although the
+/// connection holds.
+const LOOK: Duration = Duration::from_secs(5);
+/// How often to look for what comes into a stream that ends before the consumer's place.
+const BEHIND: Duration = Duration::from_millis(250);
+const LOST_END: &str = "the stream has lost its end, or its newest messages were removed";
+const GIVEN_AWAY: &str = "the consumer was given to another database";
+const MADE_ANEW: &str = "the connection was made anew";
 
 /// A message for the subscriber.
 #[derive(Debug)]
 pub(crate) struct Incoming {
     /// Its place in the stream.
-    pub(crate) sequence: u64,
+    pub(crate) place: Witness,
     /// How often it was delivered; 0 when it was read from the stream.
     pub(crate) deliveries: u64,
     /// Where the answer goes; none when it was read from the stream.
@@ -53,176 +75,198 @@ pub(crate) struct Incoming {
 pub(crate) enum Fed {
     /// The next message.
     Message(Box<Incoming>),
-    /// The consumer is gone or no longer the same: sequences and replies known so far mean nothing any more.
+    /// Everything for the subscriber at or before this message was handed on, or was done.
+    Complete(Witness),
+    /// The server does not deliver, for this reason; none when it does again.
+    Refused(Option<String>),
+    /// The consumer is gone or no longer the same, or the stream has lost its end: sequences and replies known so far mean
+    /// nothing any more.
     Ended(String),
-}
-
-/// How many messages, and of what size, may be in memory.
-#[derive(Debug)]
-pub(crate) struct Budget {
-    max_messages: usize,
-    max_bytes: usize,
-    messages: AtomicUsize,
-    bytes: AtomicUsize,
-    freed: Notify,
-}
-
-/// The share of one message in a [`Budget`], given back when it is dropped.
-#[derive(Debug)]
-pub(crate) struct Permit {
-    budget: Arc<Budget>,
-    bytes: usize,
-}
-
-impl Budget {
-    pub(crate) fn new(max_messages: usize, max_bytes: usize) -> Arc<Self> {
-        Arc::new(Self {
-            max_messages,
-            max_bytes,
-            messages: AtomicUsize::new(0),
-            bytes: AtomicUsize::new(0),
-            freed: Notify::new(),
-        })
-    }
-
-    /// Room for messages of `typical` bytes.
-    fn room(&self, typical: usize) -> usize {
-        let messages = self.max_messages.saturating_sub(self.messages.load(Ordering::Relaxed));
-        let bytes = self.max_bytes.saturating_sub(self.bytes.load(Ordering::Relaxed));
-        messages.min(bytes.div_ceil(typical.max(1)))
-    }
-
-    pub(crate) fn is_full(&self) -> bool {
-        self.room(1) == 0
-    }
-
-    fn take(self: &Arc<Self>, bytes: usize) -> Permit {
-        self.messages.fetch_add(1, Ordering::Relaxed);
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        Permit { budget: Arc::clone(self), bytes }
-    }
-
-    async fn wait_for_room(&self) {
-        loop {
-            let freed = self.freed.notified();
-            if !self.is_full() {
-                return;
-            }
-            freed.await;
-        }
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        self.budget.messages.fetch_sub(1, Ordering::Relaxed);
-        self.budget.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
-        self.budget.freed.notify_waiters();
-    }
 }
 
 /// Finds out which of some events the subscriber is done with; it may leave some out.
 pub(crate) type Done = Box<dyn Fn(Vec<EventId>) -> BoxFuture<'static, HashSet<EventId>> + Send + Sync>;
 
 /// Reads a consumer from `position` on until it is dropped. What it reads from the stream and is `done` is not handed
-/// on.
+/// on. `reached` is where the subscriber has come by its own account, if it has written that down.
 pub(crate) fn start(
-    client: &Client,
-    context: &Context,
+    nats: &Connection,
     spec: &ConsumerSpec,
     position: Position,
+    reached: Option<Reached>,
     budget: &Arc<Budget>,
     done: Done,
 ) -> (mpsc::UnboundedReceiver<Fed>, AbortOnDropHandle<()>) {
     // The budget bounds what is in it.
     let (output, messages) = mpsc::unbounded_channel();
     let feed = Feed {
-        client: client.clone(),
-        context: context.clone(),
+        client: nats.client.clone(),
+        context: nats.jetstream(),
+        nats: nats.clone(),
         spec: spec.clone(),
         budget: Arc::clone(budget),
         done,
         output,
         created: position.created,
+        owner: position.owner,
         seen: Seen { sequence: position.delivered, deliveries: position.deliveries, missed: false },
+        last: reached.and_then(|reached| reached.0),
         failures: 0,
+        refused: None,
+        whole: AtomicBool::new(spec.subjects.len() > stored::FEW_SUBJECTS),
+        max_pull: MAX_PULL,
         // Nothing is known of the messages: be careful at first.
         typical: 1_000_000,
     };
-    let unacked = position.outstanding.then_some((position.ack_floor + 1, position.delivered));
+    let unacked = match reached {
+        Some(Reached(place)) => Some(position.ack_floor.min(place.map_or(0, |place| place.sequence))),
+        None => position.outstanding.then_some(position.ack_floor),
+    };
     (messages, AbortOnDropHandle::new(tokio::spawn(feed.run(unacked))))
 }
+
+/// Where a subscriber has come by its own account; nowhere when no place that it knows is in the stream any more.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Reached(pub(crate) Option<Witness>);
 
 struct Feed {
     client: Client,
     context: Context,
+    nats: Connection,
     spec: ConsumerSpec,
     budget: Arc<Budget>,
     done: Done,
     output: mpsc::UnboundedSender<Fed>,
     created: String,
+    owner: Option<Owner>,
     seen: Seen,
+    /// The newest message of which it is known when it was stored.
+    last: Option<Witness>,
     /// Interruptions since the last sign of life of the consumer.
     failures: u32,
+    /// Whether to read the stream in whole batches. The user may lack the right to.
+    whole: AtomicBool,
+    /// Why the server does not deliver, as far as that was told.
+    refused: Option<String>,
+    /// The most messages in one pull request that the server takes.
+    max_pull: usize,
     /// The size of messages, a moving average.
     typical: usize,
+}
+
+/// How many messages a pull request may ask for, as the server says when one asks for more
+/// (`max_request_batch` of the server or the account, nats-server 2.11, `consumer.go`).
+fn largest_request(description: &str) -> Option<usize> {
+    description.strip_prefix("Exceeded MaxRequestBatch of ")?.trim().parse().ok().filter(|most| *most > 0)
 }
 
 /// The session's side of the feed is gone.
 struct Unwanted;
 
+/// What there is to a question.
+type Answer<T> = BoxFuture<'static, Result<T, Error>>;
+
+/// Why the feed does not go on.
+enum Over {
+    Unwanted,
+    Ended(String),
+}
+
 impl Feed {
-    async fn run(mut self, unacked: Option<(u64, u64)>) {
-        if let Some((first, last)) = unacked {
-            tracing::info!(
-                subscriber = self.spec.name,
-                first,
-                last,
-                "reading messages that were delivered before and not acked"
-            );
-            if self.read_stream(first, last).await.is_err() {
-                return;
-            }
+    async fn run(mut self, unacked: Option<u64>) {
+        match self.catch_up(unacked).await {
+            Ok(()) => {}
+            Err(Over::Ended(reason)) => return self.end(reason),
+            Err(Over::Unwanted) => return,
         }
         loop {
-            if let Err(reason) = self.confirm().await {
-                let _ = self.output.send(Fed::Ended(reason));
-                return;
-            }
-            // Not before: what is pulled would be thrown away for a connection that was made anew meanwhile, and come again
-            // only after the ack wait.
-            match self.pull(self.connects()).await {
+            let connects = match self.confirm().await {
+                Ok(connects) => connects,
+                Err(reason) => return self.end(reason),
+            };
+            match self.pull(connects).await {
                 Ok(why) => {
                     tracing::debug!(subscriber = self.spec.name, why, "pulling is interrupted");
                     if self.failures > 0 {
+                        self.tell_refused(Some(why));
                         tokio::time::sleep(Backoff::RECONNECT.after(self.failures)).await;
                     }
                     self.failures += 1;
                 }
-                Err(Unwanted) => return,
+                Err(Over::Ended(reason)) => return self.end(reason),
+                Err(Over::Unwanted) => return,
             }
         }
+    }
+
+    /// Tells the session and the log why the server does not deliver, or that it does again; each reason once.
+    fn tell_refused(&mut self, why: Option<String>) {
+        if self.refused == why {
+            return;
+        }
+        match &why {
+            Some(why) => tracing::warn!(subscriber = self.spec.name, why, "the server does not deliver"),
+            None => tracing::info!(subscriber = self.spec.name, "the server delivers again"),
+        }
+        self.refused.clone_from(&why);
+        let _ = self.output.send(Fed::Refused(why));
+    }
+
+    /// The server has given a sign of life of the consumer.
+    fn heard(&mut self) {
+        self.failures = 0;
+        self.tell_refused(None);
+    }
+
+    fn end(self, reason: String) {
+        let _ = self.output.send(Fed::Ended(reason));
+    }
+
+    /// The sequence of the newest message.
+    async fn end_of_stream(&self) -> Result<u64, Unwanted> {
+        Ok(self.newest().await?.map_or(0, |newest| newest.sequence))
+    }
+
+    async fn newest(&self) -> Result<Option<Witness>, Unwanted> {
+        self.insist(|context, spec| {
+            let newest = async move { api::newest(&context, &spec.stream).await.map_err(unreadable) };
+            newest.map_ok(|newest| newest.as_ref().map(Witness::of)).boxed()
+        })
+        .await
+    }
+
+    async fn at(&self, sequence: u64) -> Result<Option<Witness>, Unwanted> {
+        self.insist(|context, spec| async move { witness::at(&context, &spec.stream, sequence).await }.boxed()).await
     }
 
     fn connects(&self) -> u64 {
         self.client.statistics().connects.load(Ordering::Relaxed)
     }
 
-    /// Waits until the server can be asked, and makes sure that the consumer is still the same.
-    async fn confirm(&mut self) -> Result<(), String> {
+    /// Waits until the server can be asked, and makes sure that consumer and stream are still the same. Returns of which
+    /// connection that was found out.
+    async fn confirm(&mut self) -> Result<u64, String> {
         let mut failures = 0;
         loop {
-            match consumer::locate(&self.context, &self.spec).await {
-                Ok(Some(now)) if now.created != self.created => return Err("the consumer was made anew".into()),
-                Ok(Some(now)) if now.deliveries < self.seen.deliveries => {
+            let connects = self.connects();
+            match look(self.context.clone(), self.spec.clone(), self.last).await {
+                Ok((_, false)) => return Err(LOST_END.into()),
+                // What is pulled would be thrown away for a connection that was made anew meanwhile, and come again only
+                // after the ack wait.
+                Ok(_) if connects != self.connects() => {}
+                Ok((Some(now), _)) if consumer::is_successor(&now.created, &self.created) => {
+                    return Err("the consumer was made anew".into());
+                }
+                Ok((Some(now), _)) if now.deliveries < self.seen.deliveries => {
                     return Err("the consumer was set back".into());
                 }
-                Ok(None) => return Err("the consumer was deleted".into()),
-                Ok(Some(_)) => {
+                Ok((Some(now), _)) if now.owner != self.owner => return Err(GIVEN_AWAY.into()),
+                Ok((None, _)) => return Err("the consumer was deleted".into()),
+                Ok((Some(_), _)) => {
                     if failures > 0 {
                         tracing::info!(subscriber = self.spec.name, "nats answers again");
                     }
-                    return Ok(());
+                    return Ok(connects);
                 }
                 Err(error) => {
                     if failures == 0 {
@@ -236,7 +280,7 @@ impl Feed {
     }
 
     /// Pulls until something is odd, and says what.
-    async fn pull(&mut self, connects: u64) -> Result<String, Unwanted> {
+    async fn pull(&mut self, connects: u64) -> Result<String, Over> {
         let inbox = self.client.new_inbox();
         let mut messages = match self.client.subscribe(inbox.clone()).await {
             Ok(messages) => messages,
@@ -245,13 +289,16 @@ impl Feed {
         let mut owed = 0;
         let mut heard = Instant::now();
         let mut watch = tokio::time::interval(Duration::from_millis(250));
+        // The stream may be on another server than the one that this is connected to.
+        let mut looking: Option<Answer<(Option<Position>, bool)>> = None;
+        let mut looked = Instant::now();
         loop {
             let budget = Arc::clone(&self.budget);
             // Before the look at the room, so that nothing freed after it is missed.
-            let freed = budget.freed.notified();
+            let freed = budget.freed();
             let room = budget.room(self.typical);
             if owed <= MAX_PULL / 2 && owed < room {
-                let more = (room - owed).min(MAX_PULL);
+                let more = (room - owed).min(self.max_pull);
                 if let Err(error) = self.request(&inbox, more).await {
                     return Ok(error);
                 }
@@ -263,21 +310,37 @@ impl Feed {
             tokio::select! {
                 message = messages.next() => {
                     let Some(message) = message else { return Ok("the subscription ended".into()) };
+                    if self.connects() != connects {
+                        return Ok(MADE_ANEW.into());
+                    }
                     match self.receive(message, &mut owed).await? {
                         Some(odd) => return Ok(odd),
                         None => heard = Instant::now(),
                     }
                 }
                 () = freed, if owed <= MAX_PULL / 2 && owed >= room => {}
+                seen = answer(&mut looking) => {
+                    (looking, looked) = (None, Instant::now());
+                    match seen {
+                        Ok((_, false)) => return Err(Over::Ended(LOST_END.into())),
+                        Ok((Some(now), _)) if now.owner != self.owner => {
+                            return Err(Over::Ended(GIVEN_AWAY.into()));
+                        }
+                        _ => {}
+                    }
+                }
                 () = self.output.closed() => {
                     // The server gives what is handed back to whoever pulls, and that must not be this one.
                     let _ = messages.unsubscribe().await;
                     let _ = self.client.flush().await;
-                    return Err(Unwanted);
+                    return Err(Over::Unwanted);
                 }
                 _ = watch.tick() => {
                     if self.connects() != connects {
-                        return Ok("the connection was made anew".into());
+                        return Ok(MADE_ANEW.into());
+                    }
+                    if looking.is_none() && looked.elapsed() > LOOK {
+                        looking = Some(look(self.context.clone(), self.spec.clone(), self.last).boxed());
                     }
                     if owed > 0 && heard.elapsed() > 3 * HEARTBEAT {
                         return Ok("the server is silent".into());
@@ -288,26 +351,26 @@ impl Feed {
     }
 
     async fn request(&self, inbox: &str, messages: usize) -> Result<(), String> {
-        let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{}", self.spec.stream, self.spec.name);
+        let subject = format!("CONSUMER.MSG.NEXT.{}.{}", self.spec.stream, self.spec.name);
         let body = format!(
             r#"{{"batch":{messages},"expires":{},"idle_heartbeat":{}}}"#,
             EXPIRES.as_nanos(),
             HEARTBEAT.as_nanos()
         );
-        self.client.publish_with_reply(subject, inbox.to_string(), body.into()).await.map_err(|error| error.to_string())
+        api::send(&self.context, &subject, inbox, body.into()).await.map_err(|error| error.to_string())
     }
 
     /// Takes one message or status, and says when it is odd.
-    async fn receive(&mut self, message: async_nats::Message, owed: &mut usize) -> Result<Option<String>, Unwanted> {
+    async fn receive(&mut self, message: async_nats::Message, owed: &mut usize) -> Result<Option<String>, Over> {
         match message.status {
             None | Some(StatusCode::OK) => {
                 *owed = owed.saturating_sub(1);
-                self.failures = 0;
+                self.heard();
                 self.accept(message).await?;
                 Ok(None)
             }
             Some(StatusCode::IDLE_HEARTBEAT) => {
-                self.failures = 0;
+                self.heard();
                 Ok(None)
             }
             Some(status) => {
@@ -320,24 +383,29 @@ impl Feed {
                         *owed = owed.saturating_sub(rest);
                         Ok(None)
                     }
-                    _ => Ok(Some(format!("{status} {description}"))),
+                    _ => {
+                        if let Some(most) = largest_request(description) {
+                            self.max_pull = most;
+                        }
+                        Ok(Some(format!("{status} {description}")))
+                    }
                 }
             }
         }
     }
 
     /// Hands on a delivered message, behind all that come before it.
-    async fn accept(&mut self, message: async_nats::Message) -> Result<(), Unwanted> {
+    async fn accept(&mut self, message: async_nats::Message) -> Result<(), Over> {
         let message = async_nats::jetstream::Message { message, context: self.context.clone() };
-        let (sequence, delivery, count) = match message.info() {
-            Ok(info) => (info.stream_sequence, info.consumer_sequence, info.delivered),
+        let (place, delivery, count) = match message.info() {
+            Ok(info) => (Witness::new(info.stream_sequence, info.published), info.consumer_sequence, info.delivered),
             Err(error) => {
                 tracing::warn!(subscriber = self.spec.name, error, "a message did not come from the consumer");
                 return Ok(());
             }
         };
         let message = message.message;
-        if let Some((first, last)) = self.seen.arrived(sequence, delivery, count > 1) {
+        if let Some((first, last)) = self.seen.arrived(place.sequence, delivery, count > 1) {
             tracing::info!(
                 subscriber = self.spec.name,
                 first,
@@ -348,58 +416,25 @@ impl Feed {
         }
         let payload = message.payload.len();
         self.typical = (self.typical * 7 + message.length) / 8;
-        self.hand_on(Incoming {
-            sequence,
+        if self.last.is_none_or(|last| last.sequence <= place.sequence) {
+            self.last = Some(place);
+        }
+        let incoming = Incoming {
+            place,
             deliveries: count.unsigned_abs(),
             reply: message.reply.map(Reply),
             event: super::envelope(message.headers.as_ref(), detached(&message.payload)),
             permit: self.budget.take(payload),
-        })
+        };
+        Ok(self.hand_on(incoming)?)
     }
 
-    /// Hands on the messages of the stream from `first` to `last` that are not done, as room for them becomes free.
-    async fn read_stream(&self, first: u64, last: u64) -> Result<(), Unwanted> {
-        if first > last {
-            return Ok(());
-        }
-        let mut stretch = self.load(first, last).await?;
-        while let Some(next) = stretch.next {
-            let (handed_on, following) = tokio::join!(self.hand_on_all(stretch), self.load(next, last));
-            handed_on?;
-            stretch = following?;
-        }
-        self.hand_on_all(stretch).await
-    }
-
-    async fn hand_on_all(&self, stretch: Stretch) -> Result<(), Unwanted> {
-        let messages: Vec<_> =
-            stretch.messages.into_iter().map(|(sequence, message)| (sequence, stored::event(&message))).collect();
-        let ids = messages.iter().filter_map(|(_, event)| Some(event.as_ref().ok()?.id)).collect();
-        let done = (self.done)(ids).await;
-        for (sequence, event) in messages {
-            let (id, size) = event.as_ref().map_or((None, 0), |event| (Some(event.id), event.payload.len()));
-            if id.is_some_and(|id| done.contains(&id)) {
-                continue;
-            }
-            self.wait_for_room().await?;
-            let permit = self.budget.take(size);
-            self.hand_on(Incoming { sequence, deliveries: 0, reply: None, event, permit })?;
-        }
-        Ok(())
-    }
-
-    async fn wait_for_room(&self) -> Result<(), Unwanted> {
-        tokio::select! {
-            () = self.budget.wait_for_room() => Ok(()),
-            () = self.output.closed() => Err(Unwanted),
-        }
-    }
-
-    async fn load(&self, first: u64, last: u64) -> Result<Stretch, Unwanted> {
+    /// Asks until there is an answer.
+    async fn insist<T>(&self, question: impl Fn(Context, ConsumerSpec) -> Answer<T>) -> Result<T, Unwanted> {
         let mut failures = 0;
         loop {
-            match stored::load(&self.context, &self.spec.stream, &self.spec.subjects, first, last).await {
-                Ok(stretch) => return Ok(stretch),
+            match question(self.context.clone(), self.spec.clone()).await {
+                Ok(answer) => return Ok(answer),
                 Err(_) if self.output.is_closed() => return Err(Unwanted),
                 Err(error) => {
                     if failures == 0 {
@@ -417,77 +452,39 @@ impl Feed {
     }
 }
 
-/// How far the stream is known.
-#[derive(Debug)]
-struct Seen {
-    /// All messages up to this stream sequence were handed on, or were acked before this feed began.
-    sequence: u64,
-    /// The consumer sequence of the last delivery.
-    deliveries: u64,
-    /// Whether deliveries were missed since the last new message.
-    missed: bool,
+impl From<Unwanted> for Over {
+    fn from(Unwanted: Unwanted) -> Self {
+        Self::Unwanted
+    }
 }
 
-impl Seen {
-    /// A message of the stream has come as this delivery of the consumer, for the first time or again: the first and the
-    /// last sequence of those in front of it that may have been missed.
-    fn arrived(&mut self, sequence: u64, delivery: u64, again: bool) -> Option<(u64, u64)> {
-        // What was missed may have been new, also when the next to come is one that comes again.
-        self.missed |= delivery != self.deliveries + 1;
-        self.deliveries = delivery;
-        if sequence <= self.sequence {
-            return None;
-        }
-        let (first, last) = (self.sequence + 1, sequence - 1);
-        self.sequence = sequence;
-        let missed = self.missed && first <= last;
-        // All that was missed lies in front of a message that comes for the first time. Those that come again have no
-        // order: the next one may leap over others that were missed.
-        self.missed &= again;
-        missed.then_some((first, last))
+fn unreadable(error: api::Failure) -> Error {
+    Error::with_source(crate::error::ErrorKind::Broker, "the stream cannot be looked at", error)
+}
+
+/// Where the consumer stands, and whether the stream is still what it was.
+async fn look(context: Context, spec: ConsumerSpec, last: Option<Witness>) -> Result<(Option<Position>, bool), Error> {
+    let position = consumer::locate(&context, &spec).await?;
+    Ok((position, stands(context, spec.stream, last).await?))
+}
+
+/// Whether the stream is still what it was; it is when nothing of it is known.
+async fn stands(context: Context, stream: String, last: Option<Witness>) -> Result<bool, Error> {
+    match last {
+        Some(last) => witness::stands(&context, &stream, last).await,
+        None => Ok(true),
+    }
+}
+
+/// The answer to a question, once there is one.
+async fn answer<T>(question: &mut Option<BoxFuture<'static, T>>) -> T {
+    match question {
+        Some(question) => question.await,
+        None => std::future::pending().await,
     }
 }
 
 /// A copy, so that a small payload does not keep the connection's whole read buffer.
 fn detached(payload: &Bytes) -> Bytes {
     Bytes::copy_from_slice(payload)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn in_front_of_what_comes_again_more_may_have_been_missed() {
-        let mut seen = Seen { sequence: 10, deliveries: 20, missed: false };
-        // The consumer's subjects are not all of the stream's: a leap is no hole as long as no delivery is missing.
-        assert_eq!(seen.arrived(12, 21, false), None);
-        // 13 to 40 were delivered and lost on the way; then they come again, in whatever order.
-        assert_eq!(seen.arrived(14, 51, true), Some((13, 13)));
-        assert_eq!(seen.arrived(30, 52, true), Some((15, 29)));
-        assert_eq!(seen.arrived(13, 53, true), None);
-        assert_eq!(seen.arrived(31, 54, true), None);
-        // A new one settles it: there is nothing in front of it that was not delivered.
-        assert_eq!(seen.arrived(41, 55, false), Some((32, 40)));
-        assert_eq!(seen.arrived(50, 56, false), None);
-        // Missed without a leap, and found out later.
-        assert_eq!(seen.arrived(20, 58, true), None);
-        assert_eq!(seen.arrived(60, 59, false), Some((51, 59)));
-    }
-
-    #[test]
-    fn a_budget_is_full_by_number_or_by_size_and_room_comes_back() {
-        let budget = Budget::new(3, 1000);
-        assert_eq!(budget.room(100), 3);
-        assert_eq!(budget.room(600), 2, "what is on its way may exceed the size by one message");
-        let small = budget.take(100);
-        let large = budget.take(900);
-        assert!(budget.is_full());
-        drop(large);
-        assert_eq!(budget.room(1), 2);
-        let more = [budget.take(1), budget.take(1)];
-        assert!(budget.is_full());
-        drop((small, more));
-        assert_eq!(budget.room(100), 3);
-    }
 }

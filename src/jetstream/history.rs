@@ -18,6 +18,7 @@ use futures_util::{StreamExt, TryStreamExt};
 use serde_json::json;
 
 use super::Connection;
+use super::api;
 use super::stored::following;
 use crate::error::{Error, ErrorKind};
 
@@ -39,6 +40,8 @@ pub(crate) struct History {
     context: Context,
     pub(super) name: String,
     pub(super) stream: Stream<()>,
+    /// How long the next message of a batch may take.
+    patience: Duration,
 }
 
 /// Messages that follow each other in a stream.
@@ -59,12 +62,17 @@ enum Answer {
 
 impl History {
     pub(crate) async fn new(connection: &Connection, name: &str) -> Result<Self, Error> {
-        let context = super::context(&connection.client);
+        let context = connection.jetstream();
         let stream = context
             .get_stream_no_info(name)
             .await
             .map_err(|error| Error::with_source(ErrorKind::Config, format!("{name:?} is not a stream name"), error))?;
-        Ok(Self { connection: connection.clone(), context, name: name.into(), stream })
+        Ok(Self { connection: connection.clone(), context, name: name.into(), stream, patience: PATIENCE })
+    }
+
+    /// For callers that have another way when there are no answers, as where the user lacks the right to ask.
+    pub(super) fn hasty(self) -> Self {
+        Self { patience: Duration::from_secs(2), ..self }
     }
 
     /// The next messages of a range. What it leaves out, the stream's leader does not have.
@@ -138,17 +146,17 @@ impl History {
         let client = &self.connection.client;
         let inbox = client.new_inbox();
         let mut answers = client.subscribe(inbox.clone()).await.map_err(|error| failed(error.into()))?;
-        let subject = format!("$JS.API.DIRECT.GET.{}", self.name);
+        let subject = format!("DIRECT.GET.{}", self.name);
         // The subject lets it begin behind a message that was deleted.
         let question = json!({ "seq": first, "batch": count, "max_bytes": BATCH_BYTES, "next_by_subj": ">" });
-        client
-            .publish_with_reply(subject.clone(), inbox, question.to_string().into())
+        api::send(&self.context, &subject, &inbox, question.to_string().into())
             .await
             .map_err(|error| failed(error.into()))?;
         let mut messages = Vec::new();
         loop {
-            let Ok(answer) = tokio::time::timeout(PATIENCE, answers.next()).await else {
-                let problem = format!("no answer on {subject}, for which the NATS user needs the right to publish");
+            let Ok(answer) = tokio::time::timeout(self.patience, answers.next()).await else {
+                let problem =
+                    format!("no answer on $JS.API.{subject}, for which the NATS user needs the right to publish");
                 return Err(Error::new(ErrorKind::Broker, problem + &self.complaint()));
             };
             let answer = answer.ok_or_else(|| Error::new(ErrorKind::Broker, "the NATS client was closed"))?;
@@ -162,7 +170,10 @@ impl History {
                 }
                 Some(status) => {
                     let description = answer.description.map(|text| text.to_string()).unwrap_or_default();
-                    return Err(Error::new(ErrorKind::Broker, format!("{subject} answers {status} {description}")));
+                    return Err(Error::new(
+                        ErrorKind::Broker,
+                        format!("$JS.API.{subject} answers {status} {description}"),
+                    ));
                 }
             }
         }

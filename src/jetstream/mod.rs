@@ -2,11 +2,13 @@
 
 mod access;
 pub(crate) mod ack;
+pub(crate) mod advisories;
 pub(crate) mod api;
 #[cfg(feature = "cli")]
 pub(crate) mod bench;
 #[cfg(feature = "cli")]
 pub(crate) mod bench_pull;
+pub(crate) mod budget;
 pub(crate) mod consumer;
 pub(crate) mod doctor;
 pub(crate) mod feed;
@@ -17,13 +19,17 @@ pub(crate) mod outbox_client;
 pub(crate) mod outbox_service;
 pub(crate) mod publisher;
 pub(crate) mod search;
+mod seen;
 pub(crate) mod service;
+pub(crate) mod settings;
 pub(crate) mod stored;
 pub(crate) mod stream;
 pub(crate) mod sweep;
 pub(crate) mod topology;
+pub(crate) mod witness;
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_nats::connection::State;
@@ -45,6 +51,9 @@ const COMPLAINT_AGE: Duration = Duration::from_secs(30);
 /// anew: it can have died without a word.
 const PING: Duration = Duration::from_secs(10);
 
+/// How long a new connection may take that is to tell what the server has changed.
+const LOOK: Duration = Duration::from_secs(2);
+
 /// A connection that heals itself, the count of times that it broke, and what the server complained of last.
 #[derive(Clone)]
 pub(crate) struct Connection {
@@ -53,9 +62,17 @@ pub(crate) struct Connection {
     complaint: watch::Receiver<Option<(Instant, String)>>,
     /// Why the last tries to connect failed.
     refusal: watch::Receiver<Option<String>>,
+    /// The first tokens of JetStream's API.
+    api: Arc<str>,
+    config: Arc<NatsConfig>,
 }
 
 impl Connection {
+    /// JetStream on this connection.
+    pub(crate) fn jetstream(&self) -> Context {
+        async_nats::jetstream::with_prefix(self.client.clone(), &self.api)
+    }
+
     /// Returns when the connection breaks the next time after this call, whenever the result is polled. What was sent and
     /// not answered before is unknown then.
     pub(crate) fn lost(&self) -> impl Future<Output = ()> + use<> {
@@ -74,6 +91,29 @@ impl Connection {
     pub(crate) fn complaint(&self) -> Option<String> {
         let latest = self.complaint.borrow();
         latest.as_ref().filter(|(when, _)| when.elapsed() < COMPLAINT_AGE).map(|(_, text)| text.clone())
+    }
+
+    /// How many bytes a message may have now. A server may change that while it runs, and tells it to new connections only.
+    pub(crate) async fn max_payload(&self) -> Result<usize, Error> {
+        let (options, servers) = access::options(&self.config)?;
+        let asked = tokio::time::timeout(LOOK, options.name("aftercommit-look").connect(servers)).await;
+        let client = asked
+            .map_err(|_| Error::new(ErrorKind::Broker, "no new connection to NATS in time"))?
+            .map_err(|error| Error::with_source(ErrorKind::Broker, "cannot connect to NATS anew", error))?;
+        Ok(client.max_payload())
+    }
+
+    /// Makes the connection anew, with which it learns what the server has changed since.
+    pub(crate) async fn renew(&self) {
+        let lost = self.lost();
+        if self.client.force_reconnect().await.is_ok() {
+            // If it does not stand by then, whoever uses it says why.
+            _ = tokio::time::timeout(LOOK, async {
+                lost.await;
+                self.connected().await;
+            })
+            .await;
+        }
     }
 
     /// Whether the connection stands.
@@ -108,6 +148,8 @@ pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str)
     let (refuse, refusal) = watch::channel(None);
     let (options, servers) = access::options(config)?;
     let inbox_prefix = access::inbox_prefix(config)?.unwrap_or(inbox_prefix);
+    let api = access::api_prefix(config)?.into();
+    let config = Arc::new(config.clone());
     let options = options.name(name).custom_inbox_prefix(inbox_prefix).ping_interval(PING);
     let options = options.event_callback(move |event| {
         if matches!(event, ClientEvent::Disconnected) {
@@ -143,7 +185,7 @@ pub(crate) async fn connect(config: &NatsConfig, name: &str, inbox_prefix: &str)
         let hint = access::hint(&error.to_string());
         Error::with_source(ErrorKind::Broker, format!("cannot connect to NATS (NATS_URL or --nats-url){hint}"), error)
     })?;
-    Ok(Connection { client, losses, complaint, refusal })
+    Ok(Connection { client, losses, complaint, refusal, api, config })
 }
 
 /// Says why the last tries to connect failed, which the client's events do not. Returns the last of it.
@@ -162,12 +204,14 @@ fn tell_failures(servers: &[Server]) -> Option<String> {
 /// Reads the settings, without connecting.
 #[cfg(all(feature = "testing", feature = "cli"))]
 pub(crate) fn check(config: &NatsConfig) -> Result<(), Error> {
+    access::inbox_prefix(config)?;
+    access::api_prefix(config)?;
     access::options(config).map(drop)
 }
 
-/// JetStream on a connection.
-pub(crate) fn context(client: &Client) -> Context {
-    async_nats::jetstream::new(client.clone())
+/// The servers that are not on this machine and to which the settings do not demand TLS.
+pub(crate) fn in_clear(config: &NatsConfig) -> Result<Vec<String>, Error> {
+    access::in_clear(config)
 }
 
 /// The event in a message.

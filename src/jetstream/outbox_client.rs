@@ -27,11 +27,18 @@ pub(crate) struct OutboxClient {
     connection: Connection,
     subject: String,
     patience: Duration,
+    tries: u32,
 }
 
 impl OutboxClient {
     pub(crate) fn new(connection: &Connection, stream: &str) -> Self {
-        Self { connection: connection.clone(), subject: subject(stream), patience: PATIENCE }
+        Self { connection: connection.clone(), subject: subject(stream), patience: PATIENCE, tries: TRIES }
+    }
+
+    /// Takes no answer for an answer, at once.
+    pub(crate) fn asking_once(mut self) -> Self {
+        self.tries = 1;
+        self
     }
 
     /// The next events up to a sequence of the stream, or with `digest` only how many and which. Go on behind its `next`
@@ -86,14 +93,15 @@ impl OutboxClient {
         Ok(events)
     }
 
-    /// The next events of some keys from an outbox id on, in its order, and where to go on.
+    /// The next events of some keys from an outbox id on, in its order, and where to go on. At least all that do not lie in
+    /// the stream at or before `behind`.
     pub(crate) async fn of_keys(
         &self,
         keys: &[String],
         from: i64,
-        up_to: u64,
+        behind: u64,
     ) -> Result<(Vec<Envelope>, Option<i64>), Error> {
-        let question = Question::Keys { keys: keys.to_vec(), from, up_to };
+        let question = Question::Keys { keys: keys.to_vec(), from, behind };
         let (events, rest) = self.several(&question, answer::MOST_EVENTS).await?;
         answer::of_keys(keys, from, &events, &rest).map_err(|error| self.refused(error))?;
         Ok((events, rest.next))
@@ -111,7 +119,7 @@ impl OutboxClient {
         let mut tries = 1;
         loop {
             match self.ask_once(question, most).await {
-                Err(error) if error.kind() == ErrorKind::Broker && tries < TRIES => {
+                Err(error) if error.kind() == ErrorKind::Broker && tries < self.tries => {
                     tracing::debug!(error = error.report(), tries, "asking the outbox again");
                     tries += 1;
                     tokio::time::sleep(BETWEEN_TRIES).await;
@@ -191,6 +199,7 @@ mod tests {
             headers: [("x".to_string(), "y".to_string())].into(),
             content_type: "application/json".into(),
             payload: Bytes::from_static(b"{}"),
+            replaces: Vec::new(),
         }
     }
 

@@ -52,8 +52,9 @@ pub(crate) enum Question {
     },
     /// Whole events by their ids.
     Events { ids: Vec<Uuid> },
-    /// Whole events of some keys that lie in the stream at or before `up_to`, from an outbox id on.
-    Keys { keys: Vec<String>, from: i64, up_to: u64 },
+    /// Whole events of some keys, from an outbox id on, whether they are in the stream or not: at least all that do not lie
+    /// there at or before `behind`.
+    Keys { keys: Vec<String>, from: i64, behind: u64 },
 }
 
 /// An event as a page tells it.

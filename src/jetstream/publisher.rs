@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt::Write;
+use std::time::{Duration, Instant};
 
 use async_nats::client::PublishErrorKind;
 use async_nats::client::traits::Publisher as _;
@@ -13,7 +14,7 @@ use futures_util::StreamExt;
 use serde::Deserialize;
 
 use super::Connection;
-use crate::envelope::{Envelope, REPAIR};
+use crate::envelope::{Envelope, REPAIR, REPLACES};
 use crate::error::{Error, ErrorKind};
 use crate::fault;
 use crate::subject::SubjectPrefix;
@@ -113,6 +114,14 @@ impl Outgoing {
         (self.subject, self.headers, self.payload)
     }
 
+    /// Names the messages that have the event's id and are not the event, so that subscribers handle this one.
+    pub(crate) fn mark_replaces(&mut self, sequences: &[u64]) {
+        if !sequences.is_empty() {
+            let sequences: Vec<String> = sequences.iter().map(u64::to_string).collect();
+            self.headers.insert(REPLACES, sequences.join(","));
+        }
+    }
+
     /// Marks the message as published out of the outbox's order, and says why.
     pub(crate) fn mark_repair(&mut self, why: &str) {
         self.headers.insert(REPAIR, why);
@@ -160,6 +169,9 @@ pub(crate) enum Answer {
 pub(crate) enum SendError {
     /// It is larger than the server takes.
     TooLarge { limit: usize },
+    /// It was larger than the server took when this connection was made. The server takes more now, and the connection is
+    /// made anew for that: what was under way is unknown.
+    Renewed,
     /// The client is closed.
     Closed,
 }
@@ -173,7 +185,12 @@ pub(crate) struct Publisher {
     generation: u64,
     /// How the subjects of answers begin.
     replies: String,
+    /// When the server was last asked how large a message may be.
+    asked_size: Option<Instant>,
 }
+
+/// For so long the last answer to how large a message may be is believed.
+const FRESH: Duration = Duration::from_secs(1);
 
 impl Publisher {
     pub(crate) async fn new(connection: Connection) -> Result<Self, Error> {
@@ -182,7 +199,7 @@ impl Publisher {
             Error::with_source(ErrorKind::Broker, "cannot subscribe to the publisher's own inbox", error)
         })?;
         let replies = format!("{inbox}.0.");
-        Ok(Self { connection, inbox, answers, generation: 0, replies })
+        Ok(Self { connection, inbox, answers, generation: 0, replies, asked_size: None })
     }
 
     /// Forgets what is under way.
@@ -232,10 +249,31 @@ impl Publisher {
         let reply = answer_to.map(|number| self.reply_to(number));
         let client = &self.connection.client;
         let sent = client.publish_message(OutboundMessage { subject, reply, payload, headers: Some(headers) }).await;
-        sent.map_err(|error| match error.kind() {
-            PublishErrorKind::MaxPayloadExceeded => SendError::TooLarge { limit: client.max_payload() },
-            _ => SendError::Closed,
-        })
+        match sent.map_err(|error| error.kind()) {
+            Ok(()) => Ok(()),
+            Err(PublishErrorKind::MaxPayloadExceeded) => Err(self.too_large().await),
+            Err(_) => Err(SendError::Closed),
+        }
+    }
+
+    /// Asks the server itself before an event counts as too large.
+    async fn too_large(&mut self) -> SendError {
+        let limit = self.connection.client.max_payload();
+        if self.asked_size.is_none_or(|asked| asked.elapsed() > FRESH) {
+            self.asked_size = Some(Instant::now());
+            match self.connection.max_payload().await {
+                Ok(now) if now > limit => {
+                    tracing::info!(before = limit, now, "nats-server takes larger messages than before");
+                    self.connection.renew().await;
+                    return SendError::Renewed;
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::warn!(error = error.report(), "cannot ask nats-server how large a message may be")
+                }
+            }
+        }
+        SendError::TooLarge { limit }
     }
 
     /// Where the answer to a message comes. It is as large as it must be, because spare room would cost the client
@@ -321,6 +359,7 @@ mod tests {
             headers: [("X-N".to_string(), n.to_string())].into(),
             content_type: "application/json".into(),
             payload: Bytes::from(n.to_string()),
+            replaces: Vec::new(),
         };
         let mut messages = Messages::new(SubjectPrefix::default());
         let events = [event(1, "a", Some("k")), event(2, "a", None), event(3, "b", None), event(4, "a", Some("l"))];

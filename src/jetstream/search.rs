@@ -93,7 +93,7 @@ impl<'a> Searcher<'a> {
             return Ok((None, None));
         }
         let subjects = [wanted.event_type.map_or_else(|| self.prefix.wildcard(), |name| self.prefix.subject(name))];
-        let context = super::context(&self.connection.client);
+        let context = self.connection.jetstream();
         let mut next = Some(first);
         while let Some(from) = next {
             let stretch = stored::load(&context, self.stream, &subjects, from, last).await?;
@@ -108,7 +108,7 @@ impl<'a> Searcher<'a> {
 
     /// The first sequence that is not `before`, when all that are lie before all that are not.
     async fn halve(&self, mut first: u64, mut last: u64, before: impl Fn(&Found) -> bool) -> Result<u64, Error> {
-        let context = super::context(&self.connection.client);
+        let context = self.connection.jetstream();
         while first < last {
             let middle = first + (last - first) / 2;
             match stored::following(&context, self.stream, &self.prefix.wildcard(), middle).await?.map(found) {

@@ -141,9 +141,10 @@ fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Whether an answer may go there: `_INBOX.…`, or an inbox with a prefix such as `_INBOX_operator`.
+/// Whether an answer may go there: `_INBOX.…`, an inbox with a prefix such as `_INBOX_operator`, or what stands for an inbox
+/// of another account, `_R_.…`. No client can name the latter: the server does, when an account imports this service.
 pub(super) fn is_inbox(reply: &Subject) -> bool {
-    reply.starts_with("_INBOX")
+    reply.starts_with("_INBOX") || reply.starts_with("_R_.")
 }
 
 /// Whether the server's error only says that this process may not be a service, or may not answer as one. The first
@@ -160,7 +161,8 @@ pub(super) fn explains(error: &str) -> bool {
         });
         return true;
     }
-    let denied = ["Subscription to \"$SRV.", "Subscription to \"aftercommit.", "Publish to \"_INBOX"];
+    let denied =
+        ["Subscription to \"$SRV.", "Subscription to \"aftercommit.", "Publish to \"_INBOX", "Publish to \"_R_."];
     let ours = denied.iter().any(|denied| error.contains(&format!("Permissions Violation for {denied}")));
     if ours {
         REPORTED.call_once(|| {
@@ -182,6 +184,8 @@ mod tests {
         for (reply, answered) in [
             ("_INBOX.abc.1", true),
             ("_INBOX_operator.abc", true),
+            ("_R_.onB91Y.Eh8GcD", true),
+            ("_R_", false),
             ("events.order.placed", false),
             ("$JS.API.STREAM.PURGE.EVENTS", false),
             ("aftercommit._INBOX.x", false),

@@ -4,13 +4,18 @@ use std::ops::RangeInclusive;
 
 use async_nats::jetstream::consumer::Info;
 use async_nats::jetstream::message::StreamMessage;
-use async_nats::jetstream::{self, Context, stream};
+use async_nats::jetstream::{Context, stream};
 use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, TryStreamExt};
 use uuid::Uuid;
 
-use super::{Connection, api};
-use crate::envelope::{CE_ID, CE_SEQUENCE, CE_SOURCE, REPAIR};
+use super::api::Described;
+use super::consumer::DESCRIPTION;
+use super::witness::{self, Witness};
+use super::{Connection, api, stored};
+use crate::config::Naming;
+use crate::digest::Digest;
+use crate::envelope::REPAIR;
 use crate::error::{Error, ErrorKind};
 
 /// A stream that is looked at, never administered.
@@ -20,6 +25,8 @@ pub(crate) struct StreamReader {
     name: String,
 }
 
+/// Filters of a consumer that are looked at for its oldest message.
+const FILTERS: usize = 8;
 /// Messages that are read at the same time.
 const READS: usize = 32;
 
@@ -37,16 +44,56 @@ pub(crate) struct Extent {
     pub(crate) batches: bool,
 }
 
+impl Extent {
+    pub(crate) fn of(info: &stream::Info) -> Self {
+        let micros = i64::try_from(info.created.unix_timestamp_nanos() / 1000).ok();
+        let created = micros.and_then(DateTime::from_timestamp_micros).unwrap_or_default();
+        let last = info.state.last_sequence;
+        let first = if info.state.messages == 0 { last + 1 } else { info.state.first_sequence };
+        let replicated = info.config.num_replicas > 1;
+        Self { created, first, last, replicated, batches: info.config.allow_atomic_publish }
+    }
+}
+
 /// Who a stored message says it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Stored {
     pub(crate) sequence: u64,
     pub(crate) subject: String,
-    /// The event's id, its source and its outbox id; none for a message that is no event.
-    pub(crate) identity: Option<(Uuid, String, i64)>,
+    /// None for a message that is no event.
+    pub(crate) identity: Option<Identity>,
     /// Whether it was published out of the outbox's order.
     pub(crate) repair: bool,
 }
+
+/// Which event a message says it is, and what it is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub(crate) event_id: Uuid,
+    pub(crate) event_type: String,
+    pub(crate) source: String,
+    pub(crate) outbox_id: i64,
+    pub(crate) digest: Digest,
+}
+
+impl Stored {
+    /// Where this event of the outbox lies and should not: nats-server has put it under another subject than that on which
+    /// it was published. None when it lies right, or is not of this outbox.
+    pub(crate) fn misplaced(&self, naming: &Naming) -> Option<String> {
+        let Identity { event_id, event_type, .. } = self.identity.as_ref().filter(|one| one.source == naming.source)?;
+        let right = naming.prefix.subject(event_type);
+        (right != self.subject).then(|| {
+            format!(
+                "message {}, event {event_id}, was published on {right} and lies under {}",
+                self.sequence, self.subject
+            )
+        })
+    }
+}
+
+/// The way out of [`Stored::misplaced`].
+pub(crate) const UNMAP: &str = "subscribers miss such events: take the `mappings` of these subjects out of nats-server's \
+     configuration, or out of the account, then run `aftercommit reconcile --leg outbox --full --repair`";
 
 /// Where a consumer stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,6 +115,8 @@ pub(crate) struct ConsumerPosition {
     pub(crate) ack_floor: u64,
     /// Whether the server delivers nothing for now.
     pub(crate) paused: bool,
+    /// Whether it was made for a subscriber, as its description says.
+    pub(crate) ours: bool,
 }
 
 impl ConsumerPosition {
@@ -84,17 +133,29 @@ impl ConsumerPosition {
             delivered: info.delivered.stream_sequence,
             ack_floor: info.ack_floor.stream_sequence,
             paused: info.paused,
+            ours: config.description.is_some_and(|text| text.starts_with(DESCRIPTION)),
         }
     }
 }
 
+/// When the server stored a message.
+fn time_of(message: &StreamMessage) -> Option<DateTime<Utc>> {
+    let nanos = i64::try_from(message.time.unix_timestamp_nanos()).ok()?;
+    Some(DateTime::from_timestamp_nanos(nanos))
+}
+
 impl StreamReader {
     pub(crate) fn new(connection: &Connection, name: &str) -> Self {
-        Self { context: jetstream::new(connection.client.clone()), name: name.into() }
+        Self { context: connection.jetstream(), name: name.into() }
     }
 
     /// The stream's configuration and state.
     pub(crate) async fn info(&self) -> Result<stream::Info, Error> {
+        Ok(self.described().await?.info)
+    }
+
+    /// The same, with all that the server says of the configuration.
+    pub(crate) async fn described(&self) -> Result<Described<stream::Info>, Error> {
         let failed = |error| Error::with_source(ErrorKind::Broker, format!("cannot read stream {}", self.name), error);
         api::stream(&self.context, &self.name).await.map_err(failed)?.ok_or_else(|| {
             let problem = format!("there is no stream {}: create it with `aftercommit provision`", self.name);
@@ -104,19 +165,47 @@ impl StreamReader {
 
     /// Where the stream begins and ends.
     pub(crate) async fn extent(&self) -> Result<Extent, Error> {
-        let info = self.info().await?;
-        let micros = i64::try_from(info.created.unix_timestamp_nanos() / 1000).ok();
-        let created = micros.and_then(DateTime::from_timestamp_micros).unwrap_or_default();
-        let last = info.state.last_sequence;
-        let first = if info.state.messages == 0 { last + 1 } else { info.state.first_sequence };
-        let replicated = info.config.num_replicas > 1;
-        Ok(Extent { created, first, last, replicated, batches: info.config.allow_atomic_publish })
+        Ok(Extent::of(&self.info().await?))
     }
 
     /// The messages in a range of sequences, in order. What was deleted is left out.
     pub(crate) async fn messages(&self, range: RangeInclusive<u64>) -> Result<Vec<Stored>, Error> {
         let reads = futures_util::stream::iter(range).map(|sequence| self.message(sequence)).buffered(READS);
         reads.try_filter_map(async |message| Ok(message)).try_collect().await
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The newest message.
+    pub(super) async fn newest(&self) -> Result<Option<Witness>, Error> {
+        let failed = |error| Error::with_source(ErrorKind::Broker, format!("cannot read stream {}", self.name), error);
+        Ok(api::newest(&self.context, &self.name).await.map_err(failed)?.as_ref().map(Witness::of))
+    }
+
+    /// The message under a sequence; none when it was deleted or never existed.
+    pub(super) async fn at(&self, sequence: u64) -> Result<Option<Witness>, Error> {
+        witness::at(&self.context, &self.name, sequence).await
+    }
+
+    /// The sequence of the first message from one on.
+    pub(super) async fn following(&self, sequence: u64) -> Result<Option<u64>, Error> {
+        let next = stored::following(&self.context, &self.name, ">", sequence).await?;
+        Ok(next.map(|message| message.sequence))
+    }
+
+    /// When the oldest message that a consumer has not acknowledged was stored. Of a consumer with many filters only the
+    /// first ones are looked at.
+    pub(crate) async fn oldest_behind(&self, consumer: &ConsumerPosition) -> Result<Option<DateTime<Utc>>, Error> {
+        let all = [">".to_string()];
+        let subjects = if consumer.subjects.is_empty() { &all[..] } else { &consumer.subjects };
+        let from = consumer.ack_floor + 1;
+        let looks =
+            subjects.iter().take(FILTERS).map(|subject| stored::following(&self.context, &self.name, subject, from));
+        let found = futures_util::future::try_join_all(looks).await?;
+        let stored = found.into_iter().flatten().min_by_key(|message| message.sequence);
+        Ok(stored.and_then(|message| time_of(&message)))
     }
 
     /// Where all consumers of the stream stand.
@@ -140,24 +229,30 @@ impl StreamReader {
             Error::with_source(ErrorKind::Broker, problem, error)
         };
         let info = api::consumer(&self.context, &self.name, name).await.map_err(failed)?;
-        Ok(info.map(ConsumerPosition::new))
+        Ok(info.map(|described| ConsumerPosition::new(described.info)))
     }
 
     /// The message under a sequence; none when it was deleted or never existed.
     pub(crate) async fn message(&self, sequence: u64) -> Result<Option<Stored>, Error> {
         Ok(self.raw(sequence).await?.map(|message| {
-            let header = |name: &str| message.headers.get(name).map(|value| value.as_str().to_string());
-            let identity = || {
-                let id = Uuid::parse_str(&header(CE_ID)?).ok()?;
-                Some((id, header(CE_SOURCE)?, header(CE_SEQUENCE)?.parse().ok()?))
-            };
-            Stored {
-                sequence,
-                subject: message.subject.to_string(),
-                identity: identity(),
-                repair: header(REPAIR).is_some(),
-            }
+            // Without a position in an outbox it is nobody's event.
+            let event = stored::event(&message).ok().filter(|event| event.sequence > 0);
+            let identity = event.map(|event| Identity {
+                event_id: event.id.as_uuid(),
+                outbox_id: event.sequence,
+                digest: event.digest(),
+                event_type: event.event_type,
+                source: event.source,
+            });
+            let repair = message.headers.get(REPAIR).is_some();
+            Stored { sequence, subject: message.subject.to_string(), identity, repair }
         }))
+    }
+
+    /// When the first message from a sequence on was stored; none when there is none.
+    pub(crate) async fn stored_at(&self, sequence: u64) -> Result<Option<DateTime<Utc>>, Error> {
+        let next = stored::following(&self.context, &self.name, ">", sequence).await?;
+        Ok(next.as_ref().and_then(time_of))
     }
 
     /// The same as it is.

@@ -18,6 +18,7 @@ use async_nats::jetstream::stream::ConsumerErrorKind;
 use futures_util::StreamExt;
 use serde_json::json;
 
+use super::api;
 use super::history::{BATCH, BATCH_BYTES, History, PATIENCE};
 use crate::error::{Error, ErrorKind};
 
@@ -121,15 +122,14 @@ impl Sweep {
     async fn pull(&self, count: u64, max_bytes: Option<u64>) -> Result<(Vec<StreamMessage>, End), Error> {
         let client = &self.history.connection.client;
         let inbox = client.new_inbox();
-        let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{}", self.history.name, self.consumer);
+        let subject = format!("CONSUMER.MSG.NEXT.{}.{}", self.history.name, self.consumer);
         let question = json!({ "batch": count, "max_bytes": max_bytes.unwrap_or(0), "no_wait": true });
         let mut answers =
             client.subscribe(inbox.clone()).await.map_err(|error| self.failed("cannot read", error.into()))?;
-        client
-            .publish_with_reply(subject, inbox, question.to_string().into())
+        let context = self.history.connection.jetstream();
+        api::send(&context, &subject, &inbox, question.to_string().into())
             .await
             .map_err(|error| self.failed("cannot read", error.into()))?;
-        let context = super::context(client);
         let mut messages = Vec::new();
         loop {
             let answer = match tokio::time::timeout(PATIENCE, answers.next()).await {

@@ -7,6 +7,7 @@ use sqlx::types::Json;
 use uuid::Uuid;
 
 use super::session::{Session, Tx};
+use super::time;
 
 /// Something that an operator does.
 #[derive(Debug, Clone)]
@@ -41,6 +42,8 @@ pub(crate) struct Wanted<'a> {
     pub(crate) subscriber: Option<&'a str>,
     /// Those of the last so many seconds.
     pub(crate) since: Option<f64>,
+    /// Those from this time on.
+    pub(crate) from: Option<DateTime<Utc>>,
 }
 
 /// Something that an operator did.
@@ -65,6 +68,7 @@ pub(crate) async fn list(connection: &mut Session, wanted: &Wanted<'_>, limit: i
                   where ($1::uuid is null or event_id = $1)
                     and ($2::text is null or subscriber = $2)
                     and ($3::float8 is null or at >= clock_timestamp() - make_interval(secs => $3))
+                    and ($5::timestamptz is null or at >= $5)
                   order by id desc limit $4) as last
           order by id",
     )
@@ -72,12 +76,13 @@ pub(crate) async fn list(connection: &mut Session, wanted: &Wanted<'_>, limit: i
     .bind(wanted.subscriber)
     .bind(wanted.since)
     .bind(limit)
+    .bind(wanted.from)
     .fetch_all(connection)
     .await?;
     rows.iter()
         .map(|row| {
             Ok(Done {
-                at: row.try_get(0)?,
+                at: time::at(row, 0)?,
                 who: row.try_get(1)?,
                 role: row.try_get(2)?,
                 action: row.try_get(3)?,

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::database_error;
 use super::session::{Session, Tx};
 use super::snapshot::Mark;
+use super::time;
 use super::window;
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind};
@@ -83,6 +84,20 @@ pub(crate) async fn whole(session: &mut Session) -> Result<Mark, Error> {
     Ok(Mark { snapshot, last_id, next_xid: next_xid.parse().map_err(|_| unreadable())?, floor: 0 })
 }
 
+/// Counts everything that is there as published, as if another stream had it.
+pub(crate) async fn settle(session: &mut Session) -> Result<(), Error> {
+    sqlx::query(
+        "insert into aftercommit.relay_log (seq, epoch, settled, settled_id, settled_xid, system_identifier)
+         select log.seq + 1, log.epoch, pg_current_snapshot(), ids.last_value,
+                pg_snapshot_xmax(pg_current_snapshot()), log.system_identifier
+           from (select * from aftercommit.relay_log order by seq desc limit 1) as log, aftercommit.outbox_id_seq as ids",
+    )
+    .execute(session)
+    .await
+    .map(drop)
+    .map_err(failed)
+}
+
 /// A control: a queue of so many rows with the same payload, of which each page is deleted when it is done.
 pub(crate) async fn make_queue(session: &mut Session, rows: u64) -> Result<(), Error> {
     sqlx::query("create table public.queue (id bigint primary key, payload bytea not null)")
@@ -115,14 +130,15 @@ pub(crate) async fn take_from_queue(session: &mut Session) -> Result<usize, Erro
 
 /// Takes a snapshot that is held until the transaction ends.
 pub(crate) async fn hold_snapshot(session: &mut Session) -> Result<Tx<'_>, Error> {
-    let mut tx = session.begin_with("begin isolation level repeatable read".into()).await.map_err(failed)?;
+    let begin = "begin isolation level repeatable read; set local idle_in_transaction_session_timeout = 0";
+    let mut tx = session.begin_with(begin.into()).await.map_err(failed)?;
     sqlx::query("select count(*) from aftercommit.lease").execute(&mut tx).await.map_err(failed)?;
     Ok(tx)
 }
 
 /// Begins a transaction that has written an event and has not ended.
 pub(crate) async fn hold_writing(session: &mut Session) -> Result<Tx<'_>, Error> {
-    let mut tx = session.begin().await.map_err(failed)?;
+    let mut tx = session.begin_and("; set local idle_in_transaction_session_timeout = 0").await.map_err(failed)?;
     sqlx::query("select aftercommit.publish('bench.held', '{}')").execute(&mut tx).await.map_err(failed)?;
     Ok(tx)
 }
@@ -179,7 +195,7 @@ pub(crate) async fn read(session: &mut Session, count: u64) -> Result<u64, Error
 /// Every column in the form in which a program needs it.
 fn read_row(row: &sqlx::postgres::PgRow) -> Result<(), sqlx::Error> {
     let _: (Uuid, String, i32) = (row.try_get(1)?, row.try_get(2)?, row.try_get(3)?);
-    let _: (Option<String>, String, DateTime<Utc>) = (row.try_get(4)?, row.try_get(5)?, row.try_get(6)?);
+    let _: (Option<String>, String, DateTime<Utc>) = (row.try_get(4)?, row.try_get(5)?, time::at(row, 6)?);
     let _: (String, Vec<u8>) = (row.try_get(7)?, row.try_get(8)?);
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use sqlx::postgres::PgConnection;
 use sqlx::types::Json;
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Postgres, QueryBuilder};
+use sqlx::{AssertSqlSafe, Connection, Executor, Postgres, QueryBuilder};
 use uuid::Uuid;
 
 use super::bench::failed;
@@ -32,9 +32,9 @@ pub(crate) enum Way {
 /// Makes what the service has beside the outbox.
 pub(crate) async fn create_service(session: &mut Session) -> Result<(), Error> {
     let sql = format!(
-        "create table bench_account (id bigint primary key, balance bigint not null);
-         insert into bench_account select n, 0 from generate_series(1, {ACCOUNTS}) as n;
-         create table bench_plain (
+        "create table public.bench_account (id bigint primary key, balance bigint not null);
+         insert into public.bench_account select n, 0 from generate_series(1, {ACCOUNTS}) as n;
+         create table public.bench_plain (
              id bigint generated always as identity primary key,
              event_id uuid not null,
              type text not null,
@@ -50,8 +50,8 @@ pub(crate) async fn create_service(session: &mut Session) -> Result<(), Error> {
 
 /// Empties what the service wrote, so that every run finds the same.
 pub(crate) async fn clear_service(session: &mut Session) -> Result<(), Error> {
-    session.execute("truncate aftercommit.outbox, bench_plain").await.map_err(failed)?;
-    session.execute("vacuum (analyze) bench_account").await.map(drop).map_err(failed)
+    session.execute("truncate aftercommit.outbox, public.bench_plain").await.map_err(failed)?;
+    session.execute("vacuum (analyze) public.bench_account").await.map(drop).map_err(failed)
 }
 
 /// A connection of the service.
@@ -79,7 +79,7 @@ impl Service {
         events: &[E],
     ) -> Result<Vec<Uuid>, Error> {
         let mut tx = self.0.begin().await.map_err(failed)?;
-        sqlx::query("update bench_account set balance = balance + 1 where id = $1")
+        sqlx::query("update public.bench_account set balance = balance + 1 where id = $1")
             .bind(account)
             .execute(&mut *tx)
             .await
@@ -100,7 +100,9 @@ impl Service {
 /// As a programmer would write it: one parameter per value, one row per event.
 async fn insert<E: Event>(tx: &mut PgConnection, way: Way, events: &[E]) -> Result<Vec<Uuid>, Error> {
     let into = match way {
-        Way::PlainTable => "insert into bench_plain (event_id, type, version, key, headers, payload, content_type) ",
+        Way::PlainTable => {
+            "insert into public.bench_plain (event_id, type, version, key, headers, payload, content_type) "
+        }
         _ => "insert into aftercommit.outbox (event_id, type, version, key, headers, payload, content_type) ",
     };
     let mut ids = Vec::with_capacity(events.len());

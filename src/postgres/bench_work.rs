@@ -15,14 +15,14 @@ pub(crate) type Effect = (Uuid, i64, Option<String>);
 pub(crate) async fn create_effects(session: &mut Session) -> Result<(), Error> {
     session
         .execute(
-            "create table bench_effect (
+            "create table public.bench_effect (
                  place bigint generated always as identity primary key,
                  event_id uuid not null,
                  outbox_id bigint not null,
                  key text,
                  at timestamptz not null default clock_timestamp());
-             create function bench_apply(event jsonb) returns void language sql as $$
-                 insert into bench_effect (event_id, outbox_id, key)
+             create function public.bench_apply(event jsonb) returns void language sql as $$
+                 insert into public.bench_effect (event_id, outbox_id, key)
                  values ((event->>'id')::uuid, (event->>'sequence')::bigint, event->>'partitionkey')
              $$",
         )
@@ -34,7 +34,7 @@ pub(crate) async fn create_effects(session: &mut Session) -> Result<(), Error> {
 /// Forgets what was handled, for the next subscriber.
 pub(crate) async fn clear_effects(session: &mut Session) -> Result<(), Error> {
     session
-        .execute("truncate bench_effect restart identity; truncate aftercommit.inbox")
+        .execute("truncate public.bench_effect restart identity; truncate aftercommit.inbox")
         .await
         .map(drop)
         .map_err(failed)
@@ -47,7 +47,7 @@ pub(crate) async fn insert_effect(
     outbox_id: i64,
     key: Option<&str>,
 ) -> Result<(), sqlx::Error> {
-    sqlx::query("insert into bench_effect (event_id, outbox_id, key) values ($1, $2, $3)")
+    sqlx::query("insert into public.bench_effect (event_id, outbox_id, key) values ($1, $2, $3)")
         .bind(event_id)
         .bind(outbox_id)
         .bind(key)
@@ -59,7 +59,7 @@ pub(crate) async fn insert_effect(
 /// The same for several events in one statement.
 pub(crate) async fn insert_effects(tx: &mut PgTransaction<'_>, effects: &[Effect]) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "insert into bench_effect (event_id, outbox_id, key) select * from unnest($1::uuid[], $2::bigint[], $3::text[])",
+        "insert into public.bench_effect (event_id, outbox_id, key) select * from unnest($1::uuid[], $2::bigint[], $3::text[])",
     )
     .bind(effects.iter().map(|effect| effect.0).collect::<Vec<_>>())
     .bind(effects.iter().map(|effect| effect.1).collect::<Vec<_>>())
@@ -93,7 +93,7 @@ pub(crate) async fn handle_without_inbox(
 /// How many rows were written, also by transactions that have not ended or were rolled back. It costs nothing.
 pub(crate) async fn written(session: &mut Session) -> Result<u64, Error> {
     let written: i64 =
-        sqlx::query_scalar("select case when is_called then last_value else 0 end from bench_effect_place_seq")
+        sqlx::query_scalar("select case when is_called then last_value else 0 end from public.bench_effect_place_seq")
             .fetch_one(session)
             .await
             .map_err(failed)?;
@@ -103,7 +103,7 @@ pub(crate) async fn written(session: &mut Session) -> Result<u64, Error> {
 /// How many rows are there, and the seconds between the first and the last one.
 pub(crate) async fn effects_span(session: &mut Session) -> Result<(u64, f64), Error> {
     let (count, seconds): (i64, Option<f64>) =
-        sqlx::query_as("select count(*), extract(epoch from max(at) - min(at))::float8 from bench_effect")
+        sqlx::query_as("select count(*), extract(epoch from max(at) - min(at))::float8 from public.bench_effect")
             .fetch_one(session)
             .await
             .map_err(failed)?;
@@ -112,7 +112,7 @@ pub(crate) async fn effects_span(session: &mut Session) -> Result<(u64, f64), Er
 
 /// What took effect, in that order.
 pub(crate) async fn effects(session: &mut Session) -> Result<Vec<Effect>, Error> {
-    sqlx::query_as("select event_id, outbox_id, key from bench_effect order by place")
+    sqlx::query_as("select event_id, outbox_id, key from public.bench_effect order by place")
         .fetch_all(session)
         .await
         .map_err(failed)
@@ -130,7 +130,7 @@ pub(crate) async fn empty_poll(session: &mut Session) -> Result<(), Error> {
 
 /// A part of what every way with a guarantee needs: one row, and a commit that waits for the disk.
 pub(crate) async fn durable_commit(session: &mut Session) -> Result<(), Error> {
-    sqlx::query("insert into bench_effect (event_id, outbox_id) values ($1, 0)")
+    sqlx::query("insert into public.bench_effect (event_id, outbox_id) values ($1, 0)")
         .bind(Uuid::nil())
         .execute(session)
         .await

@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::session::Session;
 use super::snapshot::Mark;
+use super::time;
 use super::window;
 
 /// A row of the outbox that a message says it was made of.
@@ -62,7 +63,7 @@ fn original(row: &PgRow) -> Result<Original, sqlx::Error> {
         version: row.try_get(3)?,
         key: row.try_get(4)?,
         content_type: row.try_get(5)?,
-        created_at: row.try_get(6)?,
+        created_at: time::at(row, 6)?,
         headers: window::read_headers(row.try_get(7)?)?,
         payload: row.try_get::<Option<Vec<u8>>, _>(8)?.map(Bytes::from),
     })
@@ -79,7 +80,7 @@ pub(crate) struct Horizon {
 
 /// Read after a row was not found.
 pub(crate) async fn horizon(connection: &mut Session) -> Result<Horizon, sqlx::Error> {
-    let first = sqlx::query_as(
+    let first: Option<(i64, time::Time)> = sqlx::query_as(
         "select id, created_at from aftercommit.outbox o
           where not exists (select from aftercommit.parked p where p.outbox_id = o.id and p.state in ('parked', 'released'))
             and not exists (select from aftercommit.repair r where r.outbox_id = o.id and r.state = 'queued')
@@ -91,7 +92,7 @@ pub(crate) async fn horizon(connection: &mut Session) -> Result<Horizon, sqlx::E
         sqlx::query_scalar("select case when is_called then last_value else 0 end from aftercommit.outbox_id_seq")
             .fetch_one(connection)
             .await?;
-    Ok(Horizon { first, last_id })
+    Ok(Horizon { first: first.map(|(id, time)| (id, time.0)), last_id })
 }
 
 /// A row of the outbox that was not found in the stream where it should be.
@@ -112,7 +113,7 @@ pub(crate) struct Absent {
 pub(crate) async fn absent(connection: &mut Session, ids: &[i64]) -> Result<Vec<Absent>, sqlx::Error> {
     let rows = sqlx::query(
         "select o.id, o.event_id, o.type, o.key,
-                greatest(extract(epoch from clock_timestamp() - o.created_at), 0)::float8,
+                greatest(extract(epoch from clock_timestamp()) - extract(epoch from o.created_at), 0)::float8,
                 p.state, p.sequence, r.state, r.sequence
            from unnest($1::bigint[]) as t(id)
            join aftercommit.outbox o on o.id = t.id
@@ -134,12 +135,58 @@ pub(crate) async fn absent(connection: &mut Session, ids: &[i64]) -> Result<Vec<
                 event_id: row.try_get(1)?,
                 event_type: row.try_get(2)?,
                 key: row.try_get(3)?,
-                age: Duration::from_secs_f64(row.try_get(4)?),
+                age: time::span(row.try_get(4)?),
                 parked: place(row, 5)?,
                 repair: place(row, 7)?,
             })
         })
         .collect()
+}
+
+/// The ids of the outbox behind `after` and up to `to`, `limit` at most, whatever the relay's marks say of them.
+pub(crate) async fn listed(connection: &mut Session, after: i64, to: i64, limit: i64) -> Result<Vec<i64>, sqlx::Error> {
+    sqlx::query_scalar("select id from aftercommit.outbox where id > $1 and id <= $2 order by id limit $3")
+        .bind(after)
+        .bind(to)
+        .bind(limit)
+        .fetch_all(connection)
+        .await
+}
+
+/// Those behind `after` that a mark counts as settled, `limit` at most.
+pub(crate) async fn held(
+    connection: &mut Session,
+    mark: &Mark,
+    after: i64,
+    limit: i64,
+) -> Result<Vec<i64>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select id from aftercommit.outbox
+          where id > $1 and id <= $2 and (id <= $5 or pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot)))
+          order by id limit $4",
+    )
+    .bind(after)
+    .bind(mark.last_id)
+    .bind(mark.snapshot.to_string())
+    .bind(limit)
+    .bind(mark.floor)
+    .fetch_all(connection)
+    .await
+}
+
+/// Those of these ids that a mark counts as settled.
+pub(crate) async fn held_of(connection: &mut Session, mark: &Mark, ids: &[i64]) -> Result<Vec<i64>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select id from aftercommit.outbox
+          where id = any($1) and id <= $2 and (id <= $4 or pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot)))
+          order by id",
+    )
+    .bind(ids)
+    .bind(mark.last_id)
+    .bind(mark.snapshot.to_string())
+    .bind(mark.floor)
+    .fetch_all(connection)
+    .await
 }
 
 /// The next ids behind `after` of events that were published out of the outbox's order between two sequences, as far as
@@ -206,7 +253,7 @@ pub(crate) struct LongParked {
 /// The events that have been parked for longer than `limit`, the first thousand.
 pub(crate) async fn parked_longer(connection: &mut Session, limit: Duration) -> Result<Vec<LongParked>, sqlx::Error> {
     let rows = sqlx::query(
-        "select outbox_id, event_id, key, reason, extract(epoch from clock_timestamp() - parked_at)::float8
+        "select outbox_id, event_id, key, reason, (extract(epoch from clock_timestamp()) - extract(epoch from parked_at))::float8
            from aftercommit.parked
           where state = 'parked' and code is not null and parked_at < clock_timestamp() - make_interval(secs => $1)
           order by outbox_id limit 1000",

@@ -13,6 +13,7 @@ use crate::envelope::Envelope;
 
 use super::lease::Tenure;
 use super::session::{Session, Tx};
+use super::time;
 
 /// A dead letter to be written.
 pub(crate) struct DeadLetter<'a> {
@@ -135,12 +136,11 @@ macro_rules! taken {
     };
 }
 
-/// What identifies a letter in the audit trail.
-macro_rules! identity {
-    () => {
-        "jsonb_build_object('letter', id, 'type', type, 'key', key, 'reason', reason, 'attempts', attempts,
-                            'first_failed_at', first_failed_at, 'dead_at', dead_at, 'stream', stream,
-                            'stream_seq', stream_seq, 'payload_sha256', encode(sha256(payload), 'hex'))"
+/// A part of a statement that changes or removes letters: what the table's triggers write into the audit trail of it. The
+/// statement must read from `told`.
+macro_rules! told {
+    ($action:literal, $who:literal) => {
+        concat!("told as materialized (select aftercommit.tell('", $action, "', ", $who, "::text))")
     };
 }
 
@@ -205,7 +205,7 @@ fn row(row: &PgRow) -> Result<Letter, sqlx::Error> {
         version: row.try_get(4)?,
         key: row.try_get(5)?,
         source: row.try_get(6)?,
-        time: row.try_get(7)?,
+        time: time::at(row, 7)?,
         sequence: row.try_get(8)?,
         content_type: row.try_get(9)?,
         payload_bytes: row.try_get(10)?,
@@ -213,8 +213,8 @@ fn row(row: &PgRow) -> Result<Letter, sqlx::Error> {
         stream_seq: row.try_get(12)?,
         attempts: row.try_get(13)?,
         reason: row.try_get(14)?,
-        first_failed_at: row.try_get(15)?,
-        dead_at: row.try_get(16)?,
+        first_failed_at: time::at(row, 15)?,
+        dead_at: time::at(row, 16)?,
     })
 }
 
@@ -270,8 +270,8 @@ pub(crate) async fn groups(
                 event_type: row.try_get(1)?,
                 reason: row.try_get(2)?,
                 letters: row.try_get(3)?,
-                oldest: row.try_get(4)?,
-                newest: row.try_get(5)?,
+                oldest: time::at(row, 4)?,
+                newest: time::at(row, 5)?,
             })
         })
         .collect()
@@ -319,12 +319,9 @@ pub(crate) async fn retry(
               from gone order by stream_seq, id
             on conflict (subscriber, event_id) do update
                set headers = excluded.headers, payload = excluded.payload, requested_by = excluded.requested_by),
-         logged as (
-            insert into aftercommit.audit (who, action, subscriber, event_id, detail)
-            select $11, 'dead retry', subscriber, event_id, ",
-        identity!(),
-        " from gone order by stream_seq, id)
-         select id from gone order by stream_seq, id"
+         ",
+        told!("dead retry", "$11"),
+        " select id from gone, told order by stream_seq, id"
     ));
     let rows = selection.bind(query).bind(limit).bind(who).fetch_all(executor).await?;
     rows.iter().map(|row| row.try_get(0)).collect()
@@ -345,15 +342,9 @@ pub(crate) async fn discard(
             select subscriber, event_id, stream_seq, sequence, 'discarded' from gone order by subscriber, event_id
             on conflict (subscriber, event_id) do update
                set outcome = 'discarded', handled_at = clock_timestamp() where i.outcome = 'dead'),
-         logged as (
-            insert into aftercommit.audit (who, action, subscriber, event_id, detail)
-            select $11, 'dead discard', subscriber, event_id, ",
-        identity!(),
-        " || jsonb_build_object('version', version, 'source', source, 'time', time, 'sequence', sequence,
-                                'content_type', content_type, 'headers', headers,
-                                'payload_base64', translate(encode(payload, 'base64'), E'\\n', ''))
-              from gone order by stream_seq, id)
-         select id from gone order by stream_seq, id"
+         ",
+        told!("dead discard", "$11"),
+        " select id from gone, told order by stream_seq, id"
     ));
     let rows = selection.bind(query).bind(limit).bind(who).fetch_all(connection).await?;
     rows.iter().map(|row| row.try_get(0)).collect()
@@ -389,15 +380,10 @@ pub(crate) async fn edit(
          changed as (
             update aftercommit.dead_letter d set headers = old.new_headers, payload = old.new_payload
               from old where d.id = old.id),
-         logged as (
-            insert into aftercommit.audit (who, action, subscriber, event_id, detail)
-            select $5, 'dead edit', subscriber, event_id, ",
-        identity!(),
-        " || jsonb_build_object('headers', headers, 'payload_sha256_after', encode(sha256(new_payload), 'hex'),
-                                'payload_base64', translate(encode(payload, 'base64'), E'\\n', ''))
-              from old)
-         select headers, new_headers, octet_length(payload), octet_length(new_payload),
-                encode(sha256(payload), 'hex'), encode(sha256(new_payload), 'hex') from old"
+         ",
+        told!("dead edit", "$5"),
+        " select headers, new_headers, octet_length(payload), octet_length(new_payload),
+                 encode(sha256(payload), 'hex'), encode(sha256(new_payload), 'hex') from old, told"
     ))
     .bind(id)
     .bind(change.payload)

@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 use sqlx::Row;
 
 use super::session::Session;
+use super::time;
 use crate::config::PostgresConfig;
 use crate::error::Error;
 
@@ -46,14 +47,19 @@ pub(crate) async fn server(connection: &mut Session) -> Result<Server, sqlx::Err
         full_page_writes: row.try_get(5)?,
         synchronous_commit: row.try_get(6)?,
         port: row.try_get(7)?,
-        clock: row.try_get(8)?,
+        clock: time::at(&row, 8)?,
         sees_others: row.try_get(9)?,
     })
 }
 
-/// The port that the configuration names.
-pub(crate) fn configured_port(config: &PostgresConfig) -> Result<u16, Error> {
-    super::options(config, "").map(|options| options.get_port())
+/// The servers to which the configuration does not ask for encryption although they are not on this machine.
+pub(crate) fn in_clear(config: &PostgresConfig) -> Result<Vec<String>, Error> {
+    super::options(config, "").map(|servers| servers.in_clear())
+}
+
+/// The ports that the configuration names.
+pub(crate) fn configured_ports(config: &PostgresConfig) -> Result<Vec<u16>, Error> {
+    super::options(config, "").map(|servers| servers.ports())
 }
 
 /// What of the schema is there, without reading any of it.
@@ -113,7 +119,7 @@ pub(crate) async fn prepared(connection: &mut Session) -> Result<Option<Prepared
             count: row.try_get(0)?,
             gid: row.try_get(1)?,
             owner: row.try_get(2)?,
-            age: Duration::from_secs_f64(row.try_get(3)?),
+            age: time::span(row.try_get(3)?),
         })
     })
     .transpose()
@@ -147,7 +153,7 @@ pub(crate) async fn longest_transaction(connection: &mut Session) -> Result<Opti
             role: row.try_get(1)?,
             application: row.try_get(2)?,
             state: row.try_get(3)?,
-            age: Duration::from_secs_f64(row.try_get(4)?),
+            age: time::span(row.try_get(4)?),
         })
     })
     .transpose()
@@ -156,12 +162,12 @@ pub(crate) async fn longest_transaction(connection: &mut Session) -> Result<Opti
 /// The age of the oldest event that the relay may remove once it is published; none without one.
 pub(crate) async fn oldest_event(connection: &mut Session) -> Result<Option<Duration>, sqlx::Error> {
     let seconds: Option<f64> = sqlx::query_scalar(
-        "select greatest(extract(epoch from clock_timestamp() - created_at), 0)::float8 from aftercommit.outbox o
+        "select greatest(extract(epoch from clock_timestamp()) - extract(epoch from created_at), 0)::float8 from aftercommit.outbox o
           where not exists (select from aftercommit.parked p
                              where p.outbox_id = o.id and p.state in ('parked', 'released'))
           order by id limit 1",
     )
     .fetch_optional(connection)
     .await?;
-    Ok(seconds.map(Duration::from_secs_f64))
+    Ok(seconds.map(time::span))
 }

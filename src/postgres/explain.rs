@@ -7,6 +7,7 @@ use sqlx::Row;
 use uuid::Uuid;
 
 use super::session::Session;
+use super::time;
 
 /// An event as the outbox has it, without its payload.
 #[derive(Debug, Clone)]
@@ -39,7 +40,7 @@ pub(crate) async fn written(connection: &mut Session, event: Uuid) -> Result<Opt
             key: row.try_get(4)?,
             content_type: row.try_get(5)?,
             payload_bytes: row.try_get(6)?,
-            created_at: row.try_get(7)?,
+            created_at: time::at(&row, 7)?,
         })
     })
     .transpose()
@@ -76,12 +77,60 @@ pub(crate) async fn aside(connection: &mut Session, event: Uuid) -> Result<Optio
         Ok(Aside {
             reason: row.try_get(0)?,
             state: row.try_get(1)?,
-            parked_at: row.try_get(2)?,
-            changed_at: row.try_get(3)?,
+            parked_at: time::at(&row, 2)?,
+            changed_at: time::at(&row, 3)?,
             sequence: row.try_get(4)?,
         })
     })
     .transpose()
+}
+
+/// An event that a reconciler found missing in the stream.
+#[derive(Debug, Clone)]
+pub(crate) struct Repair {
+    pub(crate) state: String,
+    pub(crate) queued_at: DateTime<Utc>,
+    pub(crate) published_at: Option<DateTime<Utc>>,
+    /// Where it is in the stream now.
+    pub(crate) sequence: Option<i64>,
+    /// Why the stream does not take it.
+    pub(crate) reason: Option<String>,
+}
+
+/// Whether the event was found missing in the stream, and what became of that.
+pub(crate) async fn repair(connection: &mut Session, event: Uuid) -> Result<Option<Repair>, sqlx::Error> {
+    let row = sqlx::query(
+        "select state, queued_at, published_at, sequence, reason from aftercommit.repair
+          where outbox_id = (select id from aftercommit.outbox where event_id = $1)",
+    )
+    .bind(event)
+    .fetch_optional(connection)
+    .await?;
+    row.map(|row| {
+        Ok(Repair {
+            state: row.try_get(0)?,
+            queued_at: time::at(&row, 1)?,
+            published_at: time::maybe_at(&row, 2)?,
+            sequence: row.try_get(3)?,
+            reason: row.try_get(4)?,
+        })
+    })
+    .transpose()
+}
+
+/// What subscribers have, or will run, of the event: their dead letters' and redriven rows' payloads.
+pub(crate) async fn held_payloads(
+    connection: &mut Session,
+    event: Uuid,
+) -> Result<Vec<(String, Vec<u8>)>, sqlx::Error> {
+    sqlx::query_as(
+        "select subscriber, payload from aftercommit.dead_letter where event_id = $1
+         union all
+         select subscriber, payload from aftercommit.redrive where event_id = $1",
+    )
+    .bind(event)
+    .fetch_all(connection)
+    .await
 }
 
 /// Where the relay's log says that an event lies in `stream`: behind the first sequence, and not behind the second one
@@ -136,6 +185,8 @@ pub(crate) struct Failing {
     pub(crate) last_error: String,
     pub(crate) first_failed_at: DateTime<Utc>,
     pub(crate) last_failed_at: DateTime<Utc>,
+    /// When the next attempt begins; none when that is not on record.
+    pub(crate) retry_at: Option<DateTime<Utc>>,
 }
 
 /// The subscriber gave up.
@@ -157,19 +208,25 @@ pub(crate) async fn at_subscribers(connection: &mut Session, event: Uuid) -> Res
             select r.subscriber from aftercommit.running r
               join aftercommit.lease l on l.name = 'subscriber:' || r.subscriber and l.epoch = r.epoch
              where $1 = any(r.events) and l.expires_at > clock_timestamp()),
+         attempt as (
+            select * from aftercommit.attempt
+             where event_id = $1 and attempts + crashes + sessions_lost + database_crashes > 0),
          name as (
             select subscriber from aftercommit.inbox where event_id = $1
-             union select subscriber from aftercommit.attempt where event_id = $1
+             union select subscriber from attempt
              union select subscriber from aftercommit.dead_letter where event_id = $1
              union select subscriber from aftercommit.redrive where event_id = $1
              union select subscriber from running)
          select name.subscriber, i.outcome, i.handled_at, i.stream_seq,
                 a.attempts, a.crashes, a.last_error, a.first_failed_at, a.last_failed_at,
                 d.id, d.reason, d.attempts, d.first_failed_at, d.dead_at, d.stream, d.stream_seq,
-                r.requested_at, r.requested_by, exists (select from running where running.subscriber = name.subscriber)
+                r.requested_at, r.requested_by, exists (select from running where running.subscriber = name.subscriber),
+                (select f.retry_at from aftercommit.failure f
+                  where f.subscriber = name.subscriber and f.event_id = $1 and f.attempt = a.attempts
+                  order by f.at desc limit 1)
            from name
            left join aftercommit.inbox i on i.subscriber = name.subscriber and i.event_id = $1
-           left join aftercommit.attempt a on a.subscriber = name.subscriber and a.event_id = $1
+           left join attempt a on a.subscriber = name.subscriber
            left join aftercommit.dead_letter d on d.subscriber = name.subscriber and d.event_id = $1
            left join aftercommit.redrive r on r.subscriber = name.subscriber and r.event_id = $1
           order by 1",
@@ -180,7 +237,7 @@ pub(crate) async fn at_subscribers(connection: &mut Session, event: Uuid) -> Res
     rows.iter()
         .map(|row| {
             let done = match row.try_get(1)? {
-                Some(outcome) => Some(Done { outcome, at: row.try_get(2)?, stream_seq: row.try_get(3)? }),
+                Some(outcome) => Some(Done { outcome, at: time::at(row, 2)?, stream_seq: row.try_get(3)? }),
                 None => None,
             };
             let failing = match row.try_get(4)? {
@@ -188,8 +245,9 @@ pub(crate) async fn at_subscribers(connection: &mut Session, event: Uuid) -> Res
                     attempts,
                     crashes: row.try_get(5)?,
                     last_error: row.try_get(6)?,
-                    first_failed_at: row.try_get(7)?,
-                    last_failed_at: row.try_get(8)?,
+                    first_failed_at: time::at(row, 7)?,
+                    last_failed_at: time::at(row, 8)?,
+                    retry_at: time::maybe_at(row, 19)?,
                 }),
                 None => None,
             };
@@ -198,14 +256,14 @@ pub(crate) async fn at_subscribers(connection: &mut Session, event: Uuid) -> Res
                     id,
                     reason: row.try_get(10)?,
                     attempts: row.try_get(11)?,
-                    first_failed_at: row.try_get(12)?,
-                    dead_at: row.try_get(13)?,
+                    first_failed_at: time::at(row, 12)?,
+                    dead_at: time::at(row, 13)?,
                     stream: row.try_get(14)?,
                     stream_seq: row.try_get(15)?,
                 }),
                 None => None,
             };
-            let redrive = match row.try_get(16)? {
+            let redrive = match time::maybe_at(row, 16)? {
                 Some(at) => Some((at, row.try_get(17)?)),
                 None => None,
             };
@@ -219,29 +277,42 @@ pub(crate) async fn at_subscribers(connection: &mut Session, event: Uuid) -> Res
 pub(crate) struct Known {
     /// The subscriber is done with these.
     pub(crate) done: HashSet<Uuid>,
-    /// Of these attempts have failed: how many, and the last error.
-    pub(crate) failing: HashMap<Uuid, (i32, String)>,
+    /// Of these attempts have failed.
+    pub(crate) failing: HashMap<Uuid, KnownFailing>,
+}
+
+/// What is known of an event whose attempts have failed.
+#[derive(Debug, Clone)]
+pub(crate) struct KnownFailing {
+    pub(crate) attempts: i32,
+    pub(crate) last_error: String,
+    /// When the next attempt begins; none when that is not on record.
+    pub(crate) retry_at: Option<DateTime<Utc>>,
 }
 
 /// What a subscriber is done with of `events`, and what fails.
 pub(crate) async fn known(connection: &mut Session, subscriber: &str, events: &[Uuid]) -> Result<Known, sqlx::Error> {
-    let rows: Vec<(Uuid, bool, Option<i32>, Option<String>)> = sqlx::query_as(
-        "select e.event_id, i.event_id is not null, a.attempts, a.last_error
+    let rows = sqlx::query(
+        "select e.event_id, i.event_id is not null, a.attempts, a.last_error,
+                (select f.retry_at from aftercommit.failure f
+                  where f.subscriber = $1 and f.event_id = e.event_id and f.attempt = a.attempts
+                  order by f.at desc limit 1)
            from unnest($2::uuid[]) as e(event_id)
            left join aftercommit.inbox i on i.subscriber = $1 and i.event_id = e.event_id
-           left join aftercommit.attempt a on a.subscriber = $1 and a.event_id = e.event_id",
+           left join aftercommit.attempt a on a.subscriber = $1 and a.event_id = e.event_id and a.attempts > 0",
     )
     .bind(subscriber)
     .bind(events)
     .fetch_all(connection)
     .await?;
     let mut known = Known::default();
-    for (event, done, attempts, last_error) in rows {
-        if done {
+    for row in &rows {
+        let event = row.try_get(0)?;
+        if row.try_get(1)? {
             known.done.insert(event);
         }
-        if let (Some(attempts), Some(last_error)) = (attempts, last_error) {
-            known.failing.insert(event, (attempts, last_error));
+        if let (Some(attempts), Some(last_error)) = (row.try_get(2)?, row.try_get(3)?) {
+            known.failing.insert(event, KnownFailing { attempts, last_error, retry_at: time::maybe_at(row, 4)? });
         }
     }
     Ok(known)

@@ -7,6 +7,7 @@ use sqlx::Row;
 use uuid::Uuid;
 
 use super::session::{Session, Tx};
+use super::time;
 
 /// Something that is not as it should be.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -212,8 +213,8 @@ pub(crate) async fn list(session: &mut Session, wanted: &Wanted<'_>, limit: i64)
                 stream_sequence: row.try_get(6)?,
                 detail: row.try_get(7)?,
                 state: row.try_get(8)?,
-                found_at: row.try_get(9)?,
-                settled_at: row.try_get(10)?,
+                found_at: time::at(row, 9)?,
+                settled_at: time::maybe_at(row, 10)?,
                 last_run: row.try_get(11)?,
             })
         })

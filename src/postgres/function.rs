@@ -3,6 +3,7 @@
 use std::fmt;
 
 use sqlx::AssertSqlSafe;
+use sqlx::error::DatabaseError;
 
 use super::session::{Session, Tx};
 
@@ -40,24 +41,82 @@ impl fmt::Display for FunctionName {
     }
 }
 
-/// Calls the function for each event (CloudEvents JSON) in order, in one statement.
+/// Calls the function for each event (CloudEvents JSON) in order, in one statement. Its name is looked up as the handler's
+/// role would, everything else in `pg_catalog`.
 pub(crate) async fn call(tx: &mut Tx<'_>, function: &FunctionName, events: &[String]) -> Result<(), sqlx::Error> {
     // Ordered in the subquery, so that the calls are made in that order. `is null`, because about a type of the
     // application's own, as the function's result may be, the driver would ask with a named statement.
     let statement = format!(
         "select {}(event) is null from (
-            select text::jsonb as event from unnest($1::text[]) with ordinality as e(text, n) order by n) as ordered",
+            select text::pg_catalog.jsonb as event
+              from pg_catalog.unnest($1::pg_catalog.text[]) with ordinality as e(text, n) order by n) as ordered",
         function.quoted()
     );
     sqlx::query(AssertSqlSafe(statement)).bind(events).execute(tx).await.map(|_| ())
 }
 
-/// Whether the function is there and takes one jsonb.
-pub(crate) async fn check(connection: &mut Session, function: &FunctionName) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar("select to_regprocedure($1) is not null")
-        .bind(format!("{}(jsonb)", function.quoted()))
-        .fetch_one(connection)
-        .await
+/// What keeps the function from being called with one jsonb; none when nothing does. For a session in which handlers run.
+pub(crate) async fn obstacle(connection: &mut Session, function: &FunctionName) -> Result<Option<String>, sqlx::Error> {
+    let found: Result<Option<(String, bool)>, _> = sqlx::query_as(
+        "select p.prokind::pg_catalog.text, pg_catalog.has_function_privilege(p.oid, 'EXECUTE') from pg_catalog.pg_proc p
+          where p.oid operator(pg_catalog.=) pg_catalog.to_regprocedure($1)::pg_catalog.oid",
+    )
+    .bind(format!("{}(pg_catalog.jsonb)", function.quoted()))
+    .fetch_optional(connection)
+    .await;
+    let found = match found {
+        Err(sqlx::Error::Database(error)) if error.code().is_some_and(|code| is_unusable(&code)) => {
+            return Ok(Some("is in a schema that the role may not use".into()));
+        }
+        found => found?,
+    };
+    Ok(match found.as_ref().map(|(kind, may)| (kind.as_str(), may)) {
+        None => Some(format!(
+            "does not exist, or the role may not see it: create it with `create function {function}(event jsonb) returns \
+             void ...`"
+        )),
+        Some(("f", true)) => None,
+        Some(("f", false)) => Some(format!(
+            "may not be called by the role: run `grant execute on function {function}(jsonb) to ...` as its owner"
+        )),
+        Some(("p", _)) => Some("is a procedure, which commits by itself: make it a function".into()),
+        Some(_) => Some("is an aggregate or a window function: make it a plain function".into()),
+    })
+}
+
+/// Whether an error is about the function itself, and not about what it calls: it or its schema is not there, is something
+/// else, or may not be used.
+pub(crate) fn is_about_the_function(error: &sqlx::Error, function: &FunctionName) -> bool {
+    error.as_database_error().is_some_and(|error| {
+        let code = error.code().is_some_and(|code| is_unusable(&code));
+        code && function.0.iter().any(|part| error.message().contains(part))
+    })
+}
+
+fn is_unusable(code: &str) -> bool {
+    matches!(code, "42883" | "42809" | "42501" | "3F000")
+}
+
+/// Whether an error may be that a text cannot be jsonb: `\\u0000`, halves of surrogate pairs, numbers out of range, too many
+/// levels.
+pub(crate) fn is_about_the_json(error: &sqlx::Error) -> bool {
+    error.as_database_error().is_some_and(is_about)
+}
+
+fn is_about(error: &dyn DatabaseError) -> bool {
+    error.code().is_some_and(|code| matches!(&*code, "22P05" | "22P02" | "22003" | "54001" | "54000"))
+}
+
+/// Why PostgreSQL cannot hold a text as jsonb; none when it can.
+pub(crate) async fn unreadable(connection: &mut Session, json: &str) -> Result<Option<String>, sqlx::Error> {
+    let held: Result<bool, _> =
+        sqlx::query_scalar("select $1::jsonb is not null").bind(json).fetch_one(connection).await;
+    match held {
+        Ok(_) => Ok(None),
+        // Without its detail, which quotes the text.
+        Err(sqlx::Error::Database(error)) if is_about(&*error) => Ok(Some(error.message().into())),
+        Err(error) => Err(error),
+    }
 }
 
 #[cfg(test)]

@@ -1,4 +1,7 @@
-//! The subscriber's side: which events are done, and failed attempts of those that are not.
+//! The subscriber's side: which events are done. What is on record of those that are not is in [`super::attempt`].
+//!
+//! The statements that take a [`Tx`] run among a handler's, with the search path of its role, and after whatever the handler
+//! has set: they name the schema of each function, operator and type.
 
 use std::time::Duration;
 
@@ -6,7 +9,7 @@ use sqlx::{Executor, Row as _};
 use uuid::Uuid;
 
 use super::dead_letter::storable;
-use super::lease::Tenure;
+use super::handling;
 use super::running::Marker;
 use super::session::{Session, Tx};
 
@@ -27,14 +30,17 @@ pub(crate) async fn begin_batch<'s>(
 ) -> Result<Tx<'s>, sqlx::Error> {
     // A crash of PostgreSQL empties the table anyway, so nothing has to wait for the disk.
     let mark = format!("begin; set local synchronous_commit = off; {}; commit", marker.set(events)?);
-    Ok(connection.begin_with(format!("{mark}; {}", begin_within(limit))).await?.unhurried())
+    let begin = format!("{mark}; {}; {}", begin_within(limit), handling::OPEN);
+    Ok(connection.begin_with(begin).await?.unhurried())
 }
 
 /// One simple query, so one round trip. SET LOCAL ends with the transaction, as transaction pooling wants it.
 fn begin_within(limit: Duration) -> String {
+    // A little sooner than this process gives a statement up, so that it is the server that ends it, and says so.
+    let statement = limit.saturating_sub((limit / 10).min(Duration::from_secs(1))).as_millis().clamp(1, 1_000_000_000);
     let limit = limit.as_millis().min(1_000_000_000);
     let idle = limit + 5_000;
-    format!("begin; set local statement_timeout = {limit}; set local idle_in_transaction_session_timeout = {idle}")
+    format!("begin; set local statement_timeout = {statement}; set local idle_in_transaction_session_timeout = {idle}")
 }
 
 /// An event that is about to be handled.
@@ -66,22 +72,31 @@ pub(crate) async fn insert(tx: &mut Tx<'_>, marker: Marker<'_>, events: &[Row]) 
     let rows = sqlx::query(
         "with event as (
             select event_id, stream_seq, sequence,
-                   exists (select from aftercommit.redrive r where r.subscriber = $1 and r.key = e.key)
+                   exists (select from aftercommit.redrive r
+                            where r.subscriber operator(pg_catalog.=) $1 and r.key operator(pg_catalog.=) e.key
+                              and pg_catalog.hashtextextended(r.key, 0)
+                                  operator(pg_catalog.=) pg_catalog.hashtextextended(e.key, 0))
                    and not exists (select from aftercommit.inbox i
-                                    where i.subscriber = $1 and i.event_id = e.event_id) as held
-              from unnest($2::uuid[], $3::bigint[], $4::bigint[], $5::text[]) as e(event_id, stream_seq, sequence, key)
+                                    where i.subscriber operator(pg_catalog.=) $1
+                                      and i.event_id operator(pg_catalog.=) e.event_id) as held
+              from unnest($2::pg_catalog.uuid[], $3::bigint[], $4::bigint[], $5::pg_catalog.text[])
+                   as e(event_id, stream_seq, sequence, key)
              where not exists (select from aftercommit.redrive r
-                                where r.subscriber = $1 and r.event_id = e.event_id)),
+                                where r.subscriber operator(pg_catalog.=) $1
+                                  and r.event_id operator(pg_catalog.=) e.event_id)),
          fresh as (
             insert into aftercommit.inbox (subscriber, event_id, stream_seq, sequence)
             select $1, event_id, stream_seq, sequence from event where not held order by stream_seq
             on conflict do nothing
             returning event_id),
          unmarked as (
-            delete from aftercommit.running where subscriber = $1 and epoch = $6 and lane = $7
+            delete from aftercommit.running
+             where subscriber operator(pg_catalog.=) $1 and epoch operator(pg_catalog.=) $6
+               and lane operator(pg_catalog.=) $7
             returning lane)
          select fresh.event_id, attempt.attempts, false, false
-           from fresh left join aftercommit.attempt on attempt.subscriber = $1 and attempt.event_id = fresh.event_id
+           from fresh left join aftercommit.attempt
+             on attempt.subscriber operator(pg_catalog.=) $1 and attempt.event_id operator(pg_catalog.=) fresh.event_id
          union all
          select event_id, null, true, false from event where held
          union all
@@ -107,6 +122,28 @@ pub(crate) async fn insert(tx: &mut Tx<'_>, marker: Marker<'_>, events: &[Row]) 
     Ok(entered)
 }
 
+/// Forgets that an event was handled when what was handled is one of these messages of the stream, which have its id and
+/// are not the event: its row, and the attempts that failed. False when it was not.
+pub(crate) async fn forget_forgery(
+    tx: &mut Tx<'_>,
+    subscriber: &str,
+    event: Uuid,
+    sequences: &[i64],
+) -> Result<bool, sqlx::Error> {
+    let done =
+        sqlx::query("delete from aftercommit.inbox where subscriber = $1 and event_id = $2 and stream_seq = any($3)")
+            .bind(subscriber)
+            .bind(event)
+            .bind(sequences)
+            .execute(&mut *tx)
+            .await?;
+    if done.rows_affected() == 0 {
+        return Ok(false);
+    }
+    clear_attempts(tx, subscriber, &[event]).await?;
+    Ok(true)
+}
+
 /// Which of `events` the subscriber is done with.
 pub(crate) async fn done(
     connection: &mut Session,
@@ -122,12 +159,15 @@ pub(crate) async fn done(
 
 /// Forgets the failed attempts and crashes of events that are now handled.
 pub(crate) async fn clear_attempts(tx: &mut Tx<'_>, subscriber: &str, events: &[Uuid]) -> Result<(), sqlx::Error> {
-    sqlx::query("delete from aftercommit.attempt where subscriber = $1 and event_id = any($2)")
-        .bind(subscriber)
-        .bind(events)
-        .execute(tx)
-        .await
-        .map(|_| ())
+    sqlx::query(
+        "delete from aftercommit.attempt
+          where subscriber operator(pg_catalog.=) $1 and event_id operator(pg_catalog.=) any($2)",
+    )
+    .bind(subscriber)
+    .bind(events)
+    .execute(tx)
+    .await
+    .map(|_| ())
 }
 
 /// Fails when the transaction is aborted: a handler that drops the error of a statement would otherwise make COMMIT
@@ -136,38 +176,7 @@ pub(crate) async fn check_alive(tx: &mut Tx<'_>) -> Result<(), sqlx::Error> {
     tx.execute("select 1").await.map(|_| ())
 }
 
-/// Whether the transaction still has the inbox row of an event that was new: not when a handler has rolled it back on its
-/// own. Fails as [`check_alive`] does.
-pub(crate) async fn still_has(tx: &mut Tx<'_>, subscriber: &str, event: Uuid) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar("select exists (select from aftercommit.inbox where subscriber = $1 and event_id = $2)")
-        .bind(subscriber)
-        .bind(event)
-        .fetch_one(tx)
-        .await
-}
-
-/// Counts a failed attempt and returns how many there are now; none when the tenure is over, and nothing is counted.
-pub(crate) async fn count_failure(
-    connection: &mut Session,
-    tenure: &Tenure,
-    subscriber: &str,
-    event: Uuid,
-    error: &str,
-) -> Result<Option<i32>, sqlx::Error> {
-    sqlx::query_scalar(
-        "insert into aftercommit.attempt as attempt (subscriber, event_id, attempts, last_error)
-         select $4, $5, 1, $6
-          where exists (select from aftercommit.lease where name = $1 and holder = $2 and epoch = $3)
-         on conflict (subscriber, event_id) do update
-            set attempts = attempt.attempts + 1, last_error = excluded.last_error, last_failed_at = clock_timestamp()
-         returning attempts",
-    )
-    .bind(&tenure.name)
-    .bind(&tenure.holder)
-    .bind(tenure.epoch)
-    .bind(subscriber)
-    .bind(event)
-    .bind(error)
-    .fetch_optional(connection)
-    .await
+/// Fails when the database does not answer.
+pub(crate) async fn answers(connection: &mut Session) -> Result<(), sqlx::Error> {
+    connection.execute("select 1").await.map(|_| ())
 }

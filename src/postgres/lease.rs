@@ -11,6 +11,8 @@ use super::session::Session;
 ///
 /// One that ends in more than a minute, and more than twice `ttl`, was written before the database's clock went back, and
 /// its end says nothing: it is free too. A holder that lives has written it anew by then, or notices by the epoch that it lost it.
+///
+/// Asking in vain takes no transaction id: standbys ask twice a second.
 pub(crate) async fn acquire(
     connection: &mut Session,
     name: &str,
@@ -19,7 +21,11 @@ pub(crate) async fn acquire(
 ) -> Result<Option<i64>, sqlx::Error> {
     sqlx::query_scalar(
         "insert into aftercommit.lease as l (name, holder, epoch, expires_at)
-         values ($1, $2, 1, clock_timestamp() + make_interval(secs => $3))
+         select $1, $2, 1, clock_timestamp() + make_interval(secs => $3)
+          where not exists (
+                select from aftercommit.lease held
+                 where held.name = $1 and held.holder <> $2 and held.expires_at >= clock_timestamp()
+                   and held.expires_at <= clock_timestamp() + make_interval(secs => greatest(2 * $3, 60)))
          on conflict (name) do update
             set holder = excluded.holder, epoch = l.epoch + 1, expires_at = excluded.expires_at
           where l.expires_at < clock_timestamp() or l.holder = excluded.holder

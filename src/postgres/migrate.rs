@@ -1,7 +1,16 @@
 //! The schema `aftercommit` and its migrations, kept in a table of their own beside the application's.
+//!
+//! An update happens while services publish, and they must not wait for it: not while it waits for a lock, because whoever
+//! comes later waits behind it, and not while it has one. So
+//!
+//! - each migration is a transaction of its own, which waits for a lock for half a second at most, and is tried again a
+//!   second later, until it succeeds;
+//! - a migration takes its strongest lock on a table first, so that it waits once, and reads and writes no rows of the
+//!   outbox: a constraint on rows that are there is `not valid`, an index belongs on a table that is small.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::time::{Duration, Instant};
 
 use sqlx::migrate::{Migration, Migrator};
 use sqlx::{AssertSqlSafe, Executor, Row};
@@ -15,7 +24,32 @@ const TABLE: &str = "aftercommit.migrations";
 /// The key of the transaction-level lock that makes migrators wait for each other: "aftercom" in ASCII.
 const LOCK: i64 = i64::from_be_bytes(*b"aftercom");
 
+/// As the first migration has it.
 const CREATE_SCHEMA: &str = "create schema if not exists aftercommit;\n";
+
+/// The same for an owner who may use the schema that an administrator has made, and may make none.
+const MAKE_SCHEMA: &str = "do $$ begin
+    if to_regnamespace('aftercommit') is null then create schema aftercommit; end if;
+end $$;
+";
+
+/// What a script begins and ends with, so that it sees PostgreSQL's own functions, operators and types, and the tool that
+/// runs it finds its search path as it was.
+const PIN: &str =
+    "select pg_catalog.set_config('aftercommit.search_path', pg_catalog.current_setting('search_path'), true),
+       pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
+       pg_catalog.set_config('standard_conforming_strings', 'on', true);
+";
+const UNPIN: &str = "
+select pg_catalog.set_config('search_path', pg_catalog.current_setting('aftercommit.search_path'), true);
+";
+
+/// How long an update may wait for a lock, and with it everybody who comes later.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
+/// The time in between, for those who waited.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How often it is said what is waited for.
+const TELL: Duration = Duration::from_secs(10);
 
 /// The record, as sqlx's own tools know it.
 const CREATE_TABLE: &str = "create table if not exists aftercommit.migrations (
@@ -33,24 +67,126 @@ fn migrations() -> Migrator {
     sqlx::migrate!()
 }
 
-/// Applies what is missing, all or nothing, and returns the names of the migrations that were new.
+/// Applies what is missing and returns the names of the migrations that were new. A first migration is all or nothing.
 ///
-/// Everything goes as simple queries in one transaction, so it leaves no prepared statement and no lock behind in a
-/// session that a pooler gives to others. That is why it is not sqlx's migrator that runs them.
+/// Everything goes as simple queries, so it leaves no prepared statement and no lock behind in a session that a pooler
+/// gives to others. That is why it is not sqlx's migrator that runs them.
 pub(crate) async fn run(session: &mut Session) -> Result<Vec<String>, Error> {
+    let mut new = Vec::new();
+    let mut told: Option<Instant> = None;
+    loop {
+        let waiting = match step(session).await? {
+            Step::Done => return Ok(new),
+            Step::Applied(names) => {
+                tracing::info!(migrations = names.join(", "), "applied");
+                new.extend(names);
+                continue;
+            }
+            Step::Waiting(whom) => whom,
+        };
+        let whom = blocking(session, waiting).await.unwrap_or_else(|error| super::message(&error));
+        if told.is_none_or(|told| told.elapsed() >= TELL) {
+            told = Some(Instant::now());
+            tracing::warn!(what = waiting.what(), whom, "waiting; who publishes goes on meanwhile");
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// What came of one try.
+enum Step {
+    /// Nothing is missing any more.
+    Done,
+    /// These are there now.
+    Applied(Vec<String>),
+    Waiting(Waiting),
+}
+
+/// What is in the way.
+#[derive(Debug, Clone, Copy)]
+enum Waiting {
+    /// Another session has the lock that migrators take.
+    Migrator,
+    /// A transaction has a table.
+    Table,
+}
+
+impl Waiting {
+    fn what(self) -> &'static str {
+        match self {
+            Self::Migrator => "the advisory lock of migrations, which another session holds",
+            Self::Table => "a table of the schema aftercommit, which another transaction holds",
+        }
+    }
+}
+
+/// Applies the first migration that is missing, or all of them to a database that has none.
+async fn step(session: &mut Session) -> Result<Step, Error> {
     let failed = |error| super::database_error("migrating the schema aftercommit failed, nothing was changed", error);
-    let mut tx = session.begin().await.map_err(failed)?;
-    tx.execute(AssertSqlSafe(format!("select pg_advisory_xact_lock({LOCK})"))).await.map_err(failed)?;
+    let limit = format!("; set local lock_timeout = {}", LOCK_TIMEOUT.as_millis());
+    let mut tx = session.begin_and(&limit).await.map_err(failed)?;
+    let row = tx.fetch_one(AssertSqlSafe(format!("select pg_try_advisory_xact_lock({LOCK})"))).await;
+    if !row.and_then(|row| row.try_get(0)).map_err(failed)? {
+        tx.rollback().await.map_err(failed)?;
+        return Ok(Step::Waiting(Waiting::Migrator));
+    }
     let applied = applied(&mut tx).await?;
-    let missing = missing(&migrations(), &applied)?;
+    let mut missing = missing(&migrations(), &applied)?;
+    if missing.is_empty() {
+        tx.rollback().await.map_err(failed)?;
+        return Ok(Step::Done);
+    }
+    let mut script = String::new();
     if applied.is_empty() {
-        tx.execute(AssertSqlSafe(format!("{CREATE_SCHEMA}{CREATE_TABLE}"))).await.map_err(failed)?;
+        script = format!("{MAKE_SCHEMA}{CREATE_TABLE}");
+    } else {
+        missing.truncate(1);
     }
-    for migration in &missing {
-        tx.execute(AssertSqlSafe(with_record(migration))).await.map_err(failed)?;
+    script.extend(missing.iter().map(with_record));
+    match tx.execute(AssertSqlSafe(script)).await {
+        Ok(_) => tx.commit().await.map_err(failed)?,
+        Err(sqlx::Error::Database(error)) if matches!(error.code().as_deref(), Some("55P03" | "40P01")) => {
+            tx.rollback().await.map_err(failed)?;
+            return Ok(Step::Waiting(Waiting::Table));
+        }
+        Err(error) => {
+            let names: Vec<String> = missing.iter().map(name).collect();
+            let names = names.join(", ");
+            return Err(super::database_error(
+                format!("migrating the schema aftercommit failed, nothing was changed by {names}"),
+                error,
+            ));
+        }
     }
-    tx.commit().await.map_err(failed)?;
-    Ok(missing.iter().map(name).collect())
+    Ok(Step::Applied(missing.iter().map(name).collect()))
+}
+
+/// Who is in the way, as far as the role may see it.
+async fn blocking(session: &mut Session, waiting: Waiting) -> Result<String, sqlx::Error> {
+    let condition = match waiting {
+        Waiting::Migrator => format!(
+            "l.locktype = 'advisory' and l.classid = {} and l.objid = {} and l.objsubid = 1",
+            LOCK >> 32,
+            LOCK & 0xffff_ffff
+        ),
+        Waiting::Table => "l.locktype = 'relation' and l.relation in (
+             select c.oid from pg_class c join pg_namespace n on n.oid = c.relnamespace where n.nspname = 'aftercommit')"
+            .into(),
+    };
+    let mut tx = session.begin().await?;
+    let row = tx
+        .fetch_optional(AssertSqlSafe(format!(
+            "select format('pid %s, role %s, application %s%s%s', l.pid, coalesce(a.usename, '?'),
+                           coalesce(nullif(a.application_name, ''), '?'), ', ' || a.state,
+                           ', in a transaction since ' || date_trunc('second', a.xact_start))
+               from pg_locks l left join pg_stat_activity a on a.pid = l.pid
+              where {condition} and l.granted and l.pid is distinct from pg_backend_pid()
+                and l.database = (select oid from pg_database where datname = current_database())
+              order by a.xact_start nulls last, l.pid limit 1"
+        )))
+        .await?;
+    tx.rollback().await?;
+    row.map_or(Ok("nobody any more".into()), |row| row.try_get(0))
 }
 
 fn name(migration: &Migration) -> String {
@@ -147,23 +283,24 @@ pub(crate) fn sql() -> String {
         "-- The schema of aftercommit {}. Run it in one transaction: psql --single-transaction -v ON_ERROR_STOP=1\n\
          -- Each part ends with its record, by which `aftercommit migrate` knows that it is there. A newer version\n\
          -- prints the same parts and further ones behind them.\n\n\
-         {CREATE_SCHEMA}{CREATE_TABLE}",
+         {PIN}{MAKE_SCHEMA}{CREATE_TABLE}{UNPIN}",
         env!("CARGO_PKG_VERSION"),
     );
     for migration in migrations().iter() {
+        let Migration { version, description, .. } = migration;
         // A String takes everything that is written to it.
-        let _ = write!(script, "\n-- {:04} {}\n{}", migration.version, migration.description, with_record(migration));
+        let _ = write!(script, "\n-- {version:04} {description}\n{PIN}{}{UNPIN}", with_record(migration));
     }
     script
 }
 
-/// A migration's SQL, and behind it what records it.
+/// A migration's SQL, and behind it what records it. The schema is there by then.
 fn with_record(migration: &Migration) -> String {
     let Migration { version, description, .. } = migration;
     format!(
         "{}\ninsert into {TABLE} (version, description, success, checksum, execution_time)\n\
          values ({version}, '{description}', true, '\\x{}', 0);\n",
-        migration.sql.as_str(),
+        migration.sql.as_str().replacen(CREATE_SCHEMA, "", 1),
         hex(&migration.checksum),
     )
 }

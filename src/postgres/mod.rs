@@ -1,5 +1,6 @@
 //! Everything that speaks SQL. One module per concern; functions take a session or an open transaction.
 
+pub(crate) mod attempt;
 pub(crate) mod audit;
 #[cfg(feature = "cli")]
 pub(crate) mod bench;
@@ -14,17 +15,24 @@ pub(crate) mod database;
 pub(crate) mod dead_letter;
 pub(crate) mod doctor;
 pub(crate) mod explain;
+pub(crate) mod failure;
+pub(crate) mod fence;
 pub(crate) mod finding;
 pub(crate) mod function;
+pub(crate) mod handling;
+pub(crate) mod identity;
 pub(crate) mod inbox;
 pub(crate) mod lease;
 pub(crate) mod migrate;
 pub(crate) mod outbox;
 pub(crate) mod parked;
+pub(crate) mod parked_choice;
 pub(crate) mod pause;
+pub(crate) mod pins;
 pub(crate) mod place;
 pub(crate) mod prune;
 pub(crate) mod questions;
+pub(crate) mod reached;
 pub(crate) mod reconcile;
 pub(crate) mod reconcile_status;
 pub(crate) mod redrive;
@@ -35,87 +43,115 @@ pub(crate) mod resend;
 pub(crate) mod restamp;
 pub(crate) mod rights;
 pub(crate) mod running;
+pub(crate) mod sequence;
+pub(crate) mod servers;
 pub(crate) mod session;
 pub(crate) mod snapshot;
+pub(crate) mod start;
 pub(crate) mod status;
+pub(crate) mod subscriber;
 #[cfg(feature = "testing")]
 pub(crate) mod testing;
+pub(crate) mod time;
+mod url;
+pub(crate) mod walk;
 pub(crate) mod window;
+pub(crate) mod worker_status;
 
 use std::error::Error as StdError;
-use std::path::Path;
-use std::str::FromStr;
-use std::time::Duration;
+use std::sync::Arc;
 
-use percent_encoding::percent_decode_str;
 use sqlx::error::DatabaseError;
-use sqlx::postgres::PgConnectOptions;
+use sqlx::postgres::{PgDatabaseError, PgSeverity};
 use sqlx::{ConnectOptions, PgConnection};
 
-use crate::config::{PostgresConfig, read_file};
+use crate::config::PostgresConfig;
 use crate::error::{Error, ErrorKind, causes, on_one_line};
+use pins::Whose;
+use servers::Servers;
 use session::Session;
 
-/// Reads the URL. The password stays out of the error.
-pub(crate) fn options(config: &PostgresConfig, application: &str) -> Result<PgConnectOptions, Error> {
+/// Reads the URL, and what the environment adds to it. Nothing secret gets into the error.
+pub(crate) fn options(config: &PostgresConfig, application: &str) -> Result<Servers, Error> {
     if config.url.is_empty() {
         return Err(Error::new(
             ErrorKind::Config,
             "no database is named: set DATABASE_URL or --database-url to postgres://user@host/database",
         ));
     }
-    check_files(&config.url)?;
-    PgConnectOptions::from_str(&config.url)
-        .map(|options| options.application_name(application).disable_statement_logging())
-        .map(|options| match config.pooled {
+    let servers = url::read(&config.url, &|name| std::env::var(name).ok())?;
+    servers.warn_of_clear_text();
+    Ok(servers.map(|options| {
+        let options = match options.get_application_name() {
+            Some("") | None => options.application_name(application),
+            Some(_) => options,
+        };
+        match config.pooled {
             // PgBouncer refuses to set what it does not watch, and nothing here needs it. Without the cache a handler's
             // statement that kept its name is prepared anew, and refused, rather than mistaken for somebody else's.
             true => options.extra_float_digits(None).statement_cache_capacity(0),
             false => options,
-        })
-        .map_err(|_| {
-            Error::new(
-                ErrorKind::Config,
-                "DATABASE_URL is not a URL of the form postgres://user:password@host:5432/database",
-            )
-        })
+        }
+        .disable_statement_logging()
+    }))
 }
 
-/// Checks the files that the URL's TLS parameters name, because the driver's errors do not name them, and refuses the
-/// passphrase of a key, because the driver would ignore it and write it to the log.
-fn check_files(url: &str) -> Result<(), Error> {
-    let Some((_, parameters)) = url.split_once('?') else { return Ok(()) };
-    for (name, value) in parameters.split('&').filter_map(|parameter| parameter.split_once('=')) {
-        let value = percent_decode_str(value).decode_utf8_lossy();
-        match name {
-            "sslrootcert" | "sslcert" | "sslkey" if !value.starts_with("-----BEGIN") => {
-                read_file(Path::new(&*value), &format!("{name} in DATABASE_URL"))?;
-            }
-            "sslpassword" => {
-                return Err(Error::new(
-                    ErrorKind::Config,
-                    "sslpassword in DATABASE_URL is not supported: use a key file without a passphrase",
-                ));
-            }
-            _ => {}
+/// The way to a database for sessions of one kind.
+#[derive(Debug, Clone)]
+pub(crate) struct Way {
+    servers: Servers,
+    /// Whether a pooler in transaction mode may stand in between.
+    pooled: bool,
+    whose: Whose,
+}
+
+impl Way {
+    fn new(servers: Servers, pooled: bool, whose: Whose) -> Self {
+        Self { servers: servers.map(|options| pins::at_startup(options, whose, pooled)), pooled, whose }
+    }
+
+    /// The same for sessions that keep one plan for each statement. A pooler keeps none.
+    fn keeping_plans(self) -> Self {
+        match self.pooled {
+            true => self,
+            false => Self { servers: self.servers.map(|options| options.options([pins::KEEPS_PLANS])), ..self },
         }
     }
-    Ok(())
+
+    /// Opens a connection.
+    async fn open(&self) -> Result<Opened, sqlx::Error> {
+        let mut connection = self.servers.connect().await?;
+        let checked = async {
+            let (server, state) = pins::check(&mut connection, self.whose, self.pooled).await?;
+            let ends_with_client = !self.pooled && session::end_with_client(&mut connection).await?;
+            Ok((server, state, ends_with_client))
+        };
+        let (server, state, ends_with_client) = session::heard(Some(url::CONNECT), checked).await?;
+        Ok(Opened { connection, server, state, ends_with_client })
+    }
 }
 
-/// How long to wait for a server that does not even refuse.
-const CONNECT: Duration = Duration::from_secs(10);
+/// A new connection, and what is known of it.
+#[derive(Debug)]
+struct Opened {
+    connection: PgConnection,
+    server: pins::Server,
+    /// What it begins with: see [`handling`].
+    state: String,
+    /// Whether the server ends a statement whose client is gone.
+    ends_with_client: bool,
+}
 
-async fn open(options: &PgConnectOptions) -> Result<PgConnection, sqlx::Error> {
-    let late = |_| Err(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()));
-    tokio::time::timeout(CONNECT, options.connect()).await.unwrap_or_else(late)
+/// Opens one connection for a relay, whose statements keep their plans.
+pub(crate) async fn connect_relay(config: &PostgresConfig, application: &str) -> Result<Session, Error> {
+    let way = Way::new(options(config, application)?, config.pooled, Whose::Ours).keeping_plans();
+    Session::open(Arc::new(way)).await.map_err(|error| database_error("cannot connect to PostgreSQL", error))
 }
 
 /// Opens one connection.
 pub(crate) async fn connect(config: &PostgresConfig, application: &str) -> Result<Session, Error> {
-    open(&options(config, application)?)
+    Session::open(Arc::new(Way::new(options(config, application)?, config.pooled, Whose::Ours)))
         .await
-        .map(|connection| Session::new(connection, config.pooled))
         .map_err(|error| database_error("cannot connect to PostgreSQL", error))
 }
 
@@ -129,10 +165,11 @@ pub(crate) fn database_error(doing: impl Into<String>, error: sqlx::Error) -> Er
         sqlx::Error::Database(db) => {
             let doing = doing.into();
             let hint = match db.code().as_deref() {
-                // A schema, a table or a column that is not there.
-                Some("3F000" | "42P01" | "42703") => {
+                // A schema, a table, a column or a function that is not there.
+                Some("3F000" | "42P01" | "42703" | "42883") => {
                     " (is the schema there, and up to date? run `aftercommit migrate`)"
                 }
+                Some("42501") if db.message().contains("row-level security") => ROW_SECURITY,
                 Some("42501") => " (the role lacks a grant)",
                 _ if is_mixed_up(&*db) || db.message().contains("startup parameter") => POOLED,
                 _ => "",
@@ -140,9 +177,25 @@ pub(crate) fn database_error(doing: impl Into<String>, error: sqlx::Error) -> Er
             let code = db.code().unwrap_or_default().into_owned();
             Error::new(ErrorKind::Database, format!("{doing}: {} [{code}]{hint}", without_values(&*db)))
         }
+        // Each statement of ours that asks for one row is about one that is always there.
+        sqlx::Error::RowNotFound => Error::with_source(
+            ErrorKind::Database,
+            format!("{}: a row that must be there is not to be seen{ROW_SECURITY}", doing.into()),
+            sqlx::Error::RowNotFound,
+        ),
         other => Error::with_source(ErrorKind::Database, format!("{}{}", doing.into(), tls_hint(&other)), other),
     }
 }
+
+/// Whether a table or schema is not there.
+fn is_undefined(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|error| error.code());
+    matches!(code.as_deref(), Some("3F000" | "42P01"))
+}
+
+/// The way out where row-level security stands between a role and rows that it has a grant for.
+const ROW_SECURITY: &str = " (does row-level security hide it from this role, because something turned it on? run \
+    deploy/postgres/roles.sql, which makes the policies)";
 
 /// Where to look when TLS with the server failed.
 fn tls_hint(error: &sqlx::Error) -> &'static str {
@@ -182,6 +235,32 @@ pub(crate) fn is_outage(error: &sqlx::Error) -> bool {
                 || code.starts_with("58")
                 || code == "25006"
         }
+        _ => false,
+    }
+}
+
+/// Whether an error of a transaction may be one event's own doing as well as an outage: it says so of the statement, and the
+/// session goes on. Full disks are not among them: no event is to blame for those.
+pub(crate) fn is_doubtful(error: &sqlx::Error) -> bool {
+    match error {
+        // Such as more parameters than the protocol has room for.
+        sqlx::Error::Protocol(_) => true,
+        sqlx::Error::Database(db) => {
+            let code = db.code();
+            let full = matches!(code.as_deref(), Some("53100" | "58030"));
+            !full && !ends_session(error) && (is_mixed_up(&**db) || is_outage(error))
+        }
+        _ => false,
+    }
+}
+
+/// Whether the session is over with this error.
+pub(crate) fn ends_session(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::WorkerCrashed => true,
+        sqlx::Error::Database(db) => db
+            .try_downcast_ref::<PgDatabaseError>()
+            .is_some_and(|error| matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic)),
         _ => false,
     }
 }
@@ -227,8 +306,19 @@ pub(crate) fn is_mixed_up(error: &dyn DatabaseError) -> bool {
     matches!(error.code().as_deref(), Some("42P05" | "26000"))
 }
 
-/// Whether PostgreSQL undid the transaction because of others that ran beside it (serialization failure, deadlock):
-/// the same again may well succeed.
+/// Whether PostgreSQL undid the transaction because of others that ran beside it (serialization failure, deadlock, a lock
+/// that was not free in time, a table that was changed): the same again may well succeed.
 pub(crate) fn is_conflict(error: &sqlx::Error) -> bool {
-    matches!(error, sqlx::Error::Database(db) if matches!(db.code().as_deref(), Some("40001" | "40P01")))
+    let conflict = |db: &dyn DatabaseError| matches!(db.code().as_deref(), Some("40001" | "40P01" | "55P03"));
+    matches!(error, sqlx::Error::Database(db) if conflict(&**db)) || is_stale_plan(error)
+}
+
+/// Whether a prepared statement of this session no longer fits its tables. In another session it will.
+pub(crate) fn is_stale_plan(error: &sqlx::Error) -> bool {
+    let stale = |db: &dyn DatabaseError| {
+        db.code().as_deref() == Some("0A000")
+            && db.try_downcast_ref::<PgDatabaseError>().and_then(PgDatabaseError::routine)
+                == Some("RevalidateCachedQuery")
+    };
+    matches!(error, sqlx::Error::Database(db) if stale(&**db))
 }

@@ -78,14 +78,16 @@ fn statement_length(events: &[NewEvent]) -> usize {
 }
 
 /// Arrays, so that the number of events never meets the limit on bind parameters. `unnest` keeps their order, and the
-/// outbox ids follow it.
+/// outbox ids follow it. It runs in the service's transaction, so it names the schema of each type; an `unnest` of several
+/// arrays is always PostgreSQL's own.
 async fn insert_many(tx: &mut PgTransaction<'_>, pooled: bool, events: &[NewEvent]) -> Result<(), sqlx::Error> {
     fn column<'a, T>(events: &'a [NewEvent], field: impl Fn(&'a NewEvent) -> T) -> Vec<T> {
         events.iter().map(field).collect()
     }
     sqlx::query(
         "insert into aftercommit.outbox (event_id, type, version, key, headers, payload, content_type)
-         select * from unnest($1::uuid[], $2::text[], $3::integer[], $4::text[], $5::jsonb[], $6::bytea[], $7::text[])",
+         select * from unnest($1::pg_catalog.uuid[], $2::pg_catalog.text[], $3::integer[], $4::pg_catalog.text[],
+                              $5::pg_catalog.jsonb[], $6::pg_catalog.bytea[], $7::pg_catalog.text[])",
     )
     .bind(column(events, |event| event.event_id))
     .bind(column(events, |event| event.event_type.as_str()))

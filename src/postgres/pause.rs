@@ -4,7 +4,8 @@ use chrono::{DateTime, Utc};
 use sqlx::postgres::PgRow;
 use sqlx::{PgExecutor, Row};
 
-use super::session::Session;
+use super::session::{Session, Tx};
+use super::time;
 
 /// Whether any of these names is paused.
 pub(crate) async fn is_paused(connection: &mut Session, names: &[&str]) -> Result<bool, sqlx::Error> {
@@ -14,18 +15,36 @@ pub(crate) async fn is_paused(connection: &mut Session, names: &[&str]) -> Resul
         .await
 }
 
-/// Pauses. False when it was paused already.
+/// Pauses, and returns the pause that was there already. With a reason, that one gets it, and who gave it.
 pub(crate) async fn pause(
-    connection: impl PgExecutor<'_>,
+    tx: &mut Tx<'_>,
     name: &str,
+    who: &str,
     reason: Option<&str>,
-) -> Result<bool, sqlx::Error> {
-    let done = sqlx::query("insert into aftercommit.pause (name, reason) values ($1, $2) on conflict do nothing")
+) -> Result<Option<Pause>, sqlx::Error> {
+    let new = sqlx::query("insert into aftercommit.pause (name, reason) values ($1, $2) on conflict do nothing")
         .bind(name)
         .bind(reason)
-        .execute(connection)
-        .await?;
-    Ok(done.rows_affected() == 1)
+        .execute(&mut *tx)
+        .await?
+        .rows_affected()
+        == 1;
+    let before =
+        sqlx::query("select name, paused_at, paused_by, reason from aftercommit.pause where name = $1 for update")
+            .bind(name)
+            .fetch_optional(&mut *tx)
+            .await?;
+    sqlx::query(
+        "update aftercommit.pause set paused_by = $2, reason = $3
+          where name = $1 and ($4 or ($3 is not null and reason is distinct from $3))",
+    )
+    .bind(name)
+    .bind(who)
+    .bind(reason)
+    .bind(new)
+    .execute(tx)
+    .await?;
+    before.as_ref().filter(|_| !new).map(read).transpose()
 }
 
 /// Resumes. False when it was not paused.
@@ -63,5 +82,5 @@ pub(crate) async fn list(connection: impl PgExecutor<'_>) -> Result<Vec<Pause>, 
 }
 
 fn read(row: &PgRow) -> Result<Pause, sqlx::Error> {
-    Ok(Pause { name: row.try_get(0)?, since: row.try_get(1)?, by: row.try_get(2)?, reason: row.try_get(3)? })
+    Ok(Pause { name: row.try_get(0)?, since: time::at(row, 1)?, by: row.try_get(2)?, reason: row.try_get(3)? })
 }

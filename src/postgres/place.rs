@@ -9,6 +9,7 @@ use sqlx::postgres::PgRow;
 use super::relay_log;
 use super::session::Session;
 use super::snapshot::Mark;
+use super::time;
 
 /// A text that is not a place.
 #[derive(Debug, thiserror::Error)]
@@ -153,16 +154,20 @@ pub(crate) async fn at(connection: &mut Session, stream: &str, sequence: u64) ->
 }
 
 /// A time up to which the place holds whatever was committed: when its mark was taken. None when the log has
-/// forgotten it.
+/// forgotten it, and for a mark that does not hold all that was committed then.
 pub(crate) async fn marked_at(connection: &mut Session, place: &Place) -> Result<Option<DateTime<Utc>>, sqlx::Error> {
-    sqlx::query_scalar(
-        "select min(created_at) from aftercommit.relay_log where seq < $1 and target_id = $2 and target::text = $3",
+    let at: Option<time::Time> = sqlx::query_scalar(
+        "select min(created_at)
+           from (select created_at, target_id, target, cut from aftercommit.relay_log
+                  where seq < $1 order by seq desc limit 1000) as before
+          where target_id = $2 and target::text = $3 and not cut",
     )
     .bind(place.seq)
     .bind(place.mark.last_id)
     .bind(place.mark.snapshot.to_string())
     .fetch_one(connection)
-    .await
+    .await?;
+    Ok(at.map(|at| at.0))
 }
 
 /// The database's clock.

@@ -4,8 +4,9 @@ use chrono::{DateTime, Utc};
 use sqlx::Row;
 use uuid::Uuid;
 
-use super::place::Place;
 use super::session::Session;
+use super::snapshot::{Mark, xids};
+use super::time;
 
 /// An event without its payload.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,7 +23,8 @@ pub(crate) async fn heads(connection: &mut Session, ids: &[i64], types: &[String
     let rows = sqlx::query(
         "select id, event_id, type, key, created_at from aftercommit.outbox o
           where id = any($1) and (cardinality($2::text[]) = 0 or type = any($2))
-            and not exists (select from aftercommit.parked p where p.outbox_id = o.id and p.state <> 'published')
+            and not exists (select from aftercommit.parked p
+                             where p.outbox_id = o.id and p.event_id = o.event_id and p.state <> 'published')
           order by id",
     )
     .bind(ids)
@@ -36,7 +38,7 @@ pub(crate) async fn heads(connection: &mut Session, ids: &[i64], types: &[String
                 event_id: row.try_get(1)?,
                 event_type: row.try_get(2)?,
                 key: row.try_get(3)?,
-                created_at: row.try_get(4)?,
+                created_at: time::at(row, 4)?,
             })
         })
         .collect()
@@ -53,7 +55,8 @@ pub(crate) async fn digest(
         "select count(*), coalesce(sum(('x' || left(md5(uuid_send(event_id)), 15))::bit(60)::bigint), 0)::text
            from aftercommit.outbox o
           where id = any($1) and (cardinality($2::text[]) = 0 or type = any($2))
-            and not exists (select from aftercommit.parked p where p.outbox_id = o.id and p.state <> 'published')",
+            and not exists (select from aftercommit.parked p
+                             where p.outbox_id = o.id and p.event_id = o.event_id and p.state <> 'published')",
     )
     .bind(ids)
     .bind(types)
@@ -69,8 +72,9 @@ pub(crate) type Repaired = (i64, Uuid, Option<String>, String, Option<i64>, Date
 /// future was found before the database's clock went back.
 pub(crate) async fn repaired_lately(connection: &mut Session) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar(
-        "select exists (select from aftercommit.repair
-                         where queued_at between clock_timestamp() - interval '1 second' and clock_timestamp())",
+        "select exists (select from (select queued_at from aftercommit.repair
+                                      where queued_at >= now() - interval '1 second' order by queued_at limit 1) as late
+                         where queued_at <= clock_timestamp())",
     )
     .fetch_one(connection)
     .await
@@ -83,7 +87,7 @@ pub(crate) async fn repaired(
     after: (DateTime<Utc>, i64),
     limit: i64,
 ) -> Result<Vec<Repaired>, sqlx::Error> {
-    sqlx::query_as(
+    let rows = sqlx::query(
         "select outbox_id, event_id, key, state, sequence, queued_at from aftercommit.repair
           where (queued_at, outbox_id) > ($1, $2)
             and queued_at not between clock_timestamp() - interval '1 second' and clock_timestamp()
@@ -93,7 +97,13 @@ pub(crate) async fn repaired(
     .bind(after.1)
     .bind(limit)
     .fetch_all(connection)
-    .await
+    .await?;
+    rows.iter()
+        .map(|row| {
+            let (id, event, key) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+            Ok((id, event, key, row.try_get(3)?, row.try_get(4)?, time::at(row, 5)?))
+        })
+        .collect()
 }
 
 /// The outbox ids of these events.
@@ -104,32 +114,44 @@ pub(crate) async fn ids(connection: &mut Session, event_ids: &[Uuid]) -> Result<
         .await
 }
 
-/// The first events of some keys behind an id that `place` holds and that are not parked, as far as one look goes, and
-/// the id up to which it went; none when it went to the end.
+/// An id below which a mark holds all rows.
+pub(crate) async fn first_behind(connection: &mut Session, mark: &Mark) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar(
+        "select coalesce(min(straggler.id), $3::bigint + 1)
+           from unnest($1::text[]::xid8[]) as t(xid)
+          cross join lateral (
+                select o.id from aftercommit.outbox o
+                 where (o.xid, o.id) > (t.xid, $2) and (o.xid, o.id) <= (t.xid, $3)
+                 order by o.xid, o.id limit 1) as straggler",
+    )
+    .bind(xids(mark.running()))
+    .bind(mark.floor)
+    .bind(mark.last_id)
+    .fetch_one(connection)
+    .await
+}
+
+/// The first events of some keys behind an id that are not parked, as far as one look goes, and the id up to which it went;
+/// none when it went to the end.
 pub(crate) async fn of_keys(
     connection: &mut Session,
     keys: &[String],
     after: i64,
-    place: &Place,
     look: i64,
     limit: i64,
 ) -> Result<(Vec<i64>, Option<i64>), sqlx::Error> {
-    let mark = &place.mark;
     let (mut ids, looked, up_to): (Vec<i64>, i64, Option<i64>) = sqlx::query_as(
         "with looked as materialized (
-             select id, key, xid from aftercommit.outbox where id > $1 and id <= $2 order by id limit $5
+             select id, event_id, key from aftercommit.outbox where id > $1 order by id limit $2
          )
          select array(select id from looked l
-                       where key = any($6) and (id <= $4 or pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot)))
-                         and not exists (select from aftercommit.parked p
-                                          where p.outbox_id = l.id and p.state <> 'published')
-                       order by id limit $7 + 1),
+                       where key = any($3)
+                         and coalesce((select p.state from aftercommit.parked p where p.outbox_id = l.id and p.event_id = l.event_id), 'published')
+                             = 'published'
+                       order by id limit $4 + 1),
                 (select count(*) from looked), (select max(id) from looked)",
     )
     .bind(after)
-    .bind(mark.last_id)
-    .bind(mark.snapshot.to_string())
-    .bind(mark.floor)
     .bind(look)
     .bind(keys)
     .bind(limit)

@@ -95,10 +95,10 @@ pub(crate) struct Ending<'a> {
 /// database's clock went back, and counts for nothing; so does a retry later than the interval would have it.
 pub(crate) async fn due_in(session: &mut Session, name: &str, interval: Duration) -> Result<f64, sqlx::Error> {
     let due: Option<Option<f64>> = sqlx::query_scalar(
-        "select extract(epoch from greatest(
+        "select (extract(epoch from greatest(
                     case when last_success_at <= clock_timestamp() then last_success_at + make_interval(secs => $2) end,
-                    case when retry_at <= clock_timestamp() + make_interval(secs => $2) then retry_at end)
-                    - clock_timestamp())::float8
+                    case when retry_at <= clock_timestamp() + make_interval(secs => $2) then retry_at end))
+                    - extract(epoch from clock_timestamp()))::float8
            from aftercommit.reconciler where name = $1",
     )
     .bind(name)
@@ -176,9 +176,9 @@ async fn lock(tx: &mut Tx<'_>, new: &NewRun<'_>) -> Result<State, sqlx::Error> {
         .await?;
     let row = sqlx::query(
         "select failures, position,
-                extract(epoch from clock_timestamp() - last_success_at)::float8,
-                extract(epoch from clock_timestamp() - full_sweep_at)::float8,
-                extract(epoch from retry_at - clock_timestamp())::float8
+                (extract(epoch from clock_timestamp()) - extract(epoch from last_success_at))::float8,
+                (extract(epoch from clock_timestamp()) - extract(epoch from full_sweep_at))::float8,
+                (extract(epoch from retry_at) - extract(epoch from clock_timestamp()))::float8
            from aftercommit.reconciler where name = $1 for update",
     )
     .bind(new.name)
@@ -228,7 +228,7 @@ async fn fail(tx: &mut Tx<'_>, name: &str, times: i32, wait: Duration) -> Result
 
 async fn running(tx: &mut Tx<'_>, name: &str) -> Result<Option<(String, f64)>, sqlx::Error> {
     sqlx::query_as(
-        "select holder, extract(epoch from clock_timestamp() - started_at)::float8 from aftercommit.reconcile_run
+        "select holder, (extract(epoch from clock_timestamp()) - extract(epoch from started_at))::float8 from aftercommit.reconcile_run
           where name = $1 and ended_at is null and scope <> 'keys' limit 1",
     )
     .bind(name)

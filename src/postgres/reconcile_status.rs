@@ -4,6 +4,7 @@ use chrono::{DateTime, Utc};
 use sqlx::Row;
 
 use super::session::Session;
+use super::time;
 
 /// A reconciler as its health shows it.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,7 +21,7 @@ pub(crate) struct ReconcilerRow {
 /// What is known of these reconcilers.
 pub(crate) async fn state(session: &mut Session, names: &[&str]) -> Result<Vec<ReconcilerRow>, sqlx::Error> {
     let rows = sqlx::query(
-        "select name, extract(epoch from clock_timestamp() - last_success_at)::float8, failures, reconciled_up_to,
+        "select name, (extract(epoch from clock_timestamp()) - extract(epoch from last_success_at))::float8, failures, reconciled_up_to,
                 (select run.error from aftercommit.reconcile_run run
                   where run.name = r.name and run.scope <> 'keys' and run.result = 'failed' and r.failures > 0
                   order by run.id desc limit 1)
@@ -35,7 +36,7 @@ pub(crate) async fn state(session: &mut Session, names: &[&str]) -> Result<Vec<R
                 name: row.try_get(0)?,
                 since_success: row.try_get(1)?,
                 failures: row.try_get(2)?,
-                reconciled_up_to: row.try_get(3)?,
+                reconciled_up_to: time::maybe_at(row, 3)?,
                 error: row.try_get(4)?,
             })
         })
@@ -84,8 +85,8 @@ pub(crate) async fn runs(
                 cause: row.try_get(2)?,
                 mode: row.try_get(3)?,
                 scope: row.try_get(4)?,
-                started_at: row.try_get(5)?,
-                ended_at: row.try_get(6)?,
+                started_at: time::at(row, 5)?,
+                ended_at: time::maybe_at(row, 6)?,
                 result: row.try_get(7)?,
                 error: row.try_get(8)?,
                 scanned: row.try_get(9)?,

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use crate::envelope::Envelope;
 
 use super::session::{Session, Tx};
+use super::time;
 
 /// A row that waits, without its event.
 #[derive(Debug)]
@@ -80,11 +81,12 @@ fn redriven(row: &PgRow) -> Result<Redriven, sqlx::Error> {
             version: row.try_get::<i32, _>(3)?.try_into().unwrap_or(0),
             key: row.try_get(4)?,
             source: row.try_get(5)?,
-            time: row.try_get(6)?,
+            time: time::at(row, 6)?,
             sequence: row.try_get::<Option<i64>, _>(7)?.unwrap_or(0),
             headers: headers(row.try_get::<Json<Value>, _>(8)?.0),
             content_type: row.try_get(10)?,
             payload: payload.into(),
+            replaces: Vec::new(),
         }),
         None => None,
     };
@@ -104,5 +106,8 @@ fn headers(value: Value) -> BTreeMap<String, String> {
 /// Removes rows and returns the ids of those that were still there; only their events may run in this transaction.
 /// Waits for another transaction that is doing the same.
 pub(crate) async fn take(tx: &mut Tx<'_>, ids: &[i64]) -> Result<Vec<i64>, sqlx::Error> {
-    query_scalar("delete from aftercommit.redrive where id = any($1) returning id").bind(ids).fetch_all(tx).await
+    query_scalar("delete from aftercommit.redrive where id operator(pg_catalog.=) any($1) returning id")
+        .bind(ids)
+        .fetch_all(tx)
+        .await
 }

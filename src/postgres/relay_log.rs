@@ -6,6 +6,7 @@ use sqlx::{PgExecutor, Row};
 
 use super::session::{Session, Tx};
 use super::snapshot::Mark;
+use super::time;
 use super::{parked, repair};
 use crate::fault;
 
@@ -13,7 +14,7 @@ use crate::fault;
 macro_rules! columns {
     () => {
         "seq, settled::text, settled_id, settled_xid::text, settled_floor, target::text, target_id,
-         target_xid::text, floor, stream, stream_created, base_sequence, scattered, system_identifier, created_at"
+         target_xid::text, floor, stream, stream_created, base_sequence, scattered, system_identifier, created_at, timeline"
     };
 }
 pub(super) use columns;
@@ -32,6 +33,9 @@ pub(crate) struct State {
     /// The cluster in which the state was written.
     pub(crate) system_identifier: i64,
     pub(crate) created_at: DateTime<Utc>,
+    /// The timeline of the write-ahead log in which the state was written. Another one means that a standby was
+    /// promoted, or the cluster recovered to a point in time: every later write may have been forgotten.
+    pub(crate) timeline: i64,
 }
 
 /// A place in a stream: what is settled lies at or before it, what is not settled lies behind it.
@@ -42,6 +46,9 @@ pub(crate) struct Base {
     pub(crate) created: DateTime<Utc>,
     pub(crate) sequence: u64,
 }
+
+/// So many ids from the first new row on are in a window at most.
+const WINDOW_IDS: i64 = 1_000_000;
 
 /// What came of appending a state.
 #[derive(Debug)]
@@ -78,16 +85,20 @@ pub(crate) async fn newest_at(
     row.as_ref().map(state).transpose()
 }
 
-/// Appends the same state under a new epoch. From then on no earlier leader can append.
+/// Appends the same state under a new epoch. From then on no earlier leader can append. After a change of the timeline,
+/// what lies behind the base is scattered: the writes that made a leader pass an event may be forgotten, and the state,
+/// which was written behind those that it rests on, is the last that is surely shared.
 pub(crate) async fn take_over(connection: &mut Session, after: &State, epoch: i64) -> Result<Appended, sqlx::Error> {
     appended(
         sqlx::query(concat!(
             "insert into aftercommit.relay_log
-                    (seq, epoch, settled, settled_id, settled_xid, settled_floor, target, target_id, target_xid, floor,
-                     stream, stream_created, base_sequence, scattered, system_identifier)
-             select seq + 1, $2, settled, settled_id, settled_xid, settled_floor, target, target_id, target_xid, floor,
-                    stream, stream_created, base_sequence, scattered, system_identifier
-               from aftercommit.relay_log where seq = $1
+                    (seq, epoch, settled, settled_id, settled_xid, settled_floor, target, target_id, target_xid, cut,
+                     floor, stream, stream_created, base_sequence, scattered, system_identifier)
+             select seq + 1, $2, settled, settled_id, settled_xid, settled_floor,
+                    case when same then target end, case when same then target_id end, case when same then target_xid end,
+                    cut and same, floor, stream, stream_created, base_sequence,
+                    scattered or (not same and stream is not null), system_identifier
+               from (select *, timeline = aftercommit.timeline() as same from aftercommit.relay_log where seq = $1) as l
              returning ",
             columns!()
         ))
@@ -115,6 +126,10 @@ pub(crate) enum Opening {
 /// The statement is also the durability barrier. It commits synchronously whatever the database's default is, and
 /// PostgreSQL's log is sequential: once it is on disk, so is every commit that the new target sees. It must run in a
 /// transaction of its own, so that its transaction id is taken after the sequence was read.
+///
+/// The target's last id is the sequence's, but never lower than before, and not lower than any row: a sequence that was set
+/// back, or never moved, must not hide rows. Behind a large backlog the window is cut, so that its base moves on; but
+/// not when what the stream holds behind the base has to be looked up, because that may be of any id.
 pub(crate) async fn open_window(
     connection: &mut Session,
     after: &State,
@@ -144,19 +159,31 @@ async fn open_window_in(
                           else current_setting('synchronous_commit') end, true)
              ), position as materialized (
                  select case when is_called then last_value else 0 end as last_id from aftercommit.outbox_id_seq
+             ), before as materialized (
+                 select *, case when target is null or $5 then settled_id else target_id end as handled_id
+                   from aftercommit.relay_log where seq = $1
+             ), known as materialized (
+                 select before.handled_id, greatest(position.last_id, before.handled_id) as last_id from before, position
+             ), reach as materialized (
+                 select greatest(last_id, (select max(id) from aftercommit.outbox where id > known.last_id)) as last_id,
+                        (select min(id) from aftercommit.outbox where id > known.handled_id) as first_id
+                   from known
+             ), goal as materialized (
+                 select last_id, case when $6 then last_id else least(last_id, first_id - 1 + $7) end as target_id
+                   from reach
              )
              insert into aftercommit.relay_log
-                    (seq, epoch, settled, settled_id, settled_xid, settled_floor, target, target_id, target_xid, floor,
-                     stream, stream_created, base_sequence, scattered, system_identifier)
+                    (seq, epoch, settled, settled_id, settled_xid, settled_floor, target, target_id, target_xid, cut,
+                     floor, stream, stream_created, base_sequence, scattered, system_identifier)
              select l.seq + 1, l.epoch,
                     case when l.target is null or $5 then l.settled else l.target end,
-                    case when l.target is null or $5 then l.settled_id else l.target_id end,
+                    l.handled_id,
                     case when l.target is null or $5 then l.settled_xid else l.target_xid end,
                     case when l.target is null or $5 then l.settled_floor else l.floor end,
-                    pg_current_snapshot(), position.last_id, pg_current_xact_id(), l.floor, $2, $3, $4, $6,
-                    l.system_identifier
-               from durable, position, aftercommit.relay_log l
-              where l.seq = $1
+                    pg_current_snapshot(), goal.target_id, pg_current_xact_id(), goal.target_id < goal.last_id,
+                    l.floor, $2, $3, $4, $6, l.system_identifier
+               from durable, goal, before l
+              where l.timeline = aftercommit.timeline()
              returning ",
             columns!()
         ))
@@ -166,6 +193,7 @@ async fn open_window_in(
         .bind(base.sequence.cast_signed())
         .bind(opening != Opening::Next)
         .bind(opening == Opening::Again { scattered: true })
+        .bind(WINDOW_IDS)
         .fetch_one(executor)
         .await,
     )
@@ -179,7 +207,7 @@ pub(crate) async fn settle(connection: &mut Session, after: &State, base: &Base)
                     (seq, epoch, settled, settled_id, settled_xid, settled_floor, floor, stream, stream_created,
                      base_sequence, system_identifier)
              select seq + 1, epoch, target, target_id, target_xid, floor, floor, $2, $3, $4, system_identifier
-               from aftercommit.relay_log where seq = $1
+               from aftercommit.relay_log where seq = $1 and timeline = aftercommit.timeline()
              returning ",
             columns!()
         ))
@@ -246,7 +274,7 @@ pub(super) async fn forget(tx: &mut Tx<'_>, after: i64, before: i64) -> Result<(
 pub(super) fn appended(result: Result<PgRow, sqlx::Error>) -> Result<Appended, sqlx::Error> {
     match result {
         Ok(row) => state(&row).map(Box::new).map(Appended::Yes),
-        // Its successor is there, or the state itself was left behind and removed.
+        // Its successor is there, or the state itself was left behind and removed, or is of another timeline.
         Err(sqlx::Error::Database(error)) if error.is_unique_violation() => Ok(Appended::Fenced),
         Err(sqlx::Error::RowNotFound) => Ok(Appended::Fenced),
         Err(error) => Err(error),
@@ -261,7 +289,7 @@ fn state(row: &PgRow) -> Result<State, sqlx::Error> {
     };
     let base = match row.try_get::<Option<String>, _>(9)? {
         Some(stream) => {
-            Some(Base { stream, created: row.try_get(10)?, sequence: row.try_get::<i64, _>(11)?.cast_unsigned() })
+            Some(Base { stream, created: time::at(row, 10)?, sequence: row.try_get::<i64, _>(11)?.cast_unsigned() })
         }
         None => None,
     };
@@ -272,7 +300,8 @@ fn state(row: &PgRow) -> Result<State, sqlx::Error> {
         base,
         scattered: row.try_get(12)?,
         system_identifier: row.try_get(13)?,
-        created_at: row.try_get(14)?,
+        created_at: time::at(row, 14)?,
+        timeline: row.try_get(15)?,
     })
 }
 

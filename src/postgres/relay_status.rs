@@ -22,6 +22,7 @@ pub(crate) async fn write(connection: &mut Session, report: &Report) -> Result<(
          values ($1, $2, $3, $4, $5, $6, $7, clock_timestamp())
          on conflict (only_row) do update
             set holder = excluded.holder, epoch = excluded.epoch, stream = excluded.stream,
+                since = case when s.epoch = excluded.epoch then s.since else excluded.since end,
                 last_id = case when excluded.last_id = 0 then s.last_id else excluded.last_id end,
                 last_sequence = case when excluded.last_sequence = 0 then s.last_sequence else excluded.last_sequence end,
                 published = excluded.published, state = excluded.state, updated_at = excluded.updated_at

@@ -90,7 +90,7 @@ pub(crate) struct Order {
 
 /// Begins a transaction that may wait for a server between two statements.
 pub(crate) async fn begin(session: &mut Session) -> Result<Tx<'_>, sqlx::Error> {
-    session.begin_with("begin; set local idle_in_transaction_session_timeout = 0".into()).await
+    session.begin_and("; set local idle_in_transaction_session_timeout = 0").await
 }
 
 /// Sends events back in this order, behind what waits already, and returns the ids of the rows that it wrote. What is
@@ -303,7 +303,7 @@ pub(crate) async fn dead_longer(
     limit: Duration,
 ) -> Result<Vec<OldLetter>, sqlx::Error> {
     let rows = sqlx::query(
-        "select id, event_id, key, stream_seq, extract(epoch from clock_timestamp() - dead_at)::float8,
+        "select id, event_id, key, stream_seq, (extract(epoch from clock_timestamp()) - extract(epoch from dead_at))::float8,
                 left(reason, 200)
            from aftercommit.dead_letter
           where subscriber = $1 and dead_at < clock_timestamp() - make_interval(secs => $2) order by id limit 1000",

@@ -137,7 +137,7 @@ pub(crate) async fn difference(connection: &mut Session, rights: &[Right]) -> Re
           where exists (select from needed where object = 'relay_log' and privilege = 'insert')
             and not has_function_privilege('pg_catalog.pg_control_system()', 'execute')
          union all
-         select true, format('grant one of the roles of deploy/postgres/roles.sql to %I: row-level security of %s knows no other',
+         select true, format('run deploy/postgres/roles.sql again, and grant one of its roles to %I: row-level security of %s knows no other',
                              current_user, c.oid::regclass)
            from pg_class c join object o on o.oid = c.oid
           where row_security_active(c.oid) and exists (select from needed n where n.kind = 'table' and n.object = o.object)

@@ -13,37 +13,75 @@ pub(crate) struct Marker<'a> {
     pub(crate) subscriber: &'a str,
     pub(crate) epoch: i64,
     pub(crate) lane: i64,
+    /// Whether nothing else runs in the process meanwhile.
+    pub(crate) alone: bool,
 }
 
+/// The lane of the marker that says that the tenure is about to end: whoever ends the process now does so on purpose.
+const STOPPING: i64 = -1;
+
 impl Marker<'_> {
-    /// The statement that sets the marker, as text: it is sent together with others, which leaves no room for
-    /// parameters. So the subscriber's name is checked here once more.
-    pub(super) fn set(&self, events: &[Uuid]) -> Result<String, sqlx::Error> {
-        let Self { subscriber, epoch, lane } = self;
-        if !subscriber.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-') {
-            return Err(sqlx::Error::Configuration(format!("{subscriber:?} is not a subscriber name").into()));
+    /// The subscriber's name, checked once more for statements that are text.
+    pub(super) fn name(&self) -> Result<&str, sqlx::Error> {
+        if !self.subscriber.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-') {
+            return Err(sqlx::Error::Configuration(format!("{:?} is not a subscriber name", self.subscriber).into()));
         }
+        Ok(self.subscriber)
+    }
+
+    /// The statement that sets the marker, as text: it is sent together with others, which leaves no room for
+    /// parameters.
+    pub(super) fn set(&self, events: &[Uuid]) -> Result<String, sqlx::Error> {
+        let Self { epoch, lane, alone, .. } = self;
+        let subscriber = self.name()?;
         let events: Vec<String> = events.iter().map(Uuid::to_string).collect();
         let events = events.join(",");
         Ok(format!(
-            "insert into aftercommit.running (subscriber, epoch, lane, events)
-             values ('{subscriber}', {epoch}, {lane}, '{{{events}}}')
-             on conflict (subscriber, epoch, lane) do update set events = excluded.events"
+            "insert into aftercommit.running (subscriber, epoch, lane, events, alone)
+             values ('{subscriber}', {epoch}, {lane}, '{{{events}}}', {alone})
+             on conflict (subscriber, epoch, lane) do update set events = excluded.events, alone = excluded.alone"
         ))
     }
 }
 
-/// Removes a marker whose lane has ended without a commit.
+/// Removes a marker whose lane has ended without a commit. One that a lost session still holds stays.
 pub(crate) async fn clear(connection: &mut Session, marker: Marker<'_>) -> Result<(), sqlx::Error> {
     connection
         .execute(
-            sqlx::query("delete from aftercommit.running where subscriber = $1 and epoch = $2 and lane = $3")
-                .bind(marker.subscriber)
-                .bind(marker.epoch)
-                .bind(marker.lane),
+            sqlx::query(
+                "with free as (
+                    select from aftercommit.running where subscriber = $1 and epoch = $2 and lane = $3
+                       for update skip locked)
+                 delete from aftercommit.running
+                  where subscriber = $1 and epoch = $2 and lane = $3 and exists (select from free)",
+            )
+            .bind(marker.subscriber)
+            .bind(marker.epoch)
+            .bind(marker.lane),
         )
         .await
         .map(drop)
+}
+
+/// Writes down that the tenure waits for its last batches to end. A process that is killed meanwhile dies of no event.
+pub(crate) async fn stopping(connection: &mut Session, tenure: &Tenure, subscriber: &str) -> Result<(), sqlx::Error> {
+    connection
+        .execute(
+            sqlx::query(
+                "insert into aftercommit.running (subscriber, epoch, lane, events) values ($1, $2, $3, '{}')
+                 on conflict do nothing",
+            )
+            .bind(subscriber)
+            .bind(tenure.epoch)
+            .bind(STOPPING),
+        )
+        .await
+        .map(drop)
+}
+
+/// The opposite: they have ended.
+pub(crate) async fn stopped(connection: &mut Session, tenure: &Tenure, subscriber: &str) -> Result<(), sqlx::Error> {
+    clear(connection, Marker { subscriber, epoch: tenure.epoch, lane: STOPPING, alone: false }).await
 }
 
 /// Removes what an outage kept the lanes of a tenure from removing, and what was locked when it took over: the process
@@ -83,20 +121,23 @@ pub(crate) async fn take_over(
          taken as (
             delete from aftercommit.running as r using behind
              where r.subscriber = $1 and r.epoch = behind.epoch and r.lane = behind.lane
-            returning r.events),
+            returning r.events, r.epoch, r.lane, r.alone),
          suspect as (
-            select distinct ran.event_id from taken, unnest(events) as ran(event_id)
-             where not exists (select from aftercommit.inbox as done
+            select ran.event_id, bool_or(taken.alone) as alone from taken, unnest(events) as ran(event_id)
+             where not exists (select from taken as last where last.epoch = taken.epoch and last.lane = $3)
+               and not exists (select from aftercommit.inbox as done
                                 where done.subscriber = $1 and done.event_id = ran.event_id)
                and not exists (select from aftercommit.running as open
                                 where open.subscriber = $1 and open.epoch < $2 and ran.event_id = any (open.events)
                                   and not exists (select from behind
-                                                   where behind.epoch = open.epoch and behind.lane = open.lane))),
+                                                   where behind.epoch = open.epoch and behind.lane = open.lane))
+             group by 1),
          counted as (
-            insert into aftercommit.attempt as attempt (subscriber, event_id, crashes, last_error)
-            select $1, event_id, 1, 'the worker''s process died while this event ran' from suspect order by event_id
+            insert into aftercommit.attempt as attempt (subscriber, event_id, crashes, crashes_alone, last_error)
+            select $1, event_id, 1, alone::int, 'the worker''s process died while this event ran' from suspect order by event_id
             on conflict (subscriber, event_id) do update
-               set crashes = attempt.crashes + 1, last_error = excluded.last_error, last_failed_at = clock_timestamp()
+               set crashes = attempt.crashes + 1, crashes_alone = attempt.crashes_alone + excluded.crashes_alone,
+                   last_error = excluded.last_error, last_failed_at = clock_timestamp()
             returning event_id, crashes),
          forgotten as (
             delete from aftercommit.attempt as before using aftercommit.inbox as done
@@ -111,6 +152,7 @@ pub(crate) async fn take_over(
     )
     .bind(subscriber)
     .bind(tenure.epoch)
+    .bind(STOPPING)
     .fetch_all(connection)
     .await?;
     rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
@@ -122,9 +164,9 @@ mod tests {
 
     #[test]
     fn only_a_subscriber_name_gets_into_the_statement() {
-        let set = |subscriber| Marker { subscriber, epoch: 7, lane: 2 }.set(&[Uuid::nil(), Uuid::nil()]);
+        let set = |subscriber| Marker { subscriber, epoch: 7, lane: 2, alone: true }.set(&[Uuid::nil(), Uuid::nil()]);
         assert!(set("branch-balance_2").unwrap().contains(
-            "('branch-balance_2', 7, 2, '{00000000-0000-0000-0000-000000000000,00000000-0000-0000-0000-000000000000}')"
+            "('branch-balance_2', 7, 2, '{00000000-0000-0000-0000-000000000000,00000000-0000-0000-0000-000000000000}', true)"
         ));
         assert!(set("x', 1, 1, '{}'); drop table inbox; --").is_err());
     }

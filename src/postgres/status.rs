@@ -1,10 +1,13 @@
 //! Read-only questions for `aftercommit status` and for health.
 
+use chrono::{DateTime, Utc};
 use sqlx::Row;
+use uuid::Uuid;
 
 use super::relay_log::State;
 use super::session::Session;
 use super::snapshot::xids;
+use super::time;
 
 /// Backlogs are counted up to here.
 pub(crate) const COUNT_LIMIT: i64 = 1_000_000;
@@ -29,18 +32,27 @@ pub(crate) async fn backlog(connection: &mut Session, state: &State, last_id: i6
               where id = $5 and id > $7
                 and not (id <= $2 and pg_visible_in_snapshot(xid, (select $1::text::pg_snapshot)))
          ), unsettled as (
-             select id, xid, created_at from aftercommit.outbox where id > $2
+             -- a window is published first and may be as large as the limit; with an upper bound PostgreSQL takes the
+             -- range for a small one when it knows nothing
+             select * from (select id, xid, created_at from aftercommit.outbox where id > $2 and id <= $10
+                             order by id limit 2 * $6) as new
              union all
              select o.id, o.xid, o.created_at
                from unnest($3::text[]::xid8[]) as t(xid)
               cross join lateral (
                     select * from aftercommit.outbox o
-                     where (o.xid, o.id) > (t.xid, $7) and (o.xid, o.id) <= (t.xid, $2)
+                     where o.xid = t.xid and (o.xid, o.id) > (t.xid, $7) and (o.xid, o.id) <= (t.xid, $2)
                      order by o.xid, o.id limit $6) as o
+             union all
+             -- rows of new transactions with ids that were passed, as after a sequence was set back
+             select id, xid, created_at
+               from (select id, xid, created_at from aftercommit.outbox o where (o.xid, o.id) > ($9::text::xid8, $7)
+                      order by o.xid, o.id limit 1000) as late
+              where id > $7 and id <= $2
          )
          select count(*),
                 -- greatest() would make 0 of null
-                case when count(*) > 0 then greatest(extract(epoch from clock_timestamp() - min(created_at)), 0)::float8 end
+                case when count(*) > 0 then greatest(extract(epoch from clock_timestamp()) - extract(epoch from min(created_at)), 0)::float8 end
            from (select created_at from unsettled u, published p
                   where not (u.id <= p.id
                              and (u.id <= $8 or pg_visible_in_snapshot(u.xid, (select $4::text::pg_snapshot))))
@@ -54,6 +66,8 @@ pub(crate) async fn backlog(connection: &mut Session, state: &State, last_id: i6
     .bind(COUNT_LIMIT)
     .bind(settled.floor)
     .bind(target.floor)
+    .bind(settled.next_xid.to_string())
+    .bind(i64::MAX)
     .fetch_one(connection)
     .await?;
     Ok(Backlog { events: row.try_get(0)?, oldest_seconds: row.try_get(1)? })
@@ -69,14 +83,16 @@ pub(crate) struct Leader {
     pub(crate) last_id: Option<i64>,
     pub(crate) last_sequence: Option<i64>,
     pub(crate) state: Option<String>,
+    /// Since when it leads, as it says.
+    pub(crate) since: Option<DateTime<Utc>>,
 }
 
 /// Who leads; none when no relay ever did.
 pub(crate) async fn leader(connection: &mut Session, lease: &str) -> Result<Option<Leader>, sqlx::Error> {
     let row = sqlx::query(
         "select l.holder, l.epoch,
-                greatest(extract(epoch from l.expires_at - clock_timestamp()), -1e9)::float8,
-                s.last_id, s.last_sequence, s.state
+                greatest(extract(epoch from l.expires_at) - extract(epoch from clock_timestamp()), -1e9)::float8,
+                s.last_id, s.last_sequence, s.state, case when s.epoch = l.epoch then s.since end
            from aftercommit.lease l left join aftercommit.relay_status s on true
           where l.name = $1",
     )
@@ -91,6 +107,7 @@ pub(crate) async fn leader(connection: &mut Session, lease: &str) -> Result<Opti
             last_id: row.try_get(3)?,
             last_sequence: row.try_get(4)?,
             state: row.try_get(5)?,
+            since: time::maybe_at(&row, 6)?,
         })
     })
     .transpose()
@@ -132,12 +149,27 @@ pub(crate) struct AtWork {
     /// Events that an operator sent back, and which have not run since.
     pub(crate) redrive: i64,
     pub(crate) dead_letters: i64,
+    /// The failed attempt that was the last one.
+    pub(crate) last_failure: Option<LastFailure>,
+    /// Why and when it gave up on an event last.
+    pub(crate) last_letter: Option<(String, DateTime<Utc>)>,
+}
+
+/// A failed attempt of an event that is tried again.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct LastFailure {
+    pub(crate) event_id: Uuid,
+    pub(crate) attempts: i32,
+    pub(crate) error: String,
+    pub(crate) at: DateTime<Utc>,
+    /// When the next attempt of any of the subscriber's events begins.
+    pub(crate) next_attempt_at: Option<DateTime<Utc>>,
 }
 
 /// The subscribers that have left anything in this database.
 pub(crate) async fn subscribers(connection: &mut Session) -> Result<Vec<AtWork>, sqlx::Error> {
     let rows = sqlx::query(
-        "with failing as (select subscriber, count(*) from aftercommit.attempt group by 1),
+        "with failing as (select subscriber, count(*) from aftercommit.attempt where attempts > 0 group by 1),
          redrive as (select subscriber, count(*) from aftercommit.redrive group by 1),
          letters as (select subscriber, count(*) from aftercommit.dead_letter group by 1),
          lease as (
@@ -149,12 +181,25 @@ pub(crate) async fn subscribers(connection: &mut Session) -> Result<Vec<AtWork>,
               from aftercommit.pause where name like 'subscriber:%')
          select subscriber, lease.holder,
                 exists (select from off where off.subscriber in (all_names.subscriber, '*')),
-                coalesce(failing.count, 0), coalesce(redrive.count, 0), coalesce(letters.count, 0)
+                coalesce(failing.count, 0), coalesce(redrive.count, 0), coalesce(letters.count, 0),
+                last.event_id, last.attempts, last.last_error, last.last_failed_at,
+                (select min(f.retry_at) from aftercommit.failure f
+                  where f.subscriber = all_names.subscriber and f.retry_at > clock_timestamp()
+                    and exists (select from aftercommit.attempt a
+                                 where a.subscriber = f.subscriber and a.event_id = f.event_id)),
+                letter.reason, letter.dead_at
            from (select subscriber from failing union select subscriber from redrive
                  union select subscriber from letters union select subscriber from lease
+                 union select subscriber from aftercommit.worker_status
                  union select subscriber from off where subscriber <> '*') as all_names
            left join failing using (subscriber) left join redrive using (subscriber)
            left join letters using (subscriber) left join lease using (subscriber)
+           left join lateral (
+                select event_id, attempts, last_error, last_failed_at from aftercommit.attempt a
+                 where a.subscriber = all_names.subscriber order by last_failed_at desc limit 1) as last on true
+           left join lateral (
+                select reason, dead_at from aftercommit.dead_letter d
+                 where d.subscriber = all_names.subscriber order by dead_at desc limit 1) as letter on true
           order by subscriber",
     )
     .fetch_all(connection)
@@ -168,6 +213,20 @@ pub(crate) async fn subscribers(connection: &mut Session) -> Result<Vec<AtWork>,
                 failing: row.try_get(3)?,
                 redrive: row.try_get(4)?,
                 dead_letters: row.try_get(5)?,
+                last_failure: match row.try_get(6)? {
+                    Some(event_id) => Some(LastFailure {
+                        event_id,
+                        attempts: row.try_get(7)?,
+                        error: row.try_get(8)?,
+                        at: time::at(row, 9)?,
+                        next_attempt_at: time::maybe_at(row, 10)?,
+                    }),
+                    None => None,
+                },
+                last_letter: match time::maybe_at(row, 12)? {
+                    Some(at) => Some((row.try_get(11)?, at)),
+                    None => None,
+                },
             })
         })
         .collect()

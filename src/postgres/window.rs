@@ -1,6 +1,6 @@
-//! Reading the outbox: is there anything new, and the rows of a window, ordered by id, page by page.
+//! Reading the outbox: is there anything new, and single events. [`Walk`] reads the rows of a window.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
@@ -10,8 +10,13 @@ use uuid::Uuid;
 
 use super::session::Session;
 use super::snapshot::{Mark, xids};
+use super::time;
+use super::walk::Walk;
+use crate::digest::{Contents, Digest};
 use crate::envelope::Envelope;
-use crate::fault;
+
+/// Rows of new transactions that a look goes through for low ids. More ids than that move the mark.
+const LATE: i64 = 2000;
 
 /// An event of the outbox.
 #[derive(Clone)]
@@ -37,101 +42,76 @@ pub(crate) struct Body {
 /// What a look at the outbox found.
 #[derive(Debug)]
 pub(crate) struct Look {
-    /// A row that `settled` does not hold can be read.
+    /// A row that the mark does not hold can be read.
     pub(crate) news: bool,
     /// The last id that was handed out.
     pub(crate) last_id: i64,
+    /// Whether ids are handed out one by one, each higher than the last.
+    pub(crate) orderly: bool,
 }
 
-/// Looks whether rows that `settled` does not hold can be read, at a cost that does not depend on the outbox's size.
-pub(crate) async fn look(connection: &mut Session, settled: &Mark) -> Result<Look, sqlx::Error> {
-    let row = sqlx::query(
-        "select exists (select from aftercommit.outbox where id > $1)
-             or exists (
-                select from unnest($2::text[]::xid8[]) as t(xid)
-                 where pg_visible_in_snapshot(t.xid, pg_current_snapshot())
-                   and exists (select from (
-                        select from aftercommit.outbox o
-                         where (o.xid, o.id) > (t.xid, $3) and (o.xid, o.id) <= (t.xid, $1)
-                         order by o.xid, o.id limit 1) as straggler)),
-                (select case when is_called then last_value else 0 end from aftercommit.outbox_id_seq)",
-    )
-    .bind(settled.last_id)
-    .bind(xids(settled.running()))
-    .bind(settled.floor)
-    .fetch_one(connection)
-    .await?;
-    Ok(Look { news: row.try_get(0)?, last_id: row.try_get(1)? })
+/// Looks for rows that a mark does not hold, at a cost that depends on what is new since the last look.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    mark: Mark,
+    /// The transactions of which low ids may still come to light.
+    running: Vec<String>,
 }
 
-/// Up to `limit` rows behind `after` of those that `target` holds and `settled` does not, ordered by id.
-///
-/// First the stragglers: rows with ids that `settled` had already passed, of transactions that have ended since. Then
-/// the new rows by primary key. Each branch is written so that just one index can serve it, whatever the statistics
-/// say: the row comparison fits only the index on (xid, id).
-pub(crate) async fn page(
-    connection: &mut Session,
-    settled: &Mark,
-    target: &Mark,
-    after: i64,
-    limit: usize,
-) -> Result<Vec<OutboxEvent>, sqlx::Error> {
-    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-    let ended = if fault::broken("stragglers") { Vec::new() } else { settled.ended_by(target) };
-    if after < settled.last_id && !ended.is_empty() {
-        let rows = stragglers(connection, &ended, after.max(settled.floor), settled.last_id, limit).await?;
-        if !rows.is_empty() {
-            return Ok(rows);
-        }
+impl Watch {
+    pub(crate) fn new(mark: &Mark) -> Self {
+        Self { mark: mark.clone(), running: xids(mark.running()) }
     }
-    let rows = sqlx::query(
-        "select id, event_id, type, version, key, content_type, created_at,
-                case when not large and headers <> '{}' then headers::text end, case when not large then payload end
-           from (select *, octet_length(payload) + pg_column_size(headers) > 4096 as large
-                   from aftercommit.outbox
-                  where id > $1 and id <= $2
-                    and (id <= $5 or pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot)))
-                  order by id limit $4) as page
-          order by id",
-    )
-    .bind(after.max(settled.last_id))
-    .bind(target.last_id)
-    .bind(target.snapshot.to_string())
-    .bind(limit)
-    .bind(target.floor)
-    .fetch_all(connection)
-    .await?;
-    rows.iter().map(event).collect()
+
+    /// Whether it looks behind this mark.
+    pub(crate) fn is_of(&self, mark: &Mark) -> bool {
+        self.mark == *mark
+    }
+
+    /// Looks. Each branch is written so that just one index can serve it, and that reads one row of it, whatever plan is
+    /// made: the limit and the order rule out reading everything.
+    pub(crate) async fn look(&mut self, connection: &mut Session) -> Result<Look, sqlx::Error> {
+        let row = sqlx::query(
+            "with ended as materialized (
+                 select xid from unnest($2::text[]::xid8[]) as t(xid)
+                  where pg_visible_in_snapshot(t.xid, pg_current_snapshot())
+             )
+             select exists (select from (select from aftercommit.outbox where id > $1 order by id limit 1) as new)
+                 or exists (
+                    select from ended t
+                     where exists (select from (
+                            select from aftercommit.outbox o
+                             where (o.xid, o.id) > (t.xid, $3) and (o.xid, o.id) <= (t.xid, $1)
+                             order by o.xid, o.id limit 1) as straggler))
+                 or exists (
+                    select from (
+                            select o.id from aftercommit.outbox o where (o.xid, o.id) > ($4::text::xid8, $3)
+                             order by o.xid, o.id limit $5) as late
+                     where id > $3 and id <= $1),
+                    (select case when is_called then last_value else 0 end from aftercommit.outbox_id_seq),
+                    (select seqcache = 1 and seqincrement = 1 and not seqcycle from pg_sequence
+                      where seqrelid = 'aftercommit.outbox_id_seq'::regclass),
+                    array(select xid::text from ended)",
+        )
+        .bind(self.mark.last_id)
+        .bind(&self.running)
+        .bind(self.mark.floor)
+        .bind(self.mark.next_xid.to_string())
+        .bind(LATE)
+        .fetch_one(connection)
+        .await?;
+        let look = Look { news: row.try_get(0)?, last_id: row.try_get(1)?, orderly: row.try_get(2)? };
+        let ended: Vec<String> = row.try_get(3)?;
+        if !look.news && !ended.is_empty() {
+            // They wrote nothing, and will not.
+            let ended: HashSet<String> = ended.into_iter().collect();
+            self.running.retain(|xid| !ended.contains(xid));
+        }
+        Ok(look)
+    }
 }
 
-async fn stragglers(
-    connection: &mut Session,
-    ended: &[u64],
-    after: i64,
-    last_id: i64,
-    limit: i64,
-) -> Result<Vec<OutboxEvent>, sqlx::Error> {
-    let rows = sqlx::query(
-        "select id, event_id, type, version, key, content_type, created_at,
-                case when not large and headers <> '{}' then headers::text end, case when not large then payload end
-           from unnest($1::text[]::xid8[]) as t(xid)
-          cross join lateral (
-                select *, octet_length(payload) + pg_column_size(headers) > 4096 as large
-                  from aftercommit.outbox o
-                 where (o.xid, o.id) > (t.xid, $2) and (o.xid, o.id) <= (t.xid, $3)
-                 order by o.xid, o.id limit $4) as page
-          order by id limit $4",
-    )
-    .bind(xids(ended.iter().copied()))
-    .bind(after)
-    .bind(last_id)
-    .bind(limit)
-    .fetch_all(connection)
-    .await?;
-    rows.iter().map(event).collect()
-}
-
-/// The ids of the rows that [`page`] would return, without reading more of them.
+/// The ids of a window's rows behind `after`, `limit` at most, without reading more of them.
 pub(crate) async fn ids(
     connection: &mut Session,
     settled: &Mark,
@@ -139,39 +119,8 @@ pub(crate) async fn ids(
     after: i64,
     limit: i64,
 ) -> Result<Vec<i64>, sqlx::Error> {
-    let ended = settled.ended_by(target);
-    if after < settled.last_id && !ended.is_empty() {
-        let ids: Vec<i64> = sqlx::query_scalar(
-            "select page.id
-               from unnest($1::text[]::xid8[]) as t(xid)
-              cross join lateral (
-                    select o.id from aftercommit.outbox o
-                     where (o.xid, o.id) > (t.xid, $2) and (o.xid, o.id) <= (t.xid, $3)
-                     order by o.xid, o.id limit $4) as page
-              order by id limit $4",
-        )
-        .bind(xids(ended.iter().copied()))
-        .bind(after.max(settled.floor))
-        .bind(settled.last_id)
-        .bind(limit)
-        .fetch_all(&mut *connection)
-        .await?;
-        if !ids.is_empty() {
-            return Ok(ids);
-        }
-    }
-    sqlx::query_scalar(
-        "select id from aftercommit.outbox
-          where id > $1 and id <= $2 and (id <= $5 or pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot)))
-          order by id limit $4",
-    )
-    .bind(after.max(settled.last_id))
-    .bind(target.last_id)
-    .bind(target.snapshot.to_string())
-    .bind(limit)
-    .bind(target.floor)
-    .fetch_all(connection)
-    .await
+    let limit = usize::try_from(limit).unwrap_or_default();
+    Walk::new(settled.clone(), target.clone(), after).next(connection, limit).await
 }
 
 /// These events, in the order of their ids; those that are there.
@@ -187,18 +136,6 @@ pub(crate) async fn some(connection: &mut Session, ids: &[i64]) -> Result<Vec<Ou
     .fetch_all(connection)
     .await?;
     rows.iter().map(event).collect()
-}
-
-/// One event by its outbox id.
-pub(crate) async fn one(connection: &mut Session, id: i64) -> Result<OutboxEvent, sqlx::Error> {
-    let row = sqlx::query(
-        "select id, event_id, type, version, key, content_type, created_at, headers::text, payload
-           from aftercommit.outbox where id = $1",
-    )
-    .bind(id)
-    .fetch_one(connection)
-    .await?;
-    event(&row)
 }
 
 /// Headers and payload of a large event.
@@ -231,6 +168,7 @@ pub(crate) async fn envelope(
         headers: body.headers,
         content_type: row.content_type,
         payload: body.payload,
+        replaces: Vec::new(),
     })
 }
 
@@ -239,6 +177,8 @@ pub(crate) async fn envelope(
 pub(crate) struct Known {
     pub(crate) id: i64,
     pub(crate) xid: u64,
+    /// Of what the event is made of: a message with its ids and another digest is a forgery.
+    pub(crate) digest: Digest,
 }
 
 /// Which of these events the outbox has, each with the outbox id that is given for it.
@@ -246,25 +186,46 @@ pub(crate) async fn known(
     connection: &mut Session,
     event_ids: &[Uuid],
     ids: &[i64],
-) -> Result<HashMap<Uuid, Known>, sqlx::Error> {
-    let rows: Vec<(Uuid, i64, String)> = sqlx::query_as(
-        "select o.event_id, o.id, o.xid::text from unnest($1::uuid[], $2::bigint[]) as t(event_id, id)
-           join aftercommit.outbox o on o.id = t.id and o.event_id = t.event_id",
+) -> Result<HashMap<(Uuid, i64), Known>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select o.event_id, o.id, o.xid::text, o.type, o.version, o.key, o.content_type, o.created_at,
+                case when o.headers <> '{}' then o.headers::text end, sha256(o.payload)
+           from unnest($1::uuid[], $2::bigint[]) as t(event_id, id)
+           join aftercommit.outbox o on o.id = t.id and o.event_id = t.event_id
+          where aftercommit.reads_up_to(pg_current_snapshot())",
     )
     .bind(event_ids)
     .bind(ids)
     .fetch_all(connection)
     .await?;
-    let number = |xid: String| xid.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)));
-    rows.into_iter().map(|(event_id, id, xid)| Ok((event_id, Known { id, xid: number(xid)? }))).collect()
+    rows.iter()
+        .map(|row| {
+            let (event_id, id): (Uuid, i64) = (row.try_get(0)?, row.try_get(1)?);
+            let xid = row.try_get::<&str, _>(2)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
+            let digest = Digest::of(&Contents {
+                event_type: row.try_get(3)?,
+                version: row.try_get::<i32, _>(4)?.unsigned_abs(),
+                key: row.try_get(5)?,
+                content_type: row.try_get(6)?,
+                time: row.try_get(7)?,
+                headers: &read_headers(row.try_get(8)?)?,
+                payload: row.try_get(9)?,
+            });
+            Ok(((event_id, id), Known { id, xid, digest }))
+        })
+        .collect()
 }
 
 /// The outbox's first id and when it was written; what came before has been removed.
 pub(crate) async fn first(connection: &mut Session) -> Result<Option<(i64, DateTime<Utc>)>, sqlx::Error> {
-    sqlx::query_as("select id, created_at from aftercommit.outbox order by id limit 1").fetch_optional(connection).await
+    let first: Option<(i64, time::Time)> =
+        sqlx::query_as("select id, created_at from aftercommit.outbox order by id limit 1")
+            .fetch_optional(connection)
+            .await?;
+    Ok(first.map(|(id, time)| (id, time.0)))
 }
 
-fn event(row: &PgRow) -> Result<OutboxEvent, sqlx::Error> {
+pub(super) fn event(row: &PgRow) -> Result<OutboxEvent, sqlx::Error> {
     let payload: Option<Vec<u8>> = row.try_get(8)?;
     let body = match payload {
         Some(payload) => Some(read_body(row.try_get(7)?, payload)?),
@@ -277,7 +238,7 @@ fn event(row: &PgRow) -> Result<OutboxEvent, sqlx::Error> {
         version: row.try_get(3)?,
         key: row.try_get(4)?,
         content_type: row.try_get(5)?,
-        created_at: row.try_get(6)?,
+        created_at: time::at(row, 6)?,
         body,
     })
 }

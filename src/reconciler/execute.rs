@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use metrics::counter;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -52,6 +53,8 @@ enum End {
 pub(super) struct Executor {
     pub(super) connections: Arc<Connections>,
     pub(super) process: String,
+    /// How many jobs of a runner have their turn at the same time.
+    pub(super) turns: Arc<Semaphore>,
 }
 
 impl Executor {

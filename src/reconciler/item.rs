@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind, causes, panic_text};
 use crate::fault;
 use crate::postgres::finding::{Finding, State};
 use crate::postgres::session::{Session, Tx};
-use crate::postgres::{self, inbox};
+use crate::postgres::{self, handling, inbox};
 
 /// Why a page or an item failed. Takes any error by `?`.
 pub type ItemError = Box<dyn StdError + Send + Sync>;
@@ -62,7 +62,8 @@ pub trait Reconciler: Send + Sync + 'static {
     /// only reports; so all effects belong into the transaction.
     ///
     /// # Errors
-    /// Any error makes this item fail, and the run goes on with the next. A lost connection makes the run fail instead.
+    /// Any error makes this item fail, and the run goes on with the next. A lost connection has it run once more; while the
+    /// database does not answer the run fails instead.
     fn reconcile(&self, tx: &mut PgTransaction<'_>, key: &str)
     -> impl Future<Output = Result<Drift, ItemError>> + Send;
 
@@ -142,6 +143,8 @@ enum Trouble {
     Failed(String),
     /// PostgreSQL undid it because of others; the same again may well succeed.
     Conflict(String),
+    /// Its session ended, or an outage would look like that.
+    Lost(String),
     /// The database is away: no item's fault.
     Outage(String),
 }
@@ -201,7 +204,9 @@ impl<R: Reconciler> ItemJob<R> {
                     run.repaired(drift);
                     fine.push(key.clone());
                 }
-                Err(Trouble::Outage(reason)) => return Err(Error::new(ErrorKind::Database, reason)),
+                Err(Trouble::Outage(reason) | Trouble::Lost(reason)) => {
+                    return Err(Error::new(ErrorKind::Database, reason));
+                }
                 Err(Trouble::Failed(reason) | Trouble::Conflict(reason)) => {
                     failures.push(Failure { item: key.clone(), reason });
                 }
@@ -218,7 +223,7 @@ impl<R: Reconciler> ItemJob<R> {
         let limit = self.reconciler.page_size();
         let page = self.transact(run, true, async |tx| self.reconciler.page(tx, after, limit).await).await;
         let mut keys = page.map_err(|trouble| match trouble {
-            Trouble::Failed(reason) | Trouble::Conflict(reason) | Trouble::Outage(reason) => {
+            Trouble::Failed(reason) | Trouble::Conflict(reason) | Trouble::Lost(reason) | Trouble::Outage(reason) => {
                 Error::new(ErrorKind::Database, format!("the next page of items cannot be read: {reason}"))
             }
         })?;
@@ -227,7 +232,7 @@ impl<R: Reconciler> ItemJob<R> {
     }
 
     async fn item(&self, run: &Run, key: &str) -> Result<u64, Trouble> {
-        let mut tries = 0;
+        let (mut tries, mut lost) = (0, false);
         loop {
             let undo = run.mode == Mode::Report;
             let result = self.transact(run, undo, async |tx| self.reconciler.reconcile(tx, key).await).await;
@@ -235,6 +240,13 @@ impl<R: Reconciler> ItemJob<R> {
                 Err(Trouble::Conflict(_)) if tries < CONFLICTS => {
                     tries += 1;
                     tokio::time::sleep(CONFLICT.after(tries)).await;
+                }
+                // While the database answers it is no outage; when the item does it again, it is its doing.
+                Err(Trouble::Lost(reason)) if self.answers(run).await => {
+                    if lost {
+                        return Err(Trouble::Failed(format!("its database session was lost twice: {reason}")));
+                    }
+                    lost = true;
                 }
                 result => return result.map(Drift::differences),
             }
@@ -248,13 +260,25 @@ impl<R: Reconciler> ItemJob<R> {
         undo: bool,
         work: impl AsyncFnOnce(&mut PgTransaction<'_>) -> Result<T, ItemError>,
     ) -> Result<T, Trouble> {
-        let mut session = self.own(run.connections.take()).await?;
+        let mut session = self.own(run.connections.take_for_others()).await?;
         let result = self.transact_on(&mut session, undo, work).await;
+        if result.is_ok() && self.own(handling::reset(&mut session)).await.is_err() {
+            drop(session);
+            return result;
+        }
         match &result {
-            Err(Trouble::Outage(_)) => run.connections.forget_idle(),
-            _ => run.connections.give_back(session),
+            Err(Trouble::Outage(_) | Trouble::Lost(_)) => run.connections.forget_idle(),
+            // Whether its session is in order is known only of an item that was done.
+            Err(_) => {}
+            Ok(_) => run.connections.give_back(session),
         }
         result
+    }
+
+    /// Whether the database takes a statement over a new connection.
+    async fn answers(&self, run: &Run) -> bool {
+        run.connections.forget_idle();
+        self.own(run.connections.run(async |session| inbox::answers(session).await)).await.is_ok()
     }
 
     async fn transact_on<T>(
@@ -266,10 +290,10 @@ impl<R: Reconciler> ItemJob<R> {
         let limit = self.reconciler.time_limit();
         let mut tx = self.own(inbox::begin(session, limit)).await?;
         let run = AssertUnwindSafe(work(tx.for_others())).catch_unwind();
-        let result = match timeout(limit, run).await {
-            Ok(Ok(result)) => result.map_err(|error| sort(&*error)),
-            Ok(Err(panic)) => Err(Trouble::Failed(format!("it panicked: {}", panic_text(&*panic)))),
-            Err(_) => Err(Trouble::Failed(format!("it ran longer than its time limit of {limit:?}"))),
+        let (result, gave_up) = match timeout(limit, run).await {
+            Ok(Ok(result)) => (result.map_err(|error| sort(&*error)), false),
+            Ok(Err(panic)) => (Err(Trouble::Failed(format!("it panicked: {}", panic_text(&*panic)))), false),
+            Err(_) => (Err(Trouble::Failed(format!("it ran longer than its time limit of {limit:?}"))), true),
         };
         match result {
             Ok(value) if undo => self.own(tx.rollback()).await.map(|()| value),
@@ -279,9 +303,12 @@ impl<R: Reconciler> ItemJob<R> {
                 fault::point("reconciler-committed");
                 Ok(value)
             }
-            // Waits for a statement that still runs. When even that fails the connection is gone, whatever the user's
-            // code made of it.
-            Err(trouble) => self.own(tx.rollback()).await.and(Err(trouble)),
+            // Waits for a statement that still runs. When even that fails the session is gone, whatever the user's code made
+            // of it; behind an item that was given up that is no wonder.
+            Err(trouble) => match self.own(tx.rollback()).await {
+                Err(lost) if !gave_up => Err(lost),
+                _ => Err(trouble),
+            },
         }
     }
 
@@ -295,7 +322,7 @@ impl<R: Reconciler> ItemJob<R> {
     async fn own<T>(&self, statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, Trouble> {
         match timeout(self.reconciler.time_limit() + GRACE, statement).await {
             Ok(result) => result.map_err(|error| sort(&error)),
-            Err(_) => Err(Trouble::Outage("PostgreSQL does not answer".into())),
+            Err(_) => Err(Trouble::Lost("PostgreSQL does not answer".into())),
         }
     }
 }
@@ -323,6 +350,9 @@ impl<R: Reconciler> Job for ItemJob<R> {
 /// Is it the item's fault, or the world's around it?
 fn sort(error: &(dyn StdError + 'static)) -> Trouble {
     match causes(error).find_map(|cause| cause.downcast_ref()) {
+        Some(cause) if postgres::ends_session(cause) || postgres::is_doubtful(cause) => {
+            Trouble::Lost(postgres::describe(error))
+        }
         Some(cause) if postgres::is_outage(cause) => Trouble::Outage(postgres::describe(error)),
         Some(cause) if postgres::is_conflict(cause) => Trouble::Conflict(postgres::describe(error)),
         _ => Trouble::Failed(postgres::describe(error)),

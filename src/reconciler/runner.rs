@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -25,6 +25,8 @@ use crate::postgres::{lease, reconcile};
 const LOOK: Duration = Duration::from_secs(5);
 /// The shortest.
 const SHORT_LOOK: Duration = Duration::from_millis(50);
+/// Reconcilers of one process that run at the same time: each has up to three connections.
+const TURNS: usize = 16;
 
 /// Runs reconcilers, each once per interval however many processes do the same.
 ///
@@ -175,7 +177,7 @@ impl Runner {
     fn executor(&self) -> Result<Executor, Error> {
         check(&self.jobs)?;
         let connections = Arc::new(Connections::new(&self.postgres, "aftercommit-reconciler")?);
-        Ok(Executor { connections, process: lease::new_holder() })
+        Ok(Executor { connections, process: lease::new_holder(), turns: Arc::new(Semaphore::new(TURNS)) })
     }
 }
 
@@ -250,6 +252,8 @@ async fn serve(executor: Executor, job: Arc<dyn Job>, stop: CancellationToken) {
 
 /// Runs the job if it is due, and returns when to look again.
 async fn turn(executor: &Executor, job: &dyn Job, stop: &CancellationToken) -> Result<Duration, Error> {
+    // It is never closed.
+    let _turn = executor.turns.acquire().await;
     let interval = job.schedule().interval;
     let due_in = executor.connections.run(async |session| reconcile::due_in(session, job.name(), interval).await);
     let due_in = due_in

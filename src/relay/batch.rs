@@ -82,10 +82,12 @@ impl BatchPump<'_> {
         waiting: &mut VecDeque<Prepared>,
     ) -> Result<Pumped, Error> {
         let mut under_way: Option<Batch> = None;
+        // Whether the server has opened a batch as such.
+        let mut proven = false;
         loop {
             let filled = self.fill(chunks, waiting).await?;
             let staged = match filled {
-                Filled::More => match self.stage(waiting).await? {
+                Filled::More => match self.stage(waiting, &mut proven).await? {
                     Ok(staged) => staged,
                     Err(doubt) => return Ok(Pumped::Doubt(doubt)),
                 },
@@ -134,8 +136,13 @@ impl BatchPump<'_> {
         Ok(Filled::More)
     }
 
-    /// Sends the next batch but for its last message.
-    async fn stage(&mut self, waiting: &mut VecDeque<Prepared>) -> Result<Result<Option<Staged>, Doubt>, Error> {
+    /// Sends the next batch but for its last message. Of the first batch, nothing follows the first message before the
+    /// server has opened a batch with it: a server that knows none would store the others by themselves, unchecked.
+    async fn stage(
+        &mut self,
+        waiting: &mut VecDeque<Prepared>,
+        proven: &mut bool,
+    ) -> Result<Result<Option<Staged>, Doubt>, Error> {
         let mut bytes = 0;
         let fits = |prepared: &&Prepared| {
             bytes += prepared.event.bytes;
@@ -150,6 +157,12 @@ impl BatchPump<'_> {
             let place = BatchPlace { id: &id, position, last: false, behind };
             if let Some(doubt) = self.send(prepared, place).await? {
                 return Ok(Err(doubt));
+            }
+            if !*proven {
+                if let Some(doubt) = self.opened(batch).await? {
+                    return Ok(Err(doubt));
+                }
+                *proven = true;
             }
         }
         Ok(Ok(waiting.pop_front().map(|last| Staged { batch, id, behind, last })))
@@ -182,6 +195,7 @@ impl BatchPump<'_> {
                 Ok(None)
             }
             Err(SendError::TooLarge { limit }) => Ok(Some(Doubt::TooLarge { event: Box::new(event), limit })),
+            Err(SendError::Renewed) => Ok(Some(Doubt::ConnectionLost)),
             Err(SendError::Closed) => Err(closed()),
         }
     }
@@ -190,6 +204,28 @@ impl BatchPump<'_> {
     async fn hear(&mut self, batch: Batch, next: Option<&Staged>) -> Result<Option<Doubt>, Error> {
         let next = next.map(|next| next.batch.first);
         match tokio::time::timeout(self.setting.limits.ack_timeout, self.committed(batch, next)).await {
+            Ok(outcome) => outcome,
+            Err(_) => Ok(Some(self.timeout())),
+        }
+    }
+
+    /// Waits until the server has opened a batch, before which nothing else is under way.
+    async fn opened(&mut self, batch: Batch) -> Result<Option<Doubt>, Error> {
+        let opened = async {
+            loop {
+                let Some((number, answer)) = self.publisher.answer().await else { return Err(closed()) };
+                match answer {
+                    Answer::Unreadable if number == batch.first => return Ok(None),
+                    Answer::Stored { .. } if number == batch.first => return Ok(Some(Doubt::Unbatched)),
+                    other => {
+                        if let Err(doubt) = self.chain.answered(number, other) {
+                            return Ok(Some(doubt));
+                        }
+                    }
+                }
+            }
+        };
+        match tokio::time::timeout(self.setting.limits.ack_timeout, opened).await {
             Ok(outcome) => outcome,
             Err(_) => Ok(Some(self.timeout())),
         }
@@ -206,7 +242,7 @@ impl BatchPump<'_> {
                 Answer::Stored { stream, sequence, .. } if number == batch.last() => {
                     return Ok(match self.chain.committed(batch.size, stream, sequence) {
                         Ok(stored) => {
-                            self.setting.progress.stored(&stored, self.chain.sequence());
+                            self.setting.stored(stored, self.chain.sequence());
                             fault::point("relay-acknowledged");
                             None
                         }
@@ -215,7 +251,13 @@ impl BatchPump<'_> {
                 }
                 // This batch, or the next one, is open.
                 Answer::Unreadable if (number == batch.first && batch.size > 1) || Some(number) == next => {}
-                other => return Ok(self.chain.answered(number, other).err()),
+                // One message of the batch by itself.
+                Answer::Stored { .. } if number >= batch.first => return Ok(Some(Doubt::Unbatched)),
+                other => {
+                    if let Err(doubt) = self.chain.answered(number, other) {
+                        return Ok(Some(doubt));
+                    }
+                }
             }
         }
     }

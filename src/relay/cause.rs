@@ -17,6 +17,10 @@ const NOTHING_IS_STORED: &str = "the server answers, but stores nothing and does
 const NO_JETSTREAM: &str = "nats-server is there, but JetStream does not answer: see its log and /healthz; \
      a member of a cluster turns JetStream off when its disk is full: make room, then restart it";
 
+/// What an operator can do when a server takes batches for single messages.
+const NO_BATCHES: &str = "a server of the cluster is older than nats-server 2.12.1: messages go out one by one until the relay \
+     leads anew; upgrade all servers";
+
 /// What an operator can do when the stream cannot be read for the `failures`-th time. Once may be a change of its leader, and
 /// a missing stream, leader or connection says so itself.
 pub(super) fn unreadable(error: &Error, failures: u32, connected: bool) -> Option<&'static str> {
@@ -53,7 +57,8 @@ impl Cause {
             *self = Self { end, ..Self::default() };
         }
         let class = Class::of(doubt);
-        let told = Told { class, code: doubt.code(), error: doubt.to_string(), remedy: class.remedy(doubt.code()) };
+        let remedy = if *doubt == Doubt::Unbatched { NO_BATCHES } else { class.remedy(doubt.code()) };
+        let told = Told { class, code: doubt.code(), error: doubt.to_string(), remedy };
         match (class, doubt) {
             (Class::BackPressure, _) => {
                 self.named = Some(told.clone());
@@ -101,6 +106,8 @@ mod tests {
             bytes: 1,
             created_at: chrono::DateTime::UNIX_EPOCH,
             sent_at: None,
+            sequence: 0,
+            digest: None,
         })
     }
 

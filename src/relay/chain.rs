@@ -10,7 +10,9 @@ use std::time::Instant;
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
+use crate::digest::Digest;
 use crate::jetstream::publisher::{Answer, Predecessor};
+use crate::jetstream::stream::Stored;
 
 /// A message that was sent and has not been answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,9 +28,22 @@ pub(super) struct Sent {
     pub(super) created_at: DateTime<Utc>,
     /// When it was handed to the connection; for the metrics.
     pub(super) sent_at: Option<Instant>,
+    /// Where it is stored; 0 until that is known.
+    pub(super) sequence: u64,
+    /// Of what the event is made of. Only for a stream with other writers, where the server's word for a repeat is checked
+    /// while others are under way.
+    pub(super) digest: Option<Digest>,
 }
 
 impl Sent {
+    /// Whether a message is this event, and does not only say so.
+    pub(super) fn is(&self, message: &Stored) -> bool {
+        message.identity.as_ref().is_some_and(|identity| {
+            let ids = (identity.event_id, identity.outbox_id, Some(identity.digest));
+            ids == (self.event_id, self.outbox_id, self.digest)
+        })
+    }
+
     /// Its `Nats-Msg-Id`.
     pub(super) fn message_id(&self) -> String {
         self.renamed.clone().unwrap_or_else(|| self.event_id.to_string())
@@ -75,6 +90,8 @@ pub(super) enum Doubt {
     Unanswered { event: Box<Sent>, complaint: Option<String> },
     /// The connection broke while messages were under way.
     ConnectionLost,
+    /// The server stores the messages of an atomic batch one by one, because it does not know batches.
+    Unbatched,
     /// An event is larger than the server takes; it was not sent.
     TooLarge { event: Box<Sent>, limit: usize },
 }
@@ -88,7 +105,9 @@ impl Doubt {
             | Self::Misplaced { event, .. }
             | Self::Unanswered { event, .. }
             | Self::TooLarge { event, .. } => Some(event),
-            Self::NoResponders | Self::Unreadable | Self::Timeout { .. } | Self::ConnectionLost => None,
+            Self::NoResponders | Self::Unreadable | Self::Timeout { .. } | Self::ConnectionLost | Self::Unbatched => {
+                None
+            }
         }
     }
 
@@ -118,6 +137,7 @@ impl fmt::Display for Doubt {
                 write!(f, "no acknowledgement, and it is not stored; the server says: {text}")
             }
             Self::ConnectionLost => f.write_str("the connection to nats broke"),
+            Self::Unbatched => f.write_str("the server stores the messages of an atomic batch one by one"),
             Self::TooLarge { limit, .. } => write!(f, "larger than the server's max_payload of {limit} bytes"),
         }
     }
@@ -211,8 +231,9 @@ impl Chain {
 
     fn advance(&mut self) -> Vec<Sent> {
         let mut done = Vec::new();
-        while let Some((event, _)) = self.under_way.pop_front_if(|(_, stored)| *stored) {
+        while let Some((mut event, _)) = self.under_way.pop_front_if(|(_, stored)| *stored) {
             self.sequence += 1;
+            event.sequence = self.sequence;
             self.first_number += 1;
             self.bytes -= event.bytes;
             event.tell_published(&self.stream, self.sequence);
@@ -248,7 +269,13 @@ mod tests {
             bytes: 10,
             created_at: DateTime::UNIX_EPOCH,
             sent_at: None,
+            sequence: 0,
+            digest: None,
         }
+    }
+
+    fn at(outbox_id: i64, sequence: u64) -> Sent {
+        Sent { sequence, ..event(outbox_id) }
     }
 
     fn chain(events: i64) -> Chain {
@@ -289,7 +316,7 @@ mod tests {
         chain.sent(event(1));
         let behind_first = Predecessor { sequence: 41, message_id: Some("m1".into()) };
         assert_eq!(chain.predecessor(), behind_first);
-        assert_eq!(chain.answered(0, stored(41)), Ok(vec![event(1)]));
+        assert_eq!(chain.answered(0, stored(41)), Ok(vec![at(1, 41)]));
         assert_eq!(chain.predecessor(), behind_first);
     }
 
@@ -298,7 +325,7 @@ mod tests {
         let mut chain = Chain::behind("E", 40, false);
         chain.sent(event(1));
         assert_eq!(chain.predecessor(), Predecessor { sequence: 41, message_id: None });
-        assert_eq!(chain.answered(0, stored(41)), Ok(vec![event(1)]));
+        assert_eq!(chain.answered(0, stored(41)), Ok(vec![at(1, 41)]));
         assert_eq!(chain.predecessor(), Predecessor { sequence: 41, message_id: None });
     }
 
@@ -307,10 +334,10 @@ mod tests {
         let mut chain = chain(3);
         assert_eq!(chain.answered(1, stored(42)), Ok(vec![]));
         assert_eq!(chain.sequence(), 40);
-        assert_eq!(chain.answered(0, stored(41)), Ok(vec![event(1), event(2)]));
+        assert_eq!(chain.answered(0, stored(41)), Ok(vec![at(1, 41), at(2, 42)]));
         assert_eq!((chain.sequence(), chain.load()), (42, (1, 10)));
         assert_eq!(chain.answered(0, stored(41)), Ok(vec![]), "an old answer again");
-        assert_eq!(chain.answered(2, stored(43)), Ok(vec![event(3)]));
+        assert_eq!(chain.answered(2, stored(43)), Ok(vec![at(3, 43)]));
         assert_eq!(chain.load(), (0, 0));
     }
 
@@ -320,7 +347,7 @@ mod tests {
         assert!(chain.committed(3, "E".into(), 42).is_err(), "one is missing");
         assert!(chain.committed(3, "F".into(), 43).is_err(), "another stream");
         chain.sent(event(4));
-        assert_eq!(chain.committed(3, "E".into(), 43), Ok(vec![event(1), event(2), event(3)]));
+        assert_eq!(chain.committed(3, "E".into(), 43), Ok(vec![at(1, 41), at(2, 42), at(3, 43)]));
         assert_eq!((chain.sequence(), chain.load()), (43, (1, 10)), "the next one is under way");
     }
 

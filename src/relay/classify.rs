@@ -62,7 +62,7 @@ impl Class {
             Doubt::Refused { code, .. } => Self::of_code(*code),
             Doubt::NoResponders => Self::Retry,
             Doubt::Duplicate { .. } => Self::Fenced,
-            Doubt::Misplaced { .. } => Self::Alarm,
+            Doubt::Misplaced { .. } | Doubt::Unbatched => Self::Alarm,
             Doubt::Timeout { complaint: Some(text) } | Doubt::Unanswered { complaint: Some(text), .. }
                 if text.contains("Permissions Violation") =>
             {

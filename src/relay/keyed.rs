@@ -72,13 +72,20 @@ impl Keyed {
         self.next_number += 1;
     }
 
-    /// Takes an answer in: the event that is stored now. A repeat counts as stored.
+    /// The event under way with this number.
+    pub(super) fn event(&self, number: u64) -> Option<&Sent> {
+        self.under_way.get(&number)
+    }
+
+    /// Takes an answer in: the event that is stored now. A repeat is a doubt: the server remembers the id of a message that
+    /// may be gone, or may be somebody else's.
     pub(super) fn answered(&mut self, number: u64, answer: Answer) -> Result<Vec<Sent>, Doubt> {
         let Some(event) = self.under_way.get(&number).cloned().map(Box::new) else { return Ok(Vec::new()) };
         match answer {
             Answer::Stored { stream, sequence, .. } if stream != self.stream => {
                 Err(Doubt::Misplaced { event, stream, sequence })
             }
+            Answer::Stored { sequence, duplicate: true, .. } => Err(Doubt::Duplicate { event, sequence }),
             Answer::Stored { sequence, .. } => {
                 self.under_way.remove(&number);
                 self.bytes -= event.bytes;
@@ -87,7 +94,7 @@ impl Keyed {
                 }
                 self.sequence = self.sequence.max(sequence);
                 event.tell_published(&self.stream, sequence);
-                Ok(vec![*event])
+                Ok(vec![Sent { sequence, ..*event }])
             }
             Answer::Refused { code, description } => Err(Doubt::Refused { event, code, description }),
             Answer::NoResponders => Err(Doubt::NoResponders),
@@ -109,6 +116,8 @@ mod tests {
             bytes: 1,
             created_at: chrono::DateTime::UNIX_EPOCH,
             sent_at: None,
+            sequence: 0,
+            digest: None,
         }
     }
 
@@ -146,13 +155,15 @@ mod tests {
     }
 
     #[test]
-    fn a_repeat_is_stored_and_another_stream_is_not() {
+    fn neither_a_repeat_nor_another_stream_counts_as_stored() {
         let mut keyed = Keyed::new("S", 0);
         keyed.sent(event(1, Some("a")));
         let other = Answer::Stored { stream: "T".into(), sequence: 1, duplicate: false };
         assert!(keyed.answered(0, other).is_err());
         let repeat = Answer::Stored { stream: "S".into(), sequence: 1, duplicate: true };
-        assert_eq!(keyed.answered(0, repeat).map(|events| events.len()), Ok(1));
+        assert!(matches!(keyed.answered(0, repeat), Err(Doubt::Duplicate { sequence: 1, .. })));
+        assert_eq!(keyed.load().0, 1);
+        assert_eq!(keyed.answered(0, stored(1)).unwrap()[0].sequence, 1);
         assert_eq!(keyed.load(), (0, 0));
     }
 }

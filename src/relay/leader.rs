@@ -1,7 +1,8 @@
 //! The leading relay: opens windows and sees each one into the stream.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -11,46 +12,56 @@ use tokio_util::sync::CancellationToken;
 
 use super::batch::BatchPump;
 use super::cause::{Cause, Told, unreadable};
-use super::chain::Doubt;
+use super::chain::{Doubt, Sent};
 use super::classify::Class;
+use super::guard;
 use super::method::Method;
 use super::polling::{self, Polling};
 use super::progress::Progress;
-use super::pump::{Limits, Pump, Pumped, Setting};
+use super::pump::{Checks, Limits, Pump, Pumped, Setting};
 use super::reader::{Exceptions, Prepared, Reader, Remainder};
 use super::repairs::Repairs;
-use super::resume::Found;
+use super::resume::{Found, There, note};
 use super::under_way::UnderWay;
-use super::{ParkPolicy, RelayConfig};
+use super::{Mode, ParkPolicy, RelayConfig};
 use crate::backoff::Backoff;
 use crate::config::Naming;
 use crate::error::{Error, ErrorKind};
 use crate::fault;
 use crate::health::Phase;
 use crate::jetstream::Connection;
-use crate::jetstream::publisher::{Messages, Publisher};
+use crate::jetstream::publisher::Publisher;
 use crate::jetstream::stream::StreamReader;
+use crate::postgres::fence::Written;
 use crate::postgres::relay_log::{self, Appended, Base, Opening, State};
 use crate::postgres::session::Session;
 use crate::postgres::snapshot::Mark;
-use crate::postgres::{database_error, parked, window};
+use crate::postgres::window::Watch;
+use crate::postgres::{database_error, parked};
 
 /// After so long without news the window is closed in the log, and its mark moves past transactions that came to
-/// nothing. Also how often released events are looked for.
+/// nothing. Also how often the leader looks whether keys wait for nothing any more.
 const REST: Duration = Duration::from_secs(1);
 /// So many ids that were handed out and not committed move the mark at once, so that looks stay cheap.
 const MANY_IDS: i64 = 1000;
+/// So many blocked keys are looked at at a time.
+const KEYS: usize = 1000;
 /// How often a leader looks, between two windows, whether the stream is still as it left it.
 const STREAM_LOOK: Duration = Duration::from_secs(5);
 /// Waits between tries when the stream is full or a setting is wrong.
-const SLOW: Backoff = Backoff { first: Duration::from_millis(250), max: Duration::from_secs(5) };
+pub(super) const SLOW: Backoff = Backoff { first: Duration::from_millis(250), max: Duration::from_secs(5) };
 
 /// The server's error when a batch holds a message that the stream has already.
 const REPEAT_IN_BATCH: u64 = 10201;
 
+/// Its error when it is about to store a message of this id, or believes so.
+const ID_IN_PROCESS: u64 = 10158;
+
 /// A leader's tools and state. It is dropped, wherever it is, when the lease is lost.
 pub(super) struct Leader<'a> {
     pub(super) config: &'a RelayConfig,
+    /// Under which it leads.
+    pub(super) epoch: i64,
     pub(super) naming: Arc<Naming>,
     pub(super) connection: &'a Connection,
     pub(super) log: Session,
@@ -58,6 +69,8 @@ pub(super) struct Leader<'a> {
     pub(super) publisher: Publisher,
     pub(super) stream: StreamReader,
     pub(super) state: State,
+    /// Looks for what `state` does not hold.
+    pub(super) watch: Option<Watch>,
     /// Whether the open window may have events that are not in the stream yet.
     pub(super) unfinished: bool,
     /// What is under way; none when the stream must be looked at first.
@@ -71,11 +84,19 @@ pub(super) struct Leader<'a> {
     /// When the stream was created; none until it was looked at.
     pub(super) stream_created: Option<DateTime<Utc>>,
     pub(super) exceptions: Exceptions,
+    /// How many of the blocked keys have been looked at in this round.
+    pub(super) unblocked: usize,
+    /// The stream may hold events of the window in no known order.
+    pub(super) disordered: bool,
     pub(super) repairs: Repairs,
     pub(super) method: Method,
     pub(super) cause: Cause,
     pub(super) progress: &'a Progress,
     pub(super) paused: watch::Receiver<bool>,
+    /// Whether the stream's settings would lose events at present.
+    pub(super) unfit: watch::Receiver<bool>,
+    /// Since when events are too large that would not be by default; none when none is.
+    pub(super) limit_since: Option<Instant>,
     pub(super) shutdown: &'a CancellationToken,
 }
 
@@ -101,28 +122,23 @@ impl Leader<'_> {
                 self.finish().await?;
                 continue;
             }
-            if last_rest.elapsed() > REST {
-                if !self.publish_released().await? {
-                    continue;
-                }
-                last_rest = Instant::now();
-            }
-            if self.repairs.are_due() && !self.publish_repairs().await? {
-                continue;
-            }
-            if self.under_way.is_none() {
-                continue;
-            }
             if last_stream_look.elapsed() > STREAM_LOOK {
                 last_stream_look = Instant::now();
                 self.look_at_stream().await;
                 continue;
             }
-            let handled = self.handled();
-            let look = window::look(&mut self.log, &handled)
-                .await
-                .map_err(|error| database_error("looking for new events failed", error))?;
-            let unseen = look.last_id - handled.last_id;
+            if last_rest.elapsed() > REST {
+                last_rest = Instant::now();
+                self.unblock_keys().await?;
+            }
+            if self.publish_repairs().await? {
+                continue;
+            }
+            let look = self.look().await?;
+            let unseen = look.last_id - self.handled().last_id;
+            if !look.orderly || unseen < 0 {
+                self.correct_ids().await?;
+            }
             if look.news || unseen > MANY_IDS {
                 self.open().await?;
                 if look.news {
@@ -131,7 +147,7 @@ impl Leader<'_> {
                 }
                 continue;
             }
-            if self.config.once && !self.repairs.waiting {
+            if self.config.once && !self.repairs.any_waiting() {
                 return self.settle().await;
             }
             if last_news.elapsed() > REST {
@@ -169,8 +185,8 @@ impl Leader<'_> {
     }
 
     /// Up to where every event is in the stream.
-    fn handled(&self) -> Mark {
-        self.state.target.as_ref().unwrap_or(&self.state.settled).clone()
+    pub(super) fn handled(&self) -> &Mark {
+        self.state.target.as_ref().unwrap_or(&self.state.settled)
     }
 
     /// Opens the next window, unless the stream must be looked at first.
@@ -188,6 +204,7 @@ impl Leader<'_> {
         fault::point("relay-after-barrier");
         self.exceptions.present.clear();
         self.exceptions.renamed.clear();
+        self.exceptions.forged.clear();
         self.method.go_on();
         self.exceptions.found = Arc::default();
         self.found = Found::default();
@@ -214,8 +231,48 @@ impl Leader<'_> {
 
     pub(super) async fn load_parked(&mut self) -> Result<(), Error> {
         let parked = parked::load(&mut self.log).await.map_err(reading_parked)?;
-        (self.exceptions.any_parked, self.exceptions.blocked_keys) = (parked.any, parked.keys);
+        self.exceptions.last_parked.fetch_max(parked.last_id, Ordering::Relaxed);
+        self.exceptions.blocked_keys = Arc::new(match self.config.park_policy {
+            ParkPolicy::Block => parked.keys,
+            ParkPolicy::Skip => HashSet::new(),
+        });
         Ok(())
+    }
+
+    /// Lets those keys go of which nothing is parked any more, a bounded number at a time.
+    async fn unblock_keys(&mut self) -> Result<(), Error> {
+        let Exceptions { blocked_keys, .. } = &self.exceptions;
+        if blocked_keys.is_empty() {
+            return Ok(());
+        }
+        let keys: Vec<&str> = blocked_keys
+            .iter()
+            .map(String::as_str)
+            .cycle()
+            .skip(self.unblocked)
+            .take(KEYS.min(blocked_keys.len()))
+            .collect();
+        self.unblocked = (self.unblocked + keys.len()) % blocked_keys.len();
+        let keys: Vec<String> = keys.into_iter().map(String::from).collect();
+        self.unblock(&keys).await
+    }
+
+    /// The same for these keys.
+    pub(super) async fn unblock(&mut self, keys: &[String]) -> Result<(), Error> {
+        let free = parked::let_go(&mut self.log, self.epoch, keys).await.map_err(reading_parked)?.ok_or_else(fenced)?;
+        if !free.is_empty() {
+            let blocked = Arc::make_mut(&mut self.exceptions.blocked_keys);
+            free.iter().for_each(|key| _ = blocked.remove(key));
+        }
+        Ok(())
+    }
+
+    /// How many rows a fenced write has changed.
+    pub(super) fn led(&self, written: Result<Written, sqlx::Error>, doing: &str) -> Result<u64, Error> {
+        match written.map_err(|error| database_error(format!("{doing} failed"), error))? {
+            Written::Rows(rows) => Ok(rows),
+            Written::Fenced => Err(fenced()),
+        }
     }
 
     pub(super) fn append(&mut self, appended: Result<Appended, sqlx::Error>) -> Result<(), Error> {
@@ -243,7 +300,7 @@ impl Leader<'_> {
                         let remedy = unreadable(&error, failures, self.connection.is_up());
                         let way_out = remedy.map(|remedy| format!("; {remedy}")).unwrap_or_default();
                         self.progress.state(format!("waiting for the stream: {}{way_out}", error.report()));
-                        tracing::warn!(error = error.report(), remedy, "cannot read the stream's end, trying again");
+                        tracing::warn!(error = error.report(), remedy, "cannot go on with the stream, trying again");
                         self.rest(Backoff::RECONNECT.after(failures)).await;
                         continue;
                     }
@@ -254,7 +311,13 @@ impl Leader<'_> {
                 return Ok(());
             };
             let before = self.under_way.as_ref().map_or(0, UnderWay::sequence);
-            match self.pump(target, after).await? {
+            let unfit = guard::turns_unfit(self.unfit.clone());
+            let pumped = tokio::select! {
+                pumped = self.pump(target, after) => pumped?,
+                // Whatever is on its way is found again when the settings are mended.
+                () = unfit => Pumped::Stopped,
+            };
+            match pumped {
                 Pumped::Done => {
                     fault::point("relay-window-done");
                     self.progress.window_done();
@@ -265,7 +328,11 @@ impl Leader<'_> {
                     }
                     return Ok(());
                 }
-                Pumped::Stopped => self.under_way = None,
+                Pumped::Stopped => {
+                    self.under_way = None;
+                    self.publisher.restart();
+                }
+                Pumped::Doubt(doubt) if self.waits_for_room(&doubt, failures + 1).await => failures += 1,
                 Pumped::Doubt(doubt) => {
                     let went_on = self.under_way.as_ref().is_some_and(|under_way| under_way.sequence() > before);
                     failures = if went_on { 1 } else { failures + 1 };
@@ -284,9 +351,11 @@ impl Leader<'_> {
             connection: self.reader.clone(),
             naming: self.naming.clone(),
             exceptions: self.exceptions.clone(),
+            epoch: self.epoch,
+            shared: self.config.mode == Mode::Shared,
         };
         let reader = tokio::spawn(reader.run(remainder, chunks));
-        let pumped = self.publish(received).await;
+        let pumped = self.publish(received, None).await;
         // It has ended or ends at its next send, since nobody listens any more.
         reader.await.map_err(|error| Error::with_source(ErrorKind::Database, "the outbox reader failed", error))?;
         pumped
@@ -295,21 +364,23 @@ impl Leader<'_> {
     pub(super) async fn publish(
         &mut self,
         mut chunks: mpsc::Receiver<Result<Vec<Prepared>, Error>>,
+        stored: Option<mpsc::UnboundedSender<Sent>>,
     ) -> Result<Pumped, Error> {
         let (publisher, mut waiting) = (&mut self.publisher, VecDeque::new());
         let Some(under_way) = &mut self.under_way else { return Ok(Pumped::Stopped) };
-        let chained = matches!(under_way, UnderWay::Chained(_));
-        let messages = if chained && self.method.is_one_at_a_time() { 1 } else { self.config.max_under_way };
+        let messages = if self.method.is_one_at_a_time() { 1 } else { self.config.max_under_way };
         let setting = Setting {
             connection: self.connection,
             progress: self.progress,
             limits: Limits { messages, ack_timeout: self.config.ack_timeout },
             paused: self.paused.clone(),
             shutdown: self.shutdown,
+            stored,
         };
-        if !chained || !self.method.batches() {
-            let watch = self.method.watch().filter(|_| chained);
-            let pump = Pump { publisher, under_way, setting: setting.clone(), watch };
+        if !self.method.batches() || matches!(under_way, UnderWay::Keyed(_)) {
+            let (watch, stream) = (self.method.watch(), &self.stream);
+            let pump =
+                Pump { publisher, under_way, setting: setting.clone(), watch, stream, checks: Checks::default() };
             let (pumped, stored_up_to) = pump.run(&mut chunks, &mut waiting).await?;
             self.stored_up_to = self.stored_up_to.max(stored_up_to);
             self.stored_end = under_way.sequence();
@@ -358,26 +429,33 @@ impl Leader<'_> {
                 self.method.single_out();
                 return Ok(());
             }
+            // Before 2.12 a stream with replicas keeps the id of a message that it has refused, until its duplicate window
+            // is over. The sequence that a message names keeps a repeat out as well.
+            (_, Doubt::Refused { event, code: ID_IN_PROCESS, .. })
+                if failures > 1 && !batched && self.config.mode == Mode::Exclusive =>
+            {
+                let id = format!("{}:r{}", event.event_id, uuid::Uuid::now_v7().simple());
+                self.exceptions.renamed.insert(event.outbox_id, id);
+            }
             (_, Doubt::Refused { .. }) if batched && failures > 1 => self.method.single_out(),
+            (_, Doubt::Unbatched) => {
+                self.method.is_unable();
+                // What it stored by itself was checked by nothing.
+                self.disordered = true;
+            }
             (Class::Park, _) => {
                 if let Some(event) = doubt.event() {
-                    parked::park(
-                        &mut self.log,
-                        &[event.outbox_id],
-                        Some(doubt.code().unwrap_or(0)),
-                        &doubt.to_string(),
-                    )
-                    .await
-                    .map_err(|error| database_error("parking an event failed", error))?;
-                    self.exceptions.any_parked = true;
+                    fault::point("relay-parking");
+                    let (code, reason) = (Some(doubt.code().unwrap_or(0)), doubt.to_string());
+                    let parked = parked::park(&mut self.log, self.epoch, &[event.outbox_id], code, &reason).await;
+                    self.led(parked, "parking an event")?;
+                    self.exceptions.last_parked.fetch_max(event.outbox_id, Ordering::Relaxed);
                     if let (Some(key), ParkPolicy::Block) = (&event.key, self.config.park_policy) {
-                        self.exceptions.blocked_keys.insert(key.clone());
+                        Arc::make_mut(&mut self.exceptions.blocked_keys).insert(key.clone());
                     }
                 }
             }
-            (_, Doubt::Duplicate { event, sequence }) => {
-                self.repeated(event.outbox_id, event.event_id, *sequence).await?
-            }
+            (_, Doubt::Duplicate { event, sequence }) => self.repeated(event, *sequence).await?,
             (Class::BackPressure | Class::Alarm, _) => self.rest(SLOW.after(failures)).await,
             // The first look costs nothing, and most often it is the answer.
             _ if failures <= 1 => {}
@@ -389,64 +467,26 @@ impl Leader<'_> {
         Ok(())
     }
 
-    /// The server took an event for a repeat. Either it is in the stream, or only its id is remembered there.
-    async fn repeated(&mut self, outbox_id: i64, event_id: uuid::Uuid, sequence: u64) -> Result<(), Error> {
-        let there = match self.stream.message(sequence).await {
-            Ok(message) => message.and_then(|message| message.identity).is_some_and(|(id, ..)| id == event_id),
-            // It is asked again at the next try.
-            Err(error) => {
-                tracing::warn!(error = error.report(), %event_id, "cannot look whether an event is in the stream");
-                return Ok(());
+    /// The server took an event for a repeat. Either it is in the stream, or only its id is known there: of a message that
+    /// is gone, or of one that somebody else has written.
+    async fn repeated(&mut self, event: &Sent, sequence: u64) -> Result<(), Error> {
+        let (event_id, outbox_id) = (event.event_id, event.outbox_id);
+        match self.look_for(event, sequence).await? {
+            Some(There::Event) => {
+                tracing::warn!(%event_id, outbox_id, sequence, "the event is in the stream already, going on behind it");
+                self.exceptions.present.insert(outbox_id);
             }
-        };
-        if there {
-            tracing::warn!(%event_id, outbox_id, sequence, "the event is in the stream already, going on behind it");
-            self.exceptions.present.insert(outbox_id);
-        } else {
-            tracing::warn!(%event_id, outbox_id, sequence, "the event was removed from the stream; publishing it anew");
-            self.exceptions.renamed.insert(outbox_id, format!("{event_id}:r{sequence}"));
+            Some(there) => {
+                tracing::warn!(%event_id, outbox_id, sequence, "{there}; publishing the event anew");
+                self.exceptions.renamed.insert(outbox_id, format!("{event_id}:r{sequence}"));
+                if there == There::Forgery {
+                    note(&mut self.exceptions.forged, outbox_id, sequence);
+                }
+            }
+            // It is asked again at the next try.
+            None => {}
         }
         Ok(())
-    }
-
-    /// Publishes events that were parked and that an operator has released, one at a time, in the order of their keys.
-    /// False when it must be called again as soon as the open window is in the stream.
-    async fn publish_released(&mut self) -> Result<bool, Error> {
-        if !self.exceptions.any_parked {
-            return Ok(true);
-        }
-        while let Some(outbox_id) = parked::next_released(&mut self.log).await.map_err(reading_parked)? {
-            if self.under_way.is_none() || self.state.target.is_none() {
-                // A repair must lie behind the base of an open window, so that it is looked past when resuming.
-                self.open().await?;
-                return Ok(false);
-            }
-            let failed = |error| database_error("publishing a released event failed", error);
-            let mut messages = Messages::new(self.naming.prefix.clone());
-            let row = window::one(&mut self.log, outbox_id).await.map_err(failed)?;
-            let mut prepared =
-                super::reader::prepare(&mut self.log, &mut messages, &self.naming.source, row).await.map_err(failed)?;
-            let event_id = prepared.event.event_id;
-            prepared.message.mark_repair("released");
-            let (chunks, received) = mpsc::channel(1);
-            _ = chunks.send(Ok(vec![prepared])).await;
-            drop(chunks);
-            let outcome = match self.publish(received).await? {
-                Pumped::Done => Ok(self.under_way.as_ref().map_or(0, UnderWay::sequence)),
-                Pumped::Stopped => return Ok(true),
-                Pumped::Doubt(doubt) => match (self.interrupted(&doubt), doubt) {
-                    (_, Doubt::Duplicate { sequence, .. }) => Ok(sequence),
-                    (Class::Park, doubt) => Err(doubt.to_string()),
-                    _ => return Ok(true),
-                },
-            };
-            tracing::info!(%event_id, outbox_id, sequence = outcome.as_ref().ok(), "released event");
-            parked::settle_released(&mut self.log, outbox_id, outcome.as_ref().map(|n| *n).map_err(String::as_str))
-                .await
-                .map_err(failed)?;
-        }
-        self.load_parked().await?;
-        Ok(true)
     }
 }
 

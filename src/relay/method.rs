@@ -13,7 +13,8 @@ pub enum PublishMethod {
     /// Always chained: many messages under way, each naming its predecessor. In a stream with replicas one message at a
     /// time.
     Chained,
-    /// Always in atomic batches of up to 1,000. Needs nats-server 2.12.1 and `allow_atomic` on the stream.
+    /// Always in atomic batches of up to 1,000. Needs nats-server 2.12.1 and `allow_atomic` on the stream, and the relay
+    /// refuses to start without them: an older server would store each message by itself.
     Batched,
 }
 
@@ -33,6 +34,8 @@ pub(super) struct Method {
     watch: Watch,
     /// Messages go out one by one, because a batch of them was refused.
     singled_out: bool,
+    /// A server took a batch for single messages.
+    unable: bool,
 }
 
 /// What the stream takes.
@@ -93,7 +96,7 @@ impl Watch {
 
 impl Method {
     pub(super) fn new(wanted: PublishMethod) -> Self {
-        Self { wanted, stream: Takes::default(), watch: Watch::default(), singled_out: false }
+        Self { wanted, stream: Takes::default(), watch: Watch::default(), singled_out: false, unable: false }
     }
 
     /// What the stream takes, which an operator can change at any time.
@@ -119,9 +122,10 @@ impl Method {
             PublishMethod::Auto if replicated => batches,
             PublishMethod::Auto => batches && at_once && self.watch.slow == Some(true),
             PublishMethod::Chained => false,
-            PublishMethod::Batched => true,
+            // Checked when the relay starts; a server that has become older since gets single messages.
+            PublishMethod::Batched => batches,
         };
-        wanted && !self.singled_out
+        wanted && !self.singled_out && !self.unable
     }
 
     /// Whether a chained run has one message under way at most: the sequence says enough behind one that is stored.
@@ -139,6 +143,11 @@ impl Method {
     /// A batch was refused: its messages go out one by one, which shows the one that is meant.
     pub(super) fn single_out(&mut self) {
         self.singled_out = true;
+    }
+
+    /// A server took a batch for single messages: no more batches.
+    pub(super) fn is_unable(&mut self) {
+        self.unable = true;
     }
 
     /// It is found, or another window begins.
@@ -202,7 +211,8 @@ mod tests {
 
     #[test]
     fn what_is_forced_is_done_and_what_cannot_be_is_not() {
-        assert!(method(PublishMethod::Batched, Takes::default()).batches());
+        assert!(method(PublishMethod::Batched, SINGLE).batches());
+        assert!(!method(PublishMethod::Batched, Takes::default()).batches(), "a server that would ignore the batch");
         let cannot = Takes { at_once: false, ..SINGLE };
         for (wanted, stream) in [(PublishMethod::Auto, cannot), (PublishMethod::Chained, SINGLE)] {
             let mut method = method(wanted, stream);
@@ -216,12 +226,20 @@ mod tests {
             let replicated = Takes { batches, at_once: false, replicated: true };
             for wanted in [PublishMethod::Auto, PublishMethod::Chained, PublishMethod::Batched] {
                 let mut method = method(wanted, replicated);
-                let expected = wanted == PublishMethod::Batched || (wanted == PublishMethod::Auto && batches);
+                let expected = wanted != PublishMethod::Chained && batches;
                 assert_eq!((method.batches(), method.watch().is_none()), (expected, true), "{wanted:?}");
                 method.single_out();
                 assert!(!method.batches() && method.is_one_at_a_time(), "{wanted:?}");
             }
         }
+    }
+
+    #[test]
+    fn after_a_server_took_a_batch_for_single_messages_there_are_no_batches() {
+        let mut method = method(PublishMethod::Batched, SINGLE);
+        method.is_unable();
+        method.go_on();
+        assert!(!method.batches());
     }
 
     #[test]

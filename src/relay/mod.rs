@@ -7,12 +7,15 @@ mod batch;
 mod cause;
 mod chain;
 mod classify;
+mod guard;
+mod ids;
 mod keyed;
 mod leader;
 mod method;
 mod monitor;
 mod polling;
 mod progress;
+mod pruner;
 mod pump;
 mod questions;
 mod reader;
@@ -20,6 +23,7 @@ mod repairs;
 mod restore;
 mod resume;
 mod rewind;
+mod room;
 mod sample;
 mod under_way;
 
@@ -43,14 +47,16 @@ use crate::jetstream::stream::StreamReader;
 use crate::jetstream::{self, Connection, topology};
 use crate::postgres::relay_log::{self, Appended};
 use crate::postgres::relay_status::{self, Report};
-use crate::postgres::session::{SILENCE, Session};
-use crate::postgres::{self, database_error, lease, pause, prune};
+use crate::postgres::session::Session;
+use crate::postgres::{self, database_error, lease, pause, sequence};
 use cause::Cause;
+use guard::Guard;
 use leader::Leader;
 use method::Method;
 pub use method::PublishMethod;
 pub use monitor::{Monitor, RelayReport};
 use progress::{Position, Progress};
+use pruner::{Pruner, Removed};
 pub(crate) use questions::Library;
 use reader::Exceptions;
 use repairs::Repairs;
@@ -59,11 +65,6 @@ use sample::{Sample, Sampler};
 
 /// The lease of the leading relay.
 pub(crate) const LEASE: &str = "relay";
-
-/// Events that one statement removes at most.
-const PRUNE_BATCH: i64 = 5000;
-/// States of the relay's log that are kept in any case.
-const LOG_STATES: i64 = 10_000;
 
 /// What a relay needs to know.
 #[derive(Debug, Clone)]
@@ -86,6 +87,9 @@ pub struct RelayConfig {
     pub nats: NatsConfig,
     /// Publish what is there, then stop, instead of going on for ever. Defaults to false.
     pub once: bool,
+    /// How long the relay waits, when the server or the stream takes only smaller events than the largest of an outbox, for
+    /// that limit to be raised, before it sets aside what exceeds it. Defaults to one minute.
+    pub park_after: Duration,
     /// What becomes of later events of a key when one of it can never be stored. Defaults to [`ParkPolicy::Block`].
     pub park_policy: ParkPolicy,
     /// The outbox's database.
@@ -137,6 +141,7 @@ impl RelayConfig {
             naming,
             nats,
             once: false,
+            park_after: Duration::from_mins(1),
             park_policy: ParkPolicy::Block,
             postgres,
             publish: PublishMethod::Auto,
@@ -186,6 +191,8 @@ impl Relay {
     /// Only at the start, for what time does not heal: [`ErrorKind::Config`] for settings that cannot be used,
     /// [`ErrorKind::NotReady`] for a schema or stream that does not exist.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
+        // What cannot be used is told before NATS is waited for.
+        postgres::options(&self.config.postgres, "aftercommit-relay")?;
         let _sampler = AbortOnDropHandle::new(tokio::spawn(self.sampler().run()));
         let mut failures = 0;
         let mut started = false;
@@ -229,9 +236,11 @@ impl Relay {
         let mut log = self.connect().await?;
         relay_log::newest(&mut log).await.map_err(|error| database_error("reading the relay's log failed", error))?;
         self.check(&nats, &stream).await?;
+        self.check_sequence(&mut log).await?;
         *started = true;
         tracing::info!(stream = %self.naming.stream, holder = %self.holder, "relay started");
         let _service = AbortOnDropHandle::new(tokio::spawn(self.service(nats.clone())));
+        let stood_by = tokio::time::Instant::now();
         while !shutdown.is_cancelled() {
             *failures = 0;
             let epoch = lease::acquire(&mut log, LEASE, &self.holder, self.config.lease)
@@ -242,6 +251,11 @@ impl Relay {
                 return Box::pin(self.lead(epoch, log, &nats, stream, shutdown)).await;
             }
             self.progress.enter(Phase::StandingBy, "another relay leads");
+            // One that died would have lost its lease by now.
+            if self.config.once && stood_by.elapsed() > self.config.lease * 3 / 2 {
+                *started = false;
+                return Err(Error::new(ErrorKind::NotReady, "another relay leads, and publishes what is there"));
+            }
             tokio::select! {
                 () = tokio::time::sleep(self.config.lease / 6) => {}
                 () = shutdown.cancelled() => {}
@@ -250,19 +264,45 @@ impl Relay {
         Ok(())
     }
 
-    /// Refuses servers and settings with which events would be lost.
+    /// Refuses servers and settings with which events would be lost, and tells settings that are not known.
     async fn check(&self, nats: &Connection, stream: &StreamReader) -> Result<(), Error> {
-        let config = stream.info().await?.config;
         if let Some(problem) = topology::server_problem(nats) {
             return Err(Error::new(ErrorKind::NotReady, problem));
         }
-        let problems = topology::problems(&config, &self.naming, self.config.mode == Mode::Shared);
-        if problems.is_empty() {
+        self.check_batches(nats, stream.extent().await?.batches)?;
+        let findings = self.guard(stream).findings().await?;
+        Guard::refuse(&findings.problems, &self.naming.stream)?;
+        Guard::tell_unknown(&findings.unknown, &self.naming.stream);
+        Ok(())
+    }
+
+    fn guard(&self, stream: &StreamReader) -> Guard {
+        Guard { stream: stream.clone(), naming: self.naming.clone(), shared: self.config.mode == Mode::Shared }
+    }
+
+    /// Refuses to publish in batches where no batch would be one.
+    fn check_batches(&self, nats: &Connection, allowed: bool) -> Result<(), Error> {
+        if self.config.publish != PublishMethod::Batched || fault::broken("batch-check") {
             return Ok(());
         }
-        let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
-        let stream = &self.naming.stream;
-        Err(Error::new(ErrorKind::NotReady, format!("stream {stream} would lose events: {}", problems.join("; "))))
+        let (kind, problem) = if self.config.mode == Mode::Shared {
+            (ErrorKind::Config, "it needs a stream that only this relay writes to: drop --mode shared".to_string())
+        } else if !nats.client.is_server_compatible(2, 12, 1) {
+            let version = nats.client.server_info().version;
+            (ErrorKind::NotReady, format!("it needs nats-server 2.12.1 or newer, and the server is {version}"))
+        } else if !allowed {
+            let stream = &self.naming.stream;
+            (ErrorKind::NotReady, format!("stream {stream} takes none: run `aftercommit provision`"))
+        } else {
+            return Ok(());
+        };
+        Err(Error::new(kind, format!("the relay cannot publish in batches (--publish batched): {problem}")))
+    }
+
+    /// Refuses a sequence whose ids do not follow the commits of a key.
+    async fn check_sequence(&self, log: &mut Session) -> Result<(), Error> {
+        let sequence = sequence::read(log).await;
+        sequence.map_err(|error| database_error("reading the settings of the outbox's ids failed", error))?.check()
     }
 
     async fn lead(
@@ -278,6 +318,8 @@ impl Relay {
         let was_paused =
             was_paused.map_err(|error| database_error("reading whether the relay is paused failed", error))?;
         let (paused, told_paused) = watch::channel(was_paused);
+        let (unfit, told_unfit) = watch::channel(false);
+        let guarding = self.guard(&stream).watch(unfit, self.progress.subscribe());
         let answering = questions::answer(self.config.postgres.clone(), nats.clone(), self.naming.clone());
         let _answering = AbortOnDropHandle::new(tokio::spawn(answering));
         let heartbeat = self.heartbeat(epoch, self.progress.subscribe(), paused);
@@ -288,8 +330,17 @@ impl Relay {
             let Appended::Yes(state) = taken.map_err(|error| database_error("taking the lead failed", error))? else {
                 return Err(Error::new(ErrorKind::Fenced, "another relay was faster at taking the lead"));
             };
+            if state.timeline != newest.timeline {
+                tracing::warn!(
+                    was = newest.timeline,
+                    now = state.timeline,
+                    "a standby was promoted, or the database recovered to a point in time: everything behind the last \
+                     settled event is looked up in the stream"
+                );
+            }
             let leader = Leader {
                 config: &self.config,
+                epoch,
                 naming: self.naming.clone(),
                 connection: nats,
                 log,
@@ -297,6 +348,7 @@ impl Relay {
                 publisher: Publisher::new(nats.clone()).await?,
                 stream,
                 state: *state,
+                watch: None,
                 unfinished: true,
                 under_way: None,
                 stored_up_to: 0,
@@ -304,17 +356,22 @@ impl Relay {
                 found: Found::default(),
                 stream_created: None,
                 exceptions: Exceptions::default(),
+                unblocked: 0,
+                disordered: false,
                 repairs: Repairs::new(),
                 method: Method::new(self.config.publish),
                 cause: Cause::default(),
                 progress: &self.progress,
                 paused: told_paused,
+                unfit: told_unfit,
+                limit_since: None,
                 shutdown,
             };
             leader.run().await
         };
         let result = tokio::select! {
             result = leading => result,
+            () = guarding => Ok(()),
             error = heartbeat => Err(error),
             error = self.prune() => Err(error),
         };
@@ -392,34 +449,24 @@ impl Relay {
     async fn prune(&self) -> Error {
         let mut ticks = tokio::time::interval(self.config.prune_interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut pruner = Pruner::default();
         loop {
             ticks.tick().await;
-            match self.prune_once().await {
-                Ok((0, 0)) => {}
-                Ok((events, states)) => tracing::info!(events, states, "pruned the outbox and the relay's log"),
+            match self.prune_once(&mut pruner).await {
+                Ok(removed) if removed == Removed::default() => {}
+                Ok(Removed { events, states, notes }) => {
+                    tracing::info!(events, states, notes, "pruned the outbox and the relay's log");
+                }
                 Err(error) => tracing::warn!(error = error.report(), "pruning failed, it is tried again later"),
             }
         }
     }
 
-    async fn prune_once(&self) -> Result<(u64, u64), Error> {
+    async fn prune_once(&self, pruner: &mut Pruner) -> Result<Removed, Error> {
         let failed = |error| database_error("pruning the outbox failed", error);
         let mut connection = self.connect().await?;
         let state = relay_log::newest(&mut connection).await.map_err(failed)?;
-        let mut events = 0;
-        loop {
-            let batch = prune::outbox(&mut connection, &state.settled, self.config.retention, PRUNE_BATCH)
-                .await
-                .map_err(failed)?;
-            fault::point("relay-pruned");
-            events += batch;
-            if batch < PRUNE_BATCH.unsigned_abs() {
-                break;
-            }
-        }
-        let states =
-            prune::relay_log(&mut connection, state.seq, LOG_STATES, self.config.retention).await.map_err(failed)?;
-        Ok((events, states))
+        pruner.pass(&mut connection, &state, self.config.retention).await.map_err(failed)
     }
 
     /// Lets a standby lead at once. If it cannot be told, the lease runs out by itself.
@@ -460,7 +507,7 @@ impl Relay {
     }
 
     async fn connect(&self) -> Result<Session, Error> {
-        Ok(postgres::connect(&self.config.postgres, "aftercommit-relay").await?.patient_for(SILENCE))
+        Ok(postgres::connect_relay(&self.config.postgres, "aftercommit-relay").await?.watched())
     }
 }
 

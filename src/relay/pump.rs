@@ -4,6 +4,9 @@ use std::collections::VecDeque;
 use std::task::Poll;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -16,7 +19,8 @@ use super::under_way::UnderWay;
 use crate::error::{Error, ErrorKind};
 use crate::fault;
 use crate::jetstream::Connection;
-use crate::jetstream::publisher::{Publisher, SendError};
+use crate::jetstream::publisher::{Answer, Publisher, SendError};
+use crate::jetstream::stream::StreamReader;
 
 /// Payload bytes under way at most, beside the number of messages.
 pub(super) const MAX_BYTES: usize = 8 << 20;
@@ -47,12 +51,23 @@ pub(super) struct Setting<'a> {
     pub(super) limits: Limits,
     pub(super) paused: watch::Receiver<bool>,
     pub(super) shutdown: &'a CancellationToken,
+    /// Who is to be told of each event that is stored, and where.
+    pub(super) stored: Option<mpsc::UnboundedSender<Sent>>,
 }
 
 impl Setting<'_> {
     /// Whether the relay is to publish no more, for now or for good.
     pub(super) fn is_told_to_stop(&self) -> bool {
         self.shutdown.is_cancelled() || *self.paused.borrow()
+    }
+
+    /// These events are stored, the last one at `sequence`.
+    pub(super) fn stored(&self, events: Vec<Sent>, sequence: u64) {
+        self.progress.stored(&events, sequence);
+        if let Some(listener) = &self.stored {
+            // Whoever wants to know listens until the run is over.
+            events.into_iter().for_each(|event| _ = listener.send(event));
+        }
     }
 }
 
@@ -63,7 +78,14 @@ pub(super) struct Pump<'a> {
     pub(super) setting: Setting<'a>,
     /// Who judges the server's pace, while it is not known.
     pub(super) watch: Option<&'a mut Watch>,
+    /// Where the server's word for a repeat is checked.
+    pub(super) stream: &'a StreamReader,
+    /// Such checks that are under way.
+    pub(super) checks: Checks,
 }
+
+/// The number of a message, the server's answer, and whether the event is really there.
+pub(super) type Checks = FuturesUnordered<BoxFuture<'static, (u64, Answer, Result<bool, Error>)>>;
 
 impl Pump<'_> {
     /// Publishes what comes. It returns how it ended; nothing when the server has turned out to be slow, and what is left
@@ -146,6 +168,12 @@ impl Pump<'_> {
                     let watch = self.watch.as_deref_mut();
                     slow |= watch.is_some_and(|watch| watch.answered(before - now, now, heard));
                 }
+                Some(checked) = self.checks.next() => {
+                    heard = Instant::now();
+                    if let Some(doubt) = self.checked(checked) {
+                        return Ok(Some(Pumped::Doubt(doubt)));
+                    }
+                }
                 chunk = chunks.recv(), if waiting.is_empty() && more && !slow => match chunk {
                     Some(chunk) => waiting.extend(chunk?),
                     None => more = false,
@@ -181,20 +209,23 @@ impl Pump<'_> {
                 Ok(None)
             }
             Err(SendError::TooLarge { limit }) => Ok(Some(Doubt::TooLarge { event: Box::new(event), limit })),
+            Err(SendError::Renewed) => Ok(Some(Doubt::ConnectionLost)),
             Err(SendError::Closed) => Err(closed()),
         }
     }
 
     /// Takes in an answer and all that have arrived behind it.
-    fn take_answers(
-        &mut self,
-        first: Option<(u64, crate::jetstream::publisher::Answer)>,
-    ) -> Result<Option<Doubt>, Error> {
+    fn take_answers(&mut self, first: Option<(u64, Answer)>) -> Result<Option<Doubt>, Error> {
         if first.is_none() {
             return Err(closed());
         }
         let (mut next, mut stored, mut doubt) = (first, Vec::new(), None);
         while let Some((number, answer)) = next {
+            if let Some((event, sequence)) = self.under_way.repeat(number, &answer) {
+                self.check(number, answer, event, sequence);
+                next = self.publisher.ready_answer();
+                continue;
+            }
             match self.under_way.answered(number, answer) {
                 Ok(more) => stored.extend(more),
                 Err(ended) => {
@@ -205,8 +236,38 @@ impl Pump<'_> {
             fault::point("relay-acknowledged");
             next = self.publisher.ready_answer();
         }
-        self.setting.progress.stored(&stored, self.under_way.sequence());
+        self.setting.stored(stored, self.under_way.sequence());
         Ok(doubt)
+    }
+}
+
+impl Pump<'_> {
+    /// Begins to look whether an event is in the stream that the server took for a repeat.
+    fn check(&mut self, number: u64, answer: Answer, event: Sent, sequence: u64) {
+        let stream = self.stream.clone();
+        let look = async move { Ok(stream.message(sequence).await?.is_some_and(|message| event.is(&message))) };
+        self.checks.push(look.map(move |there| (number, answer, there)).boxed());
+    }
+
+    /// Takes in what came of it.
+    fn checked(&mut self, (number, answer, there): (u64, Answer, Result<bool, Error>)) -> Option<Doubt> {
+        let answer = match (answer, there) {
+            (Answer::Stored { stream, sequence, .. }, Ok(true)) => {
+                Answer::Stored { stream, sequence, duplicate: false }
+            }
+            (answer, Ok(_)) => answer,
+            (_, Err(error)) => {
+                tracing::warn!(error = error.report(), "cannot look whether an event is in the stream");
+                return Some(Doubt::Timeout { complaint: None });
+            }
+        };
+        match self.under_way.answered(number, answer) {
+            Ok(stored) => {
+                self.setting.stored(stored, self.under_way.sequence());
+                None
+            }
+            Err(doubt) => Some(doubt),
+        }
     }
 }
 

@@ -14,8 +14,9 @@ use crate::error::{Error, ErrorKind};
 use crate::jetstream::Connection;
 use crate::jetstream::outbox_service::{Answer, Displaced, Listed, Moved, Page, Question, Questions, Rest};
 use crate::postgres::place::{self, Place};
-use crate::postgres::session::{SILENCE, Session};
-use crate::postgres::{self, database_error, questions, window};
+use crate::postgres::session::Session;
+use crate::postgres::window::{self, Watch};
+use crate::postgres::{self, database_error, questions};
 
 /// Events in a page, unless they are more than a message holds.
 const PAGE: i64 = 500;
@@ -52,9 +53,7 @@ pub(super) async fn answer(postgres: PostgresConfig, nats: Connection, naming: A
         let mut library = match connection.take() {
             Some(library) => library,
             None => match postgres::connect(&postgres, "aftercommit-relay").await {
-                Ok(session) => {
-                    Library { session: session.patient_for(SILENCE), naming: naming.clone(), room: reply.room() }
-                }
+                Ok(session) => Library { session: session.watched(), naming: naming.clone(), room: reply.room() },
                 Err(error) => {
                     tracing::warn!(error = error.report(), "a question about the outbox cannot be answered");
                     reply.refuse("the outbox's database does not answer").await;
@@ -165,7 +164,7 @@ impl Library {
                 let (events, left_out) = self.events(&outbox_ids).await?;
                 Answer::Events(events, Rest { next: None, left_out: left_out.into_iter().map(|(_, id)| id).collect() })
             }
-            Question::Keys { keys, from, up_to } => self.of_keys(&keys, from, up_to).await?,
+            Question::Keys { keys, from, behind } => self.of_keys(&keys, from, behind).await?,
         })
     }
 
@@ -249,7 +248,7 @@ impl Library {
     /// The answer behind the last place.
     async fn end(&mut self, from: Place) -> Result<Page, Refusal> {
         let now = place::now(&mut self.session).await?;
-        let complete_to = match window::look(&mut self.session, &from.mark).await?.news {
+        let complete_to = match Watch::new(&from.mark).look(&mut self.session).await?.news {
             false => Some(now),
             true => place::marked_at(&mut self.session, &from).await?,
         };
@@ -286,12 +285,14 @@ impl Library {
         Ok(Displaced { events, next: json!(next), more })
     }
 
-    async fn of_keys(&mut self, keys: &[String], from: i64, up_to: u64) -> Result<Answer, Refusal> {
-        let Some(place) = place::at(&mut self.session, &self.naming.stream, up_to).await? else {
-            return Ok(Answer::Events(Vec::new(), Rest::default()));
+    async fn of_keys(&mut self, keys: &[String], from: i64, behind: u64) -> Result<Answer, Refusal> {
+        // What this place holds lies at or before the sequence; everything else has at least this id.
+        let first = match place::at(&mut self.session, &self.naming.stream, behind).await? {
+            Some(place) => questions::first_behind(&mut self.session, &place.mark).await?,
+            None => i64::MIN,
         };
-        let (ids, next) =
-            questions::of_keys(&mut self.session, keys, from.saturating_sub(1), &place, LOOK, EVENTS).await?;
+        let after = from.max(first).saturating_sub(1);
+        let (ids, next) = questions::of_keys(&mut self.session, keys, after, LOOK, EVENTS).await?;
         let (events, left_out) = self.events(&ids).await?;
         // What was too much comes first next time.
         let next = left_out.first().map(|(id, _)| *id - 1).or(next);
@@ -388,7 +389,7 @@ mod tests {
         let kind = select(vec!["page", "digest", "displaced", "keys", "events"]);
         (kind, number(), token(), texts, number()).prop_map(|(kind, up_to, after, texts, from)| match kind {
             "page" | "digest" => json!({kind: {"up_to": up_to, "after": after, "types": texts}}),
-            "keys" => json!({kind: {"keys": texts, "from": from, "up_to": up_to}}),
+            "keys" => json!({kind: {"keys": texts, "from": from, "behind": up_to}}),
             "displaced" => json!({kind: {"after": after}}),
             _ => json!({kind: {"ids": [Uuid::nil(), Uuid::max()]}}),
         })

@@ -2,16 +2,20 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 
 use tokio::sync::{Mutex, mpsc};
 
 use super::chain::Sent;
+use super::leader::fenced;
 use crate::config::Naming;
 use crate::error::Error;
 use crate::fault;
 use crate::jetstream::publisher::{Messages, Outgoing};
+use crate::postgres::fence::Written;
 use crate::postgres::session::Session;
 use crate::postgres::snapshot::Mark;
+use crate::postgres::walk::Walk;
 use crate::postgres::window::{self, OutboxEvent};
 use crate::postgres::{database_error, parked};
 
@@ -37,16 +41,18 @@ pub(super) struct Remainder {
 /// Events of the window that do not simply go out.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Exceptions {
-    /// Whether any event was ever parked.
-    pub(super) any_parked: bool,
+    /// The highest outbox id that was ever parked, by the leader or a reader; 0 when none was.
+    pub(super) last_parked: Arc<AtomicI64>,
     /// Keys with a parked event: the later ones wait behind it.
-    pub(super) blocked_keys: HashSet<String>,
+    pub(super) blocked_keys: Arc<HashSet<String>>,
     /// Events that are in the stream already.
     pub(super) present: HashSet<i64>,
     /// Further ones: the outbox ids of what the stream was found to hold behind the base of the window, sorted.
     pub(super) found: Arc<Vec<i64>>,
     /// Events that need a message id of their own, because the server knows theirs from a message that is gone.
     pub(super) renamed: HashMap<i64, String>,
+    /// The messages of the stream that have an event's id and are not the event.
+    pub(super) forged: HashMap<i64, Vec<u64>>,
 }
 
 /// Reads for the publisher.
@@ -54,6 +60,10 @@ pub(super) struct Reader {
     pub(super) connection: Arc<Mutex<Session>>,
     pub(super) naming: Arc<Naming>,
     pub(super) exceptions: Exceptions,
+    /// Under which the leader leads.
+    pub(super) epoch: i64,
+    /// Whether others write to the stream, too.
+    pub(super) shared: bool,
 }
 
 impl Reader {
@@ -62,10 +72,11 @@ impl Reader {
     pub(super) async fn run(self, remainder: Remainder, chunks: mpsc::Sender<Result<Vec<Prepared>, Error>>) {
         let connection = self.connection.clone();
         let mut connection = connection.lock().await;
-        let Remainder { settled, target, mut after } = remainder;
+        let Remainder { settled, target, after } = remainder;
+        let mut walk = Walk::new(settled, target, after);
         loop {
-            let chunk = match self.page(&mut connection, &settled, &target, &mut after).await {
-                Ok(Some(page)) => self.send(&mut connection, page, &chunks).await,
+            let chunk = match self.page(&mut connection, &mut walk).await {
+                Ok(Some(page)) => self.send(&mut connection, page, &chunks).await.map_err(failed),
                 Ok(None) => return,
                 Err(error) => Err(error),
             };
@@ -73,7 +84,7 @@ impl Reader {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(error) => {
-                    _ = chunks.send(Err(database_error("reading the outbox failed", error))).await;
+                    _ = chunks.send(Err(error)).await;
                     return;
                 }
             }
@@ -84,25 +95,35 @@ impl Reader {
     async fn page(
         &self,
         connection: &mut Session,
-        settled: &Mark,
-        target: &Mark,
-        after: &mut i64,
-    ) -> Result<Option<Vec<OutboxEvent>>, sqlx::Error> {
-        let mut page = window::page(connection, settled, target, *after, PAGE_ROWS).await?;
+        walk: &mut Walk<OutboxEvent>,
+    ) -> Result<Option<Vec<OutboxEvent>>, Error> {
+        let mut page = walk.next(connection, PAGE_ROWS).await.map_err(failed)?;
         fault::point("relay-window-read");
-        let Some(last) = page.last() else { return Ok(None) };
-        *after = last.id;
-        let Exceptions { any_parked, blocked_keys, present, found, .. } = &self.exceptions;
+        if page.is_empty() {
+            return Ok(None);
+        }
+        let Exceptions { last_parked, blocked_keys, present, found, .. } = &self.exceptions;
         page.retain(|event| !present.contains(&event.id) && found.binary_search(&event.id).is_err());
-        if *any_parked {
-            let ids: Vec<i64> = page.iter().map(|event| event.id).collect();
-            let parked = parked::among(connection, &ids).await?;
+        // What is newer was never parked.
+        let parked_up_to = last_parked.load(Ordering::Relaxed);
+        let maybe_parked = page.iter().filter(|event| event.id <= parked_up_to);
+        let (ids, event_ids): (Vec<_>, Vec<_>) = maybe_parked.map(|event| (event.id, event.event_id)).unzip();
+        if !ids.is_empty() {
+            let parked = parked::among(connection, &ids, &event_ids).await.map_err(failed)?;
             page.retain(|event| !parked.contains(&event.id));
+        }
+        if !blocked_keys.is_empty() {
             let blocked = |event: &OutboxEvent| event.key.as_ref().is_some_and(|key| blocked_keys.contains(key));
             let behind: Vec<i64> = page.iter().filter(|event| blocked(event)).map(|event| event.id).collect();
-            if !behind.is_empty() {
+            if let Some(last) = behind.last() {
                 // Before anything later goes out: what is behind the stream's end is not looked at again.
-                parked::park(connection, &behind, None, "waits behind an earlier event of its key").await?;
+                let parked =
+                    parked::park(connection, self.epoch, &behind, None, "waits behind an earlier event of its key")
+                        .await;
+                if parked.map_err(failed)? == Written::Fenced {
+                    return Err(fenced());
+                }
+                last_parked.fetch_max(*last, Ordering::Relaxed);
                 page.retain(|event| !blocked(event));
             }
         }
@@ -119,7 +140,10 @@ impl Reader {
         let mut messages = Messages::new(self.naming.prefix.clone());
         let (mut chunk, mut bytes) = (Vec::with_capacity(page.len()), 0);
         for row in page {
-            let mut prepared = prepare(connection, &mut messages, &self.naming.source, row).await?;
+            let mut prepared = prepare(connection, &mut messages, &self.naming.source, row, self.shared).await?;
+            if let Some(sequences) = self.exceptions.forged.get(&prepared.event.outbox_id) {
+                prepared.message.mark_replaces(sequences);
+            }
             if let Some(id) = self.exceptions.renamed.get(&prepared.event.outbox_id) {
                 prepared.message.set_message_id(id);
                 prepared.event.renamed = Some(id.clone());
@@ -137,12 +161,17 @@ impl Reader {
     }
 }
 
+fn failed(error: sqlx::Error) -> Error {
+    database_error("reading the outbox failed", error)
+}
+
 /// Makes a message of a row; headers and payload of a large one are read here.
 pub(super) async fn prepare(
     connection: &mut Session,
     messages: &mut Messages,
     source: &str,
     row: OutboxEvent,
+    shared: bool,
 ) -> Result<Prepared, sqlx::Error> {
     let envelope = window::envelope(connection, row, source).await?;
     let event = Sent {
@@ -153,6 +182,8 @@ pub(super) async fn prepare(
         bytes: envelope.payload.len(),
         created_at: envelope.time,
         sent_at: None,
+        sequence: 0,
+        digest: shared.then(|| envelope.digest()),
     };
     Ok(Prepared { event, message: messages.message(&envelope) })
 }

@@ -1,6 +1,7 @@
 //! A stream that has lost its end: wiped, recreated, or restored from an older copy.
 
 use super::leader::{Leader, fenced};
+use super::resume::Claim;
 use crate::error::Error;
 use crate::fault;
 use crate::jetstream::stream::Extent;
@@ -55,7 +56,7 @@ impl Leader<'_> {
             return Ok(true);
         }
         let Some(message) = self.stream.message(base.sequence).await? else { return Ok(false) };
-        let Some((event_id, outbox_id)) = self.own(&message) else { return Ok(false) };
-        Ok(!self.known(&[event_id], &[outbox_id]).await?.is_empty())
+        let known = self.known(std::slice::from_ref(&message)).await?;
+        Ok(matches!(known.get(&base.sequence), Some(Claim::Event(_))))
     }
 }

@@ -11,7 +11,7 @@ use super::progress::Position;
 use crate::config::{Naming, PostgresConfig};
 use crate::error::{Error, ErrorKind};
 use crate::health::Phase;
-use crate::postgres::session::{SILENCE, Session};
+use crate::postgres::session::Session;
 use crate::postgres::{self, database_error, parked, relay_log, status};
 use crate::telemetry;
 
@@ -70,7 +70,7 @@ impl Sampler {
         let failed = |error| database_error("reading the backlog failed", error);
         let mut open = match connection.take() {
             Some(open) => open,
-            None => postgres::connect(&self.postgres, "aftercommit-relay").await?.patient_for(SILENCE),
+            None => postgres::connect(&self.postgres, "aftercommit-relay").await?.watched(),
         };
         let state = relay_log::newest(&mut open).await.map_err(failed)?;
         let reported = status::leader(&mut open, LEASE).await.map_err(failed)?.and_then(|leader| leader.last_id);

@@ -72,6 +72,16 @@ impl UnderWay {
         }
     }
 
+    /// The event that the server took for a repeat, when that is to be checked while others are under way.
+    pub(super) fn repeat(&self, number: u64, answer: &Answer) -> Option<(Sent, u64)> {
+        match (self, answer) {
+            (Self::Keyed(keyed), Answer::Stored { sequence, duplicate: true, .. }) => {
+                Some((keyed.event(number)?.clone(), *sequence))
+            }
+            _ => None,
+        }
+    }
+
     /// What a doubt goes back to, and what the server complained of lately.
     pub(super) fn trace(&self, doubt: Doubt, complaint: Option<String>) -> Doubt {
         match self {

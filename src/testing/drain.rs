@@ -12,7 +12,9 @@ use crate::error::Error;
 use crate::postgres::connections::Connections;
 use crate::postgres::session::Session;
 use crate::postgres::snapshot::Mark;
-use crate::postgres::{database_error, testing, window};
+use crate::postgres::walk::Walk;
+use crate::postgres::window::{self, OutboxEvent};
+use crate::postgres::{database_error, testing};
 use crate::worker::drain::drain as drain_subscriber;
 pub use crate::worker::drain::{Dead, Failed, Outcome};
 use crate::worker::{Queues, Registry};
@@ -134,11 +136,12 @@ async fn committed(connection: &mut Session) -> Result<Vec<Arc<Envelope>>, sqlx:
     let (nothing, now) = (Mark::nothing(), testing::now(connection).await?);
     let source = Naming::default().source;
     let mut events = Vec::new();
-    let mut after = 0;
+    let mut walk = Walk::new(nothing, now, 0);
     loop {
-        let page = window::page(connection, &nothing, &now, after, PAGE_ROWS).await?;
-        let Some(last) = page.last() else { return Ok(events) };
-        after = last.id;
+        let page: Vec<OutboxEvent> = walk.next(connection, PAGE_ROWS).await?;
+        if page.is_empty() {
+            return Ok(events);
+        }
         for row in page {
             events.push(Arc::new(window::envelope(connection, row, &source).await?));
         }

@@ -101,6 +101,7 @@ pub fn message(event: RawEvent) -> Result<(Envelope, Message), PublishError> {
         headers,
         content_type,
         payload: payload.into(),
+        replaces: Vec::new(),
     };
     let (subject, headers, _) = publisher::Messages::new(SubjectPrefix::default()).message(&event).into_parts();
     let all = headers.iter().flat_map(|(name, values)| values.iter().map(move |value| (name, value)));

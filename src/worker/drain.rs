@@ -10,6 +10,7 @@ use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind};
 use crate::event::EventId;
 use crate::jetstream::stored::Source;
+use crate::postgres::attempt::Record;
 use crate::postgres::connections::Connections;
 use crate::postgres::lease::{self, Tenure};
 use crate::postgres::{database_error, function, inbox, testing};
@@ -79,8 +80,10 @@ pub(crate) async fn drain(
         tenure: Arc::new(tenure.clone()),
         process: Arc::default(),
         number: 0,
+        alone: false,
     };
-    let mut run = Run { lane, left: Vec::new(), attempts: HashMap::new(), outcome: Outcome::default() };
+    let mut run =
+        Run { lane, left: Vec::new(), records: HashMap::new(), attempts: HashMap::new(), outcome: Outcome::default() };
     let drained = match run.begin(events).await {
         Ok(()) => run.run().await,
         Err(error) => Err(error),
@@ -125,6 +128,8 @@ struct Run {
     lane: Lane,
     /// The events that are not done, in their order.
     left: Vec<Arc<Envelope>>,
+    /// What is on record of suspects.
+    records: HashMap<Place, Record>,
     /// How many attempts of them have failed.
     attempts: HashMap<Uuid, i32>,
     outcome: Outcome,
@@ -135,11 +140,13 @@ impl Run {
         let Lane { subscriber, connections, .. } = &self.lane;
         let failed =
             |error| database_error(format!("looking what subscriber {} has done failed", subscriber.name), error);
-        if let Work::Function { function, .. } = &subscriber.work
-            && !connections.run(async |connection| function::check(connection, function).await).await.map_err(failed)?
-        {
-            let problem = format!("subscriber {}: the function {function}(jsonb) does not exist", subscriber.name);
-            return Err(Error::new(ErrorKind::NotReady, problem));
+        if let Work::Function { function, .. } = &subscriber.work {
+            let obstacle =
+                connections.run_for_others(async |connection| function::obstacle(connection, function).await).await;
+            if let Some(obstacle) = obstacle.map_err(failed)? {
+                let problem = format!("subscriber {}: the function {function}(jsonb) {obstacle}", subscriber.name);
+                return Err(Error::new(ErrorKind::NotReady, problem));
+            }
         }
         let taken: Vec<&Arc<Envelope>> = events.iter().filter(|event| subscriber.takes(&event.event_type)).collect();
         let ids: Vec<Uuid> = taken.iter().map(|event| event.id.as_uuid()).collect();
@@ -180,10 +187,12 @@ impl Run {
         let items = batch.iter().map(|event| {
             let failed = self.attempts.get(&event.id.as_uuid()).copied().unwrap_or(0);
             Item {
+                id: None,
                 place: place(event),
                 event: Some(Arc::clone(event)),
                 deliveries: u64::from(failed.unsigned_abs()) + 1,
-                crashes: 0,
+                interruptions: 0,
+                record: self.records.get(&place(event)).cloned().unwrap_or_default(),
             }
         });
         let report = self.lane.clone().run(items.collect()).await;
@@ -193,6 +202,7 @@ impl Run {
         if report.fenced {
             return Err(Error::new(ErrorKind::Fenced, format!("a worker took over the subscriber {name}")));
         }
+        self.records.extend(report.records);
         let mut verdicts: HashMap<Place, Verdict> = report.verdicts.into_iter().collect();
         let mut later = Vec::new();
         for event in batch {
@@ -215,14 +225,14 @@ impl Run {
                     );
                     return Err(Error::new(ErrorKind::NotReady, problem));
                 }
-                Some(Verdict::NotRun) | None => continue,
+                Some(Verdict::NotRun | Verdict::Suspect(_)) | None => continue,
             }
             self.left.retain(|left| left.id != event.id);
         }
         self.tell_snoozed_from_failed(later).await
     }
 
-    /// A failed attempt is on record, snoozing leaves no trace.
+    /// A failed attempt is counted, snoozing is not.
     async fn tell_snoozed_from_failed(&mut self, later: Vec<(Arc<Envelope>, Duration)>) -> Result<Vec<Place>, Error> {
         if later.is_empty() {
             return Ok(Vec::new());

@@ -7,7 +7,7 @@
 //! sql = { function = "demo.apply_history" }
 //! concurrency = 16                   # transactions at the same time
 //! max_attempts = 10                  # then the event becomes a dead letter
-//! max_crashes = 3                    # of the process while an event runs; then the same
+//! max_crashes = 3                    # of the process while an event runs alone in it; then the same
 //! max_batch = 100                    # events in one transaction
 //! ack_wait = "30s"                   # set on the consumer by `aftercommit provision`
 //! time_limit = "1m"                  # of one handler
@@ -18,6 +18,7 @@
 //! queue = "heavy"                    # "default" when not given
 //! stream = "ORDERS"                  # the worker's stream when not given
 //! prefix = "orders"                  # the worker's subject prefix when not given
+//! start = "new"                      # or "all" (when not given), a time, or a sequence: with which event it starts at first
 //!
 //! [[subscriber]]
 //! name = "webhook"
@@ -27,6 +28,7 @@
 //! mode = "binary"                    # or "structured"
 //! timeout = "30s"                    # from the request to the answer
 //! headers = { Authorization = "env:TOKEN" }
+//! answers = { 409 = "done" }         # what a status means: done, retry, reject or unavailable
 //! ca = "ca.pem"                      # whom to trust instead of the system's
 //! cert = "worker.pem"                # what to show to the endpoint
 //! key = "worker.key"
@@ -46,7 +48,8 @@ use crate::error::{Error, ErrorKind};
 use crate::postgres::function::FunctionName;
 use crate::subject::SubjectPrefix;
 
-use super::http::{Endpoint, Mode};
+use super::http::{Answer, Endpoint, Mode};
+use super::start::Start;
 use super::subscriber::{FailurePolicy, Subscriber, check_name, check_types};
 
 #[derive(Deserialize)]
@@ -76,6 +79,28 @@ struct Entry {
     prefix: Option<Prefix>,
     failure_policy: Option<Policy>,
     debounce: Option<Wait>,
+    start: Option<StartsWith>,
+}
+
+/// See [`Start`].
+struct StartsWith(Start);
+
+impl<'de> Deserialize<'de> for StartsWith {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Sequence(u64),
+            Time(toml::value::Datetime),
+            Text(String),
+        }
+        let text = match Written::deserialize(deserializer)? {
+            Written::Sequence(sequence) => sequence.to_string(),
+            Written::Time(time) => time.to_string(),
+            Written::Text(text) => text,
+        };
+        text.parse().map(Self).map_err(serde::de::Error::custom)
+    }
 }
 
 /// See [`FailurePolicy`].
@@ -90,6 +115,8 @@ enum Policy {
 #[serde(deny_unknown_fields)]
 struct Sql {
     function: Spanned<String>,
+    #[serde(default)]
+    raw: bool,
 }
 
 #[derive(Deserialize)]
@@ -100,6 +127,8 @@ struct Http {
     timeout: Option<Wait>,
     #[serde(default)]
     headers: BTreeMap<String, Spanned<String>>,
+    #[serde(default)]
+    answers: BTreeMap<String, Spanned<Answer>>,
     ca: Option<Spanned<PathBuf>>,
     cert: Option<Spanned<PathBuf>>,
     key: Option<Spanned<PathBuf>>,
@@ -201,8 +230,9 @@ impl Entry {
         let mut subscriber = match (endpoint, self.sql) {
             (Some(endpoint), _) => Subscriber::http(name, endpoint, types),
             (None, sql) => {
-                let function = sql.map(|sql| sql.function.into_inner()).unwrap_or_default();
-                Subscriber::sql(name, &function, types)?
+                let (function, raw) = sql.map(|sql| (sql.function.into_inner(), sql.raw)).unwrap_or_default();
+                let subscriber = Subscriber::sql(name, &function, types)?;
+                if raw { subscriber.raw_payloads() } else { subscriber }
             }
         };
         let settings = &mut subscriber.settings;
@@ -217,6 +247,7 @@ impl Entry {
             Some(Policy::Skip) => FailurePolicy::Skip,
         };
         settings.debounce = self.debounce.map(|window| window.0);
+        settings.start = self.start.map_or(settings.start, |start| start.0);
         settings.queue = self.queue.unwrap_or_else(|| settings.queue.clone());
         settings.stream = self.stream;
         settings.prefix = self.prefix.map(|prefix| prefix.0);
@@ -239,6 +270,10 @@ impl Http {
         for (name, value) in &self.headers {
             let added = endpoint.header(name, value.get_ref());
             added.map_err(|problem| (Some(value.span()), "headers", problem))?;
+        }
+        for (status, meaning) in &self.answers {
+            let added = endpoint.answer(status, *meaning.get_ref());
+            added.map_err(|problem| (Some(meaning.span()), "answers", problem))?;
         }
         for (key, file) in [("ca", &self.ca), ("cert", &self.cert), ("key", &self.key)] {
             if let Some(file) = file.as_ref().filter(|_| !endpoint.is_https()) {
@@ -284,6 +319,7 @@ stream = "ORDERS"
 prefix = "orders"
 failure_policy = "skip"
 debounce = "2s"
+start = "new"
 "#;
 
     const WEBHOOK: &str = r#"
@@ -295,6 +331,7 @@ url = "https://shop.example/events"
 mode = "structured"
 timeout = "5s"
 headers = { Authorization = "env:NOWHERE" }
+answers = { 409 = "done" }
 cert = "c"
 key = "k"
 "#;
@@ -316,6 +353,17 @@ key = "k"
         assert_eq!(settings.ack_wait, Duration::from_secs(10));
         assert_eq!((settings.failure_policy, settings.debounce), (FailurePolicy::Skip, Some(Duration::from_secs(2))));
         assert_eq!((settings.queue.as_str(), settings.stream.as_deref()), ("heavy", Some("ORDERS")));
+        for (text, start) in [
+            ("\"new\"", Start::New),
+            ("\"all\"", Start::All),
+            ("4711", Start::Sequence(4711)),
+            ("\"4711\"", Start::Sequence(4711)),
+            ("2026-03-01T12:00:00Z", "2026-03-01T12:00:00Z".parse().unwrap()),
+            ("\"2026-03-01T12:00:00Z\"", "2026-03-01T12:00:00Z".parse().unwrap()),
+        ] {
+            let subscribers = parse(&GOOD.replace("start = \"new\"", &format!("start = {text}"))).unwrap();
+            assert_eq!(subscribers[0].settings.start, start, "{text}");
+        }
         let spec = subscribers[0].spec(&crate::config::Naming::default());
         assert_eq!((spec.stream, spec.subjects), ("ORDERS".into(), vec!["orders.pgbench.history".into()]));
         assert_eq!(settings.backoff, Backoff { first: Duration::from_millis(250), ..Backoff::default() });
@@ -333,6 +381,9 @@ key = "k"
             ("demo.apply_history", "demo.apply history", ":6: function:"),
             ("\"10s\"", "\"10 parsecs\"", ":7: \"10 parsecs\" is not a duration"),
             ("\"skip\"", "\"jump\"", ":12: unknown variant `jump`"),
+            ("start = \"new\"", "start = \"old\"", ":14: \"old\" is no start: take \"all\""),
+            ("start = \"new\"", "start = 2026-03-01", ":14: \"2026-03-01\" is no start"),
+            ("start = \"new\"", "start = -1", ":14: "),
             ("concurrency = 16", "concurrency = 0", "concurrency must be at least 1"),
             ("concurrency = 16", "max_crashes = 1", "max_crashes must be at least 2"),
             ("concurrency = 16", "time_limit = \"1000d\"", "time_limit must be at most 365 days"),
@@ -351,8 +402,10 @@ key = "k"
             ("\"structured\"", "\"other\"", ":7: unknown variant `other`"),
             ("\"5s\"", "\"2m\"", "the timeout of http must not be longer than time_limit"),
             ("Authorization", "Content-Length", ":9: headers:"),
-            ("cert = \"c\"\n", "", ":10: key:"),
-            ("https://shop", "http://shop", ":10: cert:"),
+            ("cert = \"c\"\n", "", ":11: key:"),
+            ("https://shop", "http://shop", ":11: cert:"),
+            ("409 =", "4xx =", ":10: answers:"),
+            ("\"done\"", "\"fine\"", ":10: unknown variant `fine`"),
             ("mode", "mod", ":7: unknown field `mod`"),
             ("[subscriber.http]", "sql = { function = \"f\" }\n[subscriber.http]", "exactly one"),
         ] {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
@@ -56,6 +57,8 @@ pub(super) struct Endpoint {
     pub(super) mode: Mode,
     pub(super) timeout: Duration,
     headers: BTreeMap<String, Value>,
+    /// What some answers mean, where it is not what they usually do.
+    answers: BTreeMap<u16, Answer>,
     pub(super) ca: Option<PathBuf>,
     pub(super) certificate: Option<ClientCertificate>,
     /// Made when the worker starts; reading a file for `aftercommit provision` needs neither secrets nor certificates.
@@ -71,6 +74,38 @@ pub(super) enum Mode {
     Binary,
     /// All of it in JSON.
     Structured,
+}
+
+/// What an answer means for the event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Answer {
+    /// It is handled.
+    Done,
+    /// A failed attempt.
+    Retry,
+    /// A dead letter, now.
+    Reject,
+    /// The endpoint cannot take it at present: it waits, and no attempt is spent.
+    Unavailable,
+}
+
+impl Answer {
+    /// What an answer usually means, by its status.
+    fn usual(status: u16) -> Self {
+        match status {
+            200..=299 => Self::Done,
+            // The login, the path or the way to the endpoint is wrong: that says nothing of the event, and every event
+            // would get it.
+            401..=405 | 407 | 410 | 421 | 426 | 511 => Self::Unavailable,
+            // The endpoint is overloaded, or those behind it are away.
+            429 | 502 | 503 | 504 => Self::Unavailable,
+            // They speak of this try and not of the event.
+            408 | 425 => Self::Retry,
+            400..=499 => Self::Reject,
+            _ => Self::Retry,
+        }
+    }
 }
 
 /// The value of a header.
@@ -100,6 +135,7 @@ impl Endpoint {
             mode: Mode::default(),
             timeout: Duration::from_secs(30),
             headers: BTreeMap::new(),
+            answers: BTreeMap::new(),
             ca: None,
             certificate: None,
             ready: OnceLock::new(),
@@ -129,6 +165,17 @@ impl Endpoint {
         }
     }
 
+    /// Gives answers of this status another meaning than they usually have.
+    pub(super) fn answer(&mut self, status: &str, meaning: Answer) -> Result<(), String> {
+        match status.parse() {
+            Ok(status @ 200..=599) => {
+                self.answers.insert(status, meaning);
+                Ok(())
+            }
+            _ => Err(format!("{status:?} is not the status of an answer, 200 to 599")),
+        }
+    }
+
     /// Whether the connection is secret.
     pub(super) fn is_https(&self) -> bool {
         self.uri.scheme_str() == Some("https")
@@ -140,9 +187,22 @@ impl Endpoint {
     /// When one is missing or cannot be used.
     pub(super) fn prepare(&self) -> Result<(), Error> {
         let ready = Ready { client: self.client()?, headers: self.resolve_headers()? };
+        if let Some(name) = ["http_proxy", "https_proxy", "all_proxy"].into_iter().find(|name| is_set(name)) {
+            tracing::warn!(endpoint = %self, variable = name, "events are posted directly: the worker uses no proxy");
+        }
+        if !self.headers.is_empty() && self.is_in_clear() {
+            tracing::warn!(endpoint = %self, "headers from the settings travel unencrypted: give a url with https://");
+        }
         // It was prepared before when this one is not taken.
         let _ = self.ready.set(ready);
         Ok(())
+    }
+
+    /// Whether others on the way can read what is sent.
+    fn is_in_clear(&self) -> bool {
+        let host = self.uri.host().unwrap_or_default().trim_matches(['[', ']']);
+        let here = host == "localhost" || host.parse().is_ok_and(|address: IpAddr| address.is_loopback());
+        !self.is_https() && !here
     }
 
     fn resolve_headers(&self) -> Result<HeaderMap, Error> {
@@ -251,21 +311,30 @@ impl Endpoint {
 
     /// What an answer means for the event.
     fn judge(&self, status: StatusCode, headers: &HeaderMap) -> Result<(), HandlerError> {
-        let text = format!("{self} answered {status}");
-        match status.as_u16() {
-            200..=299 => Ok(()),
-            // The endpoint is overloaded, or those behind it are away.
-            429 | 502 | 503 | 504 => Err(HandlerError::Unavailable {
+        let meaning = self.answers.get(&status.as_u16()).copied().unwrap_or(Answer::usual(status.as_u16()));
+        let hint = match status.as_u16() {
+            300..=399 => "; redirects are not followed",
+            431 if self.mode == Mode::Binary => "; in the mode \"structured\" the attributes of events are no headers",
+            _ => "",
+        };
+        let text = format!("{self} answered {status}{hint}");
+        match meaning {
+            Answer::Done => Ok(()),
+            Answer::Retry => Err(HandlerError::retry(text)),
+            Answer::Reject => Err(HandlerError::reject(text)),
+            Answer::Unavailable => Err(HandlerError::Unavailable {
                 error: text.into(),
                 after: headers.get(RETRY_AFTER).and_then(|value| retry_after(value.to_str().ok()?, Utc::now())),
             }),
-            // They speak of this try and not of the event.
-            408 | 425 => Err(HandlerError::retry(text)),
-            400..=499 => Err(HandlerError::reject(text)),
-            300..=399 => Err(HandlerError::retry(text + "; redirects are not followed")),
-            _ => Err(HandlerError::retry(text)),
         }
     }
+}
+
+/// Whether the environment has this variable, in small or capital letters.
+fn is_set(name: &str) -> bool {
+    [name.to_string(), name.to_ascii_uppercase()]
+        .iter()
+        .any(|name| std::env::var_os(name).is_some_and(|v| !v.is_empty()))
 }
 
 /// Reads an answer's end, so that its connection can be used again.
@@ -378,14 +447,45 @@ mod tests {
         for status in [200, 202, 204, 299] {
             assert!(judge(status).is_ok(), "{status}");
         }
-        for status in [429, 502, 503, 504] {
+        for status in [401, 402, 403, 404, 405, 407, 410, 421, 426, 429, 502, 503, 504, 511] {
             assert!(matches!(judge(status), Err(HandlerError::Unavailable { after: None, .. })), "{status}");
         }
         for status in [301, 307, 304, 408, 425, 500, 501, 505, 599] {
             assert!(matches!(judge(status), Err(HandlerError::Retry { after: None, .. })), "{status}");
         }
-        for status in [400, 401, 404, 409, 410, 413, 422, 451] {
+        for status in [400, 406, 409, 413, 415, 422, 431, 451] {
             assert!(matches!(judge(status), Err(HandlerError::Reject { .. })), "{status}");
+        }
+    }
+
+    #[test]
+    fn an_answer_means_what_the_settings_say() {
+        let mut endpoint = endpoint();
+        endpoint.answer("409", Answer::Done).unwrap();
+        endpoint.answer("404", Answer::Reject).unwrap();
+        endpoint.answer("200", Answer::Retry).unwrap();
+        let judge = |status: u16| endpoint.judge(StatusCode::from_u16(status).unwrap(), &HeaderMap::new());
+        assert!(judge(409).is_ok());
+        assert!(matches!(judge(404), Err(HandlerError::Reject { .. })));
+        assert!(matches!(judge(200), Err(HandlerError::Retry { .. })));
+        let refused = judge(431).unwrap_err();
+        assert!(matches!(refused, HandlerError::Reject { .. }) && format!("{refused:?}").contains("structured"));
+        for status in ["", "4xx", "199", "600", "-1"] {
+            assert!(endpoint.answer(status, Answer::Done).is_err(), "{status}");
+        }
+    }
+
+    #[test]
+    fn what_travels_in_clear_is_known() {
+        for (url, in_clear) in [
+            ("http://shop.example/", true),
+            ("http://10.0.0.1:80/", true),
+            ("https://shop.example/", false),
+            ("http://localhost:8080/", false),
+            ("http://127.0.0.2/", false),
+            ("http://[::1]:8080/", false),
+        ] {
+            assert_eq!(Endpoint::new(url).unwrap().is_in_clear(), in_clear, "{url}");
         }
     }
 

@@ -7,6 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use futures_util::future::join_all;
 
 use crate::envelope::Envelope;
+use crate::event::EventId;
+use crate::jetstream::stored::Read;
+use crate::postgres::attempt::Record;
 use crate::postgres::inbox;
 use crate::postgres::redrive::{self, Redriven};
 
@@ -21,19 +24,23 @@ const MAX_BYTES: usize = 64 * 1024 * 1024;
 /// One event to run.
 pub(super) struct Item {
     pub(super) place: Place,
+    /// Which event it is, if that is known.
+    pub(super) id: Option<EventId>,
     /// None when it has to be read from its place.
     pub(super) event: Option<Arc<Envelope>>,
     pub(super) deliveries: u64,
-    /// How often the process died while it ran. Such an event is the only one of its batch.
-    pub(super) crashes: u32,
+    /// How often in a row something that it needs was away.
+    pub(super) interruptions: u32,
+    /// What is on record of it. A suspect is the only event of its batch.
+    pub(super) record: Record,
 }
 
 impl Item {
     pub(super) fn queued(self, stream: &str, stream_seq: i64, event: Arc<Envelope>) -> Queued {
-        let Self { place, deliveries, crashes, .. } = self;
+        let Self { place, deliveries, interruptions, record, .. } = self;
         let stream = stream.to_string();
-        let (failures, fresh) = (AtomicU32::new(0), AtomicBool::new(false));
-        Queued { place, stream, stream_seq, event, deliveries, crashes, failures, fresh }
+        let (failures, fresh) = (AtomicU32::new(record.attempts), AtomicBool::new(false));
+        Queued { place, stream, stream_seq, event, deliveries, interruptions, record, failures, fresh }
     }
 }
 
@@ -45,7 +52,8 @@ pub(super) struct Queued {
     pub(super) stream_seq: i64,
     pub(super) event: Arc<Envelope>,
     pub(super) deliveries: u64,
-    pub(super) crashes: u32,
+    pub(super) interruptions: u32,
+    pub(super) record: Record,
     /// The attempts that had failed when it was looked at last.
     pub(super) failures: AtomicU32,
     /// Whether it was not done yet when it was looked at last.
@@ -120,7 +128,7 @@ impl Lane {
             (Place::Stream(sequence), _) => {
                 let event = match &item.event {
                     Some(event) => Arc::clone(event),
-                    None => Arc::new(self.read_again(sequence).await.map_err(|verdict| (place, verdict))?),
+                    None => Arc::new(self.read_again(sequence, item.id).await.map_err(|verdict| (place, verdict))?),
                 };
                 let sequence = i64::try_from(sequence).unwrap_or(i64::MAX);
                 Ok(item.queued(self.source.stream(), sequence, event))
@@ -135,18 +143,50 @@ impl Lane {
     }
 
     /// Reads an event of the stream again whose payload was let go to save memory.
-    async fn read_again(&self, sequence: u64) -> Result<Envelope, Verdict> {
+    async fn read_again(&self, sequence: u64, id: Option<EventId>) -> Result<Envelope, Verdict> {
+        // Whoever pulls finds that out, too, and begins anew.
+        let lost = || Verdict::Interrupted { reason: "the stream has lost its end".into(), wait: Wait::Soon };
         match self.source.read(sequence).await {
-            Ok(Some(event)) => Ok(event),
+            Ok(Read::Event(event)) if id.is_none_or(|id| id == event.id) => Ok(*event),
+            Ok(Read::Event(_) | Read::Ended) => Err(lost()),
+            Ok(Read::Removed) => self.read_removed(sequence, id).await,
+            Err(error) => Err(Verdict::Interrupted { reason: error.report(), wait: Wait::Soon }),
+        }
+    }
+
+    /// Reads an event from the outbox that the stream dropped while it waited here. Without an answer it waits on: it is
+    /// lost only when neither has it.
+    async fn read_removed(&self, sequence: u64, id: Option<EventId>) -> Result<Envelope, Verdict> {
+        let subscriber = &self.subscriber.name;
+        let found = match id {
+            Some(id) => self.source.ask_outbox(id).await,
+            None => Ok(None),
+        };
+        let event_id = id.map(|id| id.to_string());
+        match found {
+            Ok(Some(event)) => {
+                tracing::warn!(
+                    subscriber,
+                    event_id,
+                    sequence,
+                    "the stream dropped an event before it could be handled: its retention is too short. It comes from the outbox"
+                );
+                Ok(event)
+            }
             Ok(None) => {
                 tracing::error!(
-                    subscriber = self.subscriber.name,
+                    subscriber,
+                    event_id,
                     sequence,
-                    "the stream dropped an event before it could be handled: its retention is too short"
+                    "an event is lost: stream and outbox dropped it before it could be handled, their retention is too short"
                 );
-                Err(Verdict::Dead("the stream dropped it before it could be handled".into()))
+                Err(Verdict::Dead("stream and outbox dropped it before it could be handled".into()))
             }
-            Err(error) => Err(Verdict::Interrupted { reason: error.report(), wait: Wait::Soon }),
+            Err(error) => {
+                let why = error.report();
+                let reason = format!("the stream dropped it, and its outbox cannot be asked for it: {why}");
+                Err(Verdict::Interrupted { reason, wait: Wait::Soon })
+            }
         }
     }
 }

@@ -49,19 +49,24 @@
 //! is undone as a whole and they run again, the failing one alone.
 
 mod batch;
+mod doubt;
 #[cfg(feature = "testing")]
 pub(crate) mod drain;
 #[cfg(feature = "cli")]
 mod file;
+mod gate;
 mod handler;
 #[cfg(feature = "cli")]
 mod http;
 mod lane;
 mod load;
+mod loss;
 mod monitor;
+pub(crate) mod notes;
 mod pace;
 mod progress;
 mod pruner;
+mod reached;
 mod redrive;
 mod registry;
 mod route;
@@ -70,10 +75,13 @@ mod scheduler;
 mod serve;
 mod session;
 mod span;
+mod start;
 mod subscriber;
+mod transact;
 mod trouble;
 mod verdict;
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -86,8 +94,9 @@ use crate::config::{Naming, NatsConfig, PostgresConfig};
 use crate::error::{Error, ErrorKind};
 use crate::jetstream;
 use crate::jetstream::Connection;
-use crate::jetstream::consumer;
+use crate::jetstream::consumer::{self, Claim, ConsumerSpec};
 use crate::postgres::connections::Connections;
+use crate::postgres::{self, identity};
 use crate::reconciler::{ConsumerLeg, InboxLeg, Mode, Runner};
 use monitor::Board;
 use progress::Progress;
@@ -100,6 +109,7 @@ pub use monitor::{Monitor, SubscriberReport, WorkerReport};
 pub use registry::{FailedModule, Module, Queues, Registry};
 pub(crate) use serve::{ALL, lease_name};
 pub use span::set_span_parent;
+pub use start::{Start, StartError};
 pub(crate) use subscriber::check_name;
 pub use subscriber::{FailurePolicy, Subscriber};
 #[cfg(feature = "testing")]
@@ -147,8 +157,14 @@ pub struct Worker {
     registry: Registry,
     queues: Queues,
     remedy: String,
+    adopt: bool,
+    max_connections: NonZeroU32,
     board: Board,
 }
+
+/// See [`Worker::max_connections`].
+pub(crate) const MAX_CONNECTIONS: NonZeroU32 = NonZeroU32::new(50).unwrap();
+const LEAST_CONNECTIONS: NonZeroU32 = NonZeroU32::new(4).unwrap();
 
 impl Worker {
     /// A worker without subscribers. `postgres` is the database in which their handlers work, `naming` the stream that
@@ -156,7 +172,9 @@ impl Worker {
     pub fn new(postgres: PostgresConfig, nats: NatsConfig, naming: Naming) -> Self {
         let remedy = "provision it, with `Worker::provision` or `aftercommit provision --config worker.toml`".into();
         let board = Board::new(&naming.stream);
-        Self { postgres, nats, naming, registry: Registry::new(), queues: Queues::All, remedy, board }
+        let (registry, queues) = (Registry::new(), Queues::All);
+        let max_connections = MAX_CONNECTIONS;
+        Self { postgres, nats, naming, registry, queues, remedy, adopt: false, max_connections, board }
     }
 
     /// Adds a subscriber.
@@ -185,6 +203,16 @@ impl Worker {
     #[must_use]
     pub fn unhealthy_after(mut self, patience: Duration) -> Self {
         self.board.patience = patience;
+        self
+    }
+
+    /// The most connections to PostgreSQL that this worker opens by itself, for all of its subscribers together; at least 4.
+    /// A fifth of them, 10 at most, is for the worker's own short statements, the others are for batches of events: when all
+    /// are taken, subscribers get them in turn. Reconcilers that run beside the worker have connections of their own.
+    /// Defaults to 50.
+    #[must_use]
+    pub fn max_connections(mut self, most: u32) -> Self {
+        self.max_connections = NonZeroU32::new(most).unwrap_or(NonZeroU32::MIN).max(LEAST_CONNECTIONS);
         self
     }
 
@@ -225,13 +253,23 @@ impl Worker {
     }
 
     /// Creates or corrects the JetStream consumers of all subscribers, whatever their queue, and returns what was
-    /// changed, in words; nothing when all was right. Their streams must exist.
+    /// changed, in words; nothing when all was right. Their streams must exist. Each consumer is stamped with the worker's
+    /// database, because no other one may use it.
     ///
     /// # Errors
-    /// When the subscribers contradict each other, NATS cannot be reached, a stream does not exist, or a consumer
-    /// differs in a way that cannot be changed. The other consumers are created all the same.
+    /// When the subscribers contradict each other, NATS or the database cannot be reached, a stream does not exist, or a
+    /// consumer differs in a way that cannot be changed, is that of another database, or delivers events that its subscriber
+    /// does not want (see [`Worker::adopt`]). The other consumers are created all the same.
     pub async fn provision(&self) -> Result<Vec<String>, Error> {
-        provision(&self.nats, &self.naming, &self.registry).await
+        let provisioning = Provisioning { adopt: self.adopt, start: None };
+        provision(Some(&self.postgres), &self.nats, &self.naming, &self.registry, provisioning).await
+    }
+
+    /// [`Worker::provision`] takes over consumers that are those of another database, as after a restore into a new one, and
+    /// narrows those that deliver more than their subscriber wants. No worker may serve the other database any more.
+    #[must_use]
+    pub fn adopt(self) -> Self {
+        Self { adopt: true, ..self }
     }
 
     /// Runs the subscribers until `shutdown` is cancelled: then running handlers finish, unfinished events go back and
@@ -245,7 +283,16 @@ impl Worker {
     pub async fn run(mut self, shutdown: CancellationToken) -> Result<(), Error> {
         let subscribers = std::mem::take(&mut self.registry).served(&self.queues)?;
         subscribers.iter().try_for_each(Subscriber::prepare)?;
-        let connections = Arc::new(Connections::new(&self.postgres, "aftercommit-worker")?);
+        let connections = Arc::new(Connections::bounded(&self.postgres, "aftercommit-worker", self.max_connections)?);
+        for subscriber in subscribers.iter().filter(|one| one.settings.concurrency > connections.handlers()) {
+            tracing::warn!(
+                subscriber = subscriber.name,
+                concurrency = subscriber.settings.concurrency,
+                most = connections.handlers(),
+                "its concurrency is higher than the number of transactions that this worker runs at a time: raise \
+                 --max-connections (AFTERCOMMIT_MAX_CONNECTIONS, Worker::max_connections)"
+            );
+        }
         let watched: Vec<sample::Watched> = subscribers
             .iter()
             .map(|subscriber| (Arc::new(Progress::new(subscriber)), subscriber.spec(&self.naming)))
@@ -262,8 +309,8 @@ impl Worker {
             let service = serve::Service {
                 spec,
                 subscriber: Arc::new(subscriber),
-                connections: Arc::clone(&connections),
-                client: nats.client.clone(),
+                connections: Arc::new(connections.for_another()),
+                nats: nats.clone(),
                 holder: self.board.holder.clone(),
                 process: Arc::clone(&process),
                 remedy: self.remedy.clone(),
@@ -301,14 +348,51 @@ impl Worker {
     }
 }
 
+/// The consumers that subscribers need, if there are any.
+pub(crate) fn specs(registry: &Registry, naming: &Naming) -> Result<Vec<ConsumerSpec>, Error> {
+    if !registry.subscribers().is_empty() {
+        registry.ready()?;
+    }
+    Ok(registry.subscribers().iter().map(|subscriber| subscriber.spec(naming)).collect())
+}
+
+/// What whoever provisions says beside the subscribers' definitions.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Provisioning {
+    /// See [`Worker::adopt`].
+    pub(crate) adopt: bool,
+    /// Where all of them start whose consumers are made for the first time.
+    pub(crate) start: Option<Start>,
+}
+
 /// See [`Worker::provision`].
-pub(crate) async fn provision(nats: &NatsConfig, naming: &Naming, registry: &Registry) -> Result<Vec<String>, Error> {
+pub(crate) async fn provision(
+    postgres: Option<&PostgresConfig>,
+    nats: &NatsConfig,
+    naming: &Naming,
+    registry: &Registry,
+    Provisioning { adopt, start }: Provisioning,
+) -> Result<Vec<String>, Error> {
     registry.ready()?;
+    let (mut session, mut owner) = (None, None);
+    if let Some(config) = postgres {
+        let mut opened = postgres::connect(config, "aftercommit-provision").await?;
+        let found = identity::owner(&mut opened).await;
+        owner = Some(found.map_err(|error| postgres::database_error("which database this is cannot be told", error))?);
+        session = Some(opened);
+    }
+    let claim = Claim { owner, adopt };
     let connection = jetstream::connect(nats, "aftercommit-provision", "_INBOX_prov").await?;
-    let context = jetstream::context(&connection.client);
+    let context = connection.jetstream();
     let (mut changes, mut failed) = (Vec::new(), Vec::new());
     for subscriber in registry.subscribers() {
-        match consumer::provision(&context, &subscriber.spec(naming)).await {
+        let made = async {
+            let mut spec = subscriber.spec(naming);
+            let start = start.unwrap_or(subscriber.settings.start);
+            spec.start = start.place(&connection, session.as_mut(), &spec).await?;
+            consumer::provision(&context, &spec, &claim).await
+        };
+        match made.await {
             Ok(changed) => changes.extend(changed),
             Err(error) => failed.push(error),
         }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 
+use super::notes::Notes;
 use super::sample::Sample;
 use super::subscriber::Subscriber;
 use crate::health::{Facts, Health, Phase};
@@ -19,10 +20,14 @@ pub(super) struct Position {
     pub(super) epoch: i64,
     /// What it does or waits for.
     pub(super) state: String,
+    /// What a handler said of that. Health checks, which everybody may ask, do not show it.
+    detail: Option<String>,
     /// Whether something keeps it from working.
     troubled: bool,
     /// Why the database does not let it keep its lease.
     database: Option<String>,
+    /// Why the NATS server does not deliver.
+    delivery: Option<String>,
     /// When it last decided about an event, found nothing to do, or found another instance active.
     pub(super) progressed: Instant,
     pub(super) load: Load,
@@ -68,6 +73,7 @@ pub(super) struct Progress {
     time_limit: Duration,
     position: Mutex<Position>,
     sample: Mutex<Sample>,
+    pub(super) notes: Notes,
     metrics: Metrics,
 }
 
@@ -77,8 +83,10 @@ impl Progress {
             phase: Phase::Connecting,
             epoch: 0,
             state: "starting".into(),
+            detail: None,
             troubled: false,
             database: None,
+            delivery: None,
             progressed: Instant::now(),
             load: Load::default(),
             settled: 0,
@@ -88,6 +96,7 @@ impl Progress {
             time_limit: subscriber.settings.time_limit,
             position: Mutex::new(position),
             sample: Mutex::default(),
+            notes: Notes::default(),
             metrics: Metrics::new(&subscriber.name),
         }
     }
@@ -112,6 +121,7 @@ impl Progress {
         (position.phase, position.state, position.troubled) = (phase, state.into(), false);
         position.progressed = Instant::now();
         position.load = Load::default();
+        position.delivery = None;
         self.metrics.phase(phase);
     }
 
@@ -127,6 +137,7 @@ impl Progress {
         let mut position = self.lock();
         position.phase = Phase::Leading;
         (position.state, position.troubled) = ("working".into(), false);
+        position.delivery = None;
         self.metrics.phase(Phase::Leading);
     }
 
@@ -139,13 +150,23 @@ impl Progress {
 
     /// Something keeps it from working.
     pub(super) fn trouble(&self, reason: impl Into<String>) {
+        self.trouble_with(reason, None);
+    }
+
+    /// The same, with what a handler said of it.
+    pub(super) fn trouble_with(&self, reason: impl Into<String>, detail: Option<String>) {
         let mut position = self.lock();
-        (position.state, position.troubled) = (reason.into(), true);
+        (position.state, position.detail, position.troubled) = (reason.into(), detail, true);
     }
 
     /// Whether the database lets it keep its lease; if not, why.
     pub(super) fn database(&self, problem: Option<String>) {
         self.lock().database = problem;
+    }
+
+    /// Whether the server delivers; if not, why.
+    pub(super) fn delivery(&self, problem: Option<String>) {
+        self.lock().delivery = problem.map(|why| format!("the server does not deliver: {why}"));
     }
 
     /// What its session has in hand.
@@ -219,22 +240,40 @@ impl Progress {
         self.with_facts(&self.position(), outage, |facts| facts.readiness())
     }
 
-    fn with_facts<T>(&self, position: &Position, outage: Option<&str>, judge: impl FnOnce(&Facts<'_>) -> T) -> T {
-        let sample = self.sample();
-        let runnable = position.load.runnable() as u64;
-        let waiting =
-            sample.pending().map(|pending| i64::try_from(pending.saturating_add(runnable)).unwrap_or(i64::MAX));
+    /// What it is at, whether nothing keeps it from that, and in words what it does or waits for.
+    pub(super) fn standing(&self) -> (Phase, bool, String) {
+        let position = self.position();
+        let ready = !position.is_troubled() && position.phase != Phase::Connecting;
+        let state = self.state(&position);
+        let state = match position.detail.as_ref().filter(|_| position.troubled) {
+            Some(detail) => format!("{state}: {detail}"),
+            None => state,
+        };
+        (position.phase, ready, state)
+    }
+
+    /// What it does or waits for, with all that is known to be in its way.
+    fn state(&self, position: &Position) -> String {
         let mut state = position.state.clone();
         if position.phase == Phase::Leading {
-            for obstacle in position.database.clone().into_iter().chain(sample.obstacles()) {
+            let told = [&position.database, &position.delivery].into_iter().flatten().cloned();
+            for obstacle in told.chain(self.sample().obstacles()) {
                 if !state.contains(&obstacle) {
                     state = format!("{state}; {obstacle}");
                 }
             }
         }
+        state
+    }
+
+    fn with_facts<T>(&self, position: &Position, outage: Option<&str>, judge: impl FnOnce(&Facts<'_>) -> T) -> T {
+        let sample = self.sample();
+        let runnable = position.load.runnable() as u64;
+        let waiting =
+            sample.pending().map(|pending| i64::try_from(pending.saturating_add(runnable)).unwrap_or(i64::MAX));
         judge(&Facts {
             phase: position.phase,
-            state: &state,
+            state: &self.state(position),
             waiting,
             blocked: position.is_troubled(),
             outage,
@@ -250,7 +289,7 @@ impl Progress {
 
 impl Position {
     fn is_troubled(&self) -> bool {
-        self.troubled || self.database.is_some()
+        self.troubled || self.database.is_some() || self.delivery.is_some()
     }
 }
 

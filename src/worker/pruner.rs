@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::error::Error;
 use crate::jetstream::stored::Source;
 use crate::postgres::connections::Connections;
-use crate::postgres::{self, prune};
+use crate::postgres::{self, failure, prune};
 
 use super::subscriber::Subscriber;
 
@@ -14,6 +14,8 @@ use super::subscriber::Subscriber;
 const INTERVAL: Duration = Duration::from_mins(1);
 /// Rows that are removed at a time.
 const BATCH: u32 = 1000;
+/// How long errors of failed attempts are kept at most.
+const KEPT_FAILURES: Duration = Duration::from_hours(7 * 24);
 /// How many times as long as a batch took the pruner rests after it.
 const REST: u32 = 10;
 
@@ -33,6 +35,9 @@ impl Pruner {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
+            if let Err(error) = self.prune_failures().await {
+                tracing::debug!(subscriber = name, error = error.report(), "pruning the failed attempts failed");
+            }
             match self.prune().await {
                 Ok(0) => {}
                 Ok(rows) => tracing::info!(subscriber = name, rows, "pruned the inbox"),
@@ -40,6 +45,15 @@ impl Pruner {
                 Err(error) => tracing::debug!(subscriber = name, error = error.report(), "pruning failed"),
             }
         }
+    }
+
+    /// A batch at a time: errors come much more rarely than events.
+    async fn prune_failures(&self) -> Result<u64, Error> {
+        let age = self.subscriber.settings.inbox_retention.min(KEPT_FAILURES);
+        let name = &self.subscriber.name;
+        let pruned =
+            self.connections.run(async |connection| failure::prune(connection, name, age, BATCH.into()).await).await;
+        pruned.map_err(|error| postgres::database_error("pruning the failed attempts failed", error))
     }
 
     async fn prune(&self) -> Result<u64, Error> {

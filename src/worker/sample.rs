@@ -7,8 +7,8 @@ use futures_util::future::join_all;
 
 use super::progress::Progress;
 use crate::error::{Error, ErrorKind};
+use crate::jetstream::Connection;
 use crate::jetstream::consumer::{self, ConsumerSpec, Load};
-use crate::jetstream::{self, Connection};
 use crate::postgres::connections::Connections;
 use crate::postgres::database_error;
 use crate::postgres::status::{self, Counts};
@@ -132,7 +132,7 @@ async fn look_at_tables(connections: &Connections, watched: &[Watched]) {
 }
 
 async fn consumer(nats: &Connection, spec: &ConsumerSpec) -> Result<Option<Load>, String> {
-    let context = jetstream::context(&nats.client);
+    let context = nats.jetstream();
     match tokio::time::timeout(DEADLINE, consumer::load(&context, spec)).await {
         Ok(Ok(load)) => Ok(load),
         Ok(Err(error)) => Err(nats.complaint().unwrap_or_else(|| error.report())),

@@ -34,7 +34,7 @@ pub(super) struct Scheduler {
     keys: HashMap<Arc<str>, Queue>,
     /// Events that may start: those without a key, and the oldest of each key that nothing runs of.
     ready: BTreeSet<Place>,
-    /// The same of those that do not bear any company, in the order in which they get their turn.
+    /// The same of suspects, which do not bear one another, in the order in which they get their turn.
     suspects: BTreeSet<(Company, Place)>,
     /// How many events run.
     running: usize,
@@ -53,19 +53,16 @@ pub(super) enum Company {
     None,
     /// In a batch of its own, beside others that bear any company.
     Unsuspected,
+    /// In a batch of its own, beside any.
+    Apart,
     /// In a batch with others, beside any.
     Any,
 }
 
 impl Company {
-    /// What an event bears that ran so often when the process died.
-    pub(super) fn of(crashes: u32) -> Self {
-        match crashes {
-            0 => Self::Any,
-            // The first time it may well have been another one.
-            1 => Self::Unsuspected,
-            _ => Self::None,
-        }
+    /// Whether only one event like it may run at a time.
+    fn is_suspect(self) -> bool {
+        matches!(self, Self::None | Self::Unsuspected)
     }
 }
 
@@ -137,6 +134,23 @@ impl Scheduler {
         }
     }
 
+    /// Lets an event that was just added wait until then, with its key or, when that passes it, without.
+    pub(super) fn postpone(&mut self, event: Place, until: Instant, key_passes: bool) {
+        self.let_wait(event);
+        let Some(slot) = self.events.get_mut(&event).filter(|slot| slot.state == State::Waiting) else { return };
+        slot.state = State::Held(until);
+        self.held.insert((until, event));
+        if key_passes && let Some(key) = slot.key.clone() {
+            if let Some(queue) = self.keys.get_mut(&key) {
+                queue.events.remove(&event);
+                if queue.events.is_empty() {
+                    self.keys.remove(&key);
+                }
+            }
+            self.promote(&key);
+        }
+    }
+
     /// Says what company an event bears that does not run. Without this it is any.
     pub(super) fn bears(&mut self, event: Place, company: Company) {
         let was_ready = self.let_wait(event);
@@ -154,8 +168,8 @@ impl Scheduler {
 
     fn let_start(&mut self, event: Place) {
         match self.company(event) {
-            Company::Any => self.ready.insert(event),
-            company => self.suspects.insert((company, event)),
+            company if company.is_suspect() => self.suspects.insert((company, event)),
+            _ => self.ready.insert(event),
         };
     }
 
@@ -216,13 +230,21 @@ impl Scheduler {
             let ready = if heads > 0 { &self.ready } else { &BTreeSet::new() };
             let oldest = |live| first(ready, live).into_iter().chain(first(&next, live)).min();
             let Some(event) = oldest(self.live_next).or_else(|| oldest(!self.live_next)) else { break };
+            let apart = self.company(event) == Company::Apart;
+            if apart && !batch.is_empty() {
+                break;
+            }
             self.live_next = event < FIRST_LIVE;
             if !next.remove(&event) {
                 self.ready.remove(&event);
                 heads -= 1;
             }
             batch.push(event);
-            next.extend(self.start(event));
+            let follower = self.start(event);
+            if apart {
+                break;
+            }
+            next.extend(follower);
         }
         batch
     }
@@ -233,7 +255,7 @@ impl Scheduler {
         slot.state = State::Running;
         slot.due = None;
         self.running += 1;
-        if slot.company != Company::Any {
+        if slot.company.is_suspect() {
             self.suspect = Some(slot.company);
         }
         let queue = self.keys.get_mut(slot.key.as_ref()?)?;
@@ -246,7 +268,7 @@ impl Scheduler {
     /// The opposite, for its slot.
     fn ended(&mut self, company: Company) {
         self.running -= 1;
-        if company != Company::Any {
+        if company.is_suspect() {
             self.suspect = None;
         }
     }

@@ -12,21 +12,27 @@ use uuid::Uuid;
 use crate::backoff::Backoff;
 use crate::error::{Error, ErrorKind};
 use crate::event::EventId;
+use crate::fault;
 use crate::health::Phase;
 use crate::jetstream::ack::Answers;
 use crate::jetstream::consumer::{self, ConsumerSpec, Position};
+use crate::jetstream::feed::Reached;
 use crate::jetstream::stored::Source;
-use crate::jetstream::{self, Client, feed};
+use crate::jetstream::{Connection, feed, witness};
+use crate::owner::Owner;
 use crate::postgres;
+use crate::postgres::attempt::{self, Left};
 use crate::postgres::connections::Connections;
 use crate::postgres::function::{self, FunctionName};
 use crate::postgres::lease::{self, Tenure};
 use crate::postgres::pause::{self, Pause};
-use crate::postgres::{inbox, running};
+use crate::postgres::{identity, inbox, running, start};
 
 use super::lane::Lane;
+use super::notes::Teller;
 use super::progress::Progress;
 use super::pruner::Pruner;
+use super::reached::{Account, Places};
 use super::session::{self, End, Session};
 use super::subscriber::{Subscriber, Work};
 
@@ -49,7 +55,7 @@ pub(super) struct Service {
     pub(super) subscriber: Arc<Subscriber>,
     pub(super) spec: ConsumerSpec,
     pub(super) connections: Arc<Connections>,
-    pub(super) client: Client,
+    pub(super) nats: Connection,
     pub(super) holder: String,
     /// See [`Lane`].
     pub(super) process: Arc<RwLock<()>>,
@@ -60,6 +66,23 @@ pub(super) struct Service {
 impl Service {
     /// Serves until `stop`.
     pub(super) async fn run(self, stop: CancellationToken) {
+        let teller = self.teller();
+        let telling = AbortOnDropHandle::new(tokio::spawn(teller.clone().run()));
+        self.serve(stop).await;
+        drop(telling);
+        teller.stopped().await;
+    }
+
+    fn teller(&self) -> Teller {
+        Teller {
+            subscriber: Arc::clone(&self.subscriber),
+            connections: Arc::clone(&self.connections),
+            progress: Arc::clone(&self.progress),
+            instance: self.holder.clone(),
+        }
+    }
+
+    async fn serve(&self, stop: CancellationToken) {
         let mut standing_by = false;
         let mut trouble = Trouble::default();
         while !stop.is_cancelled() {
@@ -92,8 +115,10 @@ impl Service {
 
     async fn acquire(&self) -> Result<Option<Tenure>, Error> {
         let name = lease_name(self.name());
-        let acquired =
-            self.connections.run(async |connection| lease::acquire(connection, &name, &self.holder, LEASE).await).await;
+        let acquired = self
+            .connections
+            .run_for_lease(async |connection| lease::acquire(connection, &name, &self.holder, LEASE).await)
+            .await;
         let epoch =
             acquired.map_err(|error| postgres::database_error("the subscriber's lease cannot be looked at", error))?;
         Ok(epoch.map(|epoch| Tenure { name, holder: self.holder.clone(), epoch }))
@@ -173,12 +198,12 @@ impl Service {
         Pruner {
             subscriber: Arc::clone(&self.subscriber),
             connections: Arc::clone(&self.connections),
-            source: Source::new(&jetstream::context(&self.client), &self.spec.stream),
+            source: Source::new(&self.nats, &self.spec.stream),
         }
     }
 
     async fn hand_over(&self, tenure: &Tenure) {
-        let released = self.connections.run(async |connection| {
+        let released = self.connections.run_for_lease(async |connection| {
             running::clear_all(connection, tenure, self.name()).await?;
             lease::release(connection, &tenure.name, &tenure.holder, tenure.epoch).await
         });
@@ -200,8 +225,10 @@ impl Service {
                 if let Work::Function { function, .. } = &self.subscriber.work {
                     self.check(function).await?;
                 }
-                let context = jetstream::context(&self.client);
-                consumer::check(&context, &self.spec, &self.remedy).await
+                let context = self.nats.jetstream();
+                let (ours, start) = self.place().await?;
+                let spec = ConsumerSpec { start, ..self.spec.clone() };
+                consumer::check(&context, &spec, &ours, &self.remedy).await
             };
             tokio::select! {
                 () = stop.cancelled() => return None,
@@ -221,31 +248,39 @@ impl Service {
         }
     }
 
+    /// The subscriber's database, and where the subscriber starts.
+    async fn place(&self) -> Result<(Owner, Option<u64>), Error> {
+        let found = self.connections.run(async |connection| {
+            let started = start::of(connection, &self.spec.name, &self.spec.stream).await?;
+            Ok((identity::owner(connection).await?, started.map(|started| started.sequence)))
+        });
+        found.await.map_err(|error| postgres::database_error("which database this is cannot be told", error))
+    }
+
     async fn check(&self, function: &FunctionName) -> Result<(), Error> {
-        let found = self.connections.run(async |connection| function::check(connection, function).await).await;
-        match found {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(Error::new(
-                ErrorKind::NotReady,
-                format!(
-                    "the function {function}(jsonb) does not exist, or the role may not see it: create it with \
-                     `create function {function}(event jsonb) returns void ...`"
-                ),
-            )),
+        let found = self.connections.run_for_others(async |connection| function::obstacle(connection, function).await);
+        match found.await {
+            Ok(None) => Ok(()),
+            Ok(Some(obstacle)) => {
+                Err(Error::new(ErrorKind::NotReady, format!("the function {function}(jsonb) {obstacle}")))
+            }
             Err(error) => Err(postgres::database_error(format!("looking for the function {function} failed"), error)),
         }
     }
 
-    /// Finds out which events ran when the process of a predecessor died, and how often that happened to them.
-    async fn take_over(&self, tenure: &Tenure) -> Result<HashMap<Uuid, u32>, Error> {
-        let found =
-            self.connections.run(async |connection| running::take_over(connection, tenure, self.name()).await).await;
-        let found =
-            found.map_err(|error| postgres::database_error("what a predecessor ran cannot be looked at", error))?;
-        for (event_id, crashes) in &found {
+    /// Finds out which events ran when the process of a predecessor died, and reads what is on record of events.
+    async fn take_over(&self, tenure: &Tenure) -> Result<HashMap<Uuid, Left>, Error> {
+        let found = self.connections.run(async |connection| {
+            let died = running::take_over(connection, tenure, self.name()).await?;
+            Ok((died, attempt::on_record(connection, self.name()).await?))
+        });
+        let (died, left) = found
+            .await
+            .map_err(|error| postgres::database_error("what a predecessor ran cannot be looked at", error))?;
+        for (event_id, crashes) in &died {
             tracing::warn!(subscriber = self.name(), %event_id, crashes, "the worker's process died while an event ran");
         }
-        Ok(found.into_iter().map(|(event, crashes)| (event, crashes.unsigned_abs())).collect())
+        Ok(left.into_iter().collect())
     }
 
     /// Asks the inbox which events are done. When it cannot be asked, none: a lane will find out.
@@ -272,24 +307,33 @@ impl Service {
         stop: &CancellationToken,
         lost: &CancellationToken,
     ) -> End {
-        let suspects = match self.take_over(tenure).await {
-            Ok(suspects) => suspects,
+        let on_record = match self.take_over(tenure).await {
+            Ok(on_record) => on_record,
             Err(error) => return End::Broken(error.report()),
         };
-        let context = jetstream::context(&self.client);
+        let context = self.nats.jetstream();
         let lane = Lane {
             subscriber: Arc::clone(&self.subscriber),
             connections: Arc::clone(&self.connections),
-            source: Source::new(&context, &self.spec.stream),
+            source: Source::new(&self.nats, &self.spec.stream),
             tenure: Arc::clone(tenure),
             process: Arc::clone(&self.process),
             progress: Arc::clone(&self.progress),
             number: 0,
+            alone: false,
         };
+        let stream = witness::Stream::new(&context, &self.spec.stream);
+        let (places, known) = match Places::load(&self.connections, self.name(), &stream).await {
+            Ok(loaded) => loaded,
+            Err(error) => return End::Broken(error.report()),
+        };
+        let reached = (known && !fault::broken("ack after commit")).then(|| Reached(places.newest()));
+        let account = Account::new(&self.connections, self.name(), &self.spec.stream, places);
         let budget = session::budget(&lane);
         let ack_wait = position.ack_wait;
-        let feed = feed::start(&self.client, &context, &self.spec, position, &budget, self.done());
-        Session::new(lane, suspects, Answers::start(&self.client), budget).run(feed, ack_wait, stop, lost).await
+        let feed = feed::start(&self.nats, &self.spec, position, reached, &budget, self.done());
+        let answers = Answers::start(&self.nats.client);
+        Session::new(lane, on_record, answers, budget, account).run(feed, ack_wait, stop, lost).await
     }
 }
 
@@ -333,7 +377,7 @@ async fn keep(
     tell: watch::Sender<Told>,
 ) {
     loop {
-        let looked = connections.run(async |connection| {
+        let looked = connections.run_for_lease(async |connection| {
             let ours = lease::renew(connection, &tenure.name, &tenure.holder, tenure.epoch, LEASE).await?;
             Ok((ours, pause::first(connection, &[&tenure.name, ALL]).await?))
         });

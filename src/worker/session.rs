@@ -4,7 +4,9 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -15,17 +17,26 @@ use crate::envelope::Envelope;
 use crate::event::EventId;
 use crate::fault;
 use crate::jetstream::ack::{Answer, Answers, Reply};
-use crate::jetstream::feed::{Budget, Fed, Incoming, Permit};
+use crate::jetstream::budget::{Budget, Permit};
+use crate::jetstream::feed::{Fed, Incoming};
+use crate::postgres::attempt::{Left, Record, Waits};
 use crate::postgres::redrive::Waiting;
+use crate::postgres::running;
+use crate::text;
 
+use super::doubt;
+use super::gate::Gate;
 use super::lane::Lane;
 use super::load::Item;
+use super::loss::Loss;
+use super::notes::Why;
 use super::pace::Pace;
 use super::progress::{Load, Outcome};
+use super::reached::{self, Account};
 use super::redrive::Redrives;
-use super::scheduler::{Company, Place, Scheduler};
+use super::scheduler::{Place, Scheduler};
 use super::subscriber::{FailurePolicy, MAX_WAIT};
-use super::verdict::{Report, Verdict, Wait};
+use super::verdict::{LOGGED, Report, Verdict, Wait};
 
 /// The most payload bytes in memory, beside what is on its way.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
@@ -57,12 +68,20 @@ pub(super) struct Session {
     lanes: JoinSet<(i64, Report)>,
     /// The numbers of the lanes that run.
     numbers: BTreeSet<i64>,
-    /// Events that ran when the process of a predecessor died, with how often it did.
-    suspects: HashMap<Uuid, u32>,
+    /// What is on record of events that have not come yet.
+    on_record: HashMap<Uuid, Left>,
+    /// Sessions that ended while events ran, of which the database could not be asked yet.
+    losses: Vec<Loss>,
+    /// Whether it is being asked about some.
+    looking: bool,
     answers: Answers,
     budget: Arc<Budget>,
+    account: Account,
     gate: Gate,
     pace: Pace,
+    /// Waits until one more batch may run in this process, and what it got.
+    admission: Option<BoxFuture<'static, Option<OwnedSemaphorePermit>>>,
+    admitted: Option<OwnedSemaphorePermit>,
     /// Events whose handlers were interrupted by an outage and have not run since.
     interrupted: usize,
 }
@@ -78,15 +97,8 @@ struct Pending {
     alive: bool,
     /// How often in a row its handler was interrupted by an outage.
     interruptions: u32,
-    /// How often the process died while it ran.
-    crashes: u32,
-}
-
-/// Closed while the database is away, or where all events go.
-#[derive(Default)]
-struct Gate {
-    failures: u32,
-    closed_until: Option<Instant>,
+    /// What is on record of it.
+    record: Record,
 }
 
 /// How many events a subscriber holds in memory: enough to keep all lanes busy, and that again for what is on its way
@@ -97,7 +109,14 @@ pub(super) fn budget(lane: &Lane) -> Arc<Budget> {
 }
 
 impl Session {
-    pub(super) fn new(lane: Lane, suspects: HashMap<Uuid, u32>, answers: Answers, budget: Arc<Budget>) -> Self {
+    pub(super) fn new(
+        lane: Lane,
+        on_record: HashMap<Uuid, Left>,
+        answers: Answers,
+        budget: Arc<Budget>,
+        account: Account,
+    ) -> Self {
+        lane.progress.notes.clear();
         Self {
             redrives: Redrives::new(Arc::clone(&lane.connections), &lane.subscriber.name),
             lane,
@@ -105,11 +124,16 @@ impl Session {
             pending: HashMap::new(),
             lanes: JoinSet::new(),
             numbers: BTreeSet::new(),
-            suspects,
+            on_record,
+            losses: Vec::new(),
+            looking: false,
             answers,
             budget,
+            account,
             gate: Gate::default(),
             pace: Pace::default(),
+            admission: None,
+            admitted: None,
             interrupted: 0,
         }
     }
@@ -124,6 +148,8 @@ impl Session {
     ) -> End {
         let mut signs = tokio::time::interval(ack_wait / 3);
         signs.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut writes = tokio::time::interval(reached::EVERY);
+        writes.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         // All that has arrived is taken in before lanes get anything, so that they get much at a time.
         let mut fed = Vec::new();
         let end = loop {
@@ -140,7 +166,12 @@ impl Session {
                         break end;
                     }
                 }
+                permit = admission(&mut self.admission) => {
+                    self.admission = None;
+                    self.admitted = permit;
+                }
                 _ = signs.tick() => self.send_signs(),
+                _ = writes.tick() => self.account.write(),
                 () = sleep_until(wake), if wake.is_some() => self.scheduler.wake(Instant::now()),
                 rows = self.redrives.next() => self.take_redriven(rows),
                 _ = feed.recv_many(&mut fed, MAX_FED) => match self.take_in_all(&mut fed) {
@@ -171,15 +202,20 @@ impl Session {
         }
         for fed in fed.drain(..) {
             match fed {
-                Fed::Message(incoming) => self.take_in(*incoming),
+                Fed::Message(incoming) => self.take_in(*incoming)?,
+                Fed::Complete(place) => self.account.saw(place),
+                Fed::Refused(problem) => self.lane.progress.delivery(problem),
                 Fed::Ended(reason) => return Err(reason),
             }
         }
         Ok(())
     }
 
-    fn take_in(&mut self, incoming: Incoming) {
-        let Incoming { sequence, deliveries, reply, event, permit } = incoming;
+    /// Takes in a message. It cannot when another one is known under its sequence: then the stream has lost its end, and this
+    /// came into the place of what was lost.
+    fn take_in(&mut self, incoming: Incoming) -> Result<(), String> {
+        let Incoming { place, deliveries, reply, event, permit } = incoming;
+        let sequence = place.sequence;
         fault::point("worker-fetched");
         if deliveries > 1 {
             self.lane.progress.redelivered();
@@ -196,15 +232,21 @@ impl Session {
                 if let Some(reply) = reply {
                     self.answers.send(&reply, &Answer::Never(format!("not an event: {problem}")));
                 }
-                return;
+                self.account.saw(place);
+                return Ok(());
             }
         };
-        let place = Place::Stream(sequence);
         let id = event.id;
-        if let Some(crashes) = self.schedule(place, id, event.key.as_deref()) {
+        if let Some(known) = self.pending.get(&Place::Stream(sequence)).filter(|known| known.id != id) {
+            return Err(format!("the stream has lost its end: it has event {id} in the place of {}", known.id));
+        }
+        self.account.saw(place);
+        let place = Place::Stream(sequence);
+        if let Some(record) = self.schedule(place, id, event.key.as_deref()) {
             let event = Some((Arc::new(event), permit));
-            let pending = Pending { id, event, reply, deliveries, alive: true, interruptions: 0, crashes };
+            let pending = Pending { id, event, reply, deliveries, alive: true, interruptions: 0, record };
             self.pending.insert(place, pending);
+            self.account.opened(sequence);
         } else if let Some(known) = self.pending.get_mut(&place) {
             // It came again while it waits or runs: never a second run, but a fresh place for the answer.
             if reply.is_some() {
@@ -216,6 +258,7 @@ impl Session {
                 known.event = Some((Arc::new(event), permit));
             }
         }
+        Ok(())
     }
 
     /// Takes note of events that were sent back. They stay in their table until a lane reads them.
@@ -223,31 +266,32 @@ impl Session {
         for Waiting { id, event_id, key } in rows {
             let place = Place::Redrive(id);
             let id = event_id.into();
-            if let Some(crashes) = self.schedule(place, id, key.as_deref()) {
+            if let Some(record) = self.schedule(place, id, key.as_deref()) {
                 self.redrives.added();
                 let (event, reply) = (None, None);
-                let pending = Pending { id, event, reply, deliveries: 0, alive: false, interruptions: 0, crashes };
+                let pending = Pending { id, event, reply, deliveries: 0, alive: false, interruptions: 0, record };
                 self.pending.insert(place, pending);
             }
         }
     }
 
-    /// Gives an event to the scheduler and returns how often the process died while it ran; none when it is known
-    /// already.
-    fn schedule(&mut self, place: Place, id: EventId, key: Option<&str>) -> Option<u32> {
+    /// Gives an event to the scheduler and returns what is on record of it; none when it is known already.
+    fn schedule(&mut self, place: Place, id: EventId, key: Option<&str>) -> Option<Record> {
         let key = key.filter(|_| !fault::broken("order of keys"));
         if !self.scheduler.add(place, key) {
             return None;
         }
         // Once: an event that an operator sends back after it was given up begins anew.
-        let crashes = self.suspects.remove(&id.as_uuid()).unwrap_or(0);
-        if crashes > 0 {
-            self.scheduler.bears(place, Company::of(crashes));
-        }
-        if let (Some(_), Some(window)) = (key, self.lane.subscriber.settings.debounce) {
+        let Left { record, wait } = self.on_record.remove(&id.as_uuid()).unwrap_or_default();
+        self.scheduler.bears(place, doubt::company(&record));
+        let settings = &self.lane.subscriber.settings;
+        if let Some((waits, rest)) = wait {
+            let passes = waits == Waits::Retry && settings.failure_policy == FailurePolicy::Skip;
+            self.scheduler.postpone(place, Instant::now() + rest.min(MAX_WAIT), passes);
+        } else if let (Some(_), Some(window)) = (key, settings.debounce) {
             self.scheduler.delay(place, Instant::now() + window);
         }
-        Some(crashes)
+        Some(record)
     }
 
     /// When the memory is full of events that cannot run now and lanes have nothing to do: keeps the places of those
@@ -270,12 +314,23 @@ impl Session {
 
     /// Gives free lanes something to do.
     fn give_out(&mut self) {
+        let mut admitted = self.admitted.take();
         if !self.redrives.begun() || self.gate.closed_until.is_some_and(|until| until > Instant::now()) {
+            self.admission = None;
             return;
+        }
+        if !self.losses.is_empty() {
+            self.admission = None;
+            return self.look_into_losses();
         }
         // After an outage one lane looks whether it is over.
         let lanes = if self.gate.failures > 0 { 1 } else { self.lane.subscriber.settings.concurrency };
         while self.lanes.len() < lanes && self.scheduler.ready() > 0 {
+            let Some(permit) = admitted.take().or_else(|| self.lane.connections.admit_now()) else {
+                let connections = Arc::clone(&self.lane.connections);
+                self.admission.get_or_insert_with(|| async move { connections.admit().await }.boxed());
+                return;
+            };
             let heads = match self.lane.subscriber.settings.debounce {
                 // All that has gathered of one key, and nothing else, fits best into one transaction.
                 Some(_) => 1,
@@ -285,9 +340,11 @@ impl Session {
                 let pending = self.pending.get(&place);
                 Item {
                     place,
+                    id: pending.map(|pending| pending.id),
                     event: pending.and_then(|pending| pending.event.as_ref()).map(|(event, _)| Arc::clone(event)),
                     deliveries: pending.map_or(0, |pending| pending.deliveries),
-                    crashes: pending.map_or(0, |pending| pending.crashes),
+                    interruptions: pending.map_or(0, |pending| pending.interruptions),
+                    record: pending.map(|pending| pending.record.clone()).unwrap_or_default(),
                 }
             });
             let items: Vec<Item> = items.collect();
@@ -295,10 +352,30 @@ impl Session {
                 let replies = items.iter().filter_map(|item| self.pending.get(&item.place)?.reply.as_ref());
                 replies.for_each(|reply| self.answers.send(reply, &Answer::Done));
             }
-            let number = (0..).find(|number| !self.numbers.contains(number)).unwrap_or_default();
-            self.numbers.insert(number);
-            let lane = Lane { number, ..self.lane.clone() };
-            self.lanes.spawn(async move { (number, lane.run(items).await) });
+            let (number, lane) = self.new_lane();
+            self.lane.progress.notes.started(number, &items);
+            self.lanes.spawn(async move {
+                let report = lane.run(items).await;
+                drop(permit);
+                (number, report)
+            });
+        }
+        self.admission = None;
+    }
+
+    fn new_lane(&mut self) -> (i64, Lane) {
+        let number = (0..).find(|number| !self.numbers.contains(number)).unwrap_or_default();
+        self.numbers.insert(number);
+        (number, Lane { number, ..self.lane.clone() })
+    }
+
+    /// Asks the database about lost sessions, before anything else runs: that it answers ends the outage.
+    fn look_into_losses(&mut self) {
+        if !self.looking {
+            self.looking = true;
+            let losses = std::mem::take(&mut self.losses);
+            let (number, lane) = self.new_lane();
+            self.lanes.spawn(async move { (number, lane.look_into(losses).await) });
         }
     }
 
@@ -312,7 +389,8 @@ impl Session {
     }
 
     fn next_wake(&self) -> Option<Instant> {
-        let waits_for_gate = self.lanes.is_empty() && self.scheduler.ready() > 0;
+        let lost = !self.losses.is_empty() && !self.looking;
+        let waits_for_gate = lost || (self.lanes.is_empty() && self.scheduler.ready() > 0);
         self.gate.next_look(waits_for_gate).into_iter().chain(self.scheduler.next_wake()).min()
     }
 
@@ -320,18 +398,35 @@ impl Session {
     fn settle(&mut self, report: Result<(i64, Report), JoinError>) -> Option<End> {
         let report = match report {
             Ok((number, report)) => {
-                self.numbers.remove(&number);
+                // The markers of lost sessions must stand until the database was asked about them.
+                if report.losses.iter().all(|loss| loss.lane != number) {
+                    self.numbers.remove(&number);
+                }
+                self.lane.progress.notes.ended(number);
                 report
             }
             // Handlers' panics are caught in the lane: this is a defect of ours, and its events are still given out.
             Err(error) => return Some(End::Broken(format!("a lane broke down: {error}"))),
         };
+        self.settle_losses(report.losses, &report.looked_into);
+        let mut records: HashMap<Place, Record> = report.records.into_iter().collect();
         for (place, verdict) in report.verdicts {
+            if let Some(pending) = self.pending.get_mut(&place) {
+                match records.remove(&place) {
+                    Some(record) => pending.record = record,
+                    None => pending.record.attempts += u32::from(matches!(verdict, Verdict::Failed(_))),
+                }
+            }
             self.settle_event(place, verdict);
+            if let Some(pending) = self.pending.get(&place) {
+                self.scheduler.bears(place, doubt::company(&pending.record));
+            }
+        }
+        if report.answered || report.ran.is_some() {
+            self.gate.open(&self.lane.subscriber.name);
         }
         if let Some(ran) = report.ran {
             self.pace.ran(ran);
-            self.gate.open(&self.lane.subscriber.name);
         }
         if let Some(reason) = report.outage {
             self.lane.progress.trouble(&reason);
@@ -340,8 +435,17 @@ impl Session {
         report.fenced.then_some(End::Fenced)
     }
 
+    fn settle_losses(&mut self, losses: Vec<Loss>, looked_into: &[i64]) {
+        self.looking &= looked_into.is_empty() && losses.is_empty();
+        looked_into.iter().for_each(|lane| _ = self.numbers.remove(lane));
+        self.numbers.extend(losses.iter().map(|loss| loss.lane));
+        self.losses.extend(losses);
+    }
+
     fn settle_event(&mut self, place: Place, verdict: Verdict) {
         let Some(pending) = self.pending.get_mut(&place) else { return };
+        let (notes, key) =
+            (&self.lane.progress.notes, pending.event.as_ref().and_then(|(event, _)| event.key.as_deref()));
         let answer = match verdict {
             Verdict::NotRun => return self.scheduler.put_back(place),
             // The rows go before it as soon as they are known.
@@ -352,7 +456,7 @@ impl Session {
             Verdict::Interrupted { reason, wait } => {
                 self.interrupted += usize::from(pending.interruptions == 0);
                 self.lane.progress.count(Outcome::Interrupted);
-                self.lane.progress.trouble(format!("what an event needs is away: {reason}"));
+                self.lane.progress.trouble_with("what an event needs is away", Some(reason.clone()));
                 pending.interruptions += 1;
                 // The first one and then ever more rarely.
                 if pending.interruptions.is_power_of_two() {
@@ -361,21 +465,26 @@ impl Session {
                         event_id = %pending.id,
                         ?place,
                         times = pending.interruptions,
-                        error = reason,
+                        error = text::cut(&reason, LOGGED),
                         "what an event needs is away, waiting"
                     );
                 }
                 let wait = match wait {
                     Wait::Soon => Backoff::RECONNECT.after(pending.interruptions),
-                    Wait::Backoff => self.lane.subscriber.settings.backoff.after(pending.interruptions),
                     Wait::Exactly(wait) => wait,
                 };
-                return self.scheduler.hold(place, Instant::now() + wait.min(MAX_WAIT));
+                let wait = wait.min(MAX_WAIT);
+                notes.waits(pending.id, key, Why::Unavailable, Some(&reason), pending.interruptions, wait);
+                return self.scheduler.hold(place, Instant::now() + wait);
             }
+            Verdict::Suspect(wait) => return self.scheduler.hold(place, Instant::now() + wait),
             Verdict::Failed(wait) | Verdict::Later(wait) => {
                 pending.alive = false;
+
                 let wait = wait.min(MAX_WAIT);
                 let until = Instant::now() + wait;
+                let why = if matches!(verdict, Verdict::Failed(_)) { Why::Failing } else { Why::Snoozed };
+                notes.waits(pending.id, key, why, None, 0, wait);
                 match (&verdict, self.lane.subscriber.settings.failure_policy) {
                     (Verdict::Failed(_), FailurePolicy::Skip) => self.scheduler.set_aside(place, until),
                     _ => self.scheduler.hold(place, until),
@@ -393,10 +502,12 @@ impl Session {
         }
         fault::point("worker-answered");
         if !matches!(answer, Answer::Later(_)) {
+            notes.done(pending.id);
             self.scheduler.done(place);
             self.pending.remove(&place);
-            if let Place::Redrive(_) = place {
-                self.redrives.done();
+            match place {
+                Place::Redrive(_) => self.redrives.done(),
+                Place::Stream(sequence) => self.account.done(sequence),
             }
         }
     }
@@ -415,63 +526,56 @@ impl Session {
             self.lanes.shutdown().await;
             return end;
         }
+        let waits = end == End::Stopped && !self.lanes.is_empty();
+        if waits {
+            self.tell_stopping(true).await;
+        }
         while let Some(report) = self.lanes.join_next().await {
             if end == End::Stopped {
                 self.settle(report);
             }
+        }
+        if waits {
+            self.tell_stopping(false).await;
         }
         if end == End::Stopped {
             for reply in self.pending.values().filter_map(|pending| pending.reply.as_ref()) {
                 self.answers.send(reply, &Answer::Again);
             }
             self.answers.finish(Duration::from_secs(2)).await;
+            self.account.close(Duration::from_secs(1)).await;
         }
         end
     }
 }
 
-impl Gate {
-    /// When a lane looks whether the outage is over; none when nothing waits for that. Whoever waits for a time that is
-    /// past comes to nothing else.
-    fn next_look(&self, waits: bool) -> Option<Instant> {
-        self.closed_until.filter(|_| waits && self.failures > 0)
-    }
-
-    fn close(&mut self, subscriber: &str, reason: &str) {
-        if self.failures == 0 {
-            tracing::warn!(subscriber, error = reason, "the subscriber cannot work, waiting");
+impl Session {
+    /// Writes down that what runs is the last of this session, or that it has ended. Whoever stops a process kills it when
+    /// that takes too long, and no event is to blame then.
+    async fn tell_stopping(&mut self, stopping: bool) {
+        let Lane { connections, tenure, subscriber, .. } = &self.lane;
+        let told = connections.run(async |connection| match stopping {
+            true => running::stopping(connection, tenure, &subscriber.name).await,
+            false => running::stopped(connection, tenure, &subscriber.name).await,
+        });
+        if let Ok(Err(error)) = tokio::time::timeout(Duration::from_secs(1), told).await {
+            tracing::debug!(subscriber = subscriber.name, error = %error, "that it stops is not on record");
         }
-        self.failures += 1;
-        self.closed_until = Some(Instant::now() + Backoff::RECONNECT.after(self.failures));
     }
+}
 
-    fn open(&mut self, subscriber: &str) {
-        if self.failures > 0 {
-            tracing::info!(subscriber, "the subscriber works again");
-        }
-        *self = Self::default();
+/// What the wait came to, when there is one.
+async fn admission(
+    waits: &mut Option<BoxFuture<'static, Option<OwnedSemaphorePermit>>>,
+) -> Option<OwnedSemaphorePermit> {
+    match waits {
+        Some(waits) => waits.await,
+        None => std::future::pending().await,
     }
 }
 
 async fn sleep_until(wake: Option<Instant>) {
     if let Some(wake) = wake {
         tokio::time::sleep_until(wake.into()).await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_outage_is_looked_after_only_for_events_that_wait() {
-        let mut gate = Gate::default();
-        assert_eq!(gate.next_look(true), None, "there is none");
-        gate.close("subscriber", "the database is away");
-        assert!(gate.next_look(true).is_some_and(|look| look > Instant::now() - Duration::from_secs(5)));
-        // What waited is gone from the stream, say. What comes next finds the gate's time past.
-        assert_eq!(gate.next_look(false), None);
-        gate.open("subscriber");
-        assert_eq!(gate.next_look(true), None);
     }
 }

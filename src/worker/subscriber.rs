@@ -19,6 +19,7 @@ use super::handler::Handler;
 #[cfg(feature = "cli")]
 use super::http::Endpoint;
 use super::route::Route;
+use super::start::Start;
 
 /// A named, durable reader of events with its own progress, retries and dead letters.
 ///
@@ -60,6 +61,7 @@ pub(super) struct Settings {
     pub(super) ack_wait: Duration,
     pub(super) time_limit: Duration,
     pub(super) inbox_retention: Duration,
+    pub(super) start: Start,
 }
 
 impl Default for Settings {
@@ -78,6 +80,7 @@ impl Default for Settings {
             ack_wait: Duration::from_secs(30),
             time_limit: Duration::from_secs(60),
             inbox_retention: Duration::from_hours(30 * 24),
+            start: Start::All,
         }
     }
 }
@@ -97,8 +100,9 @@ pub enum FailurePolicy {
 pub(super) enum Work {
     /// A Rust handler per event type.
     Handlers(BTreeMap<&'static str, Route>),
-    /// One SQL function for the listed types, or for all when there are none.
-    Function { function: FunctionName, types: Vec<String> },
+    /// One SQL function for the listed types, or for all when there are none. With `raw` it takes payloads that are not
+    /// what their content type says, as bytes.
+    Function { function: FunctionName, types: Vec<String>, raw: bool },
     /// One HTTP endpoint for the listed types, or for all when there are none.
     #[cfg(feature = "cli")]
     Http { endpoint: Box<Endpoint>, types: Vec<String> },
@@ -134,7 +138,19 @@ impl Subscriber {
         let mut types: Vec<String> = types.into_iter().map(Into::into).collect();
         check_types(&types).map_err(&config)?;
         types.retain(|event_type| event_type != "*");
-        Ok(Self { work: Work::Function { function, types }, ..Self::new(name) })
+        Ok(Self { work: Work::Function { function, types, raw: false }, ..Self::new(name) })
+    }
+
+    /// The SQL function takes payloads as they are: one that is no JSON, although its content type says so, comes as
+    /// `data_base64`. Without it such an event is a dead letter at once, because a function that looks for `data` would do
+    /// nothing with it. It is for subscribers with an SQL function.
+    #[must_use]
+    pub fn raw_payloads(mut self) -> Self {
+        match &mut self.work {
+            Work::Function { raw, .. } => *raw = true,
+            _ => self.problems.push("raw payloads are for subscribers with an SQL function".into()),
+        }
+        self
     }
 
     /// A subscriber that posts every event of `types` to an HTTP endpoint; `*` stands for all. Each event has a transaction
@@ -221,9 +237,10 @@ impl Subscriber {
         self
     }
 
-    /// How often the worker's process may die (abort, out of memory) while an event runs; the next time the event becomes
-    /// a dead letter. An event that ran when the process died runs again in a transaction of its own, from the second
-    /// time on with nothing beside it in the process; so at least 2. Defaults to 3.
+    /// After how many deaths of the worker's process (abort, out of memory) while an event runs with nothing beside it in the
+    /// process the event becomes a dead letter. An event that ran when the process died runs again in a transaction of its
+    /// own, and from the second time on with nothing beside it: only those deaths tell on it. Crashes of PostgreSQL count
+    /// with them. At least 2. Defaults to 3.
     #[must_use]
     pub fn max_crashes(mut self, crashes: u32) -> Self {
         self.settings.max_crashes = crashes;
@@ -279,6 +296,15 @@ impl Subscriber {
         self
     }
 
+    /// With which event it starts when its consumer is made for the first time, by [`Worker::provision`](super::Worker::provision)
+    /// or `aftercommit provision`. That is written down in its database: a consumer that is made anew starts there again, and
+    /// reconcilers do not miss what lies before. A later change of it changes nothing. Defaults to [`Start::All`].
+    #[must_use]
+    pub fn start(mut self, start: Start) -> Self {
+        self.settings.start = start;
+        self
+    }
+
     /// How long the inbox remembers an event that is done, at least; the active instance removes older rows. A row stays
     /// as long as the stream holds the event's message, and as long as its dead letter exists. It must be longer than
     /// the outbox's retention and the stream's `max_age` together, because a stream that was lost is filled again from
@@ -327,6 +353,7 @@ impl Subscriber {
             name: self.name.clone(),
             subjects: self.types().into_iter().map(subject).collect(),
             ack_wait: self.settings.ack_wait,
+            start: None,
         }
     }
 
@@ -469,7 +496,7 @@ impl fmt::Debug for Work {
                     routes.iter().map(|(event_type, route)| format!("{event_type} with {}", route.handler)).collect();
                 f.write_str(&routes.join(", "))
             }
-            Self::Function { function, types } => write!(f, "{} with {function}", listed(types).join(", ")),
+            Self::Function { function, types, .. } => write!(f, "{} with {function}", listed(types).join(", ")),
             #[cfg(feature = "cli")]
             Self::Http { endpoint, types } => write!(f, "{} with {endpoint}", listed(types).join(", ")),
         }

@@ -1,9 +1,14 @@
 //! What went wrong with a transaction: is the event at fault, or the world around it?
 
+use std::error::Error as StdError;
+use std::time::Duration;
+
 use crate::error::causes;
-use crate::postgres::{self, clip};
+use crate::postgres::function::FunctionName;
+use crate::postgres::{self, clip, function};
 
 use super::handler::HandlerError;
+use super::loss::Loss;
 
 /// Why a transaction was not committed, and by which event of the group, if that is known.
 pub(super) enum Trouble {
@@ -11,6 +16,12 @@ pub(super) enum Trouble {
     Outage(String),
     /// What the subscriber sends all of its events to is away.
     Unreachable(String),
+    /// The session is over.
+    Ended(String),
+    /// It ended while events ran.
+    Lost(Loss),
+    /// Some event of several has changed the session that the others run in.
+    Changed,
     /// Others were in the way.
     Conflict {
         at: Option<usize>,
@@ -18,6 +29,11 @@ pub(super) enum Trouble {
     },
     /// The handler says that something it needs is away.
     Interrupted {
+        at: Option<usize>,
+        error: HandlerError,
+    },
+    /// It may be the event's doing, or the state of the world; the session goes on.
+    Doubtful {
         at: Option<usize>,
         error: HandlerError,
     },
@@ -36,8 +52,11 @@ impl Trouble {
     /// The culprit's place in the group.
     pub(super) fn culprit(&self) -> Option<usize> {
         match self {
-            Self::Outage(_) | Self::Unreachable(_) => None,
-            Self::Conflict { at, .. } | Self::Interrupted { at, .. } | Self::Failed { at, .. } => *at,
+            Self::Outage(_) | Self::Unreachable(_) | Self::Ended(_) | Self::Lost(_) | Self::Changed => None,
+            Self::Conflict { at, .. }
+            | Self::Interrupted { at, .. }
+            | Self::Doubtful { at, .. }
+            | Self::Failed { at, .. } => *at,
         }
     }
 }
@@ -54,8 +73,10 @@ pub(super) fn trouble(at: Option<usize>, error: HandlerError) -> Trouble {
             return Trouble::Unreachable(reason.clone());
         }
         if let Some(database) = cause.downcast_ref::<sqlx::Error>() {
-            let mixed_up = database.as_database_error().is_some_and(postgres::is_mixed_up);
-            if mixed_up || postgres::is_outage(database) {
+            if postgres::is_doubtful(database) {
+                return Trouble::Doubtful { at, error };
+            }
+            if postgres::is_outage(database) {
                 return Trouble::Interrupted { at, error };
             }
             if postgres::is_conflict(database) {
@@ -66,11 +87,71 @@ pub(super) fn trouble(at: Option<usize>, error: HandlerError) -> Trouble {
     Trouble::Failed { at, error }
 }
 
-/// Whether a statement was cancelled because it took too long: another instance holds the inbox row.
+/// The handler ran into the subscriber's time limit.
+#[derive(Debug, thiserror::Error)]
+#[error("the handler ran longer than the subscriber's time limit of {0:?}")]
+pub(super) struct TooSlow(pub(super) Duration);
+
+/// Whether it took too long: a handler, or a statement, which the server then cancelled.
 pub(super) fn timed_out(error: &HandlerError) -> bool {
     let HandlerError::Retry { error, .. } = error else { return false };
-    let code = error.downcast_ref::<sqlx::Error>().and_then(|error| error.as_database_error()?.code());
-    code.as_deref() == Some("57014")
+    let code = |error: &sqlx::Error| error.as_database_error()?.code().map(|code| code == "57014");
+    error.downcast_ref().and_then(code).unwrap_or(false) || gave_up(&**error)
+}
+
+/// Whether it was this process that waited no longer.
+fn gave_up(error: &(dyn StdError + Send + Sync + 'static)) -> bool {
+    error.downcast_ref::<TooSlow>().is_some()
+}
+
+impl Trouble {
+    /// Whether it was this process that waited no longer for the handler.
+    pub(super) fn gave_up(&self) -> bool {
+        matches!(self, Self::Failed { error: HandlerError::Retry { error, .. }, .. } if gave_up(&**error))
+    }
+
+    /// Behind a pooler others use the session, too: a prepared statement of theirs that is in the way is no event's doing.
+    pub(super) fn behind_pooler(self) -> Self {
+        let mixed_up = |error: &sqlx::Error| error.as_database_error().is_some_and(postgres::is_mixed_up);
+        match self {
+            Self::Doubtful { at, error: HandlerError::Retry { error, after } }
+                if causes(error.as_ref()).any(|cause| cause.downcast_ref().is_some_and(mixed_up)) =>
+            {
+                Self::Interrupted { at, error: HandlerError::Retry { error, after } }
+            }
+            other => other,
+        }
+    }
+
+    /// Whether it is about the subscriber's function itself, see [`function::is_about_the_function`].
+    pub(super) fn is_about_the_function(&self, function: &FunctionName) -> bool {
+        let Self::Failed { error: HandlerError::Retry { error, .. }, .. } = self else { return false };
+        let about = |error| function::is_about_the_function(error, function);
+        causes(error.as_ref()).any(|cause| cause.downcast_ref().is_some_and(about))
+    }
+
+    /// Whether it may be about the JSON of the event, see [`function::is_about_the_json`].
+    pub(super) fn is_about_the_json(&self) -> bool {
+        let Self::Failed { error: HandlerError::Retry { error, .. }, .. } = self else { return false };
+        causes(error.as_ref()).any(|cause| cause.downcast_ref().is_some_and(function::is_about_the_json))
+    }
+
+    /// What the handler said, if it was a handler that failed.
+    pub(super) fn told(&self) -> Option<String> {
+        match self {
+            Self::Conflict { error, .. }
+            | Self::Interrupted { error, .. }
+            | Self::Doubtful { error, .. }
+            | Self::Failed { error, .. } => Some(describe(error)),
+            _ => None,
+        }
+    }
+
+    /// Whether a session is of no use any more, because a statement that it has prepared is outdated.
+    pub(super) fn is_stale(&self) -> bool {
+        let Self::Conflict { error: HandlerError::Retry { error, .. }, .. } = self else { return false };
+        causes(error.as_ref()).any(|cause| cause.downcast_ref().is_some_and(postgres::is_stale_plan))
+    }
 }
 
 /// The error with its causes, on one line.

@@ -1,6 +1,5 @@
-//! Disks that are full, and disks whose power is cut.
+//! Disks: full ones, and the small ones whose power can be cut.
 
-use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -8,20 +7,18 @@ use std::time::Duration;
 
 use aftercommit::admin;
 use aftercommit::health::Check;
-use aftercommit::relay::{Mode, PublishMethod, RelayConfig};
+use aftercommit::relay::{Mode, RelayConfig};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
 use aftercommit::worker::Subscriber;
-use async_nats::jetstream::{self, stream::Config};
-use chrono::Utc;
+use async_nats::jetstream::stream::Config;
 use sqlx::{AssertSqlSafe, PgPool};
-use tokio_util::sync::CancellationToken;
 
 use super::scenarios::{publish, relay};
-use super::support::{Outbox, Record, RunningRelay, SOON, Scenario, Work, Writers, complains, get, metric};
+use super::support::{Outbox, Record, RunningRelay, SOON, Work, complains, get, is_before, metric};
 
 /// A small disk in a server's directory. It goes with the server.
-struct Disk {
+pub struct Disk {
     place: PathBuf,
     /// What is on it; in memory without one.
     file: Option<PathBuf>,
@@ -37,7 +34,7 @@ impl Disk {
 
     /// One whose power can be cut: a file system in a file. What was written to it and not synced is in the memory of the
     /// kernel, and not in that file. None where nothing may be mounted.
-    fn in_file(place: &Path, megabytes: u64) -> Option<Self> {
+    pub fn in_file(place: &Path, megabytes: u64) -> Option<Self> {
         let file = place.with_extension("disk");
         std::fs::File::create_new(&file).unwrap().set_len(megabytes << 20).unwrap();
         let disk = Self { place: place.into(), file: Some(file.clone()) };
@@ -62,12 +59,12 @@ impl Disk {
     }
 
     /// Everything that was written so far survives.
-    fn sync(&self) {
+    pub fn sync(&self) {
         succeed(Command::new("sync").arg("--file-system").arg(&self.place));
     }
 
     /// Cuts the power under the server and under its disk.
-    async fn cut(&self, nats: &mut Nats) {
+    pub async fn cut(&self, nats: &mut Nats) {
         let file = self.file.as_ref().unwrap();
         let left = file.with_extension("left");
         // Nothing moves while the file is copied, so that it is of one moment.
@@ -124,7 +121,7 @@ async fn nats_waits_for_room(version: Option<&str>) {
     let ballast = disk.fill();
     publish(&outbox.pool, 2000).await.unwrap();
     // Later versions do not say why they answer no more, and write to that stream only when they are started again.
-    let frozen = !nats.version().starts_with("2.12.");
+    let frozen = !is_before(nats.version(), (2, 14));
     let words = if frozen { ["disk", "make room", "restart nats-server"] } else { ["10077", "no space left", "disk"] };
     assert_cause_named(&outbox, &address, &log, &words).await;
     std::fs::remove_file(ballast).unwrap();
@@ -166,7 +163,7 @@ async fn a_server_that_falls_silent_over_a_full_disk_is_told_from_a_slow_one() {
     for (outbox, relay) in &systems {
         let large = "select aftercommit.publish('large', to_jsonb(repeat('x', 20000)))";
         sqlx::query(large).execute(&outbox.pool).await.unwrap();
-        let words = if nats.version().starts_with("2.12.") { "no space left" } else { "restart nats-server" };
+        let words = if is_before(nats.version(), (2, 14)) { "no space left" } else { "restart nats-server" };
         let named = async || relay.monitor.health().text.contains(words);
         eventually(SOON, "the cause is named", named).await.unwrap();
     }
@@ -241,122 +238,4 @@ async fn a_full_disk_under_postgresql_fails_writers_and_costs_no_attempt() {
     assert_eq!(work.dead_letters().await, []);
     assert_eq!(work.attempts().await, [0; 0]);
     worker.stop().await;
-}
-
-/// What a server lost of what it had acknowledged when its power was cut twice, and what the reconcilers found of that.
-struct Losses {
-    messages: usize,
-    findings: Vec<(String, String, i64)>,
-}
-
-/// Power is cut under a busy system, while the worker runs and while it is behind. In the end everything that was
-/// committed is in the stream and took effect once, the keys in order. None where no disk can be mounted.
-async fn survives_power_cuts(sync_interval: &str, publish: PublishMethod) -> Option<Losses> {
-    let options = NatsOptions { jetstream: sync_interval.into(), ..NatsOptions::default() };
-    let mut nats = Nats::start(options).await.unwrap();
-    nats.stop().await.unwrap();
-    let disk = Disk::in_file(&nats.store_directory(), 64)?;
-    nats.restart().await.unwrap();
-    let mut system = Scenario::on(nats, publish).await;
-    let stop = CancellationToken::new();
-    let reconcilers = system.reconcilers().map(|runner| tokio::spawn(runner.run(stop.clone())));
-    let mut lost = 0;
-    for behind in [false, true] {
-        let writers = Writers::start(&system.outbox.pool, 4, 6).await;
-        writers.more(100).await;
-        disk.sync();
-        if behind {
-            system.stop_worker().await;
-        }
-        writers.more(200).await;
-        disk.cut(&mut system.nats).await;
-        let (cut, acknowledged) = (Utc::now(), system.acknowledged());
-        writers.more(50).await;
-        system.nats.restart().await.unwrap();
-        writers.more(50).await;
-        writers.stop().await;
-        system.published().await;
-        // What was lost was stored again.
-        let stored = system.outbox.timed_messages().await;
-        let before = stored.iter().take(usize::try_from(acknowledged).unwrap());
-        lost += before.filter(|(_, stored)| *stored > cut).count();
-        if behind {
-            system.start_worker();
-        }
-    }
-    system.outbox.assert_complete().await;
-    system.handled_in_order().await;
-    stop.cancel();
-    for reconciler in reconcilers {
-        reconciler.await.unwrap().unwrap();
-    }
-    let findings = [system.outbox_findings().await, system.books_findings().await].concat();
-    system.nothing_is_left().await;
-    println!("{sync_interval:?}, {publish:?}: {lost} acknowledged messages lost; {findings:?}");
-    Some(Losses { messages: lost, findings })
-}
-
-/// A power cut is of one moment only if nothing is written after the server was halted.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_waits_for_its_disk_is_halted_when_the_disk_has_answered() {
-    let mut nats = Nats::start(NatsOptions::default()).await.unwrap();
-    nats.stop().await.unwrap();
-    let Some(_) = Disk::in_file(&nats.store_directory(), 64) else { return };
-    nats.restart().await.unwrap();
-    let context = jetstream::new(async_nats::connect(nats.url()).await.unwrap());
-    context
-        .create_stream(Config { name: "LATE".into(), subjects: vec!["late".into()], ..Config::default() })
-        .await
-        .unwrap();
-    let directory = nats.store_directory().with_file_name("");
-    let shell = |script: &str| {
-        let mut shell = Command::new("sh");
-        shell.args(["-c", script]).arg(&directory).current_dir(nats.store_directory()).stdout(Stdio::piped());
-        shell.spawn().unwrap()
-    };
-    // The disk answers when the first thread has stopped, and some time in any case: a process that waits for a disk
-    // cannot be killed.
-    let mut frozen = shell(
-        r#"fsfreeze --freeze . && echo frozen
-           until grep -q '^State:.T' /proc/$(cat "$0/pid")/task/*/status || [ $((tries += 1)) -gt 300 ]; do sleep 0.1; done
-           touch "$0/answers"; fsfreeze --unfreeze ."#,
-    );
-    let mut said = String::new();
-    BufReader::new(frozen.stdout.take().unwrap()).read_line(&mut said).unwrap();
-    assert_eq!(said, "frozen\n");
-    let acknowledged = context.publish("late", "1".into()).await.unwrap();
-    eventually(SOON, "a thread waits for the disk", async || {
-        let states = shell(r#"cat /proc/$(cat "$0/pid")/task/*/stat"#).wait_with_output().unwrap().stdout;
-        String::from_utf8_lossy(&states).contains(") D ")
-    })
-    .await
-    .unwrap();
-    nats.pause().unwrap();
-    assert!(directory.join("answers").exists(), "it was halted before the disk answered");
-    nats.resume().unwrap();
-    acknowledged.await.unwrap();
-    frozen.wait().unwrap();
-}
-
-/// By default nats-server syncs its files every two minutes.
-#[tokio::test(flavor = "multi_thread")]
-async fn power_is_cut_under_nats() {
-    let (singly, in_batches, often) = tokio::join!(
-        survives_power_cuts("", PublishMethod::Chained),
-        survives_power_cuts("", PublishMethod::Batched),
-        survives_power_cuts("sync_interval: 2s", PublishMethod::Chained),
-    );
-    let (Some(singly), Some(in_batches), Some(_)) = (singly, in_batches, often) else { return };
-    for lost in [singly, in_batches] {
-        assert!(lost.messages > 0, "a power cut that costs nothing proves nothing");
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_power_cut_costs_nothing_that_was_acknowledged_with_sync_always() {
-    let always = |publish| survives_power_cuts("sync_interval: always", publish);
-    let (singly, in_batches) = tokio::join!(always(PublishMethod::Chained), always(PublishMethod::Batched));
-    for lost in [singly, in_batches].into_iter().flatten() {
-        assert_eq!((lost.messages, lost.findings), (0, vec![]));
-    }
 }

@@ -87,6 +87,13 @@ pub async fn disturb(system: &System, step: Step) {
         Kind::MessageRepeated => _ = repeat(system, step).await,
         Kind::MessagesRemoved | Kind::StreamPurged | Kind::StreamWiped => _ = remove(system, step).await,
         Kind::StreamFull => _ = fill(system, step).await,
+        Kind::StreamSettingsChanged => _ = spoil(system, step).await,
+        Kind::SequenceSetBack => set_back(system).await,
+        Kind::SequenceSetAhead => {
+            let ahead =
+                "select setval('aftercommit.outbox_id_seq', last_value + 3000000) from aftercommit.outbox_id_seq";
+            _ = sqlx::raw_sql(ahead).execute(&system.publisher).await;
+        }
     }
     system.journal.write(What::Healed { name });
 }
@@ -253,6 +260,25 @@ async fn wipe(system: &System, pause: Duration) -> Option<()> {
     Some(())
 }
 
+/// Sets the sequence back over ids of events that are there, so that publishers meet them. Over ids that are free it would
+/// put the events of a key out of order, which nobody could put right.
+async fn set_back(system: &System) {
+    for _ in 0..100 {
+        let set: Result<Option<i64>, _> = sqlx::query_scalar(
+            "select setval('aftercommit.outbox_id_seq', ids.last_value - 4) from aftercommit.outbox_id_seq as ids
+              where ids.last_value > 4
+                and (select count(*) from aftercommit.outbox
+                      where id > ids.last_value - 4 and id <= ids.last_value) = 4",
+        )
+        .fetch_optional(&system.publisher)
+        .await;
+        if matches!(set, Ok(Some(_)) | Err(_)) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 /// Limits the stream to little more than it holds, for a while. With less than it holds it would lose its oldest messages.
 async fn fill(system: &System, step: Step) -> Option<()> {
     let info = system.stream().await?.cached_info().clone();
@@ -271,6 +297,35 @@ async fn fill(system: &System, step: Step) -> Option<()> {
         let mut config = stream.cached_info().config.clone();
         config.max_messages = -1;
         system.context.update_stream(config).await.is_ok()
+    })
+    .await;
+    Some(())
+}
+
+/// Gives the stream settings with which a relay must not publish, for a while. Their limits are out of reach, because what
+/// the server would really evict nobody could write down.
+async fn spoil(system: &System, step: Step) -> Option<()> {
+    let mut config = system.stream().await?.cached_info().config.clone();
+    if config.sealed {
+        return None;
+    }
+    match step.target % 3 {
+        0 => config.max_messages_per_subject = 100_000_000,
+        1 => config.allow_rollup = true,
+        _ => config.discard = jetstream::stream::DiscardPolicy::Old,
+    }
+    if config.discard == jetstream::stream::DiscardPolicy::Old && config.max_messages <= 0 {
+        config.max_messages = 100_000_000;
+    }
+    system.context.update_stream(config).await.ok()?;
+    tokio::time::sleep(step.lasts).await;
+    until("the stream's settings are mended", async || {
+        let Some(stream) = system.stream().await else { return false };
+        let mut config = stream.cached_info().config.clone();
+        (config.max_messages_per_subject, config.max_messages) = (-1, -1);
+        config.allow_rollup = false;
+        config.discard = jetstream::stream::DiscardPolicy::New;
+        config.sealed || system.context.update_stream(config).await.is_ok()
     })
     .await;
     Some(())

@@ -11,6 +11,7 @@ mod history;
 mod live;
 mod part;
 mod plan;
+mod power;
 mod publishers;
 mod run;
 mod scenarios;

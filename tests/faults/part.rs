@@ -28,6 +28,11 @@ impl Ways {
         self.0.iter().map(|way| format!("{scheme}{}", way.address)).collect::<Vec<_>>().join(",")
     }
 
+    /// From now on forgets connections that rest for so long.
+    pub fn forget_after(&self, rest: Duration) {
+        self.0.iter().for_each(|way| way.forget_after(rest));
+    }
+
     /// Disturbs all of them for a while.
     pub async fn disturb(&self, how: Way, lasts: Duration) {
         self.0.iter().for_each(|way| way.set(how));

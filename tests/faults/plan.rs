@@ -48,6 +48,10 @@ pub enum Kind {
     StreamPurged,
     StreamWiped,
     StreamFull,
+    /// Its settings become such that it could lose events.
+    StreamSettingsChanged,
+    SequenceSetBack,
+    SequenceSetAhead,
 }
 
 /// Every fault: its name, how many times of a hundred or so it is chosen, and for how many milliseconds it lasts.
@@ -89,6 +93,9 @@ const FAULTS: &[(Kind, &str, u64, (u64, u64))] = &[
     (Kind::StreamPurged, "stream-purged", 1, (0, 1)),
     (Kind::StreamWiped, "stream-wiped", 1, (0, 1000)),
     (Kind::StreamFull, "stream-full", 2, (200, 3000)),
+    (Kind::StreamSettingsChanged, "stream-settings-changed", 2, (500, 8000)),
+    (Kind::SequenceSetBack, "sequence-set-back", 2, (0, 1)),
+    (Kind::SequenceSetAhead, "sequence-set-ahead", 2, (0, 1)),
 ];
 
 impl Kind {

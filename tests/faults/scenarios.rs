@@ -1,8 +1,6 @@
 //! Faults that the schedules leave out, because they need servers of their own or happen once in a lifetime.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
 use aftercommit::admin;
@@ -10,10 +8,10 @@ use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions
 use aftercommit::testing::{eventually, unique_name};
 use aftercommit::worker::Subscriber;
 use async_nats::jetstream::stream;
-use sqlx::{AssertSqlSafe, PgPool};
+use sqlx::PgPool;
 
 use super::plan::Plan;
-use super::support::{Outbox, RelayProcess, SOON, Work, Writers, complains, free_address};
+use super::support::{Outbox, RelayProcess, SOON, Work, Writers, complains, cut_off, free_address, standby_of};
 use super::{assert_clean, play};
 
 /// Plays a schedule with these faults only.
@@ -39,6 +37,11 @@ async fn ways_break_in_one_direction_and_in_both() {
     });
     let ways: Vec<String> = ways.filter(|name| super::plan::names().any(|known| known == name)).collect();
     only(7, &ways.iter().map(String::as_str).collect::<Vec<_>>()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn settings_of_the_stream_change_under_load() {
+    only(11, &["stream-settings-changed", "relay-killed", "nats-killed"]).await;
 }
 
 /// A relay that tells about itself, and is soon called stuck; its address, and its log.
@@ -129,29 +132,6 @@ async fn nats_is_upgraded_under_a_busy_system() {
     worker.stop().await;
 }
 
-/// A second cluster that follows the first, as `pg_basebackup` makes it.
-async fn standby_of(primary: &Postgres) -> Postgres {
-    let mut standby = Postgres::start(PostgresOptions { fsync: false, settings: Vec::new() }).await.unwrap();
-    standby.stop().await.unwrap();
-    let data = standby.data_directory();
-    let owner = std::fs::metadata(&data).unwrap();
-    // The server is known by the name in its file.
-    let config = std::fs::read_to_string(data.join("postgresql.conf")).unwrap();
-    std::fs::remove_dir_all(&data).unwrap();
-    let url = primary.url("postgres");
-    let mut backup = Command::new(Postgres::program("pg_basebackup").unwrap());
-    std::os::unix::process::CommandExt::uid(&mut backup, owner.uid());
-    std::os::unix::process::CommandExt::gid(&mut backup, owner.gid());
-    backup.args(["--checkpoint=fast", "--wal-method=stream", "--dbname", &url, "--pgdata"]).arg(&data);
-    let made = backup.current_dir("/").output().unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    let config = format!("{config}\nprimary_conninfo = '{url}'\n");
-    std::fs::write(data.join("postgresql.conf"), config).unwrap();
-    std::fs::write(data.join("standby.signal"), "").unwrap();
-    standby.restart().await.unwrap();
-    standby
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_standby_that_lacks_commits_is_promoted() {
     let mut primary = Postgres::start(PostgresOptions { fsync: false, settings: Vec::new() }).await.unwrap();
@@ -163,15 +143,7 @@ async fn a_standby_that_lacks_commits_is_promoted() {
     writers.more(200).await;
     // From here on the standby gets nothing.
     let other = PgPool::connect(&standby.url("postgres")).await.unwrap();
-    for sql in ["alter system set primary_conninfo = ''", "select pg_reload_conf()"] {
-        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&other).await.unwrap();
-    }
-    eventually(SOON, "it follows no more", async || {
-        let receivers = "select count(*) from pg_stat_wal_receiver";
-        sqlx::query_scalar::<_, i64>(receivers).fetch_one(&other).await.unwrap() == 0
-    })
-    .await
-    .unwrap();
+    cut_off(&other).await;
     writers.more(200).await;
     writers.stop().await;
     let before = outbox.assert_complete().await;
@@ -205,6 +177,56 @@ async fn a_standby_that_lacks_commits_is_promoted() {
     drop(relay);
     let log = std::fs::read_to_string(&log).unwrap();
     assert!(ghosts.iter().any(|id| log.contains(id.as_str())), "none of {} ghosts is named: {log}", ghosts.len());
+}
+
+/// The same while every few events one is parked. Whatever the promoted database has committed is in the stream or parked
+/// afterwards, and nothing of it twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_is_promoted_while_events_are_parked() {
+    let mut primary = Postgres::start(PostgresOptions { fsync: false, settings: Vec::new() }).await.unwrap();
+    let nats = Nats::start(NatsOptions { config: "max_payload: 4096".into(), ..NatsOptions::default() }).await.unwrap();
+    let outbox = Outbox::new(primary.create_database().await.unwrap(), nats.url()).await;
+    let standby = standby_of(&primary).await;
+    let other = PgPool::connect(&standby.url("postgres")).await.unwrap();
+    let relay = outbox.relay();
+    let write = "select aftercommit.publish('some', to_jsonb(repeat('x', case n % 5 when 0 then 5000 else 1 end)), 'k-' || n % 7)
+                   from generate_series(1, 10) n";
+    for round in 0..60 {
+        sqlx::raw_sql(write).execute(&outbox.pool).await.unwrap();
+        if round == 40 {
+            // In the middle of a window, most often.
+            cut_off(&other).await;
+        }
+    }
+    // The first large event of a key, and what waits behind it.
+    let parked = "select count(*) from aftercommit.parked";
+    eventually(SOON, "events are parked", async || {
+        sqlx::query_scalar::<_, i64>(parked).fetch_one(&outbox.pool).await.unwrap() >= 100
+    })
+    .await
+    .unwrap();
+    drop(relay);
+    primary.kill().await.unwrap();
+    sqlx::raw_sql("select pg_promote()").execute(&other).await.unwrap();
+
+    let name = outbox.postgres.url.rsplit('/').next().unwrap().to_string();
+    let outbox = outbox.moved_to(standby.url(&name)).await;
+    outbox.expire_leases().await;
+    let _relay = outbox.relay();
+    sqlx::raw_sql(write).execute(&outbox.pool).await.unwrap();
+    let committed = outbox.committed().await;
+    let mut lost = Vec::new();
+    eventually(SOON, "everything is in the stream or parked", async || {
+        let parked: Vec<String> =
+            sqlx::query_scalar("select event_id::text from aftercommit.parked").fetch_all(&outbox.pool).await.unwrap();
+        let stored = outbox.messages().await;
+        let times = |id: &String| stored.iter().filter(|message| message.headers["ce-id"] == *id).count();
+        assert!(committed.iter().all(|id| times(id) <= 1), "an event is in the stream twice");
+        lost = committed.iter().filter(|id| times(id) == 0 && !parked.contains(id)).cloned().collect();
+        lost.is_empty()
+    })
+    .await
+    .unwrap_or_else(|error| panic!("{error}: {lost:?}"));
 }
 
 /// Many events are under way, and the stream has no room for a large one among them. Returns which events are not in the

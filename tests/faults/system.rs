@@ -22,6 +22,8 @@ use super::{publishers, subscribers};
 
 /// Enough for everything that has to be there at the start.
 const START: Duration = Duration::from_secs(90);
+/// What lies between a relay and PostgreSQL forgets connections that rest for so long.
+const RESTED: Duration = Duration::from_secs(4);
 
 pub struct System {
     pub journal: Journal,
@@ -149,8 +151,12 @@ impl System {
             self.publishers.push(Part::new(format!("publisher-{n}"), &self.directory, command));
         }
         for n in 0..2 {
-            let command = Command::new(env!("CARGO_BIN_EXE_aftercommit-relay"));
+            let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit-relay"));
+            // Some events are meant to be parked.
+            command.env("AFTERCOMMIT_PARK_AFTER", "0s");
             let part = self.part(format!("relay-{n}"), command, &self.publisher_config).await;
+            // As a firewall does, only sooner.
+            part.postgres.iter().for_each(|ways| ways.forget_after(RESTED));
             self.relays.push(part.with_http());
         }
         for n in 0..3 {

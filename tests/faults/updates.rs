@@ -99,8 +99,10 @@ async fn older_schema(url: &str, up_to: &str) -> PgPool {
 /// The beginning of the last migration in the printed script.
 fn last_migration() -> String {
     let script = admin::migrations_sql();
-    let begins = script.rmatches("\n-- 000").count();
-    format!("\n-- {begins:04} ")
+    let headings = script.lines().filter_map(|line| line.strip_prefix("-- "));
+    let number = |heading: &str| heading.split_once(' ')?.0.parse::<u32>().ok();
+    let last = headings.filter_map(number).max().unwrap();
+    format!("\n-- {last:04} ")
 }
 
 async fn outbox_of(url: String, pool: PgPool) -> Outbox {

@@ -3,7 +3,7 @@
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use crate::support::{Outbox, Proxy, RunningRelay, SOON, free_address};
+use crate::support::{Outbox, Proxy, RunningRelay, SOON, free_address, is_before};
 use aftercommit::admin;
 use aftercommit::admin::doctor::{Check, DoctorConfig, Report, Severity, doctor};
 use aftercommit::config::{NatsConfig, PostgresConfig};
@@ -68,7 +68,12 @@ async fn a_fresh_set_up_passes_and_each_part_can_be_missing() {
     let checks = report["checks"].as_array().unwrap();
     let wrong: Vec<_> =
         checks.iter().filter(|check| check["status"] != "OK").map(|check| check["name"].clone()).collect();
-    assert_eq!((json!(wrong), &report["status"]), (json!(["replicas", "subscribers"]), &json!("WARN")), "{report:#}");
+    // The last of 2.11 that can be had as a package has known holes.
+    let expected = match is_before(nats.version(), (2, 12)) {
+        true => json!(["nats", "replicas", "subscribers"]),
+        false => json!(["replicas", "subscribers"]),
+    };
+    assert_eq!((json!(wrong), &report["status"]), (expected, &json!("WARN")), "{report:#}");
     let relay_check = checks.iter().find(|check| check["name"] == "relay").unwrap();
     assert!(relay_check["finding"].as_str().unwrap().contains("leads"), "{relay_check}");
     assert!(relay_check["remedy"].is_null());
@@ -236,9 +241,9 @@ async fn what_waits_is_told() {
     outbox.publish("fresh", "{}", None).await;
     let report = look(config(&outbox)).await;
     let paused = &found(&report, Severity::Warn, "paused")[0];
-    assert!(paused.finding.contains("maintenance") && paused.finding.contains("postgres"), "{report}");
+    assert!(paused.finding.contains("maintenance") && paused.finding.contains("by test"), "{report}");
     assert!(found(&report, Severity::Warn, "relay")[0].finding.contains("no relay has ever led"), "{report}");
-    assert!(found(&report, Severity::Ok, "backlog")[0].finding.starts_with("1 events"), "{report}");
+    assert!(found(&report, Severity::Ok, "backlog")[0].finding.starts_with("1 event to publish"), "{report}");
     assert!(found(&report, Severity::Ok, "transactions")[0].finding.contains(&format!("pid {pid},")), "{report}");
     held.rollback().await.unwrap();
 

@@ -1,7 +1,6 @@
 //! G1 and G5 at the operator: where one event is and what happened to it, and what waits for a subscriber, found out
 //! without changing anything.
 
-use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -14,22 +13,8 @@ use aftercommit::testing::eventually;
 use aftercommit::worker::{Delivery, HandlerError, Subscriber};
 use serde_json::{Value, json};
 
-/// `aftercommit` with the environment of the outbox.
-fn run(outbox: &Outbox, arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_aftercommit"))
-        .args(arguments)
-        .env("DATABASE_URL", &outbox.postgres.url)
-        .env("NATS_URL", &outbox.nats.url)
-        .env("AFTERCOMMIT_STREAM", &outbox.naming.stream)
-        .env("AFTERCOMMIT_SUBJECT_PREFIX", outbox.naming.prefix.to_string())
-        .env("AFTERCOMMIT_SOURCE", &outbox.naming.source)
-        .env("AFTERCOMMIT_OPERATOR", "jane")
-        .output()
-        .unwrap()
-}
-
 fn explain(outbox: &Outbox, event: &str, more: &[&str]) -> Value {
-    let text = succeeded(run(outbox, &[&["explain", event, "--json"], more].concat()));
+    let text = succeeded(outbox.operator(&[&["explain", event, "--json"], more].concat()));
     serde_json::from_str(&text).unwrap()
 }
 
@@ -46,18 +31,6 @@ fn state<'a>(explanation: &'a Value, subscriber: &str) -> &'a str {
     explanation["subscribers"][subscriber]["state"].as_str().unwrap_or_else(|| panic!("{explanation}"))
 }
 
-/// Writes a number in the outbox and returns its event's id.
-async fn written(outbox: &Outbox, key: &str, n: i64) -> String {
-    sqlx::query_scalar(
-        "select aftercommit.publish('test.number', jsonb_build_object('key', $1::text, 'n', $2::bigint), $1)::text",
-    )
-    .bind(key)
-    .bind(n)
-    .fetch_one(&outbox.pool)
-    .await
-    .unwrap()
-}
-
 async fn published(outbox: &Outbox, messages: u64) {
     let relay = outbox.relay();
     eventually(SOON, "the events are in the stream", async || outbox.stored().await >= messages).await.unwrap();
@@ -72,7 +45,7 @@ fn impatient(subscriber: Subscriber) -> Subscriber {
 async fn an_event_is_followed_from_the_outbox_to_its_effect() {
     let work = Work::shared().await;
     let outbox = &work.outbox;
-    let event = written(outbox, "a", 1).await;
+    let event = outbox.written("a", 1).await;
 
     let waiting = explain(outbox, &event, &[]);
     assert_eq!(waiting["outbox"]["state"], "waiting", "{waiting}");
@@ -96,7 +69,7 @@ async fn an_event_is_followed_from_the_outbox_to_its_effect() {
     assert_eq!(pending["outbox"]["state"], "published", "{pending}");
     let message = &pending["message"];
     assert_eq!(
-        (&message["sequence"], &message["present"], &message["repair"]),
+        (&message["stream_sequence"], &message["present"], &message["repair"]),
         (&json!(1), &json!(true), &json!(false))
     );
     assert_eq!(message["message_id"], json!(event));
@@ -115,9 +88,9 @@ async fn an_event_is_followed_from_the_outbox_to_its_effect() {
     assert_eq!(story[2], "mails: handled");
 
     // On paper, and without the payload unless it is asked for.
-    let text = succeeded(run(outbox, &["explain", &event]));
+    let text = succeeded(outbox.operator(&["explain", &event]));
     assert!(text.contains("what happened") && text.contains("mails   handled") && !text.contains("\"n\""), "{text}");
-    let text = succeeded(run(outbox, &["explain", &event, "--payload"]));
+    let text = succeeded(outbox.operator(&["explain", &event, "--payload"]));
     assert!(text.ends_with("\npayload\n{\"n\": 1, \"key\": \"a\"}\n"), "{text}");
     assert_eq!(explain(outbox, &event, &["--payload"])["payload"], "{\"n\": 1, \"key\": \"a\"}");
 
@@ -128,7 +101,11 @@ async fn an_event_is_followed_from_the_outbox_to_its_effect() {
     let stream = outbox.js().await.get_stream(&outbox.naming.stream).await.unwrap();
     stream.purge().await.unwrap();
     let purged = explain(outbox, &event, &[]);
-    assert_eq!((&purged["message"]["present"], &purged["message"]["sequence"]), (&json!(false), &json!(1)), "{purged}");
+    assert_eq!(
+        (&purged["message"]["present"], &purged["message"]["stream_sequence"]),
+        (&json!(false), &json!(1)),
+        "{purged}"
+    );
     assert_eq!(moments(&purged), ["mails: handled"]);
 }
 
@@ -136,7 +113,7 @@ async fn an_event_is_followed_from_the_outbox_to_its_effect() {
 async fn a_failing_event_is_followed_to_its_dead_letter_and_back() {
     let work = Work::shared().await;
     let outbox = &work.outbox;
-    let (event, follower) = (written(outbox, "a", 1).await, written(outbox, "a", 2).await);
+    let (event, follower) = (outbox.written("a", 1).await, outbox.written("a", 2).await);
     published(outbox, 2).await;
     let rejecting = Arc::new(AtomicBool::new(false));
     let switch = Arc::clone(&rejecting);
@@ -153,10 +130,13 @@ async fn a_failing_event_is_followed_to_its_dead_letter_and_back() {
     let failing = explain(outbox, &event, &[]);
     assert!(["failing", "running"].contains(&state(&failing, "mails")), "{failing}");
     let story = moments(&failing);
-    assert_eq!(story[2], "mails: the first attempt failed");
-    assert!(story[3].ends_with(" failed: the printer is on fire"), "{story:?}");
+    assert_eq!(
+        story[2..4],
+        ["mails: attempt 1 failed: the printer is on fire", "mails: attempt 2 failed: the printer is on fire"]
+    );
     let behind = explain(outbox, &follower, &[]);
-    assert!(["delivered", "running"].contains(&state(&behind, "mails")), "it waits behind the other one: {behind}");
+    let states = ["delivered", "running", "behind"];
+    assert!(states.contains(&state(&behind, "mails")), "it waits behind the other one: {behind}");
 
     rejecting.store(true, Ordering::SeqCst);
     work.wait_for(1).await;
@@ -166,7 +146,7 @@ async fn a_failing_event_is_followed_to_its_dead_letter_and_back() {
     assert_eq!(state(&dead, "mails"), "dead");
     let text = dead["subscribers"]["mails"]["text"].as_str().unwrap();
     assert_eq!(text, "dead letter 1: no such printer; `aftercommit dead show 1`");
-    assert!(moments(&dead)[3].ends_with("now a dead letter: no such printer"), "{dead}");
+    assert!(moments(&dead).last().unwrap().ends_with("now a dead letter: no such printer"), "{dead}");
 
     dead::retry(&outbox.postgres, "jane", &Filter::id(1)).await.unwrap();
     let redriven = explain(outbox, &event, &[]);
@@ -174,15 +154,15 @@ async fn a_failing_event_is_followed_to_its_dead_letter_and_back() {
     let text = redriven["subscribers"]["mails"]["text"].as_str().unwrap();
     assert_eq!(text, "sent back by jane, waits to run again; no worker is active for it");
     let story = moments(&redriven);
-    assert_eq!(story.len(), 5);
-    assert!(story[3].ends_with("now a dead letter: no such printer"), "the audit trail remembers: {story:?}");
-    assert_eq!(story[4], "operator: jane: dead retry at mails");
+    let [.., letter, retry] = story.as_slice() else { panic!("{story:?}") };
+    assert!(letter.ends_with("now a dead letter: no such printer"), "the audit trail remembers: {story:?}");
+    assert_eq!(retry, "operator: jane: dead retry at mails");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_event_that_is_set_aside_says_so() {
     let outbox = Work::shared().await.outbox;
-    let event = written(&outbox, "a", 1).await;
+    let event = outbox.written("a", 1).await;
     sqlx::query(
         "insert into aftercommit.parked (outbox_id, event_id, type, code, reason)
          select id, event_id, type, 10054, 'message size exceeds maximum allowed' from aftercommit.outbox",
@@ -192,7 +172,7 @@ async fn an_event_that_is_set_aside_says_so() {
     .unwrap();
     let parked = explain(&outbox, &event, &[]);
     assert_eq!(parked["outbox"]["state"], "parked", "{parked}");
-    assert_eq!(moments(&parked)[1], "outbox: set aside: message size exceeds maximum allowed");
+    assert_eq!(moments(&parked)[1], "outbox: parked: message size exceeds maximum allowed");
     admin::relay::discard(&outbox.postgres, "jane", event.parse::<sqlx::types::Uuid>().unwrap().into()).await.unwrap();
     let discarded = explain(&outbox, &event, &[]);
     assert_eq!(discarded["outbox"]["state"], "discarded", "{discarded}");
@@ -204,7 +184,7 @@ async fn an_event_that_is_set_aside_says_so() {
 async fn who_is_not_asked_is_named_and_other_databases_can_be() {
     let work = Work::shared().await;
     let outbox = &work.outbox;
-    let event = written(outbox, "a", 1).await;
+    let event = outbox.written("a", 1).await;
     published(outbox, 1).await;
     // The subscriber works elsewhere.
     let elsewhere = Work::on(Database::empty().await.config.url, outbox.nats.url.clone()).await;
@@ -238,10 +218,10 @@ async fn who_is_not_asked_is_named_and_other_databases_can_be() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unknown_event_is_said_to_be_unknown() {
     let outbox = Work::shared().await.outbox;
-    written(&outbox, "a", 1).await;
+    outbox.written("a", 1).await;
     published(&outbox, 1).await;
     for event in ["01a1fc42-0bc3-7cc0-af42-b56e125f1d94", "5f1e4e0e-8f7e-4b62-9a53-0a3f7d3e5b10"] {
-        let output = run(&outbox, &["explain", event]);
+        let output = outbox.operator(&["explain", event]);
         let error = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{error}");
         assert!(error.contains("nothing is known of event") && error.contains("sequences 1 to 1"), "{error}");
@@ -250,7 +230,7 @@ async fn an_unknown_event_is_said_to_be_unknown() {
     let mut open = outbox.pool.begin().await.unwrap();
     let event: String =
         sqlx::query_scalar("select aftercommit.publish('a', '{}')::text").fetch_one(&mut *open).await.unwrap();
-    let output = run(&outbox, &["explain", &event]);
+    let output = outbox.operator(&["explain", &event]);
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8(output.stderr).unwrap().contains("has not committed"));
     open.commit().await.unwrap();
@@ -270,14 +250,14 @@ async fn an_event_is_found_in_a_long_stream() {
         .fetch_one(&outbox.pool)
         .await
         .unwrap();
-    let late = written(outbox, "a", 1).await;
+    let late = outbox.written("a", 1).await;
     sqlx::query("select aftercommit.publish('bulk', '{}') from generate_series(1, 5000)")
         .execute(&outbox.pool)
         .await
         .unwrap();
     published(outbox, 20_001).await;
     for (event, sequence) in [(&early, 77), (&late, 15_001)] {
-        assert_eq!(explain(outbox, event, &[])["message"]["sequence"], sequence);
+        assert_eq!(explain(outbox, event, &[])["message"]["stream_sequence"], sequence);
     }
     // A log that was thinned out says less.
     sqlx::query("delete from aftercommit.relay_log where seq < (select max(seq) from aftercommit.relay_log)")
@@ -285,7 +265,7 @@ async fn an_event_is_found_in_a_long_stream() {
         .await
         .unwrap();
     for (event, sequence) in [(&early, 77), (&late, 15_001)] {
-        assert_eq!(explain(outbox, event, &[])["message"]["sequence"], sequence);
+        assert_eq!(explain(outbox, event, &[])["message"]["stream_sequence"], sequence);
     }
 }
 
@@ -308,6 +288,7 @@ async fn peek_shows_what_waits_and_takes_nothing() {
         .await
         .unwrap();
     drop(worker);
+    outbox.expire_leases().await;
     let asks = async || work.consumer("mails").await.cached_info().num_waiting > 0;
     eventually(SOON, "nobody asks for messages any more", async || !asks().await).await.unwrap();
     work.send_many(&["late"], 3).await;
@@ -324,17 +305,19 @@ async fn peek_shows_what_waits_and_takes_nothing() {
     let dump =
         || database.pg_dump(&["--data-only", "--schema=aftercommit", "--inserts", "--exclude-table=aftercommit.lease"]);
     let (before, rows) = (consumer().await, dump());
-    let peek = |arguments: &[&str]| succeeded(run(outbox, &[&["peek", "--subscriber", "mails"], arguments].concat()));
+    let peek =
+        |arguments: &[&str]| succeeded(outbox.operator(&[&["peek", "--subscriber", "mails"], arguments].concat()));
     let json =
         |arguments: &[&str]| -> Value { serde_json::from_str(&peek(&[&["--json"], arguments].concat())).unwrap() };
     let states = |peeked: &Value| -> Vec<(u64, String)> {
         let messages = peeked["messages"].as_array().unwrap().iter();
-        messages.map(|m| (m["sequence"].as_u64().unwrap(), m["state"].as_str().unwrap().to_string())).collect()
+        messages.map(|m| (m["stream_sequence"].as_u64().unwrap(), m["state"].as_str().unwrap().to_string())).collect()
     };
     let expected = |states: &[(u64, &str)]| -> Vec<(u64, String)> {
         states.iter().map(|(sequence, state)| (*sequence, state.to_string())).collect()
     };
     let all = json(&[]);
+    // Its worker is gone, so nobody says that the second one waits behind the first.
     let waiting = [(1, "failing"), (2, "outstanding"), (5, "waiting"), (6, "waiting"), (7, "waiting")];
     assert_eq!(states(&all), expected(&waiting), "{all}");
     assert_eq!((&all["pending"], &all["paused"], &all["redrive"]), (&json!(3), &json!(false), &json!(0)));
@@ -347,7 +330,10 @@ async fn peek_shows_what_waits_and_takes_nothing() {
     assert_eq!(states(&json(&["-n", "2"])), expected(&waiting[..2]));
     assert_eq!(json(&["--payload"])["messages"][0]["payload"], "{\"key\":\"bad\",\"n\":1}");
     let text = peek(&[]);
-    assert!(text.contains("1 attempts failed: the printer is on fire") && !text.contains("\"n\""), "{text}");
+    assert!(
+        text.contains("1 of 10 attempts failed: the printer is on fire; next try at 20") && !text.contains("\"n\""),
+        "{text}"
+    );
     assert!(peek(&["--payload"]).contains("\n7\n{\"key\":\"late\",\"n\":3}\n"));
     // Without its database nobody knows what is done of what was delivered.
     let blind = json(&["--database-url", ""]);
@@ -356,7 +342,73 @@ async fn peek_shows_what_waits_and_takes_nothing() {
     assert_eq!(consumer().await, before, "nothing was taken");
     assert!(rows == dump(), "nothing was written");
 
-    let output = run(outbox, &["peek", "--subscriber", "nobody"]);
+    let output = outbox.operator(&["peek", "--subscriber", "nobody"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8(output.stderr).unwrap().contains("no consumer nobody"));
+}
+
+/// What ran is not what was published when an operator has edited it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_operator_edited_is_told_beside_what_was_published() {
+    let work = Work::shared().await;
+    let outbox = &work.outbox;
+    let event = outbox.written("a", 1).await;
+    published(outbox, 1).await;
+    let refusing =
+        work.run(Subscriber::new("mails").on::<Number>(Record::new(|_| Act::Fail(HandlerError::reject("no")))));
+    let refusing = refusing.await;
+    eventually(SOON, "the dead letter", async || work.dead_letters().await.len() == 1).await.unwrap();
+    refusing.stop().await;
+    succeeded(outbox.operator(&["dead", "edit", "1", "--payload", "{\"key\": \"a\", \"n\": 7}"]));
+    let text = succeeded(outbox.operator(&["explain", &event, "--show-payload"]));
+    let both = "\npayload\n{\"n\": 1, \"key\": \"a\"}\n\npayload at mails, as an operator edited it\n{\"key\": \"a\", \"n\": 7}\n";
+    assert!(text.ends_with(both), "{text}");
+    let edited = explain(outbox, &event, &["--show-payload"]);
+    assert_eq!(edited["subscribers"]["mails"]["payload"], "{\"key\": \"a\", \"n\": 7}", "{edited}");
+
+    succeeded(outbox.operator(&["dead", "retry", &event]));
+    let good = work.run(Subscriber::new("mails").on::<Number>(Record::good())).await;
+    work.wait_for(1).await;
+    good.stop().await;
+    assert_eq!(work.numbers("a").await, [7]);
+    let handled = explain(outbox, &event, &["--show-payload"]);
+    let standing = &handled["subscribers"]["mails"];
+    assert_eq!(standing["text"], "handled, with the payload as jane edited it", "{handled}");
+    assert!(
+        handled["unknown"].to_string().contains("the payload that it runs, or ran, was edited by jane"),
+        "{handled}"
+    );
+}
+
+/// A message that a reconciler found missing was never parked.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repaired_event_says_that_it_was_missing() {
+    let work = Work::shared().await;
+    let outbox = &work.outbox;
+    let relay = outbox.relay();
+    let events = [outbox.written("a", 1).await, outbox.written("a", 2).await, outbox.written("a", 3).await];
+    outbox.assert_complete().await;
+    outbox.settled().await;
+    let stream = outbox.js().await.get_stream(&outbox.naming.stream).await.unwrap();
+    stream.delete_message(2).await.unwrap();
+    outbox.operator(&["reconcile", "--full", "--repair"]);
+    let mut told = Value::Null;
+    let waited = eventually(SOON, "it is published again", async || {
+        told = explain(outbox, &events[1], &[]);
+        told["message"]["repair"] == json!(true)
+    })
+    .await;
+    assert!(waited.is_ok(), "{told}");
+    let story = moments(&told).join("\n");
+    for words in ["outbox: found missing in the stream, queued to be published again", "because it was missing there"] {
+        assert!(story.contains(words), "{story}");
+    }
+    assert_eq!(told["outbox"]["state"], "published", "{told}");
+    assert!(!told.to_string().contains("parked"), "{told}");
+    let audit = succeeded(outbox.operator(&["audit"]));
+    assert!(
+        audit.contains("  jane (postgres)  reconcile --repair  {\"reconciler\":\"outbox\",\"repaired\":1}"),
+        "{audit}"
+    );
+    relay.stop().await.unwrap();
 }

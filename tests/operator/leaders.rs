@@ -128,7 +128,7 @@ async fn the_leader_is_believed_and_not_who_answers_first() {
         let peek = stage.peek().await.unwrap();
         assert_eq!((peek.pending, peek.messages.len()), (20, 20));
         let status = admin::status::status(&stage.outbox.postgres, &stage.asker, &stage.outbox.naming).await.unwrap();
-        assert_eq!(status.stream.map(|stream| stream.last_sequence), Some(20), "{:?}", status.stream_error);
+        assert_eq!(status.stream.map(|stream| stream.last_stream_sequence), Some(20), "{:?}", status.stream_error);
     }
 }
 
@@ -182,7 +182,7 @@ async fn a_stream_without_a_leader_is_told_from_one_with_few_messages() {
         admin::status::status(&postgres, &nats, &naming).await.unwrap()
     };
     for member in 0..3 {
-        assert_eq!(status(member).await.stream.map(|stream| stream.last_sequence), Some(3));
+        assert_eq!(status(member).await.stream.map(|stream| stream.last_stream_sequence), Some(3));
     }
     // From 2.14 on that stops every replica for good.
     let mut headers = async_nats::HeaderMap::new();
@@ -209,5 +209,5 @@ async fn a_stream_without_a_leader_is_told_from_one_with_few_messages() {
     // The way out that the documentation names.
     js.delete_stream(&naming.stream).await.unwrap();
     js.create_stream(config).await.unwrap();
-    assert_eq!(status(0).await.stream.map(|stream| stream.last_sequence), Some(0));
+    assert_eq!(status(0).await.stream.map(|stream| stream.last_stream_sequence), Some(0));
 }

@@ -190,6 +190,30 @@ async fn a_dead_letter_is_announced_with_its_reason() {
     worker.stop().await;
 }
 
+/// The announcements are kept where somebody has asked for that.
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_letters_are_announced_into_a_stream() {
+    let work = Work::shared().await;
+    let provision = || {
+        let output = work.outbox.operator(&["provision", "--advisories"]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let stream = format!("{}_ADVISORIES", work.outbox.naming.stream);
+    assert!(provision().contains(&format!("stream {stream}: created")));
+    assert_eq!(provision(), "everything is as it should be\n");
+    let worker = work
+        .run(Subscriber::new("cli").on::<Number>(Record::new(|_| Act::Fail(HandlerError::reject("no such printer")))))
+        .await;
+    work.send("bad", 1).await;
+    let kept = work.context.get_stream(&stream).await.unwrap();
+    eventually(SOON, "the announcement is kept", async || kept.get_raw_message(1).await.is_ok()).await.unwrap();
+    let kept = kept.get_raw_message(1).await.unwrap();
+    let advisory: Value = serde_json::from_slice(&kept.payload).unwrap();
+    assert_eq!((&advisory["reason"], &advisory["stream_seq"]), (&json!("no such printer"), &json!(1)));
+    worker.stop().await;
+}
+
 /// The trap: `nats consumer next` acks, and then the server believes that the subscriber is done with the event.
 #[tokio::test(flavor = "multi_thread")]
 async fn consumer_next_takes_an_event_away() {

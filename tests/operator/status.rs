@@ -34,8 +34,8 @@ async fn the_backlog_is_counted_until_it_is_in_the_stream() {
     let after = status(&outbox).await;
     assert_eq!(after.backlog.oldest_seconds, None);
     let (relay_status, stream) = (after.relay.unwrap(), after.stream.unwrap());
-    assert_eq!((relay_status.alive, relay_status.epoch, relay_status.last_sequence), (true, 1, Some(3)));
-    assert_eq!((stream.messages, stream.first_sequence, stream.last_sequence), (3, 1, 3));
+    assert_eq!((relay_status.alive, relay_status.epoch, relay_status.last_stream_sequence), (true, 1, Some(3)));
+    assert_eq!((stream.messages, stream.first_stream_sequence, stream.last_stream_sequence), (3, 1, 3));
     relay.stop().await.unwrap();
     assert!(!status(&outbox).await.relay.unwrap().alive, "its lease is given up");
 }
@@ -51,22 +51,26 @@ async fn subscribers_show_what_waits_what_runs_and_what_was_given_up() {
     work.worker_with(Subscriber::new("idle").on::<Number>(Record::good())).provision().await.unwrap();
     work.send_many(&["a"], 3).await;
     let worker = work.run(Subscriber::new("busy").on::<Number>(reject)).await;
-    let expected = |pending, in_flight, dead_letters| SubscriberStatus {
-        has_consumer: true,
-        pending,
-        in_flight,
-        failing: dead_letters,
-        dead_letters,
-        ..SubscriberStatus::default()
-    };
-    // The first is a dead letter, the second waits for its next attempt, the third behind it.
+    let numbers =
+        |one: &SubscriberStatus| (one.has_consumer, one.pending, one.in_flight, one.failing, one.dead_letters);
+    // The first is a dead letter, the second waits for its next attempt, the third behind it. Of the other one this database
+    // knows nothing.
     eventually(SOON, "the subscribers' numbers", async || {
         let subscribers = status(&work.outbox).await.subscribers;
-        let busy = SubscriberStatus { redelivered: 0, active: None, ..subscribers["busy"].clone() };
-        subscribers["busy"].active.is_some() && busy == expected(0, 2, 1) && subscribers["idle"] == expected(3, 0, 0)
+        let (busy, idle) = (&subscribers["busy"], &subscribers["idle"]);
+        let known = busy.active.is_some() && busy.active_since.is_some() && busy.ready == Some(true);
+        known
+            && numbers(busy) == (Some(true), Some(0), Some(2), Some(1), Some(1))
+            && numbers(idle) == (Some(true), Some(3), Some(0), None, None)
     })
     .await
     .unwrap();
+    let busy = &status(&work.outbox).await.subscribers["busy"];
+    let (failure, letter) = (busy.last_failure.clone().unwrap(), busy.last_dead_letter.clone().unwrap());
+    assert_eq!((failure.attempts, failure.max_attempts, failure.error.as_str()), (1, Some(10), "not yet"));
+    assert!(failure.next_attempt_at.is_some_and(|next| next > failure.at), "{failure:?}");
+    assert_eq!(letter.reason, "no");
+    assert!(busy.oldest_seconds.is_some_and(|age| age > 0.0 && age < 60.0), "{busy:?}");
     worker.stop().await;
     assert_eq!(status(&work.outbox).await.subscribers["busy"].active, None, "it has given up its lease");
     // What an operator does to them.
@@ -78,7 +82,7 @@ async fn subscribers_show_what_waits_what_runs_and_what_was_given_up() {
     admin::dead::retry(&work.outbox.postgres, "test", &filter).await.unwrap();
     let subscribers = status(&work.outbox).await.subscribers;
     let busy = &subscribers["busy"];
-    assert_eq!((busy.paused, busy.failing, busy.redrive, busy.dead_letters), (true, 1, 1, 0));
+    assert_eq!((busy.paused, busy.failing, busy.redrive, busy.dead_letters), (true, Some(1), Some(1), Some(0)));
     assert!(!subscribers["idle"].paused);
     sqlx::query("insert into aftercommit.pause (name) values ('subscriber:*')")
         .execute(&work.outbox.pool)
@@ -100,8 +104,8 @@ async fn subscribers_show_what_waits_what_runs_and_what_was_given_up() {
         String::from_utf8(output.stdout).unwrap()
     };
     let text = program(&[]);
-    assert!(text.starts_with("backlog      0 events\n") && text.contains("none has ever led"), "{text}");
-    assert!(text.contains("active worker\nbusy ") && text.contains("-  paused\nidle"), "{text}");
+    assert!(text.starts_with("NOT WELL: ") && text.contains("\nbacklog      0 events to publish\n"), "{text}");
+    assert!(text.contains("active worker\nbusy ") && text.contains("none, paused\nidle"), "{text}");
     let json: serde_json::Value = serde_json::from_str(&program(&["--json"])).unwrap();
     assert_eq!(json["subscribers"]["idle"]["pending"], 3, "{json}");
     assert_eq!(json["subscribers"]["busy"]["redrive"], 1, "{json}");

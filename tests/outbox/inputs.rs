@@ -66,6 +66,14 @@ proptest! {
     }
 
     #[test]
+    fn a_url_is_read_or_refused_without_its_password(
+        before in "(postgres|postgresql|nats|tls|jdbc:postgresql|mysql)://[a-c:@/?#&=%,.0-9]{0,12}",
+        behind in "[a-c:@/?#&=%,.0-9]{0,12}(@(db|[a-c:@/?#]{0,6}))?(/db)?(\\?[a-z_]{0,8}(sslmode|sslmod|port|host)=[a-z0-9]{0,5})?",
+    ) {
+        checks::url(format!("{before}\n{behind}").as_bytes());
+    }
+
+    #[test]
     fn a_subject_is_taken_apart_as_it_was_made(prefix in "[$A-Za-z0-9_.*>-]{1,12}", event_type in "[A-Za-z0-9_. *>-]{0,12}") {
         checks::subject(format!("{prefix} {event_type}").as_bytes());
     }

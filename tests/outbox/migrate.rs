@@ -1,14 +1,25 @@
 //! `aftercommit migrate`: once, twice, many at once, printed, and beside the application's own migrations.
 
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
-use crate::support::{Database, succeeded};
+use crate::support::{Database, SOON, succeeded};
+use aftercommit::testing::{eventually, unique_name};
 use aftercommit::{ErrorKind, admin};
 use futures_util::future::join_all;
 use sqlx::{Connection, PgConnection};
+use tokio_util::sync::CancellationToken;
 
-const ALL: [&str; 6] =
-    ["0001 outbox", "0002 relay", "0003 inbox", "0004 worker", "0005 reconciler", "0006 reserved headers"];
+/// The names of all migrations, in order.
+fn all() -> Vec<String> {
+    let files = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/migrations")).unwrap();
+    let mut names: Vec<String> = files
+        .map(|file| file.unwrap().file_name().into_string().unwrap())
+        .filter_map(|file| Some(file.strip_suffix(".sql")?.replace('_', " ")))
+        .collect();
+    names.sort();
+    names
+}
 
 fn aftercommit(database: &Database, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_aftercommit"))
@@ -33,7 +44,7 @@ async fn records(database: &Database) -> i64 {
 #[tokio::test]
 async fn twice_is_harmless() {
     let database = Database::empty().await;
-    assert_eq!(admin::migrate(&database.config).await.unwrap(), ALL);
+    assert_eq!(admin::migrate(&database.config).await.unwrap(), all());
     let schema = database.pg_dump(&["-s"]);
     assert_eq!(admin::migrate(&database.config).await.unwrap(), Vec::<String>::new());
     assert_eq!(database.pg_dump(&["-s"]), schema);
@@ -45,9 +56,9 @@ async fn eight_at_once_are_safe() {
     let runs = join_all((0..8).map(|_| admin::migrate(&database.config))).await;
     let mut applied: Vec<Vec<String>> = runs.into_iter().map(Result::unwrap).collect();
     applied.sort();
-    assert_eq!(applied.pop().unwrap(), ALL);
+    assert_eq!(applied.pop().unwrap(), all());
     assert_eq!(applied.concat(), Vec::<String>::new());
-    assert_eq!(records(&database).await, i64::try_from(ALL.len()).unwrap());
+    assert_eq!(records(&database).await, i64::try_from(all().len()).unwrap());
 }
 
 #[tokio::test]
@@ -78,7 +89,7 @@ async fn the_printed_script_makes_the_same_schema_and_migrate_goes_on_from_it() 
     let older = Database::empty().await;
     let end = script.find("\n-- 0002").unwrap();
     succeeded(older.psql(&script[..end]));
-    assert_eq!(admin::migrate(&older.config).await.unwrap(), ALL[1..]);
+    assert_eq!(admin::migrate(&older.config).await.unwrap(), all()[1..]);
     assert_eq!(older.pg_dump(&["-s"]), applied.pg_dump(&["-s"]));
 }
 
@@ -145,11 +156,8 @@ async fn other_encodings_are_refused() {
 #[tokio::test]
 async fn the_command_reports_and_its_exit_status_tells_faults_apart() {
     let database = Database::empty().await;
-    assert_eq!(
-        succeeded(aftercommit(&database, &["migrate"])),
-        "applied 0001 outbox\napplied 0002 relay\napplied 0003 inbox\napplied 0004 worker\napplied 0005 reconciler\n\
-         applied 0006 reserved headers\n"
-    );
+    let applied: String = all().iter().map(|name| format!("applied {name}\n")).collect();
+    assert_eq!(succeeded(aftercommit(&database, &["migrate"])), applied);
     assert_eq!(succeeded(aftercommit(&database, &["migrate"])), "the schema aftercommit is up to date\n");
 
     let no_database = aftercommit(&database, &["migrate", "--database-url", ""]);
@@ -169,4 +177,130 @@ fn help_shows_no_credentials() {
         .output()
         .unwrap();
     assert!(!succeeded(help).contains("secret"));
+}
+
+/// A database as the version before had it: everything up to the sixth migration.
+async fn of_an_older_version() -> Database {
+    let database = Database::empty().await;
+    let script = admin::migrations_sql();
+    let end = script.match_indices("\n-- 00").map(|(at, _)| at).nth(6).expect("there are newer ones");
+    succeeded(database.psql(&script[..end]));
+    database
+}
+
+/// Publishes until it is told to stop, and returns how many events there were and how long the slowest one took.
+async fn publish_until(url: String, stop: CancellationToken) -> (u32, Duration) {
+    let mut connection = PgConnection::connect(&url).await.unwrap();
+    let (mut events, mut slowest) = (0, Duration::ZERO);
+    while !stop.is_cancelled() {
+        let begun = Instant::now();
+        sqlx::query("select aftercommit.publish('a', '{}')").execute(&mut connection).await.unwrap();
+        slowest = slowest.max(begun.elapsed());
+        events += 1;
+    }
+    (events, slowest)
+}
+
+/// Every migration, with what newer versions bring: beside a transaction that has published and stays open, others go on
+/// publishing. A migration that scans or rewrites the outbox, or waits in front of everybody, fails here.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_who_publishes_waits_for_an_update() {
+    let database = of_an_older_version().await;
+    database
+        .execute(
+            "insert into aftercommit.outbox (event_id, type, payload)
+             select gen_random_uuid(), 'a', convert_to(repeat('x', 500), 'UTF8') from generate_series(1, 200000)",
+        )
+        .await;
+    let mut open = PgConnection::connect(&database.config.url).await.unwrap();
+    sqlx::raw_sql("set application_name = 'a long one'; begin; select aftercommit.publish('a', '{}')")
+        .execute(&mut open)
+        .await
+        .unwrap();
+    let mut migrate = Command::new(env!("CARGO_BIN_EXE_aftercommit"))
+        .arg("migrate")
+        .env("DATABASE_URL", &database.config.url)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let stop = CancellationToken::new();
+    let publishers: Vec<_> =
+        (0..3).map(|_| tokio::spawn(publish_until(database.config.url.clone(), stop.clone()))).collect();
+    // It has waited, and been seen to, more than once.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(migrate.try_wait().unwrap(), None, "it waits for the open transaction");
+    sqlx::raw_sql("commit").execute(&mut open).await.unwrap();
+    eventually(SOON, "it is done", async || migrate.try_wait().unwrap().is_some()).await.unwrap();
+    stop.cancel();
+    for publisher in publishers {
+        let (events, slowest) = publisher.await.unwrap();
+        assert!(events > 50, "{events}");
+        // Half a second for the lock, and what the machine adds.
+        assert!(slowest < Duration::from_millis(1500), "{slowest:?}");
+    }
+    let output = migrate.wait_with_output().unwrap();
+    let told = stderr(&output);
+    assert!(output.status.success() && told.contains("a long one") && told.contains("waiting"), "{told}");
+    assert_eq!(records(&database).await, i64::try_from(all().len()).unwrap());
+}
+
+/// Who holds the lock that migrators take is named.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_says_whom_it_waits_for() {
+    let database = of_an_older_version().await;
+    let login = unique_name("locker");
+    database.execute(&format!("create role {login} login")).await;
+    let mut other = PgConnection::connect(&database.url_of(&login)).await.unwrap();
+    let key = i64::from_be_bytes(*b"aftercom");
+    sqlx::query("select pg_advisory_lock($1)").bind(key).execute(&mut other).await.unwrap();
+    let log = crate::support::Directory::new();
+    let log = log.path().join("log");
+    let mut migrate = Command::new(env!("CARGO_BIN_EXE_aftercommit"))
+        .arg("migrate")
+        .env("DATABASE_URL", &database.config.url)
+        .stderr(std::fs::File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
+    eventually(SOON, "it names the login", async || std::fs::read_to_string(&log).unwrap().contains(&login))
+        .await
+        .unwrap();
+    assert!(migrate.try_wait().unwrap().is_none());
+    other.close().await.unwrap();
+    eventually(SOON, "it goes on", async || migrate.try_wait().unwrap().is_some_and(|status| status.success()))
+        .await
+        .unwrap();
+    assert_eq!(records(&database).await, i64::try_from(all().len()).unwrap());
+}
+
+/// An administrator makes the schema for an owner who may make none.
+#[tokio::test]
+async fn an_owner_without_create_on_the_database_migrates() {
+    let database = Database::empty().await;
+    let owner = unique_name("owner");
+    database.execute(&format!("create role {owner} login; create schema aftercommit authorization {owner}")).await;
+    let mut config = database.config.clone();
+    config.url = database.url_of(&owner);
+    assert_eq!(admin::migrate(&config).await.unwrap(), all());
+    assert_eq!(admin::migrate(&config).await.unwrap(), Vec::<String>::new());
+    let printed = Database::empty().await;
+    printed.execute(&format!("create schema aftercommit authorization {owner}")).await;
+    let script = format!("set role {owner};\n{}", admin::migrations_sql());
+    succeeded(printed.psql(&script));
+    config.url = printed.url_of(&owner);
+    assert_eq!(admin::migrate(&config).await.unwrap(), Vec::<String>::new());
+}
+
+/// The script leaves the search path of the tool that runs it as it was.
+#[tokio::test]
+async fn the_printed_script_keeps_the_search_path() {
+    let database = Database::empty().await;
+    let script = format!(
+        "set search_path = other, public;\n{}\ncreate table public.seen as select current_setting('search_path') as path;",
+        admin::migrations_sql()
+    );
+    succeeded(database.psql(&script));
+    let mut connection = PgConnection::connect(&database.config.url).await.unwrap();
+    let path: String = sqlx::query_scalar("select path from seen").fetch_one(&mut connection).await.unwrap();
+    assert_eq!(path, "other, public");
 }

@@ -112,6 +112,7 @@ async fn a_database_that_goes_back_is_noticed_by_the_next_run_over_what_is_new()
     dump.restore(&restored);
     let back = Work { outbox: work.outbox.moved_to(restored).await, context: work.context.clone() };
     assert_eq!(back.count().await, 40);
+    back.worker_with(subscriber()).adopt().provision().await.unwrap();
     send(&back, 61..=70).await;
     let summary = ran(&back.outbox, Scope::New, Mode::Repair).await;
     assert_eq!((summary.scanned, summary.found, summary.repaired), (200, 200, 200));

@@ -14,7 +14,7 @@ use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
 use aftercommit::worker::Subscriber;
 use futures_util::TryStreamExt;
 
-const KEYS: [&str; 4] = ["a", "b", "c", "d"];
+pub const KEYS: [&str; 4] = ["a", "b", "c", "d"];
 
 /// A publisher, and a subscriber in another database.
 pub struct Apart {
@@ -23,7 +23,7 @@ pub struct Apart {
 }
 
 impl Apart {
-    async fn on(url: String) -> Self {
+    pub async fn on(url: String) -> Self {
         let create = async || Postgres::shared().await.unwrap().create_database().await.unwrap();
         let publisher = Outbox::new(create().await, url).await;
         let work = Self::subscriber_in(&publisher, create().await).await;
@@ -174,6 +174,7 @@ async fn a_database_that_goes_back_behind_a_stream_with_holes() {
     let restored = Postgres::shared().await.unwrap().create_database().await.unwrap();
     dump.restore(&restored);
     let back = Apart::subscriber_in(&apart.publisher, restored).await;
+    back.worker_with(subscriber()).adopt().provision().await.unwrap();
     apart.publish(51..=60).await;
     let nats = &back.outbox.nats;
     let from_stream = runner(&back.outbox, nats).run_now("consumer:back", Scope::New, Mode::Repair).await.unwrap();
@@ -299,6 +300,42 @@ async fn what_the_inbox_may_have_forgotten_is_left_alone() {
     relay.stop().await.unwrap();
 }
 
+/// A worker has pruned with a short retention. A reconciler that is told of a longer one, or of none and so takes the default,
+/// still knows what was forgotten: none of it runs twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_pruned_under_a_shorter_retention_does_not_run_again() {
+    let apart = Apart::shared().await;
+    let work = &apart.work;
+    let relay = apart.publisher.relay();
+    apart.publish(1..=5).await;
+    apart.run_worker_until(20).await;
+    sqlx::raw_sql("update aftercommit.inbox set handled_at = handled_at - interval '2 days' where sequence <= 12")
+        .execute(&work.outbox.pool)
+        .await
+        .unwrap();
+    sqlx::raw_sql("update aftercommit.outbox set created_at = created_at - interval '2 days' where id <= 12")
+        .execute(&apart.publisher.pool)
+        .await
+        .unwrap();
+    apart.stream().await.purge().sequence(13).await.unwrap();
+    let worker = work.run(subscriber().inbox_retention(Duration::from_hours(24))).await;
+    eventually(SOON, "the inbox is pruned", async || {
+        let rows: i64 =
+            sqlx::query_scalar("select count(*) from aftercommit.inbox").fetch_one(&work.outbox.pool).await.unwrap();
+        rows == 8
+    })
+    .await
+    .unwrap();
+    worker.stop().await;
+    let seen = ran(work, Scope::Full, Mode::Repair).await;
+    assert_eq!((seen.found, seen.repaired), (0, 0), "{seen}");
+    apart.run_worker_until(20).await;
+    // What comes later counts as ever.
+    sqlx::raw_sql("delete from aftercommit.inbox where sequence > 15").execute(&work.outbox.pool).await.unwrap();
+    assert_eq!(ran(work, Scope::Full, Mode::Report).await.found, 5);
+    relay.stop().await.unwrap();
+}
+
 /// The subscriber's database is its own, and the role may do no more there than what roles.sql grants.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_rights_of_its_role_suffice() {
@@ -363,7 +400,7 @@ async fn a_range_that_differs_for_good_is_gone_through_once() {
 }
 
 /// The operator's tool, as somebody runs it without the worker's file.
-fn reconcile(work: &Work, fault: &str) -> Option<i32> {
+pub fn reconcile_command(work: &Work, fault: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit"));
     command
         .args(["reconcile", "--leg", "inbox", "--repair", "--subscriber", "back"])
@@ -373,7 +410,11 @@ fn reconcile(work: &Work, fault: &str) -> Option<i32> {
         .env("AFTERCOMMIT_SUBJECT_PREFIX", work.outbox.naming.prefix.to_string())
         .env("AFTERCOMMIT_FAULT", fault)
         .env("RUST_LOG", "off");
-    command.output().unwrap().status.code()
+    command
+}
+
+fn reconcile(work: &Work, fault: &str) -> Option<i32> {
+    reconcile_command(work, fault).output().unwrap().status.code()
 }
 
 /// Some events the stream has removed, others were missing and are behind the end now; the process dies at each step.

@@ -63,14 +63,20 @@ impl Liar {
         let behind = |kind: &str| question[kind]["after"] == json!("end");
         let listed = |(id, event_id, event_type, key, time, _): &Row| json!({ "id": id, "event_id": event_id, "type": event_type, "key": key, "time": time });
         let end = json!({ "behind": 40, "to": 40, "events": [], "count": 0, "next": "end", "more": false });
-        if let Some(asked) = question.get("events") {
-            let asked = asked["ids"].as_array().unwrap();
-            let rows = self.rows.iter().filter(|row| asked.contains(&json!(row.1)));
-            let mut parts: Vec<Part> = rows.map(message).collect();
+        let whole = |wanted: &dyn Fn(&Row) -> bool| {
+            let mut parts: Vec<Part> = self.rows.iter().filter(|row| wanted(row)).map(message).collect();
             let mut last = HeaderMap::new();
             last.insert("Aftercommit-End", "1");
             parts.push((last, json!({ "next": null, "left_out": [] }).to_string().into()));
-            return ("events", parts);
+            parts
+        };
+        if let Some(asked) = question.get("events") {
+            let asked = asked["ids"].as_array().unwrap();
+            return ("events", whole(&|row| asked.contains(&json!(row.1))));
+        }
+        if let Some(asked) = question.get("keys") {
+            let keys = asked["keys"].as_array().unwrap();
+            return ("keys", whole(&|row| keys.contains(&json!(row.3))));
         }
         match question.as_object().unwrap().keys().next().unwrap().as_str() {
             "digest" if behind("digest") => ("end", one(end)),
@@ -140,6 +146,10 @@ const LIES: &[(&str, Lie, &str)] = &[
     ("page", |_| one(json!({ "behind": 40, "to": 40, "next": "end", "more": false })), NO_PAGE),
     ("displaced", |_| one(json!(null)), "none to what was asked"),
     ("displaced", |parts| json_of(parts, |told| told["next"] = json!("\0")), "a token with a NUL"),
+    ("keys", |_| one(json!({ "left_out": 7 })), "none to what was asked"),
+    ("keys", |parts| header_of(parts, "ce-partitionkey", "other"), "of another key"),
+    ("keys", |parts| [&parts[..1], &parts[..]].concat(), "or twice"),
+    ("keys", |parts| json_of(parts, |rest| rest["next"] = json!(1)), "going on from"),
     ("events", |_| one(json!({ "left_out": 7 })), "none to what was asked"),
     ("events", |parts| header_of(parts, "ce-id", "7"), "ce-id"),
     ("events", |parts| header_of(parts, "ce-id", "01a1fbb7-bafe-75ab-a111-dc3a330bc524"), "or that one twice"),

@@ -85,6 +85,9 @@ impl Reconciler for Doubles {
             "panic" => panic!("the item panics"),
             "slow" => _ = sqlx::query("select pg_sleep(60)").execute(&mut **tx).await?,
             "hang" => std::future::pending().await,
+            "ends" => {
+                _ = sqlx::query("select pg_terminate_backend(pg_backend_pid())").execute(&mut **tx).await?;
+            }
             _ => {}
         }
         Ok(Drift::of(changed))
@@ -500,7 +503,7 @@ async fn a_run_that_was_taken_over_stops_and_leaves_the_position_alone() {
 
 /// No item is to blame for it, and nothing is lost by it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lost_connection_fails_the_run_and_not_the_item() {
+async fn a_lost_connection_fails_neither_the_run_nor_the_item() {
     let stage = Stage::new(&["a", "b", "c"]).await;
     let doubles = Doubles::every(HOUR);
     let mut blocker = stage.pool.begin().await.unwrap();
@@ -514,12 +517,20 @@ async fn a_lost_connection_fails_the_run_and_not_the_item() {
     stage.until("its connection is cut", cut).await;
     blocker.rollback().await.unwrap();
     let summary = run.await.unwrap();
-    assert!(matches!(summary.outcome, Outcome::Failed(_)), "{summary}");
+    assert_eq!(summary.outcome, Outcome::Ran, "{summary}");
     assert_eq!((summary.failed, stage.count("select count(*) from aftercommit.finding").await), (0, 0));
-    let running = stage.start(&doubles);
-    stage.until("a success", "select last_success_at is not null from aftercommit.reconciler").await;
-    running.stop().await;
     assert_eq!(stage.wrong().await, [""; 0]);
+}
+
+/// While the database answers it is the item's doing: the others are reconciled.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_item_that_ends_its_session_fails_alone() {
+    let stage = Stage::new(&["a", "ends-1", "z"]).await;
+    let summary = stage.if_due(&Doubles::every(HOUR)).await;
+    assert_eq!(summary.outcome, Outcome::Ran, "{summary}");
+    assert_eq!(stage.wrong().await, ["ends-1"]);
+    let [failure] = &summary.failures[..] else { panic!("{summary}") };
+    assert!(failure.reason.starts_with("its database session was lost twice: "), "{}", failure.reason);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use crate::support::{Outbox, RelayProcess, SOON, answers, free_address, get, reaches};
 use aftercommit::admin;
-use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
+use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
 use aftercommit::testing::{eventually, unique_name};
 use async_nats::service::{Info, PingResponse, Stats};
 use serde_json::Value;
@@ -67,6 +67,32 @@ async fn a_standby_is_healthy_and_takes_over() {
     leader.kill();
     answers(&standing_by, "/healthz", 200, "leading").await;
     reaches(&standing_by, &labels, |leader| leader == 1.0).await;
+}
+
+/// It asks for the lease twice a second, for months perhaps.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_uses_up_no_transaction_ids() {
+    let settings = vec![("autovacuum".to_string(), "off".to_string())];
+    let postgres = Postgres::start(PostgresOptions { fsync: false, settings }).await.unwrap();
+    let outbox = Outbox::new(postgres.create_database().await.unwrap(), Nats::shared().await.unwrap().url()).await;
+    let held = "insert into aftercommit.lease values ('relay', 'somebody', 1, clock_timestamp() + interval '1 minute')";
+    sqlx::raw_sql(held).execute(&outbox.pool).await.unwrap();
+    let (_standby, address) = start(&outbox);
+    answers(&address, "/readyz", 200, "standing by").await;
+    let looks = "select (select max(query_start)::text from pg_stat_activity
+                          where application_name = 'aftercommit-relay' and query like '%aftercommit.lease%'),
+                        pg_snapshot_xmax(pg_current_snapshot())::text";
+    let mut seen = Vec::new();
+    eventually(SOON, "it asks again and again", async || {
+        let look: (Option<String>, String) = sqlx::query_as(looks).fetch_one(&outbox.pool).await.unwrap();
+        if look.0.is_some() && seen.last() != Some(&look) {
+            seen.push(look);
+        }
+        seen.len() > 6
+    })
+    .await
+    .unwrap();
+    assert!(seen.iter().all(|look| look.1 == seen[0].1), "{seen:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -119,7 +119,7 @@ async fn whole_events_come_as_they_are_in_the_stream() {
     }
     let (mut from, mut of_keys) = (1, Vec::new());
     loop {
-        let question = json!({ "keys": { "keys": ["key-1", "key-3"], "from": from, "up_to": end } });
+        let question = json!({ "keys": { "keys": ["key-1", "key-3"], "from": from, "behind": 0 } });
         let (events, last) = ask(&client, &outbox, question).await;
         of_keys.extend(events.into_iter().map(|event| {
             let headers = event.headers.unwrap();
@@ -137,6 +137,9 @@ async fn whole_events_come_as_they_are_in_the_stream() {
             .await
             .unwrap();
     assert_eq!(of_keys, expected);
+    // What lies in the stream at or before a sequence may be left out, and nothing else.
+    let question = json!({ "keys": { "keys": ["key-1", "key-3"], "from": 1, "behind": end } });
+    assert_eq!(ask(&client, &outbox, question).await.0.len(), 0);
     relay.stop().await.unwrap();
 }
 

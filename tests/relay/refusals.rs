@@ -14,14 +14,14 @@ async fn shared() -> Outbox {
     Outbox::new(database, Nats::shared().await.unwrap().url()).await
 }
 
-async fn change_stream(outbox: &Outbox, change: impl FnOnce(&mut async_nats::jetstream::stream::Config)) {
+pub async fn change_stream(outbox: &Outbox, change: impl FnOnce(&mut async_nats::jetstream::stream::Config)) {
     let js = outbox.js().await;
     let mut config = js.get_stream(&outbox.naming.stream).await.unwrap().cached_info().config.clone();
     change(&mut config);
     js.update_stream(config).await.unwrap();
 }
 
-async fn state_contains(outbox: &Outbox, text: &str) {
+pub async fn state_contains(outbox: &Outbox, text: &str) {
     eventually(SOON, &format!("the relay's state says {text:?}"), async || {
         let state: Option<String> = sqlx::query_scalar("select state from aftercommit.relay_status")
             .fetch_optional(&outbox.pool)
@@ -33,11 +33,11 @@ async fn state_contains(outbox: &Outbox, text: &str) {
     .unwrap();
 }
 
-async fn types(outbox: &Outbox) -> Vec<String> {
+pub async fn types(outbox: &Outbox) -> Vec<String> {
     outbox.messages().await.into_iter().map(|message| message.headers["ce-type"].clone()).collect()
 }
 
-async fn stored(outbox: &Outbox, messages: u64) {
+pub async fn stored(outbox: &Outbox, messages: u64) {
     eventually(SOON, &format!("{messages} messages are in the stream"), async || outbox.stored().await >= messages)
         .await
         .unwrap();
@@ -212,8 +212,9 @@ async fn pause_survives_a_restart_and_loses_nothing() {
     let relay = outbox.relay();
     outbox.publish("before", "{}", None).await;
     stored(&outbox, 1).await;
-    assert!(admin::relay::pause(&outbox.postgres, "test", Some("maintenance")).await.unwrap());
-    assert!(!admin::relay::pause(&outbox.postgres, "test", None).await.unwrap());
+    let pause = async |reason| admin::relay::pause(&outbox.postgres, "test", reason).await.unwrap();
+    assert_eq!(pause(Some("maintenance")).await, admin::Pausing::Paused);
+    assert_eq!(pause(None).await, admin::Pausing::Unchanged);
     state_contains(&outbox, "paused").await;
     relay.stop().await.unwrap();
     for n in 1..=20 {
@@ -238,6 +239,39 @@ async fn once_publishes_what_is_there_and_ends() {
     assert!(status.success(), "{status}");
     assert_eq!(outbox.stored().await, 50);
     outbox.assert_complete().await;
+}
+
+/// What is parked stays, with its event; what is done with goes, with its event, though pruning has long gone past it.
+#[tokio::test(flavor = "multi_thread")]
+async fn parked_events_are_pruned_once_they_are_done_with() {
+    let outbox = shared().await;
+    for _ in 0..20 {
+        outbox.publish("old", "{}", None).await;
+    }
+    let park = "insert into aftercommit.parked (outbox_id, event_id, type, code, reason)
+                select id, event_id, type, 1, 'no' from aftercommit.outbox where id in (3, 5)";
+    sqlx::raw_sql(park).execute(&outbox.pool).await.unwrap();
+    let relay = RunningRelay::start(RelayConfig {
+        retention: Duration::ZERO,
+        prune_interval: Duration::from_millis(50),
+        ..outbox.relay_config()
+    });
+    stored(&outbox, 18).await;
+    let left = async || -> (i64, i64) {
+        let counts = "select (select count(*) from aftercommit.outbox), (select count(*) from aftercommit.parked)";
+        sqlx::query_as(counts).fetch_one(&outbox.pool).await.unwrap()
+    };
+    eventually(SOON, "the published events are pruned", async || left().await == (2, 2)).await.unwrap();
+    for (id, state, expected) in [(3, "discarded", (1, 1)), (5, "published", (0, 0))] {
+        sqlx::query("update aftercommit.parked set state = $2 where outbox_id = $1")
+            .bind(id)
+            .bind(state)
+            .execute(&outbox.pool)
+            .await
+            .unwrap();
+        eventually(SOON, "the event goes, and what is known of it", async || left().await == expected).await.unwrap();
+    }
+    relay.stop().await.unwrap();
 }
 
 /// Old events are removed when they are settled, and only then.

@@ -211,6 +211,42 @@ async fn the_id_sequence_is_not_restored() {
     holds_with_ghosts(&outbox, 30).await;
 }
 
+/// A backlog that takes several steps to move, and a relay that dies on the way more than once: each step is done once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_backlog_moves_into_another_cluster_in_steps_that_are_kept() {
+    let mut old = cluster().await;
+    raise_transaction_ids(&mut old, 3).await;
+    let outbox = outbox(&old).await;
+    events(&outbox.pool, 45_000).await;
+    let dump = Dump::of(&outbox.postgres.url);
+    let url = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    dump.restore(&url);
+    let outbox = outbox.moved_to(url).await;
+    let moved = async || -> i64 {
+        sqlx::query_scalar(
+            "select count(*) from aftercommit.outbox where pg_visible_in_snapshot(xid, pg_current_snapshot())",
+        )
+        .fetch_one(&outbox.pool)
+        .await
+        .unwrap()
+    };
+    assert_eq!(moved().await, 0);
+    outbox.dies_at("relay-restamp-step:1").await;
+    assert_eq!(moved().await, 10_000);
+    // The first step of the next one finds nothing to do, and the second does the next.
+    outbox.dies_at("relay-restamp-step:2").await;
+    assert_eq!(moved().await, 20_000);
+    let distinct: i64 = sqlx::query_scalar("select count(distinct xid) from aftercommit.outbox where id <= 20000")
+        .fetch_one(&outbox.pool)
+        .await
+        .unwrap();
+    assert_eq!(distinct, 2, "each step in a transaction of its own, and none twice");
+    outbox.dies_at("relay-restamped:1").await;
+    assert_eq!(moved().await, 45_000);
+    let _relay = outbox.relay();
+    outbox.assert_complete().await;
+}
+
 /// Waits until every committed event is in the stream, then checks that each is there once, beside so many others.
 async fn holds_with_ghosts(outbox: &Outbox, ghosts: usize) -> Vec<Message> {
     let committed = outbox.committed().await;

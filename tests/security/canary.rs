@@ -244,7 +244,7 @@ async fn what_operators_see(cage: &Cage, toml: &str) {
         &["publish", "test.number", "--payload", "{\"text\": canary"],
         &["publish", "test.number", "--payload", "{}", "--header", "x-secret=canary\u{e9}"],
         &["publish", "test.number", "--payload", "{}", "--header", "x-secret=canary "],
-        &["dead", "edit", "3", "--payload", "/nowhere"],
+        &["dead", "edit", "3", "--payload", "@/nowhere"],
     ] {
         assert_silent(&arguments.join(" "), &cage.tool(arguments));
     }

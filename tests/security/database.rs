@@ -5,7 +5,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use crate::stage::Stage;
 
 /// Nobody but the owner may do these.
-const NOBODY: [&str; 12] = [
+const NOBODY: [&str; 15] = [
     "create table aftercommit.mine ()",
     "create function aftercommit.mine() returns int language sql as 'select 1'",
     "alter table aftercommit.outbox add column mine int",
@@ -18,9 +18,13 @@ const NOBODY: [&str; 12] = [
     "delete from aftercommit.audit",
     "update aftercommit.audit set who = 'somebody else'",
     "delete from aftercommit.migrations",
+    // Who may lock what others need stops them without changing anything.
+    "lock table aftercommit.lease in share mode",
+    "lock table aftercommit.reconciler in share mode",
+    "lock table aftercommit.audit in share mode",
 ];
 
-const PUBLISHER: [&str; 16] = [
+const PUBLISHER: [&str; 19] = [
     "select from aftercommit.outbox",
     "select from aftercommit.events",
     "delete from aftercommit.outbox",
@@ -37,9 +41,12 @@ const PUBLISHER: [&str; 16] = [
     "insert into aftercommit.inbox (subscriber, event_id, stream_seq) values ('receipts', gen_random_uuid(), 1)",
     "select from aftercommit.dead_letter",
     "insert into aftercommit.audit (who, action) values ('me', 'x')",
+    "lock table aftercommit.outbox in share mode",
+    "insert into aftercommit.allowed_type values (current_user, '*')",
+    "alter table aftercommit.outbox disable trigger allowed_types",
 ];
 
-const RELAY: [&str; 14] = [
+const RELAY: [&str; 13] = [
     "insert into aftercommit.outbox (event_id, type, payload) values (gen_random_uuid(), 'a', '')",
     "select aftercommit.publish('a', '{}')",
     "update aftercommit.outbox set created_at = now()",
@@ -50,13 +57,12 @@ const RELAY: [&str; 14] = [
     "select from aftercommit.redrive",
     "insert into aftercommit.pause (name) values ('subscriber:*')",
     "delete from aftercommit.pause",
-    "delete from aftercommit.parked",
     "update aftercommit.relay_log set epoch = 7",
     "insert into aftercommit.audit (who, action) values ('me', 'x')",
     "insert into aftercommit.lease (name, holder, epoch, expires_at) values ('subscriber:receipts', 'me', 1, now())",
 ];
 
-const WORKER: [&str; 19] = [
+const WORKER: [&str; 27] = [
     "select from aftercommit.outbox",
     "select from aftercommit.events",
     "delete from aftercommit.outbox",
@@ -77,9 +83,19 @@ const WORKER: [&str; 19] = [
     "insert into aftercommit.lease (name, holder, epoch, expires_at) values ('relay', 'me', 100, 'infinity')
          on conflict (name) do update set holder = 'me', epoch = 100, expires_at = 'infinity'",
     "delete from aftercommit.lease",
+    "lock table aftercommit.lease in access exclusive mode",
+    "lock table aftercommit.dead_letter in share mode",
+    "update aftercommit.dead_letter set payload = ''",
+    "update aftercommit.dead_letter set headers = '{}'",
+    "update aftercommit.dead_letter set key = 'another'",
+    "update aftercommit.dead_letter set type = 'another'",
+    "insert into aftercommit.dead_letter (id, subscriber, event_id, type, version, source, time, headers, payload,
+            content_type, stream, stream_seq, attempts, reason, first_failed_at) overriding system value
+         values (1, 'receipts', gen_random_uuid(), 'a', 1, '', now(), '{}', '', '', '', 1, 1, '', now())",
+    "update aftercommit.redrive set payload = ''",
 ];
 
-const OUTBOX_RECONCILER: [&str; 12] = [
+const OUTBOX_RECONCILER: [&str; 15] = [
     "delete from aftercommit.outbox",
     "update aftercommit.outbox set xid = '1'",
     "insert into aftercommit.relay_log select from aftercommit.relay_log",
@@ -89,12 +105,17 @@ const OUTBOX_RECONCILER: [&str; 12] = [
     "select from aftercommit.inbox",
     "select from aftercommit.dead_letter",
     "insert into aftercommit.pause (name) values ('relay')",
-    "insert into aftercommit.audit (who, action) values ('me', 'x')",
+    "insert into aftercommit.audit (who, action, role) values ('me', 'x', 'another')",
     "insert into aftercommit.reconciler (name) values ('inbox:receipts')",
     "insert into aftercommit.finding (name, kind, item, first_run, last_run) values ('inbox:receipts', 'x', 'x', 1, 1)",
+    "lock table aftercommit.repair in share mode",
+    "insert into aftercommit.reconcile_run (id, name, cause, mode, scope, holder, alive_until) overriding system value
+         values (1, 'outbox', 'demand', 'report', 'new', 'me', now())",
+    "insert into aftercommit.finding (id, name, kind, item, first_run, last_run) overriding system value
+         values (1, 'outbox', 'x', 'x', 1, 1)",
 ];
 
-const INBOX_RECONCILER: [&str; 12] = [
+const INBOX_RECONCILER: [&str; 16] = [
     "select from aftercommit.outbox",
     "select from aftercommit.relay_log",
     "select from aftercommit.repair",
@@ -108,6 +129,12 @@ const INBOX_RECONCILER: [&str; 12] = [
     "insert into aftercommit.reconciler (name) values ('derived')",
     "insert into aftercommit.reconcile_run (name, cause, mode, scope, holder, alive_until)
          values ('outbox', 'demand', 'report', 'new', 'me', 'infinity')",
+    "insert into aftercommit.audit (who, action, role) values ('me', 'x', 'another')",
+    "insert into aftercommit.audit (who, action, at) values ('me', 'x', 'yesterday')",
+    "insert into aftercommit.audit (id, who, action) overriding system value values (1, 'me', 'x')",
+    "insert into aftercommit.redrive (id, subscriber, event_id, type, version, source, time, headers, payload,
+            content_type, stream, stream_seq, requested_by) overriding system value
+         values (1, 'receipts', gen_random_uuid(), 'a', 1, '', now(), '{}', '', '', '', 1, '')",
 ];
 
 const OWN_RECONCILER: [&str; 9] = [
@@ -122,7 +149,8 @@ const OWN_RECONCILER: [&str; 9] = [
     "insert into aftercommit.finding (name, kind, item, first_run, last_run) values ('outbox', 'x', 'x', 1, 1)",
 ];
 
-const READER: [&str; 14] = [
+const READER: [&str; 15] = [
+    "delete from aftercommit.failure",
     "insert into aftercommit.outbox (event_id, type, payload) values (gen_random_uuid(), 'a', '')",
     "select aftercommit.publish('a', '{}')",
     "delete from aftercommit.outbox",
@@ -139,7 +167,9 @@ const READER: [&str; 14] = [
     "update aftercommit.reconciler set last_success_at = now()",
 ];
 
-const OPERATOR: [&str; 11] = [
+const OPERATOR: [&str; 22] = [
+    "update aftercommit.pause set name = 'relay'",
+    "delete from aftercommit.worker_status",
     "insert into aftercommit.outbox (event_id, type, payload) values (gen_random_uuid(), 'a', '')",
     "select aftercommit.publish('a', '{}')",
     "delete from aftercommit.outbox",
@@ -151,6 +181,15 @@ const OPERATOR: [&str; 11] = [
     "insert into aftercommit.lease (name, holder, epoch, expires_at) values ('relay', 'me', 100, now())",
     "delete from aftercommit.finding",
     "update aftercommit.reconciler set last_success_at = now()",
+    "insert into aftercommit.audit (who, action, role) values ('me', 'x', 'another')",
+    "insert into aftercommit.audit (who, action, at) values ('me', 'x', 'yesterday')",
+    "insert into aftercommit.audit (id, who, action) overriding system value values (1, 'me', 'x')",
+    "update aftercommit.dead_letter set key = 'another'",
+    "update aftercommit.dead_letter set type = 'another'",
+    "insert into aftercommit.dead_letter (subscriber) values ('receipts')",
+    "insert into aftercommit.pause (name, paused_by) values ('relay', 'another')",
+    "update aftercommit.parked set reason = 'another'",
+    "lock table aftercommit.parked in share mode",
 ];
 
 /// Statements that run, and change no row of another role: row-level security hides it.

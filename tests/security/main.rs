@@ -6,6 +6,11 @@ mod support;
 
 mod canary;
 mod database;
+mod letters;
+mod lookalikes;
 mod nats;
+mod replies;
+mod row_security;
 mod stage;
+mod types;
 mod work;

@@ -1,13 +1,15 @@
-//! What accounts.conf does not let a user do: for each a list of subjects that nats-server refuses.
+//! What accounts.conf does not let a user do: for each a list of subjects that nats-server refuses, or that lead nowhere.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 use aftercommit::testing::eventually;
-use async_nats::Event;
+use async_nats::{Event, RequestErrorKind};
+use futures_util::StreamExt;
 use tokio::sync::mpsc;
 
-use crate::stage::{Stage, password};
+use crate::stage::{OWN_ACCOUNTS, Stage, password, started};
+use crate::support::SOON;
 
 /// Who else's business these are: only the provisioner changes streams and consumers.
 const ADMINISTRATION: [&str; 9] = [
@@ -35,7 +37,8 @@ const NOBODY: [&str; 9] = [
     "_INBOX.somebody",
 ];
 
-const PUBLISH: [(&str, &[&str]); 7] = [
+/// Within the account of the stream the permissions of its users say it, and the server what they lack.
+const PUBLISH: [(&str, &[&str]); 3] = [
     (
         "provisioner",
         &[
@@ -55,6 +58,7 @@ const PUBLISH: [(&str, &[&str]); 7] = [
             "$JS.ACK.EVENTS.receipts.1.1.1.1.1",
             "aftercommit.outbox.EVENTS",
             "_INBOX_relay.somebody",
+            "_INBOX_prov.somebody",
         ],
     ),
     (
@@ -68,64 +72,49 @@ const PUBLISH: [(&str, &[&str]); 7] = [
             "aftercommit.outbox.EVENTS",
         ],
     ),
+];
+
+const SUBSCRIBE: [(&str, &[&str]); 3] = [
+    ("provisioner", &["_INBOX.>", "_INBOX_relay.>", "_R_.>", "aftercommit.outbox.EVENTS"]),
+    ("relay", &["_INBOX_prov.>", "_R_.>", "aftercommit.worker.EVENTS.status"]),
+    ("outbox_reconciler", &["_INBOX_relay.>", "_R_.>", "aftercommit.outbox.EVENTS", "$SRV.PING"]),
+];
+
+/// Whoever has an account of its own can ask only what that imports: everything else finds nobody who answers.
+const ASK: [(&str, &[&str]); 4] = [
     (
         "receipts",
         &[
-            "events.test.number",
             "$JS.API.CONSUMER.INFO.EVENTS.branch-balance",
             "$JS.API.CONSUMER.MSG.NEXT.EVENTS.branch-balance",
-            "$JS.ACK.EVENTS.branch-balance.1.1.1.1.1",
             "$JS.API.CONSUMER.LIST.EVENTS",
-            "_INBOX_worker.branch-balance.1",
+            "$JS.ACK.EVENTS.branch-balance.1.1.1.1.1",
+            "aftercommit.relay.EVENTS.status",
+            "_INBOX_branch-balance.1",
         ],
     ),
     (
         "branch-balance",
         &[
-            "events.test.number",
             "$JS.API.CONSUMER.INFO.EVENTS.receipts",
             "$JS.API.CONSUMER.MSG.NEXT.EVENTS.receipts",
             "$JS.ACK.EVENTS.receipts.1.1.1.1.1",
-            "_INBOX_worker.receipts.1",
+            "_INBOX_receipts.1",
         ],
     ),
     (
         "receipts_reconciler",
         &[
-            "events.test.number",
             "$JS.API.CONSUMER.MSG.NEXT.EVENTS.receipts",
             "$JS.ACK.EVENTS.receipts.1.1.1.1.1",
             "$JS.API.CONSUMER.INFO.EVENTS.branch-balance",
+            "aftercommit.worker.EVENTS.status",
         ],
     ),
     (
         "operator",
-        &[
-            "events.test.number",
-            "$JS.API.CONSUMER.MSG.NEXT.EVENTS.receipts",
-            "$JS.ACK.EVENTS.receipts.1.1.1.1.1",
-            "_INBOX_worker.receipts.1",
-        ],
+        &["$JS.API.CONSUMER.MSG.NEXT.EVENTS.receipts", "$JS.ACK.EVENTS.receipts.1.1.1.1.1", "_INBOX_receipts.1"],
     ),
-];
-
-const SUBSCRIBE: [(&str, &[&str]); 7] = [
-    ("provisioner", &["_INBOX.>", "_INBOX_worker.>", "_INBOX_relay.>", "aftercommit.outbox.EVENTS"]),
-    ("relay", &["_INBOX_worker.>", "_INBOX_operator.>", "aftercommit.worker.EVENTS.status"]),
-    ("outbox_reconciler", &["_INBOX_relay.>", "aftercommit.outbox.EVENTS", "$SRV.PING"]),
-    (
-        "receipts",
-        &[
-            "_INBOX_worker.>",
-            "_INBOX_worker.branch-balance.>",
-            "_INBOX_relay.>",
-            "aftercommit.outbox.EVENTS",
-            "aftercommit.relay.EVENTS.status",
-        ],
-    ),
-    ("branch-balance", &["_INBOX_worker.receipts.>", "aftercommit.outbox.EVENTS"]),
-    ("receipts_reconciler", &["_INBOX_worker.receipts.>", "aftercommit.outbox.EVENTS"]),
-    ("operator", &["_INBOX_worker.>", "_INBOX_relay.>", "aftercommit.outbox.EVENTS", "$SRV.PING"]),
 ];
 
 /// Nobody listens to events past the stream, or to what others ask of it.
@@ -172,9 +161,6 @@ async fn every_step_beyond_is_refused_by_nats() {
         if *user != "provisioner" {
             publish.extend(ADMINISTRATION);
         }
-        if *user == "relay" {
-            publish.retain(|subject| !subject.starts_with("events."));
-        }
         let subscribe: Vec<&str> = subscribe.iter().chain(&NOBODY_LISTENS).copied().collect();
         let all = publish.iter().map(|subject| format!("publish {subject}"));
         let all: BTreeSet<String> = all.chain(subscribe.iter().map(|subject| format!("subscribe {subject}"))).collect();
@@ -182,17 +168,69 @@ async fn every_step_beyond_is_refused_by_nats() {
         let allowed: Vec<&String> = all.difference(&refused).collect();
         assert!(allowed.is_empty(), "{user} may: {allowed:?}");
         // Not everything is refused.
-        let client = stage.options(user).connect(stage.nats.url()).await.unwrap();
-        let subject = if user.starts_with("receipts") {
-            "$JS.API.CONSUMER.INFO.EVENTS.receipts"
-        } else {
-            "$JS.API.STREAM.INFO.EVENTS"
-        };
-        let answer = client.request(subject, "".into()).await.unwrap();
-        assert!(!String::from_utf8_lossy(&answer.payload).contains("\"error\""), "{user}: {answer:?}");
+        assert!(answered(&stage, user, "$JS.API.STREAM.INFO.EVENTS").await, "{user}");
+    }
+    for (user, ask) in ASK {
+        let mut ask: Vec<&str> = ask.iter().chain(&ADMINISTRATION).chain(&NOBODY).copied().collect();
+        ask.push("events.test.number");
+        for subject in ask {
+            assert!(!answered(&stage, user, subject).await, "{user} may ask {subject}");
+            // Of its own account, which has no JetStream, and as the account would import it.
+            if let Some(api) = subject.strip_prefix("$JS.API.") {
+                assert!(!answered(&stage, user, &format!("JS.API.{api}")).await, "{user} may ask JS.API.{api}");
+            }
+        }
+        assert!(answered(&stage, user, "JS.API.STREAM.INFO.EVENTS").await, "{user}");
     }
     let untouched = stage.outbox().await;
     assert_eq!(untouched.stored().await, 0);
+}
+
+/// Whether what this user asks is answered, by something else than a JetStream that the account does not have.
+async fn answered(stage: &Stage, user: &str, subject: &str) -> bool {
+    let client = stage.options(user).connect(stage.nats.url()).await.unwrap();
+    match client.request(subject.to_string(), "".into()).await {
+        Ok(answer) => !String::from_utf8_lossy(&answer.payload).contains("\"err_code\":10039"),
+        Err(error) if error.kind() == RequestErrorKind::NoResponders => false,
+        Err(error) => panic!("{user} asks {subject}: {error}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_hears_what_goes_on_in_another_account() {
+    let stage = Stage::provisioned().await;
+    let outbox = stage.outbox().await;
+    outbox.publish("test.number", "{}", None).await;
+    let relay = started(stage.command("aftercommit-relay", "relay", "relay"), &stage.log("relay"));
+    let mut ears = Vec::new();
+    for user in OWN_ACCOUNTS {
+        let client = stage.options(user).connect(stage.nats.url()).await.unwrap();
+        let ear = client.subscribe(">").await.unwrap();
+        client.flush().await.unwrap();
+        ears.push((user, client, ear));
+    }
+    eventually(SOON, "the event is stored", async || outbox.stored().await == 1).await.unwrap();
+    // Everybody asks something, so that there are answers to hear.
+    for user in OWN_ACCOUNTS {
+        assert!(answered(&stage, user, "JS.API.STREAM.INFO.EVENTS").await);
+        assert!(answered(&stage, user, "aftercommit.outbox.EVENTS").await);
+    }
+    relay.kill();
+    for (user, client, mut ear) in ears {
+        client.publish("heard", "".into()).await.unwrap();
+        loop {
+            let message = tokio::time::timeout(SOON, ear.next()).await.unwrap().unwrap();
+            let subject = message.subject.as_str();
+            if subject == "heard" {
+                break;
+            }
+            // `answered` is the same user, on another connection.
+            let own = subject == "JS.API.STREAM.INFO.EVENTS"
+                || subject == "aftercommit.outbox.EVENTS"
+                || subject.starts_with(&format!("_INBOX_{user}."));
+            assert!(own, "{user} hears {subject}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
-use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
+use aftercommit::config::{Naming, NatsConfig};
+use aftercommit::testing::servers::{Nats, NatsOptions};
 use async_nats::ConnectOptions;
 
 use crate::support::{Database, Directory, Outbox, Roles};
@@ -16,9 +16,9 @@ pub const SUBSCRIBER: &str = "receipts";
 pub const TOML: &str = "[[subscriber]]\nname = \"receipts\"\ntypes = [\"test.number\"]\nsql = { function = \"apply\" }\n\
     max_attempts = 2\nack_wait = \"1s\"\nbackoff = { first = \"50ms\", max = \"100ms\" }\n";
 const APPLY: &str =
-    "create table effect (id bigint generated always as identity, event_id uuid, key text, n bigint, attempt int);
-    create sequence tries;
-    create function apply(event jsonb) returns void language plpgsql as $$
+    "create table public.effect (id bigint generated always as identity, event_id uuid, key text, n bigint, attempt int);
+    create sequence public.tries;
+    create function public.apply(event jsonb) returns void language plpgsql set search_path = pg_catalog, public as $$
     begin
         if event -> 'data' ->> 'n' = '3' then raise exception 'never'; end if;
         if event -> 'data' ->> 'n' = '2' and nextval('tries') = 1 then raise exception 'once'; end if;
@@ -55,10 +55,11 @@ pub struct Stage {
 impl Stage {
     /// The servers, the schema and the roles; the stream and the consumers are not there yet.
     pub async fn new() -> Self {
-        let nats = Nats::start(NatsOptions { config: accounts(password), ..Default::default() }).await.unwrap();
-        let database = Database {
-            config: PostgresConfig::new(Postgres::shared().await.unwrap().create_database().await.unwrap()),
-        };
+        Self::on(Database::empty().await, server(None).await.unwrap()).await
+    }
+
+    /// The same in a database that has seen something before, and on this nats-server.
+    pub async fn on(database: Database, nats: Nats) -> Self {
         // Without a schema it makes the roles, and then the owner makes the schema.
         let roles = Roles::of(&database);
         for (login, granted) in [
@@ -85,7 +86,11 @@ impl Stage {
 
     /// With stream and consumers, and the subscriber's tables in the same database.
     pub async fn provisioned() -> Self {
-        let stage = Self::new().await;
+        Self::new().await.provision().await
+    }
+
+    pub async fn provision(self) -> Self {
+        let stage = self;
         stage.database.execute(APPLY).await;
         for login in ["worker", "active"] {
             let login = stage.login(login);
@@ -136,9 +141,11 @@ impl Stage {
         if !user.is_empty() {
             command.env("NATS_USER", user).env("NATS_PASSWORD", password(user));
         }
-        if let Some(inbox) = inbox(user) {
-            command.env("NATS_INBOX_PREFIX", inbox);
-        }
+        match inbox(user) {
+            Some(inbox) => command.env("NATS_INBOX_PREFIX", inbox),
+            None if has_own_account(user) => command.env("NATS_API_PREFIX", "JS.API"),
+            None => &mut command,
+        };
         command
     }
 
@@ -162,18 +169,28 @@ impl Stage {
     }
 }
 
+/// A nats-server with the users of accounts.conf; of this version, or of the one that all tests use.
+pub async fn server(version: Option<&str>) -> Result<Nats, aftercommit::Error> {
+    let version = version.map(str::to_string);
+    Nats::start(NatsOptions { config: accounts(password), version, ..Default::default() }).await
+}
+
 /// What accounts.conf says at the user.
 fn inbox(user: &str) -> Option<&'static str> {
     Some(match user {
         "provisioner" => "_INBOX_prov",
         "outbox_reconciler" => "_INBOX_reconciler",
-        "branch-balance" => "_INBOX_worker.branch-balance",
-        "receipts" => "_INBOX_worker.receipts",
-        "receipts_reconciler" => "_INBOX_worker.receipts_reconciler",
-        "operator" => "_INBOX_operator",
         _ => return None,
     })
 }
+
+/// Whether the user is outside of the stream's account.
+pub fn has_own_account(user: &str) -> bool {
+    OWN_ACCOUNTS.contains(&user)
+}
+
+/// The users outside of the stream's account, each in one of its own.
+pub const OWN_ACCOUNTS: [&str; 4] = ["receipts", "branch-balance", "receipts_reconciler", "operator"];
 
 pub fn succeeded(output: &Output) -> String {
     assert!(

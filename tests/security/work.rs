@@ -54,7 +54,11 @@ fn assert_nothing_refused(stage: &Stage, programs: &[&str]) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_process_works_with_the_shipped_rights() {
-    let stage = Stage::provisioned().await;
+    every_process_works(&Stage::provisioned().await).await;
+}
+
+/// All processes, all operators' commands, with what they meet: retries, dead letters, losses, a standby, pruning.
+pub async fn every_process_works(stage: &Stage) {
     let outbox = stage.outbox().await;
     let toml = stage.toml();
     let every = ["--reconcile-every", "1s", "--reconcile-repair"];
@@ -67,7 +71,7 @@ async fn every_process_works_with_the_shipped_rights() {
     let worker = started(worker, &stage.log("worker"));
 
     // Handled, failed once, dead, and behind it.
-    publish(&stage, 1..=6).await;
+    publish(stage, 1..=6).await;
     wait_for(&outbox, 5).await;
     let letters = "aftercommit_worker_dead_letters{subscriber=\"receipts\"}";
     eventually(SOON, "it counts the dead letter", async || {
@@ -75,7 +79,7 @@ async fn every_process_works_with_the_shipped_rights() {
     })
     .await
     .unwrap();
-    operators_work(&stage, &outbox).await;
+    operators_work(stage, &outbox).await;
 
     // Missing in the stream: the outbox's reconciler finds it, and the relay publishes it anew.
     let stored = outbox.stored().await;
@@ -115,9 +119,9 @@ async fn every_process_works_with_the_shipped_rights() {
     let _worker = started(worker, &stage.log("standby"));
     let before = effects(&outbox).await;
     stage.database.execute("update aftercommit.outbox set created_at = now() - interval '2 days' where id < 3").await;
-    publish(&stage, 7..=8).await;
+    publish(stage, 7..=8).await;
     wait_for(&outbox, before + 2).await;
-    assert_nothing_refused(&stage, &["relay", "worker", "standby"]);
+    assert_nothing_refused(stage, &["relay", "worker", "standby"]);
 }
 
 /// All that the operator's tool does.

@@ -1,7 +1,7 @@
 //! An outbox with a stream, the relays on it, and the check of what came out.
 
 use std::collections::{BTreeMap, HashMap};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use aftercommit::admin;
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
@@ -61,7 +61,11 @@ impl Outbox {
     }
 
     pub fn relay_config(&self) -> RelayConfig {
-        RelayConfig::new(self.postgres.clone(), self.nats.clone(), self.naming.clone())
+        RelayConfig {
+            // Most tests lower a limit to have something parked.
+            park_after: std::time::Duration::ZERO,
+            ..RelayConfig::new(self.postgres.clone(), self.nats.clone(), self.naming.clone())
+        }
     }
 
     /// A relay in this process.
@@ -84,9 +88,41 @@ impl Outbox {
             .env("AFTERCOMMIT_STREAM", &self.naming.stream)
             .env("AFTERCOMMIT_SUBJECT_PREFIX", self.naming.prefix.to_string())
             .env("AFTERCOMMIT_SOURCE", &self.naming.source)
+            .env("AFTERCOMMIT_PARK_AFTER", "0s")
             .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "warn".into()))
             .stdin(Stdio::null());
         command
+    }
+
+    /// `aftercommit` with the environment of the outbox, as the operator jane runs it.
+    pub fn operator_command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit"));
+        command
+            .args(arguments)
+            .env("DATABASE_URL", &self.postgres.url)
+            .env("NATS_URL", &self.nats.url)
+            .env("AFTERCOMMIT_STREAM", &self.naming.stream)
+            .env("AFTERCOMMIT_SUBJECT_PREFIX", self.naming.prefix.to_string())
+            .env("AFTERCOMMIT_SOURCE", &self.naming.source)
+            .env("AFTERCOMMIT_OPERATOR", "jane");
+        command
+    }
+
+    /// Runs that.
+    pub fn operator(&self, arguments: &[&str]) -> Output {
+        self.operator_command(arguments).output().unwrap()
+    }
+
+    /// Writes a number in the outbox and returns its event's id.
+    pub async fn written(&self, key: &str, n: i64) -> String {
+        sqlx::query_scalar(
+            "select aftercommit.publish('test.number', jsonb_build_object('key', $1::text, 'n', $2::bigint), $1)::text",
+        )
+        .bind(key)
+        .bind(n)
+        .fetch_one(&self.pool)
+        .await
+        .unwrap()
     }
 
     /// Runs a relay until it dies at this step. Its lease goes with it.

@@ -1,8 +1,8 @@
 //! A way to a server that can be disturbed.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use aftercommit::testing::eventually;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -32,6 +32,10 @@ pub struct Proxy {
     way: watch::Sender<Way>,
     /// Connections up to this number are silent until they are cut.
     forgotten: watch::Sender<u64>,
+    /// Connections that rest for so long are silent from then on.
+    rest: watch::Sender<Option<Duration>>,
+    /// How many were forgotten because they rested.
+    rested: Arc<AtomicU64>,
     /// How many connections there have been.
     count: Arc<AtomicU64>,
     /// Each direction of each connection holds one more.
@@ -47,6 +51,8 @@ impl Proxy {
         let ((way, told), (forgotten, told_forgotten)) = (watch::channel(Way::Open), watch::channel(0));
         let (open, count) = (Arc::new(()), Arc::new(AtomicU64::new(0)));
         let (held, counter) = (Arc::downgrade(&open), Arc::clone(&count));
+        let ((rest, told_rest), rested) = (watch::channel(None), Arc::new(AtomicU64::new(0)));
+        let counted = Arc::clone(&rested);
         tokio::spawn(async move {
             loop {
                 let Ok((client, _)) = listener.accept().await else { continue };
@@ -56,13 +62,21 @@ impl Proxy {
                 let Ok(server) = TcpStream::connect(&server).await else { continue };
                 let Some(open) = held.upgrade() else { return };
                 let number = counter.fetch_add(1, Ordering::SeqCst) + 1;
-                let told = Told { way: told.clone(), forgotten: told_forgotten.clone(), number };
+                let told = Told {
+                    way: told.clone(),
+                    forgotten: told_forgotten.clone(),
+                    number,
+                    rest: told_rest.clone(),
+                    used: Arc::new(Mutex::new(Instant::now())),
+                    silent: Arc::default(),
+                    rested: Arc::clone(&counted),
+                };
                 let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
                 tokio::spawn(pass(from_client, to_server, told.clone(), false, open.clone()));
                 tokio::spawn(pass(from_server, to_client, told, true, open));
             }
         });
-        Self { address, way, forgotten, count, open }
+        Self { address, way, forgotten, rest, rested, count, open }
     }
 
     pub fn set(&self, way: Way) {
@@ -74,6 +88,17 @@ impl Proxy {
         self.set(Way::Cut);
         eventually(SOON, "the connections are cut", async || Arc::strong_count(&self.open) == 1).await.unwrap();
         self.set(Way::Open);
+    }
+
+    /// From now on forgets each connection on which nothing went for so long, as a firewall does: what comes then arrives
+    /// nowhere, and nobody is told.
+    pub fn forget_after(&self, rest: Duration) {
+        self.rest.send_replace(Some(rest));
+    }
+
+    /// How many connections somebody has tried to use that were forgotten because they rested.
+    pub fn rested(&self) -> u64 {
+        self.rested.load(Ordering::SeqCst)
     }
 
     /// Passes nothing on any more between those who are connected now, and tells nobody, as a firewall does with
@@ -91,12 +116,29 @@ struct Told {
     way: watch::Receiver<Way>,
     forgotten: watch::Receiver<u64>,
     number: u64,
+    rest: watch::Receiver<Option<Duration>>,
+    /// When something last went, in either direction.
+    used: Arc<Mutex<Instant>>,
+    /// Whether it has rested for too long.
+    silent: Arc<AtomicBool>,
+    rested: Arc<AtomicU64>,
 }
 
 impl Told {
     /// Returns when the connection is cut.
     async fn cut(&self) {
         _ = self.way.clone().wait_for(|way| *way == Way::Cut).await;
+    }
+
+    /// Whether it is still known, at a moment when something is to go.
+    fn is_known(&self) -> bool {
+        let mut used = self.used.lock().unwrap();
+        let rested = self.rest.borrow().is_some_and(|rest| used.elapsed() >= rest);
+        *used = Instant::now();
+        if rested && !self.silent.swap(true, Ordering::SeqCst) {
+            self.rested.fetch_add(1, Ordering::SeqCst);
+        }
+        !self.silent.load(Ordering::SeqCst)
     }
 
     /// Returns when it is forgotten.
@@ -122,6 +164,9 @@ async fn forward(from: &mut OwnedReadHalf, to: &mut OwnedWriteHalf, told: &Told,
     let mut buffer = vec![0; 64 << 10];
     loop {
         let Ok(length @ 1..) = from.read(&mut buffer).await else { return };
+        if !told.is_known() {
+            std::future::pending().await
+        }
         let way = *told.way.borrow();
         match way {
             // Half a message must not follow: this connection stays so until it is cut.

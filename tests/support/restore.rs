@@ -5,8 +5,11 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use aftercommit::testing::servers::Postgres;
-use aftercommit::testing::unique_name;
+use aftercommit::testing::servers::{Postgres, PostgresOptions};
+use aftercommit::testing::{eventually, unique_name};
+use sqlx::{AssertSqlSafe, PgPool};
+
+use super::SOON;
 
 /// A copy of a directory, made while nobody writes to it. It is removed with this value.
 pub struct Copy(PathBuf);
@@ -64,6 +67,55 @@ pub async fn raise_transaction_ids(postgres: &mut Postgres, epoch: u32) {
     reset.uid(owner.uid()).gid(owner.gid()).current_dir("/");
     run(reset.args(["--epoch", &epoch.to_string(), "--pgdata"]).arg(&data));
     postgres.restart().await.unwrap();
+}
+
+/// A second cluster that follows the first, as `pg_basebackup` makes it.
+pub async fn standby_of(primary: &Postgres) -> Postgres {
+    let mut standby = Postgres::start(PostgresOptions { fsync: false, settings: Vec::new() }).await.unwrap();
+    standby.stop().await.unwrap();
+    let data = standby.data_directory();
+    let owner = std::fs::metadata(&data).unwrap();
+    // The server is known by the name in its file.
+    let config = std::fs::read_to_string(data.join("postgresql.conf")).unwrap();
+    std::fs::remove_dir_all(&data).unwrap();
+    let url = primary.url("postgres");
+    let mut backup = Command::new(Postgres::program("pg_basebackup").unwrap());
+    backup.uid(owner.uid()).gid(owner.gid());
+    backup.args(["--checkpoint=fast", "--wal-method=stream", "--dbname", &url, "--pgdata"]).arg(&data);
+    run(backup.current_dir("/"));
+    let config = format!("{config}\nprimary_conninfo = '{url}'\n");
+    std::fs::write(data.join("postgresql.conf"), config).unwrap();
+    std::fs::write(data.join("standby.signal"), "").unwrap();
+    standby.restart().await.unwrap();
+    standby
+}
+
+/// Waits until the standby has everything that the primary has written so far.
+pub async fn has_caught_up(primary: &PgPool, standby: &PgPool) {
+    let written: String =
+        sqlx::query_scalar("select pg_current_wal_insert_lsn()::text").fetch_one(primary).await.unwrap();
+    eventually(SOON, "the standby has caught up", async || {
+        sqlx::query_scalar("select pg_last_wal_replay_lsn() >= $1::text::pg_lsn")
+            .bind(&written)
+            .fetch_one(standby)
+            .await
+            .unwrap()
+    })
+    .await
+    .unwrap();
+}
+
+/// From here on the standby gets nothing.
+pub async fn cut_off(standby: &PgPool) {
+    for sql in ["alter system set primary_conninfo = ''", "select pg_reload_conf()"] {
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(standby).await.unwrap();
+    }
+    eventually(SOON, "it follows no more", async || {
+        let receivers = "select count(*) from pg_stat_wal_receiver";
+        sqlx::query_scalar::<_, i64>(receivers).fetch_one(standby).await.unwrap() == 0
+    })
+    .await
+    .unwrap();
 }
 
 fn run(command: &mut Command) {

@@ -20,9 +20,10 @@ impl Roles {
         roles
     }
 
-    /// Runs the script, as a superuser.
+    /// Runs the script, as a superuser who sees what others have made in a schema before PostgreSQL's own.
     pub fn grant(&self, database: &Database) {
         let mut psql = Command::new(Postgres::program("psql").unwrap());
+        psql.env("PGOPTIONS", "-c search_path=planted,public,pg_catalog");
         psql.args(["--no-psqlrc", "--file", SCRIPT, "--dbname", &database.config.url]);
         succeeded(psql.args(["--set", &format!("prefix={}", self.0)]).output().unwrap());
     }

@@ -10,7 +10,7 @@ use aftercommit::envelope::Envelope;
 use aftercommit::subject::SubjectPrefix;
 use aftercommit::testing::servers::{Nats, Postgres};
 use aftercommit::testing::{eventually, unique_name};
-use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber, Worker};
+use aftercommit::worker::{Delivery, Handler, HandlerError, Monitor, Subscriber, Worker, WorkerReport};
 use aftercommit::{Error, Event, EventId};
 use async_nats::HeaderMap;
 use async_nats::jetstream::{self, consumer};
@@ -131,6 +131,7 @@ impl Work {
             headers: BTreeMap::new(),
             content_type: "application/json".into(),
             payload: serde_json::to_vec(&event).unwrap().into(),
+            replaces: Vec::new(),
         }
     }
 
@@ -229,7 +230,10 @@ impl Work {
 
     /// Failed attempts that are on record.
     pub async fn attempts(&self) -> Vec<i32> {
-        sqlx::query_scalar("select attempts from aftercommit.attempt").fetch_all(&self.outbox.pool).await.unwrap()
+        sqlx::query_scalar("select attempts from aftercommit.attempt where attempts > 0")
+            .fetch_all(&self.outbox.pool)
+            .await
+            .unwrap()
     }
 
     /// That no event was given up, and nothing is on record about one.
@@ -368,13 +372,19 @@ pub fn child_worker() -> Option<Worker> {
 pub struct RunningWorker {
     stop: CancellationToken,
     task: JoinHandle<Result<(), Error>>,
+    monitor: Monitor,
 }
 
 impl RunningWorker {
     pub fn start(worker: Worker) -> Self {
         let stop = CancellationToken::new();
+        let monitor = worker.monitor();
         let task = tokio::spawn(worker.run(stop.clone()));
-        Self { stop, task }
+        Self { stop, task, monitor }
+    }
+
+    pub fn report(&self) -> WorkerReport {
+        self.monitor.report()
     }
 
     /// Stops in an orderly way.

@@ -333,7 +333,7 @@ async fn no_secret_and_no_payload_is_shown() {
     let (authority, files) = (Authority::new(), Directory::new());
     let postgres = secured_postgres(&authority).await;
     let ca = files.write("ca.crt", &authority.certificate).display().to_string();
-    let tls = format!("?sslmode=verify-full&sslrootcert={ca}&unknown=canary-parameter");
+    let tls = format!("?sslmode=verify-full&sslrootcert={ca}");
     let passwords = files.write("pgpass", "canary-malformed-line\n127.0.0.1:*:*:pw:canary-database-password\n");
     fs::set_permissions(&passwords, fs::Permissions::from_mode(0o600)).unwrap();
     let mut databases = Vec::new();

@@ -70,6 +70,24 @@ fn links_lead_somewhere_and_the_tests_they_name_exist() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
+/// A name that no test begins with would leave a server untried without a word.
+#[test]
+fn the_tests_that_are_listed_for_other_servers_exist() {
+    let list = fs::read_to_string(root().join("tests/versions")).unwrap();
+    let lines = list.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
+    let mut kinds = std::collections::BTreeSet::new();
+    for line in lines {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        let [kind, program, name] = fields[..] else { panic!("{line}") };
+        kinds.insert(kind);
+        let (module, name) = name.split_once("::").unwrap_or_else(|| panic!("{line}"));
+        let module = fs::read_to_string(root().join(format!("tests/{program}/{module}.rs")));
+        let module = module.unwrap_or_else(|error| panic!("{line}: {error}"));
+        assert!(module.contains(&format!("async fn {name}")), "{line}");
+    }
+    assert_eq!(Vec::from_iter(kinds), ["batches", "client", "psql", "tagged"]);
+}
+
 /// The README's code block in this language.
 fn block(language: &str) -> String {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
@@ -121,6 +139,7 @@ fn the_code_of_the_guides_is_tested() {
 fn every_requirement_has_a_row_that_names_a_test_or_a_gap() {
     let table = fs::read_to_string(root().join("docs/requirements.md")).unwrap();
     let ids = (1..=36).map(|n| format!("E-{n:02}")).chain((1..=16).map(|n| format!("S-{n:02}")));
+    let ids = ids.chain((1..=22).map(|n| format!("X-{n:02}")));
     for id in ids.chain((1..=8).map(|n| format!("D{n}"))) {
         let rows: Vec<&str> = table.lines().filter(|line| line.starts_with(&format!("| {id} |"))).collect();
         let [row] = rows[..] else { panic!("{id} has {} rows", rows.len()) };

@@ -7,8 +7,10 @@ mod end_to_end;
 mod guides;
 mod pgbouncer;
 mod ping;
+mod quiet;
 mod silence;
 mod stats_debounce;
 mod stewardship;
 #[path = "../support/mod.rs"]
 mod support;
+mod urls;

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use crate::support::{Act, Number, Outbox, Proxy, Record, RunningRelay, SOON, Work};
+use aftercommit::relay::RelayConfig;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, Postgres};
 use aftercommit::worker::Subscriber;
@@ -43,22 +44,31 @@ async fn a_worker_gives_connections_up_that_died_while_they_were_idle() {
     worker.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_relay_gives_connections_up_that_died_while_they_were_idle() {
+async fn outbox() -> Outbox {
     let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
-    let outbox = Outbox::new(database, Nats::shared().await.unwrap().url()).await;
-    let (proxy, url) = proxied(&outbox.postgres.url).await;
-    let mut config = outbox.relay_config();
-    config.postgres.url = url;
+    Outbox::new(database, Nats::shared().await.unwrap().url()).await
+}
+
+/// A relay, with at least so many connections through the proxy, publishes again some time after they died.
+async fn goes_on_after_silence(outbox: &Outbox, config: RelayConfig, proxy: &Proxy, connections: u64) {
     let relay = RunningRelay::start(config);
     outbox.publish("before", "{}", None).await;
     outbox.assert_complete().await;
     outbox.settled().await;
-    assert!(proxy.forget() >= 3, "there are connections");
+    assert!(proxy.forget() >= connections, "there are connections");
     outbox.publish("after", "{}", None).await;
     eventually(A_WHILE, "the relay goes on", async || outbox.stored().await == 2).await.unwrap();
     outbox.assert_complete().await;
     tokio::time::timeout(SOON, relay.stop()).await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_gives_connections_up_that_died_while_they_were_idle() {
+    let outbox = outbox().await;
+    let mut config = outbox.relay_config();
+    let (proxy, url) = proxied(&config.postgres.url).await;
+    config.postgres.url = url;
+    goes_on_after_silence(&outbox, config, &proxy, 3).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -79,17 +89,9 @@ async fn a_worker_notices_that_nats_has_fallen_silent() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_relay_notices_that_nats_has_fallen_silent() {
-    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
-    let outbox = Outbox::new(database, Nats::shared().await.unwrap().url()).await;
-    let (proxy, url) = proxied(&outbox.nats.url).await;
+    let outbox = outbox().await;
     let mut config = outbox.relay_config();
+    let (proxy, url) = proxied(&config.nats.url).await;
     config.nats.url = url;
-    let relay = RunningRelay::start(config);
-    outbox.publish("before", "{}", None).await;
-    outbox.assert_complete().await;
-    assert!(proxy.forget() >= 1, "it is connected");
-    outbox.publish("after", "{}", None).await;
-    eventually(A_WHILE, "the relay goes on", async || outbox.stored().await == 2).await.unwrap();
-    outbox.assert_complete().await;
-    relay.stop().await.unwrap();
+    goes_on_after_silence(&outbox, config, &proxy, 1).await;
 }

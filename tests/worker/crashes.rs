@@ -125,13 +125,13 @@ async fn an_event_that_kills_the_process_ends_as_a_dead_letter_and_its_neighbour
     given_up.await.unwrap();
     work.wait_for(6 * 20).await;
     work.wait_until_acked("fragile").await;
-    let reason = "the worker's process died 4 times while this event ran".to_string();
+    let reason = "the worker's process died 5 times while this event ran".to_string();
     assert_eq!(work.dead_letters().await, [(KILLER, 0, reason)]);
     work.assert_in_order(&KEYS, 20).await;
     assert_eq!(work.count().await, 6 * 20);
-    assert_eq!(deaths.len(), 4, "{deaths:?}");
+    assert_eq!(deaths.len(), 5, "{deaths:?}");
     assert!(deaths[0] > Some(1), "at first it runs beside others: {deaths:?}");
-    assert_eq!(deaths[2..], [Some(1), Some(1)], "in the end it runs alone: {deaths:?}");
+    assert_eq!(deaths[2..], [Some(1); 3], "in the end it runs alone: {deaths:?}");
     assert_eq!((markers(&work).await, crashes(&work).await), (0, vec![]));
     process.kill().unwrap();
     process.wait().unwrap();
@@ -161,7 +161,7 @@ async fn a_killer_that_is_sent_back_is_counted_anew_and_runs_in_the_same_tenure_
     work.send_many(&["b"], 3).await;
     let given_up = async || work.dead_letters().await.len() == 1;
     let mut process = start(&work);
-    assert_eq!(restart_until(&work, &mut process, given_up).await, 4);
+    assert_eq!(restart_until(&work, &mut process, given_up).await, 5);
     work.wait_for(6).await;
 
     let send_back = async || {
@@ -172,7 +172,7 @@ async fn a_killer_that_is_sent_back_is_counted_anew_and_runs_in_the_same_tenure_
     send_back().await;
     // It kills from its row as it did from the stream, and what comes meanwhile is handled all the same.
     work.send_many(&["c"], 3).await;
-    assert_eq!(restart_until(&work, &mut process, given_up).await, 4);
+    assert_eq!(restart_until(&work, &mut process, given_up).await, 5);
     work.wait_for(9).await;
 
     sqlx::raw_sql("create table healed ()").execute(&work.outbox.pool).await.unwrap();
@@ -210,9 +210,86 @@ async fn a_slow_event_beside_another_subscribers_killer_is_not_given_up() {
         .fetch_all(&work.outbox.pool)
         .await
         .unwrap();
-    assert_eq!((dead, work.count().await, deaths), (vec!["fragile".to_string()], 1, 4));
+    assert_eq!((dead, work.count().await, deaths), (vec!["fragile".to_string()], 1, 5));
     process.kill().unwrap();
     process.wait().unwrap();
+}
+
+/// Takes until it is told to end.
+struct Endless;
+
+impl Handler<Number> for Endless {
+    async fn handle(&self, tx: &mut PgTransaction<'_>, delivery: &Delivery<Number>) -> Result<(), HandlerError> {
+        Record::good().handle(tx, delivery).await?;
+        while !sqlx::query_scalar::<_, bool>("select to_regclass('public.healed') is not null")
+            .fetch_one(&mut **tx)
+            .await?
+        {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+}
+
+fn endless() -> Subscriber {
+    Subscriber::new("endless").on::<Number>(Endless).ack_wait(Duration::from_secs(2))
+}
+
+/// Not a test: a process with a handler that takes long.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "the worker of another test"]
+async fn worker_process_that_takes_long() {
+    let Some(worker) = child_worker() else { return };
+    let stop = CancellationToken::new();
+    let stopping = stop.clone();
+    tokio::spawn(async move {
+        let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).unwrap();
+        term.recv().await;
+        stopping.cancel();
+    });
+    worker.subscriber(endless()).run(stop).await.unwrap();
+}
+
+/// Kills the process while the handler runs, several times; before that it may ask it to stop.
+async fn outlives(kills: usize, orderly: bool) {
+    let work = Work::shared().await;
+    work.worker_with(endless()).provision().await.unwrap();
+    work.send("a", 1).await;
+    for _ in 0..kills {
+        let mut process = work.child("crashes::worker_process_that_takes_long").spawn().unwrap();
+        let marked = async |lanes: &'static str| -> bool {
+            sqlx::query_scalar(lanes).fetch_one(&work.outbox.pool).await.unwrap()
+        };
+        let runs = "select exists (select from aftercommit.running where lane >= 0
+                                     and epoch = (select epoch from aftercommit.lease))";
+        eventually(SOON, "it runs", async || marked(runs).await).await.unwrap();
+        if orderly {
+            std::process::Command::new("kill").args(["-TERM", &process.id().to_string()]).status().unwrap();
+            let stops = "select exists (select from aftercommit.running where lane = -1
+                                          and epoch = (select epoch from aftercommit.lease))";
+            eventually(SOON, "it stops", async || marked(stops).await).await.unwrap();
+        }
+        process.kill().unwrap();
+        process.wait().unwrap();
+        work.expire_leases().await;
+    }
+    sqlx::raw_sql("create table healed ()").execute(&work.outbox.pool).await.unwrap();
+    let worker = work.run(endless()).await;
+    work.wait_for(1).await;
+    work.wait_until_acked("endless").await;
+    worker.stop().await;
+    work.assert_nothing_failed().await;
+    assert_eq!(markers(&work).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_handler_outlives_kills_from_outside() {
+    outlives(4, false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_handler_outlives_any_number_of_deploys() {
+    outlives(7, true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,21 +1,29 @@
 //! From the stream to the effect.
 
 mod crashes;
+mod doubt;
 mod failures;
 mod http;
 mod instances;
+mod many;
 mod once;
 mod operations;
 mod order;
 mod outages;
+mod owner;
 mod pause;
 mod poison;
 mod policies;
 mod pruning;
+mod readiness;
 mod reconcilers;
 mod redrive;
 mod registry;
+mod session_state;
 mod soak;
 mod subscribers;
 #[path = "../support/mod.rs"]
 mod support;
+mod takeover;
+mod unreadable;
+mod waits;

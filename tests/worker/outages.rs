@@ -10,6 +10,7 @@ use aftercommit::config::NatsConfig;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
 use aftercommit::worker::{Delivery, HandlerError, Subscriber, Worker};
+use async_nats::jetstream::consumer::{FromConsumer, pull};
 use futures_util::StreamExt;
 
 const KEYS: [&str; 4] = ["a", "b", "c", "d"];
@@ -128,8 +129,9 @@ async fn a_database_that_comes_up_late_is_waited_for() {
     let database = postgres.create_database().await.unwrap();
     let work = Work::on(database, Nats::shared().await.unwrap().url()).await;
     work.send_many(&KEYS, 10).await;
+    work.worker_with(strict("late")).provision().await.unwrap();
     postgres.stop().await.unwrap();
-    let worker = work.run(strict("late")).await;
+    let worker = RunningWorker::start(work.worker_with(strict("late")));
     tokio::time::sleep(Duration::from_millis(500)).await;
     postgres.restart().await.unwrap();
     work.wait_for(40).await;
@@ -219,10 +221,75 @@ async fn a_consumer_that_is_deleted_is_missed_until_it_is_provisioned_again() {
     worker.stop().await;
 }
 
-/// With the permissions that a subscriber has the worker does all that it has to: it takes over what was left
-/// unacked, handles, and answers.
+/// The server takes only small pull requests; it would answer larger ones with an error, for ever.
 #[tokio::test(flavor = "multi_thread")]
-async fn few_permissions_are_enough() {
+async fn a_server_that_takes_small_requests_only_is_asked_for_less() {
+    let jetstream = "limits { max_request_batch: 100 }".into();
+    let nats = Nats::start(NatsOptions { jetstream, ..NatsOptions::default() }).await.unwrap();
+    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    let work = Work::on(database, nats.url()).await;
+    let worker = work.run(strict("small")).await;
+    work.send_many(&KEYS, 150).await;
+    work.wait_for(600).await;
+    work.wait_until_acked("small").await;
+    assert_unharmed(&work, 150).await;
+    worker.stop().await;
+}
+
+/// What the server says when it does not deliver is in the health report, until it does again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_refuses_to_deliver_is_quoted() {
+    let work = Work::shared().await;
+    let worker = work.run(strict("refused")).await;
+    work.send("a", 1).await;
+    work.wait_for(1).await;
+    let stream = work.context.get_stream(&work.outbox.naming.stream).await.unwrap();
+    let config = work.consumer("refused").await.cached_info().config.clone();
+    let config = pull::Config::try_from_consumer_config(config).unwrap();
+    let limited = pull::Config { max_expires: Duration::from_secs(1), ..config.clone() };
+    let told = || {
+        let health = &worker.report().subscribers[0].health;
+        health.contains("the server does not deliver: 409 Exceeded MaxRequestExpires")
+    };
+    stream.update_consumer(limited).await.unwrap();
+    work.send("a", 2).await;
+    eventually(SOON, "it quotes the server", async || told()).await.unwrap();
+    stream.update_consumer(config).await.unwrap();
+    work.wait_for(2).await;
+    eventually(SOON, "it is well again", async || !told()).await.unwrap();
+    worker.stop().await;
+}
+
+/// A server that is a leaf of others names a cluster and says nothing of leaders, and those of a domain have an API of
+/// their own.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_a_leaf_and_has_a_domain_is_one_like_any_other() {
+    let (config, jetstream) = ("leafnodes { remotes: [ { url: \"nats://127.0.0.1:1\" } ] }", "domain: hub");
+    let options = NatsOptions { config: config.into(), jetstream: jetstream.into(), ..NatsOptions::default() };
+    let nats = Nats::start(options).await.unwrap();
+    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    let mut work = Work::on(database, nats.url()).await;
+    for api_prefix in [None, Some("$JS.hub.API".to_string())] {
+        work.outbox.nats.api_prefix = api_prefix;
+        let before = work.count().await;
+        let worker = work.run(strict("leaf")).await;
+        for key in KEYS {
+            work.send(key, before + 1).await;
+        }
+        work.wait_for(before + 4).await;
+        work.wait_until_acked("leaf").await;
+        worker.stop().await;
+    }
+    assert_eq!(work.dead_letters().await, []);
+    let relay = work.outbox.relay_command().arg("--once").env("NATS_DOMAIN", "hub").output().unwrap();
+    assert!(relay.status.success(), "{}", String::from_utf8_lossy(&relay.stderr));
+    let refused = work.outbox.relay_command().arg("--once").env("NATS_DOMAIN", "hub.API").output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.code() == Some(2) && said.contains("NATS_DOMAIN"), "{said}");
+}
+
+/// A server whose user `worker` may do what a subscriber named `limited` must, and no more.
+async fn limits_its_worker() -> (Work, NatsConfig, Nats) {
     let permissions = r#"publish: ["$JS.API.CONSUMER.INFO.*.limited", "$JS.API.CONSUMER.MSG.NEXT.*.limited",
         "$JS.API.STREAM.MSG.GET.*", "$JS.ACK.*.limited.>"], subscribe: ["_INBOX_worker.>"]"#;
     let config = format!(
@@ -232,17 +299,30 @@ async fn few_permissions_are_enough() {
     let nats = Nats::start(NatsOptions { config, ..NatsOptions::default() }).await.unwrap();
     let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
     let work = Work::on(database, nats.url()).await;
-    work.worker_with(strict("limited")).provision().await.unwrap();
-    work.send_many(&KEYS, 10).await;
-    let left = work.consumer("limited").await.fetch().max_messages(7).messages().await.unwrap().count().await;
-    assert_eq!(left, 7);
     let limited = NatsConfig { url: nats.url().replace("nats://", "nats://worker:w@"), ..NatsConfig::default() };
-    let (postgres, naming) = (work.outbox.postgres.clone(), work.outbox.naming.clone());
-    let worker = RunningWorker::start(Worker::new(postgres, limited, naming).subscriber(strict("limited")));
-    work.wait_for(40).await;
-    eventually(SOON, "acks", async || work.consumer("limited").await.cached_info().num_ack_pending == 7).await.unwrap();
-    assert_unharmed(&work, 10).await;
-    worker.stop().await;
+    (work, limited, nats)
+}
+
+/// With the permissions that a subscriber has the worker does all that it has to: it takes over what was left
+/// unacked, handles, and answers. Of many types, too, although it may not read the stream in batches.
+#[tokio::test(flavor = "multi_thread")]
+async fn few_permissions_are_enough() {
+    let many = || Subscriber::sql("limited", "apply", ["test.number", "test.b", "test.c"]).unwrap().max_attempts(1);
+    for subscriber in [|| strict("limited"), many] {
+        let (work, limited, _nats) = limits_its_worker().await;
+        work.create_apply("").await;
+        work.worker_with(subscriber()).provision().await.unwrap();
+        work.send_many(&KEYS, 10).await;
+        let left = work.consumer("limited").await.fetch().max_messages(7).messages().await.unwrap().count().await;
+        assert_eq!(left, 7);
+        let (postgres, naming) = (work.outbox.postgres.clone(), work.outbox.naming.clone());
+        let worker = RunningWorker::start(Worker::new(postgres, limited, naming).subscriber(subscriber()));
+        work.wait_for(40).await;
+        let unacked = async || work.consumer("limited").await.cached_info().num_ack_pending;
+        eventually(SOON, "acks", async || unacked().await == 7).await.unwrap();
+        assert_unharmed(&work, 10).await;
+        worker.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -259,7 +339,7 @@ async fn provisioning_corrects_what_differs_and_is_quiet_otherwise() {
     assert!(changes.iter().any(|change| change.contains("subjects")), "{changes:?}");
     assert_eq!(provision(all()).await.unwrap(), Vec::<String>::new());
     let many = || Subscriber::sql("drift", "apply", ["a", "b.c"]).unwrap();
-    assert_eq!(provision(many()).await.unwrap().len(), 1);
+    assert_eq!(work.worker_with(many()).adopt().provision().await.unwrap().len(), 1);
     assert_eq!(provision(many()).await.unwrap(), Vec::<String>::new());
 }
 

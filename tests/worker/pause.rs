@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::support::{Act, Number, Record, RunningWorker, SOON, Work};
+use aftercommit::admin::Pausing;
 use aftercommit::admin::worker::{Which, pause, resume};
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Subscriber, Worker};
@@ -41,12 +42,12 @@ async fn a_pause_under_load_and_a_resume_lose_nothing_and_keep_the_order() {
         work.wait_for(20).await;
         pause(&work.outbox.postgres, RECEIPTS, "me", Some("load")).await.unwrap()
     });
-    assert!(paused.changed && paused.known);
+    assert_eq!(paused, Pausing::Paused);
     let before = wait_until_still(&work).await;
     assert!(before < 400, "it was paused under load: {before}");
     work.send_many(&["e"], 10).await;
     assert_eq!(work.count().await, before);
-    assert!(!pause(&work.outbox.postgres, RECEIPTS, "me", None).await.unwrap().changed);
+    assert_eq!(pause(&work.outbox.postgres, RECEIPTS, "me", None).await.unwrap(), Pausing::Unchanged);
 
     assert!(resume(&work.outbox.postgres, RECEIPTS, "me").await.unwrap().changed);
     work.wait_for(410).await;
@@ -106,7 +107,9 @@ async fn a_redelivery_during_a_pause_runs_nothing_and_is_in_order_afterwards() {
         numbers += 1;
     }
     assert_eq!(numbers, 7);
-    pause(&work.outbox.postgres, RECEIPTS, "me", None).await.unwrap();
+    // No worker of this database has served it yet.
+    assert!(pause(&work.outbox.postgres, RECEIPTS, "me", None).await.is_err());
+    pause(&work.outbox.postgres, Which::Ahead("receipts"), "me", None).await.unwrap();
     let worker = RunningWorker::start(worker);
     assert_eq!(wait_until_still(&work).await, 0);
     let info = work.consumer("receipts").await;
@@ -130,7 +133,7 @@ async fn a_pause_survives_a_restart_and_a_change_of_hands() {
     let worker = work.worker_with(receipts());
     let monitor = worker.monitor();
     let second = RunningWorker::start(worker);
-    let text = "paused by postgres: maintenance, 4 events waiting";
+    let text = "paused by me: maintenance, 4 events waiting";
     for key in KEYS {
         work.send(key, 6).await;
     }
@@ -161,9 +164,14 @@ async fn the_kill_switch_holds_all_subscribers_whatever_is_resumed() {
 
     let run = |arguments: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit"));
-        let output =
-            command.arg("worker").args(arguments).env("DATABASE_URL", &work.outbox.postgres.url).output().unwrap();
-        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+        command
+            .arg("worker")
+            .args(arguments)
+            .env("DATABASE_URL", &work.outbox.postgres.url)
+            .env("AFTERCOMMIT_OPERATOR", "jane");
+        let output = command.output().unwrap();
+        let said = if output.status.success() { output.stdout } else { output.stderr };
+        (output.status.code(), String::from_utf8(said).unwrap())
     };
     let done = |text: &str| (Some(0), text.to_string());
     let all = "paused; `aftercommit worker resume --all` goes on\n";
@@ -171,8 +179,30 @@ async fn the_kill_switch_holds_all_subscribers_whatever_is_resumed() {
     let pause = ["pause", "--subscriber", "receipts"];
     assert_eq!(run(&pause), done("paused; `aftercommit worker resume --subscriber receipts` goes on\n"));
     assert_eq!(run(&pause), done("it was paused already\n"));
-    let unknown = run(&["pause", "--subscriber", "receipt"]).1;
-    assert!(unknown.contains("is the name right?"), "{unknown}");
+    assert_eq!(
+        run(&[&pause[..], &["--reason", "smoke"]].concat()),
+        done("it was paused already; the reason was changed\n")
+    );
+    let reason = "select paused_by || ': ' || reason from aftercommit.pause where name = 'subscriber:receipts'";
+    let reason: String = sqlx::query_scalar(reason).fetch_one(&work.outbox.pool).await.unwrap();
+    assert_eq!(reason, "jane: smoke");
+    let (status, unknown) = run(&["pause", "--subscriber", "receipt"]);
+    assert!(status == Some(1) && unknown.contains("no worker has ever served subscriber receipt"), "{unknown}");
+    let ahead = ["pause", "--subscriber", "later", "--ahead"];
+    assert_eq!(run(&ahead), done("paused; `aftercommit worker resume --subscriber later` goes on\n"));
+    let audited: Vec<String> = sqlx::query_scalar(
+        "select concat_ws(' ', who, action, subscriber, detail ->> 'reason') from aftercommit.audit order by id",
+    )
+    .fetch_all(&work.outbox.pool)
+    .await
+    .unwrap();
+    let acts = [
+        "jane worker pause fire",
+        "jane worker pause receipts",
+        "jane worker pause receipts smoke",
+        "jane worker pause later",
+    ];
+    assert_eq!(audited, acts, "what changed nothing is no act");
     assert_eq!(run(&["pause"]).0, Some(2));
     assert_eq!(run(&["pause", "--all", "--subscriber", "receipts"]).0, Some(2));
     assert_eq!(run(&["pause", "--subscriber", "*"]).0, Some(2));
@@ -190,7 +220,8 @@ async fn the_kill_switch_holds_all_subscribers_whatever_is_resumed() {
         .output()
         .unwrap();
     let status = String::from_utf8(status.stdout).unwrap();
-    for line in ["\npaused       subscriber:* at ", " by postgres: fire\n", "\npaused       subscriber:receipts at "] {
+    for line in ["\npaused       subscriber:* since ", " by jane: fire\n", "\npaused       subscriber:receipts since "]
+    {
         assert!(status.contains(line), "{status}");
     }
     work.send("a", 2).await;
@@ -199,7 +230,7 @@ async fn the_kill_switch_holds_all_subscribers_whatever_is_resumed() {
     assert_eq!(run(&resume), done(held));
     assert_eq!(wait_until_still(&work).await, 2, "the kill switch holds");
     run(&pause);
-    assert_eq!(run(&["resume", "--all"]), done("resumed\nstill paused by themselves: receipt, receipts\n"));
+    assert_eq!(run(&["resume", "--all"]), done("resumed\nstill paused by themselves: later, receipts\n"));
     work.wait_for(3).await;
     assert_eq!(wait_until_still(&work).await, 3, "receipts is paused by itself");
     assert_eq!(run(&resume), done("resumed\n"));

@@ -33,7 +33,7 @@ const UNREADABLE: [(&str, &str); 6] = [
     ("huge", "cannot be read as test.number"),
     ("header", "cannot be read as test.number"),
 ];
-const KILLER: (&str, &str) = ("abort", "the worker's process died 4 times while this event ran");
+const KILLER: (&str, &str) = ("abort", "the worker's process died 5 times while this event ran");
 
 /// Writes the effect, and for the second event of a key does what the key says.
 struct Zoo;
@@ -179,6 +179,6 @@ async fn with_an_event_that_kills_the_process_among_them_too() {
     good_ones_done(&work).await;
     work.wait_until_acked("zoo").await;
     assert_reasons(&work, &badly).await;
-    assert_eq!(deaths, 4);
+    assert_eq!(deaths, 5);
     drop(process);
 }

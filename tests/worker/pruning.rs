@@ -1,6 +1,10 @@
 //! The inbox forgets what is old, and nothing that can come again.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+
+use futures_util::{FutureExt, StreamExt};
 
 use crate::support::{Act, Number, Record, SOON, Work};
 use aftercommit::testing::eventually;
@@ -118,4 +122,42 @@ async fn the_inbox_knows_the_place_in_the_outbox() {
             .await
             .unwrap();
     assert_eq!(places, [(None, "handled".into()), (Some(41), "handled".into()), (Some(42), "dead".into())]);
+}
+
+/// More events of a key wait than the worker keeps in memory, and the stream drops them meanwhile. What was let go
+/// comes from the outbox.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_stream_drops_while_it_waits_comes_from_the_outbox() {
+    const EVENTS: i64 = 1200;
+    let work = Work::shared().await;
+    let relay = work.outbox.relay();
+    let subject = format!("aftercommit.outbox.{}", work.outbox.naming.stream);
+    let mut questions = work.context.client().subscribe(subject).await.unwrap();
+    let closed = Arc::new(AtomicBool::new(true));
+    let open = Arc::clone(&closed);
+    let handler = Record::new(move |_| match closed.load(Ordering::SeqCst) {
+        true => Act::Fail(HandlerError::Unavailable { error: "closed".into(), after: Some(Duration::from_secs(2)) }),
+        false => Act::Succeed,
+    });
+    // So it keeps 500 of them.
+    let worker = work.run(Subscriber::new("patient").on::<Number>(handler).max_batch(10)).await;
+    let publish = "select aftercommit.publish('test.number', jsonb_build_object('key', 'k', 'n', n), 'k')
+                     from generate_series(1, $1) as n order by n";
+    sqlx::query(publish).bind(EVENTS).execute(&work.outbox.pool).await.unwrap();
+    eventually(SOON, "all of them were delivered and wait", async || {
+        let consumer = work.consumer("patient").await;
+        let info = consumer.cached_info();
+        info.num_pending == 0 && i64::try_from(info.num_ack_pending).unwrap() == EVENTS
+    })
+    .await
+    .unwrap();
+    // By their age, so to say: the newest one is still there.
+    let stream = work.context.get_stream(&work.outbox.naming.stream).await.unwrap();
+    stream.purge().sequence(EVENTS.cast_unsigned()).await.unwrap();
+    open.store(false, Ordering::SeqCst);
+    work.wait_for(EVENTS).await;
+    work.assert_in_order(&["k"], EVENTS).await;
+    assert!(questions.next().now_or_never().is_some(), "the relay was asked");
+    worker.stop().await;
+    relay.stop().await.unwrap();
 }

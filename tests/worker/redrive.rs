@@ -422,3 +422,36 @@ async fn rows_of_another_subscriber_hold_nobody() {
     assert_eq!(work.numbers("a").await, [1]);
     worker.stop().await;
 }
+
+/// Another subscriber has much to do again for a key that both of them have.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_at_one_subscriber_is_not_read_by_another() {
+    let work = Work::shared().await;
+    work.create_apply("").await;
+    sqlx::raw_sql(
+        "insert into aftercommit.redrive (subscriber, event_id, type, version, key, source, time, headers, payload, content_type,
+                                          stream, stream_seq, requested_by)
+         select 'busy', gen_random_uuid(), 'test.number', 1, 'hot', '/test', now(), '{}', '{}', 'application/json', 'S', n, 'test'
+           from generate_series(1, 20000) as n;
+         analyze aftercommit.redrive",
+    )
+    .execute(&work.outbox.pool)
+    .await
+    .unwrap();
+    work.send_many(&["hot"], 200).await;
+    let worker = work.run(Subscriber::sql("idle", "apply", ["*"]).unwrap().max_batch(1)).await;
+    work.wait_for(200).await;
+    worker.stop().await;
+    let mut read = 0;
+    eventually(SOON, "the statistics are written", async || {
+        let read_of = "select s.idx_scan > 0, t.seq_tup_read + coalesce(t.idx_tup_fetch, 0)
+                         from pg_stat_user_tables t, pg_stat_user_indexes s
+                        where t.relname = 'redrive' and s.indexrelname = 'redrive_key'";
+        let (used, rows): (bool, i64) = sqlx::query_as(read_of).fetch_one(&work.outbox.pool).await.unwrap();
+        read = rows;
+        used
+    })
+    .await
+    .unwrap();
+    assert!(read < 100_000, "{read} rows of the other subscriber were read");
+}

@@ -107,7 +107,7 @@ async fn a_consumer_that_has_drifted_is_told_at_the_start_and_worked_on_once_it_
     let subscriber = |event_type| Subscriber::sql("drifted", "apply", [event_type]).unwrap();
     let mut command =
         work.command("[[subscriber]]\nname = \"drifted\"\ntypes = [\"test.number\"]\nsql = { function = \"apply\" }\n");
-    work.worker_with(subscriber("other.type")).provision().await.unwrap();
+    work.worker_with(subscriber("other.type")).adopt().provision().await.unwrap();
     work.send_many(&["a"], 3).await;
     let mut process = WorkerProcess(command.stderr(Stdio::piped()).spawn().unwrap());
     // The process dies with a failed test, and with it the reading ends.
@@ -120,7 +120,7 @@ async fn a_consumer_that_has_drifted_is_told_at_the_start_and_worked_on_once_it_
     }
     assert_eq!(work.count().await, 0);
 
-    work.worker_with(subscriber("test.number")).provision().await.unwrap();
+    work.worker_with(subscriber("test.number")).adopt().provision().await.unwrap();
     work.wait_for(3).await;
     assert_eq!(process.stop(), Some(0));
 }

@@ -2,13 +2,13 @@
 
 use crate::snapshot::Mark;
 
-use super::{Broken, Event, Scope};
+use super::{Event, Scope};
 
 /// How far a transaction is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Stage {
     NotBegun,
-    /// The ids of the events written so far; without a transaction id only in a broken variant.
+    /// The ids of the events written so far; without a transaction id only where ids are taken in advance.
     Running {
         xid: Option<u64>,
         ids: Vec<i64>,
@@ -30,6 +30,7 @@ pub(super) enum Record {
         id: i64,
     },
     Commit(usize),
+    Park(Event),
     /// With the state that was the newest one before.
     Log {
         xid: u64,
@@ -44,6 +45,8 @@ pub(super) struct LogRow {
     pub(super) target: Option<Mark>,
     pub(super) base: u8,
     pub(super) scattered: bool,
+    /// The timeline in which it was written.
+    pub(super) timeline: u8,
 }
 
 /// A row of the outbox that can be seen.
@@ -63,6 +66,10 @@ pub(crate) struct Database {
     ended: u64,
     pub(super) last_id: i64,
     unflushed: Vec<Record>,
+    /// What is on disk, as far as a standby may lack it.
+    history: Option<Vec<Record>>,
+    pub(super) timeline: u8,
+    pub(super) parked: Vec<Event>,
     flushed_xid: u64,
     flushed_id: i64,
     /// The newest state of the relay's log.
@@ -80,15 +87,18 @@ impl Database {
             ended: FIRST_XID - 1,
             last_id: 0,
             unflushed: Vec::new(),
+            history: (scope.faults.promotions > 0).then(Vec::new),
+            timeline: 0,
+            parked: Vec::new(),
             flushed_xid: FIRST_XID - 1,
             flushed_id: 0,
-            newest: LogRow { settled: Mark::nothing(), target: None, base: 0, scattered: false },
+            newest: LogRow { settled: Mark::nothing(), target: None, base: 0, scattered: false, timeline: 0 },
             holder: None,
         }
     }
 
-    pub(super) fn begin(&mut self, tx: usize, broken: Option<Broken>) {
-        let xid = (broken != Some(Broken::IdBeforeTransaction)).then(|| self.take_xid());
+    pub(super) fn begin(&mut self, tx: usize, scope: &Scope) {
+        let xid = (!scope.ids_in_advance).then(|| self.take_xid());
         self.stages[tx] = Stage::Running { xid, ids: Vec::new() };
     }
 
@@ -126,7 +136,7 @@ impl Database {
 
     pub(super) fn commit(&mut self, scope: &Scope, tx: usize) {
         let Stage::Running { xid, ids } = self.stages[tx].clone() else { return };
-        // In the broken order it gets its number between the id and the commit; the last moment is the worst.
+        // In the wrong order it gets its number between the id and the commit; the last moment is the worst.
         let xid = xid.unwrap_or_else(|| self.take_xid());
         self.stages[tx] = Stage::Committed { xid, ids };
         self.ended = self.ended.max(xid);
@@ -150,6 +160,9 @@ impl Database {
     }
 
     fn keep(&mut self, record: Record) {
+        if let Some(history) = &mut self.history {
+            history.push(record.clone());
+        }
         match record {
             Record::Write { xid, id } => {
                 self.flushed_xid = self.flushed_xid.max(xid);
@@ -160,8 +173,36 @@ impl Database {
                     self.flushed_xid = self.flushed_xid.max(xid);
                 }
             }
+            Record::Park(_) => {}
             Record::Log { xid, .. } => self.flushed_xid = self.flushed_xid.max(xid),
         }
+    }
+
+    /// Parks an event in a transaction of its own, whose number matters to nobody.
+    pub(super) fn park(&mut self, event: Event, durable: bool) {
+        if !self.parked.contains(&event) {
+            self.parked.push(event);
+            self.parked.sort_unstable();
+            self.unflushed.push(Record::Park(event));
+        }
+        if durable {
+            self.flush();
+        }
+    }
+
+    /// Records that a standby may have.
+    pub(super) fn records(&self) -> usize {
+        self.history.as_ref().map_or(0, Vec::len) + self.unflushed.len()
+    }
+
+    /// A standby that has the first `kept` records takes the place of the database.
+    pub(super) fn promote(&mut self, kept: usize) {
+        let mut records = self.history.replace(Vec::new()).unwrap_or_default();
+        records.append(&mut self.unflushed);
+        (self.flushed_xid, self.flushed_id) = (FIRST_XID - 1, 0);
+        self.unflushed = records;
+        self.crash(kept);
+        self.timeline += 1;
     }
 
     pub(super) fn unflushed(&self) -> usize {
@@ -179,6 +220,7 @@ impl Database {
             match record {
                 Record::Write { .. } => {}
                 Record::Commit(tx) => self.stages[*tx] = Stage::Lost,
+                Record::Park(event) => self.parked.retain(|parked| parked != event),
                 Record::Log { before, .. } => self.newest = LogRow::clone(before),
             }
         }
@@ -223,7 +265,8 @@ impl Database {
     }
 
     /// Appends a state in a transaction of its own.
-    pub(super) fn append(&mut self, row: LogRow, durable: bool) {
+    pub(super) fn append(&mut self, mut row: LogRow, durable: bool) {
+        row.timeline = self.timeline;
         let xid = self.take_xid();
         let before = Box::new(std::mem::replace(&mut self.newest, row));
         self.ended = self.ended.max(xid);

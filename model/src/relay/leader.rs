@@ -103,7 +103,11 @@ fn read_window(rows: &[Row], settled: &Mark, target: &Mark, after: i64, broken: 
     if broken == Some(Broken::SnapshotListOnly) {
         ended.retain(|xid| listed(settled).contains(xid));
     }
-    let stragglers = rows.iter().filter(|row| row.id > after && row.id <= settled.last_id && ended.contains(&row.xid));
+    let late = |row: &Row| {
+        broken != Some(Broken::NoLateRows) && row.xid >= settled.next_xid && settled.has_ended_by(target, row.xid)
+    };
+    let low = |row: &&Row| row.id > after && row.id <= settled.last_id;
+    let stragglers = rows.iter().filter(low).filter(|row| ended.contains(&row.xid) || late(row));
     let new = rows
         .iter()
         .filter(|row| row.id > after.max(settled.last_id) && row.id <= target.last_id && target.snapshot.sees(row.xid));
@@ -161,7 +165,8 @@ impl Leader {
             }
             broken => {
                 let running = running(handled, broken);
-                rows.iter().any(|row| row.id > handled.last_id || running.contains(&row.xid))
+                let late = |row: &Row| broken != Some(Broken::NoLateRows) && row.xid >= handled.next_xid;
+                rows.iter().any(|row| row.id > handled.last_id || running.contains(&row.xid) || late(row))
             }
         }
     }
@@ -205,14 +210,15 @@ impl Leader {
         end: u8,
         after: i64,
     ) -> Vec<(Event, i64)> {
-        let LogRow { settled, target: Some(target), base, scattered } = &self.row else { return Vec::new() };
+        let LogRow { settled, target: Some(target), base, scattered, .. } = &self.row else { return Vec::new() };
         let rows = read_window(&database.rows(scope), settled, target, after, scope.broken);
         let found = |row: &Row| {
             *scattered
                 && stream[usize::from(*base)..usize::from(end)]
                     .contains(&Stored::Own { event: row.event, outbox_id: row.id })
         };
-        rows.iter().filter(|row| !found(row)).map(|row| (row.event, row.id)).collect()
+        let is_to_do = |row: &&Row| !found(row) && !database.parked.contains(&row.event);
+        rows.iter().filter(is_to_do).map(|row| (row.event, row.id)).collect()
     }
 
     /// The next message.

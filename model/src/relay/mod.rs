@@ -17,12 +17,16 @@ use leader::Leader;
 pub struct Scope {
     /// What the services write, one entry per transaction. Each commits or rolls back.
     pub transactions: Vec<Transaction>,
+    /// Events that the stream will never take, by their place among all: the relay parks them.
+    pub unfit: Vec<u8>,
     /// Relay processes.
     pub relays: usize,
     /// Messages under way at most.
     pub under_way: usize,
     /// How often what may go wrong.
     pub faults: Faults,
+    /// Whether ids are taken in advance, before the transaction that writes them has its own.
+    pub ids_in_advance: bool,
     /// What of the protocol is left out.
     pub broken: Option<Broken>,
 }
@@ -53,6 +57,8 @@ impl Transaction {
 pub struct Faults {
     /// The database crashes and loses whatever part of its log is not on disk.
     pub database_crashes: u8,
+    /// An asynchronous standby is promoted that has any beginning of the database's log.
+    pub promotions: u8,
     /// A relay process dies.
     pub relay_crashes: u8,
     /// The lease of a living relay runs out.
@@ -76,10 +82,14 @@ pub enum Broken {
     XminCursor,
     /// A mark knows as running only what the snapshot lists, not what began after the newest ended transaction.
     SnapshotListOnly,
-    /// An event's id is taken before its transaction has an id of its own.
-    IdBeforeTransaction,
+    /// A window knows nothing of low ids of transactions that began after the settled mark.
+    NoLateRows,
     /// Opening a window does not wait for the disk.
     NoBarrier,
+    /// Parking an event does not wait for the disk.
+    ParkingNotDurable,
+    /// A relay does not look whether its state was written before a failover.
+    NoTimeline,
     /// A relay appends to the log whatever is in it.
     NoLogFence,
     /// A message names no predecessor.
@@ -159,6 +169,8 @@ pub enum Action {
     FindPlace(usize),
     /// It sends the next event.
     Send(usize),
+    /// It parks the next event, and must look at the stream then.
+    Park(usize),
     /// It waits for an answer no longer.
     GiveUp(usize),
     /// It finds news, or ids that came to nothing, and is about to open a window.
@@ -187,6 +199,8 @@ pub enum Action {
     Start(usize),
     /// The database crashes, and keeps so many records that were not on disk.
     CrashDatabase(usize),
+    /// A standby is promoted that has so many records.
+    Promote(usize),
     /// Somebody else writes into the stream.
     Foreign,
 }
@@ -201,6 +215,7 @@ impl Action {
                 | Self::Expire
                 | Self::Crash(_)
                 | Self::CrashDatabase(_)
+                | Self::Promote(_)
                 | Self::Foreign
         )
     }

@@ -14,7 +14,7 @@ pub const NO_GHOST: &str = "nothing that was rolled back or lost by the database
 pub const ONCE: &str = "no event is in the stream twice";
 /// The events of a key stand in the stream in the order of their commits.
 pub const IN_ORDER: &str = "the events of a key are in order";
-/// When nothing is left to do, everything that was committed is in the stream.
+/// When nothing is left to do, everything that was committed is in the stream, or parked.
 pub const NOTHING_LOST: &str = "nothing that was committed is lost";
 
 impl Model for Scope {
@@ -39,12 +39,15 @@ impl Model for Scope {
             self.relay_actions(state, at, actions);
         }
         self.wire_actions(state, actions);
-        let Faults { database_crashes, expiries, foreign, .. } = state.left;
+        let Faults { database_crashes, promotions, expiries, foreign, .. } = state.left;
         if expiries > 0 && state.database.holder.is_some() {
             actions.push(Action::Expire);
         }
         if database_crashes > 0 {
             actions.extend((0..=state.database.unflushed()).map(Action::CrashDatabase));
+        }
+        if promotions > 0 {
+            actions.extend((0..=state.database.records()).map(Action::Promote));
         }
         if foreign > 0 {
             actions.push(Action::Foreign);
@@ -65,7 +68,8 @@ impl Model for Scope {
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
             Property::always(NO_GHOST, |scope: &Scope, state| {
-                published(state).all(|(event, _)| committed(scope, state, event))
+                // What a standby did not get was published all the same.
+                scope.faults.promotions > 0 || published(state).all(|(event, _)| committed(scope, state, event))
             }),
             Property::always(ONCE, |_, state| {
                 published(state)
@@ -81,9 +85,9 @@ impl Model for Scope {
             }),
             Property::always(NOTHING_LOST, |scope: &Scope, state| {
                 scope.something_to_do(state)
-                    || (0..events(scope))
-                        .filter(|event| committed(scope, state, *event))
-                        .all(|event| published(state).any(|(stored, _)| stored == event))
+                    || (0..events(scope)).filter(|event| committed(scope, state, *event)).all(|event| {
+                        published(state).any(|(stored, _)| stored == event) || state.database.parked.contains(&event)
+                    })
             }),
         ]
     }
@@ -171,8 +175,14 @@ impl Scope {
             Step::Opening { last_id: None, .. } => actions.push(Action::ReadSequence(at)),
             Step::Opening { .. } => actions.push(Action::OpenWindow(at)),
             Step::Publishing { chain, to_do } => {
-                if !to_do.is_empty() && chain.under_way.len() < self.under_way {
-                    actions.push(Action::Send(at));
+                match to_do.first() {
+                    Some((event, _)) if self.unfit.contains(event) => {
+                        if !leader.cut_off {
+                            actions.push(Action::Park(at));
+                        }
+                    }
+                    Some(_) if chain.under_way.len() < self.under_way => actions.push(Action::Send(at)),
+                    _ => {}
                 }
                 let on_the_way =
                     |event| state.wire.iter().any(|message| message.sender == Some(at as u8) && message.event == event);
@@ -223,7 +233,7 @@ impl Scope {
 impl State {
     fn step(&mut self, scope: &Scope, action: Action) {
         match action {
-            Action::Begin(tx) => self.database.begin(tx, scope.broken),
+            Action::Begin(tx) => self.database.begin(tx, scope),
             Action::Write(tx) => self.database.write(tx),
             Action::Commit(tx) => self.database.commit(scope, tx),
             Action::RollBack(tx) => self.database.roll_back(tx),
@@ -243,6 +253,15 @@ impl State {
                 let message = self.leader(at).send(scope, at as u8, &stream);
                 self.stream = stream;
                 self.wire.extend(message);
+            }
+            Action::Park(at) => {
+                let Step::Publishing { to_do, .. } = &self.leader(at).step else { return };
+                let Some((event, _)) = to_do.first().copied() else { return };
+                if self.database.holder != Some(at as u8) {
+                    return self.stand_by(at);
+                }
+                self.database.park(event, scope.broken != Some(Broken::ParkingNotDurable));
+                self.doubt(at);
             }
             Action::GiveUp(at) => {
                 let on_the_way = self.wire.iter().filter(|message| message.sender == Some(at as u8)).count();
@@ -298,13 +317,12 @@ impl State {
             Action::CrashDatabase(kept) => {
                 self.left.database_crashes -= 1;
                 self.database.crash(kept);
-                for relay in &mut self.relays {
-                    match relay {
-                        Relay::Leading(leader) => leader.cut_off = true,
-                        Relay::TakingOver { .. } => *relay = Relay::StandingBy,
-                        Relay::Down | Relay::StandingBy => {}
-                    }
-                }
+                self.cut_off();
+            }
+            Action::Promote(kept) => {
+                self.left.promotions -= 1;
+                self.database.promote(kept);
+                self.cut_off();
             }
             Action::Foreign => {
                 self.left.foreign -= 1;
@@ -317,6 +335,17 @@ impl State {
         match &mut self.relays[at] {
             Relay::Leading(leader) => leader,
             other => panic!("{other:?} does not lead"),
+        }
+    }
+
+    /// The database is gone as the relays knew it.
+    fn cut_off(&mut self) {
+        for relay in &mut self.relays {
+            match relay {
+                Relay::Leading(leader) => leader.cut_off = true,
+                Relay::TakingOver { .. } => *relay = Relay::StandingBy,
+                Relay::Down | Relay::StandingBy => {}
+            }
         }
     }
 
@@ -342,7 +371,10 @@ impl State {
         if !newest && scope.broken != Some(Broken::NoLogFence) {
             return self.relays[at] = Relay::StandingBy;
         }
-        let row = self.database.newest.clone();
+        let mut row = self.database.newest.clone();
+        if row.timeline != self.database.timeline && scope.broken != Some(Broken::NoTimeline) {
+            (row.target, row.scattered) = (None, true);
+        }
         self.relays[at] = Relay::Leading(Leader { row: row.clone(), newest: true, cut_off: false, step: Step::Doubt });
         self.append(at, row, true);
     }
@@ -375,8 +407,8 @@ impl State {
         let row = &leader.row;
         let after = match leader.place(scope, &self.database, &self.stream, end) {
             _ if row.scattered && row.target.is_some() => 0,
-            Place::Behind(after) => after,
-            Place::Unknown => {
+            Place::Behind(after) if !row.scattered => after,
+            Place::Behind(_) | Place::Unknown => {
                 let base = row.base;
                 self.leader(at).step = Step::Opening { base, again: true, end, snapshot: None, last_id: None };
                 return;
@@ -406,7 +438,8 @@ impl State {
         let target = Some(mark(scope, &self.database, &snapshot, last_id, next_xid));
         let settled = if again { row.settled } else { row.target.unwrap_or(row.settled) };
         let durable = scope.broken != Some(Broken::NoBarrier);
-        self.append(at, LogRow { settled, target, base, scattered: again }, durable);
+        let timeline = self.database.timeline;
+        self.append(at, LogRow { settled, target, base, scattered: again, timeline }, durable);
         self.publish(scope, at, end, 0);
     }
 
@@ -418,7 +451,12 @@ impl State {
         let (Step::Idle(chain), Some(target)) = (leader.step.clone(), leader.row.target.clone()) else {
             return;
         };
-        self.append(at, LogRow { settled: target, target: None, base: chain.sequence, scattered: false }, true);
+        let timeline = self.database.timeline;
+        self.append(
+            at,
+            LogRow { settled: target, target: None, base: chain.sequence, scattered: false, timeline },
+            true,
+        );
     }
 
     /// The server stores a message that is where it has to be, and refuses it otherwise. Its duplicate window has passed.

@@ -7,6 +7,8 @@ use crate::error::Error;
 use crate::jetstream::api::has_no_leader;
 use crate::jetstream::doctor::{Consumer, Server, Stream};
 use crate::jetstream::monitoring::Sync;
+use crate::jetstream::stream::UNMAP;
+use crate::jetstream::topology::LARGEST_MESSAGE;
 use crate::relay::Mode;
 
 /// The first release of each line without the security holes that are known to us.
@@ -21,6 +23,7 @@ pub(super) fn unreachable(error: &Error) -> Check {
 
 pub(super) fn judge(facts: &BrokerFacts, sync: Option<&Result<Sync, Error>>, config: &DoctorConfig) -> Vec<Check> {
     let mut checks = vec![server(&facts.server)];
+    checks.extend(max_payload(facts.server.max_payload));
     match &facts.stream {
         Err(error) => {
             let remedy = match has_no_leader(error) {
@@ -50,6 +53,19 @@ fn server(server: &Server) -> Check {
     }
 }
 
+/// None when every event of an outbox fits.
+fn max_payload(limit: usize) -> Option<Check> {
+    (limit < LARGEST_MESSAGE.unsigned_abs() as usize).then(|| {
+        Check::warn(
+            "max_payload",
+            format!("nats-server takes messages of up to {limit} bytes; larger events are parked"),
+            format!(
+                "set max_payload in nats-server's configuration to {LARGEST_MESSAGE} or more, such as its default, 1MB"
+            ),
+        )
+    })
+}
+
 /// The release to update to; none when this one is new enough, or its version cannot be read.
 fn secure_from(version: &str) -> Option<(u64, u64, u64)> {
     let mut numbers = version.split(['.', '-']).map_while(|part| part.parse().ok());
@@ -62,12 +78,25 @@ fn secure_from(version: &str) -> Option<(u64, u64, u64)> {
 fn stream(stream: &Stream, config: &DoctorConfig) -> Vec<Check> {
     let name = &config.naming.stream;
     let mut checks: Vec<Check> = stream
+        .findings
         .problems
         .iter()
         .map(|problem| Check::fail("stream", format!("{name}: {}: {}", problem.setting, problem.why), problem.remedy))
         .collect();
     if checks.is_empty() {
         checks.push(Check::ok("stream", format!("{name} has no setting that would lose or re-order events")));
+    }
+    checks.extend(stream.findings.unknown.iter().map(|setting| {
+        Check::warn(
+            "stream",
+            format!(
+                "{name}: {setting}: this version does not know the setting, and what it does to events cannot be told"
+            ),
+            "look it up in the release notes of nats-server, and update aftercommit",
+        )
+    }));
+    if let Some(message) = &stream.misplaced {
+        checks.push(Check::fail("subjects", format!("{name}: {message}: nats-server maps subjects"), UNMAP));
     }
     checks.push(replicas(stream, name, config));
     checks.push(max_age(stream.max_age, name, config.retention));
@@ -147,14 +176,17 @@ fn consumer(consumer: &Consumer, stream: &str) -> Vec<Check> {
     if let Some(policy) = &consumer.odd_ack_policy {
         warn(
             format!("{name} has the ack policy {policy}: events count as handled before they are"),
-            format!("`nats consumer rm {stream} {name}`, then {}", provision()),
+            format!(
+                "if it is a subscriber's: `nats consumer rm {stream} {name}`, then `aftercommit provision --config worker.toml`"
+            ),
         );
     }
     if consumer.paused {
         warn(format!("{name} is paused and gets no events"), format!("`nats consumer resume {stream} {name}`"));
     }
     if checks.is_empty() {
-        checks.push(Check::ok("consumer", format!("{name} is set up as subscribers need it")));
+        let whose = if consumer.ours { "" } else { "; `aftercommit provision` did not make it" };
+        checks.push(Check::ok("consumer", format!("{name} is set up as subscribers need it{whose}")));
     }
     checks
 }
@@ -195,7 +227,7 @@ mod tests {
     use super::*;
     use crate::admin::doctor::Severity;
     use crate::error::ErrorKind;
-    use crate::jetstream::topology::Problem;
+    use crate::jetstream::settings::{Findings, Problem};
 
     fn config() -> DoctorConfig {
         let postgres = crate::config::PostgresConfig { url: "postgres://".into(), pooled: false };
@@ -203,11 +235,17 @@ mod tests {
     }
 
     fn good() -> Stream {
-        let consumer =
-            Consumer { name: "c".into(), max_deliver: -1, odd_ack_policy: None, paused: false, filters: vec![] };
+        let consumer = Consumer {
+            name: "c".into(),
+            max_deliver: -1,
+            odd_ack_policy: None,
+            paused: false,
+            ours: true,
+            filters: vec![],
+        };
         let max_age = Some(Duration::from_hours(14 * 24));
-        let (problems, consumers, unread) = (vec![], vec![consumer], vec![]);
-        Stream { problems, replicas: 3, batches: true, max_age, consumers, types: 2, unread }
+        let (findings, consumers, unread) = (Findings::default(), vec![consumer], vec![]);
+        Stream { findings, misplaced: None, replicas: 3, batches: true, max_age, consumers, types: 2, unread }
     }
 
     fn worst(checks: &[Check]) -> Severity {
@@ -231,8 +269,15 @@ mod tests {
             assert_eq!(secure_from(version), floor, "{version}");
         }
         let problem = Some("too old".to_string());
-        assert_eq!(server(&Server { version: "2.10.0".into(), problem }).status, Severity::Fail);
-        assert_eq!(server(&Server { version: "2.12.1".into(), problem: None }).status, Severity::Warn);
+        let max_payload = 1 << 20;
+        assert_eq!(server(&Server { version: "2.10.0".into(), problem, max_payload }).status, Severity::Fail);
+        assert_eq!(server(&Server { version: "2.12.1".into(), problem: None, max_payload }).status, Severity::Warn);
+    }
+
+    #[test]
+    fn a_server_that_takes_less_than_an_event_may_have_is_named() {
+        assert_eq!(max_payload(1 << 20), None);
+        assert!(max_payload(65_536).is_some_and(|check| check.finding.contains("65536")));
     }
 
     #[test]
@@ -243,7 +288,11 @@ mod tests {
     #[test]
     fn each_problem_of_a_stream_fails() {
         let problem = |setting| Problem { setting, why: "why".into(), remedy: "remedy" };
-        let checks = stream(&Stream { problems: vec![problem("storage"), problem("no_ack")], ..good() }, &config());
+        let findings =
+            Findings { problems: vec![problem("storage"), problem("no_ack")], unknown: vec!["tuesdays".into()] };
+        let checks = stream(&Stream { findings, ..good() }, &config());
+        let told = checks.iter().find(|check| check.finding.contains("tuesdays"));
+        assert_eq!(told.map(|check| check.status), Some(Severity::Warn), "an unknown setting is named");
         let failed: Vec<&Check> = checks.iter().filter(|check| check.status == Severity::Fail).collect();
         assert_eq!(failed.len(), 2);
         assert!(failed[0].finding.contains("storage: why") && failed[0].remedy.as_deref() == Some("remedy"));

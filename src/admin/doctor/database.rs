@@ -11,7 +11,9 @@ use crate::postgres::migrate;
 use crate::postgres::pause::Pause;
 use crate::postgres::rights::Difference;
 use crate::postgres::status::{Backlog, Leader};
+use crate::postgres::time;
 use crate::relay::LEASE;
+use crate::text::counted;
 
 /// The oldest PostgreSQL that has what the schema uses.
 const OLDEST: i32 = 140_000;
@@ -21,6 +23,10 @@ const LONG_PREPARED: Duration = Duration::from_mins(1);
 const LONG_TRANSACTION: Duration = Duration::from_mins(5);
 /// A relay that works has a backlog of milliseconds.
 const LONG_BACKLOG: f64 = 60.0;
+/// What a relay says that works.
+const WORKS: [&str; 2] = ["idle", "publishing"];
+/// A backlog that is younger says nothing yet.
+const FRESH: f64 = 5.0;
 
 pub(super) fn unreachable(error: &Error) -> Check {
     Check::fail("postgres", error.report(), "start PostgreSQL, or set DATABASE_URL as docs/connections.md says")
@@ -30,7 +36,7 @@ pub(super) fn judge(facts: &DatabaseFacts, config: &DoctorConfig) -> Vec<Check> 
     let mut checks = vec![server(&facts.server)];
     checks.extend(durability(&facts.server));
     checks.push(clock(facts.clock_ahead, facts.round_trip));
-    checks.extend(pooler(facts.server.port, facts.configured_port));
+    checks.extend(pooler(facts.server.port, &facts.configured_ports));
     checks.extend(prepared(facts.prepared.as_ref()));
     checks.push(transactions(facts.longest.as_ref(), &facts.server));
     checks.push(schema(facts.tables, facts.migrations.as_ref(), &facts.server.role));
@@ -120,8 +126,9 @@ fn clock(ahead: TimeDelta, round_trip: TimeDelta) -> Check {
     Check::ok("clock", format!("PostgreSQL's clock and this machine's differ by {:.1} s", seconds.abs()))
 }
 
-fn pooler(server: Option<i32>, configured: u16) -> Option<Check> {
-    let server = server.filter(|port| *port != i32::from(configured))?;
+fn pooler(server: Option<i32>, configured: &[u16]) -> Option<Check> {
+    let server = server.filter(|port| configured.iter().all(|one| *port != i32::from(*one)))?;
+    let configured = configured.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
     Some(Check::warn(
         "pooler",
         format!("the URL names port {configured} and the server itself has {server}: something stands in between"),
@@ -250,8 +257,8 @@ fn work(work: &Work, config: &DoctorConfig) -> Vec<Check> {
         checks.push(Check::warn(
             "parked",
             format!(
-                "{} events are parked: the stream would not take them, or they wait behind such a one",
-                work.parked
+                "{} parked: the stream would not take them, or they wait behind such a one",
+                counted(work.parked, "event")
             ),
             "`aftercommit parked list` tells why; then `aftercommit parked release` or `discard`",
         ));
@@ -259,6 +266,7 @@ fn work(work: &Work, config: &DoctorConfig) -> Vec<Check> {
         checks.push(Check::ok("parked", "no event is parked"));
     }
     checks.extend(pruning(work.oldest_event, &work.backlog, config.retention));
+    checks.push(super::ids::judge(&work.sequence));
     checks
 }
 
@@ -279,9 +287,8 @@ fn relay(leader: Option<&Leader>, backlog: &Backlog, paused: bool) -> [Check; 2]
     let alive = leader.filter(|leader| leader.lease_left > 0.0);
     let events = backlog.events;
     let oldest = backlog.oldest_seconds.filter(|seconds| *seconds > LONG_BACKLOG);
-    let waiting = |seconds: f64| {
-        format!("{events} events wait to be published, the oldest for {}", span(Duration::from_secs_f64(seconds)))
-    };
+    let waiting =
+        |seconds: f64| format!("{} to publish, the oldest for {}", counted(events, "event"), span(time::span(seconds)));
     let relay = match (alive, leader) {
         (Some(leader), _) => {
             let state = leader.state.as_deref().unwrap_or("no report yet");
@@ -295,8 +302,14 @@ fn relay(leader: Option<&Leader>, backlog: &Backlog, paused: bool) -> [Check; 2]
             Check::warn("relay", last, "start aftercommit-relay (not needed for a subscriber's database)")
         }
     };
+    let state = alive.and_then(|leader| leader.state.as_deref()).filter(|state| !WORKS.contains(state));
+    let obstacle = state.zip(backlog.oldest_seconds.filter(|seconds| *seconds > FRESH)).filter(|_| !paused);
+    if let Some((state, seconds)) = obstacle {
+        let finding = format!("{}, and the relay says: {state}", waiting(seconds));
+        return [relay, Check::fail("backlog", finding, "mend what it says; after that it drains by itself")];
+    }
     let backlog = match oldest {
-        None => Check::ok("backlog", format!("{events} events wait to be published, none of them for a minute")),
+        None => Check::ok("backlog", format!("{} to publish, none of them for a minute", counted(events, "event"))),
         Some(seconds) if alive.is_none() => Check::fail(
             "backlog",
             format!("{}, and no relay leads", waiting(seconds)),
@@ -342,8 +355,10 @@ fn dead_letters(letters: &[(String, i64)]) -> Vec<Check> {
         .map(|(subscriber, count)| {
             Check::warn(
                 "dead letters",
-                format!("subscriber {subscriber} gave up on {count} events"),
-                format!("`select event_id, type, key, reason from aftercommit.dead_letter where subscriber = '{subscriber}'`"),
+                format!("subscriber {subscriber} gave up on {}", counted(*count, "event")),
+                format!(
+                    "`aftercommit dead list --subscriber {subscriber} --group` tells why, `dead retry` runs them again"
+                ),
             )
         })
         .collect()
@@ -353,6 +368,7 @@ fn dead_letters(letters: &[(String, i64)]) -> Vec<Check> {
 mod tests {
     use super::*;
     use crate::admin::doctor::Severity::{self, Fail, Ok as Fine, Warn};
+    use crate::postgres::sequence::Sequence;
 
     fn good() -> Server {
         Server {
@@ -377,9 +393,11 @@ mod tests {
             last_id: None,
             last_sequence: None,
             state: Some("idle".into()),
+            since: None,
         };
         let backlog = Backlog { events: 0, oldest_seconds: None };
-        Work { leader: Some(leader), backlog, paused: vec![], parked: 0, oldest_event: None }
+        let sequence = Sequence::of(1, 1, false, 7, 7);
+        Work { leader: Some(leader), backlog, paused: vec![], parked: 0, oldest_event: None, sequence }
     }
 
     fn judged(work: &Work) -> Vec<(&'static str, Severity)> {
@@ -425,9 +443,10 @@ mod tests {
 
     #[test]
     fn another_port_means_that_something_stands_in_between() {
-        assert_eq!(pooler(Some(5432), 5432), None);
-        assert_eq!(pooler(None, 5432), None, "over a socket");
-        assert_eq!(pooler(Some(5432), 6432).map(|check| check.status), Some(Warn));
+        assert_eq!(pooler(Some(5432), &[5432]), None);
+        assert_eq!(pooler(Some(5432), &[5431, 5432]), None, "the second of two servers");
+        assert_eq!(pooler(None, &[5432]), None, "over a socket");
+        assert_eq!(pooler(Some(5432), &[6432]).map(|check| check.status), Some(Warn));
     }
 
     #[test]

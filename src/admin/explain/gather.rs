@@ -10,10 +10,12 @@ use crate::config::PostgresConfig;
 use crate::error::Error;
 use crate::jetstream::search::{Found, Searcher, Wanted};
 use crate::jetstream::stream::{ConsumerPosition, Extent};
-use crate::postgres::explain::{self as facts, Aside, AtSubscriber, Written};
+use crate::postgres::explain::{self as facts, Aside, AtSubscriber, Repair, Written};
+use crate::postgres::failure::{self, Failure};
 use crate::postgres::relay_log::{self, State};
 use crate::postgres::session::Session;
 use crate::postgres::status::{self, AtWork, Leader};
+use crate::postgres::worker_status::{self, Heard};
 use crate::postgres::{self, audit, database_error, pause};
 use crate::{jetstream, relay};
 
@@ -37,6 +39,7 @@ pub(super) struct Evidence {
 pub(super) struct Outbox {
     pub(super) written: Option<Written>,
     pub(super) aside: Option<Aside>,
+    pub(super) repair: Option<Repair>,
     pub(super) log: State,
     pub(super) leader: Option<Leader>,
     pub(super) paused: bool,
@@ -49,6 +52,12 @@ pub(super) struct Database {
     pub(super) here: Vec<AtSubscriber>,
     pub(super) at_work: Vec<AtWork>,
     pub(super) audit: Vec<audit::Done>,
+    /// What the subscribers' instances said last.
+    pub(super) heard: Vec<Heard>,
+    /// The event's failed attempts that are on record.
+    pub(super) failures: Vec<Failure>,
+    /// What subscribers hold of the event themselves, when payloads are asked for.
+    pub(super) payloads: Vec<(String, Vec<u8>)>,
 }
 
 /// The stream.
@@ -71,7 +80,7 @@ pub(super) async fn gather(config: &ExplainConfig, event: Uuid) -> Evidence {
         }
     }
     for (n, database) in (1..).zip(&config.subscribers) {
-        match ask_database(database, event).await {
+        match ask_database(database, event, config.payload).await {
             Ok(found) => evidence.databases.push(found),
             Err(error) => evidence.unknown.push(format!("subscriber database {n}: {}", error.report())),
         }
@@ -94,7 +103,7 @@ async fn ask_publisher(config: &ExplainConfig, event: Uuid, evidence: &mut Evide
     if config.payload && evidence.outbox.is_some() {
         evidence.payload = facts::payload(&mut connection, event).await.ok().flatten();
     }
-    match database(&mut connection, event).await {
+    match self::database(&mut connection, event, config.payload).await {
         Ok(found) => evidence.databases.push(found),
         Err(error) => {
             let error = database_error("it cannot be read as a subscriber's", error);
@@ -113,6 +122,7 @@ async fn outbox(connection: &mut Session, stream: &str, event: Uuid) -> Result<O
     Ok(Outbox {
         written,
         aside: facts::aside(connection, event).await?,
+        repair: facts::repair(connection, event).await?,
         log: relay_log::newest(connection).await?,
         leader: status::leader(connection, relay::LEASE).await?,
         paused: pause::is_paused(connection, &[relay::LEASE]).await?,
@@ -120,17 +130,20 @@ async fn outbox(connection: &mut Session, stream: &str, event: Uuid) -> Result<O
     })
 }
 
-async fn ask_database(config: &PostgresConfig, event: Uuid) -> Result<Database, Error> {
+async fn ask_database(config: &PostgresConfig, event: Uuid, payload: bool) -> Result<Database, Error> {
     let mut connection = postgres::connect(config, "aftercommit-explain").await?;
-    database(&mut connection, event).await.map_err(|error| database_error("it cannot be read", error))
+    database(&mut connection, event, payload).await.map_err(|error| database_error("it cannot be read", error))
 }
 
-async fn database(connection: &mut Session, event: Uuid) -> Result<Database, sqlx::Error> {
+async fn database(connection: &mut Session, event: Uuid, payload: bool) -> Result<Database, sqlx::Error> {
     let wanted = audit::Wanted { event_id: Some(event), ..audit::Wanted::default() };
     Ok(Database {
         here: facts::at_subscribers(connection, event).await?,
         at_work: status::subscribers(connection).await?,
         audit: audit::list(connection, &wanted, ENTRIES).await?,
+        heard: worker_status::list(connection, None).await?,
+        failures: failure::of(connection, event).await?,
+        payloads: if payload { facts::held_payloads(connection, event).await? } else { Vec::new() },
     })
 }
 
@@ -169,13 +182,19 @@ async fn ask_nats(config: &ExplainConfig, event: Uuid, evidence: &mut Evidence) 
 /// Where databases say that the message is. An inbox does not say in which stream; the subscriber's consumer does.
 fn said(evidence: &Evidence, stream: &str, consumers: &[ConsumerPosition]) -> BTreeSet<u64> {
     let aside = evidence.outbox.iter().filter_map(|outbox| outbox.aside.as_ref()?.sequence);
+    let repaired = evidence.outbox.iter().filter_map(|outbox| outbox.repair.as_ref()?.sequence);
     let subscribers = evidence.databases.iter().flat_map(|database| &database.here);
     let subscribers = subscribers.filter_map(|here| {
         let letter = here.letter.as_ref().filter(|letter| letter.stream == stream).map(|letter| letter.stream_seq);
         let reads_here = consumers.iter().any(|consumer| consumer.name == here.subscriber);
         letter.or_else(|| here.done.as_ref().filter(|_| reads_here).map(|done| done.stream_seq))
     });
-    aside.chain(subscribers).filter_map(|sequence| u64::try_from(sequence).ok()).filter(|said| *said > 0).collect()
+    aside
+        .chain(repaired)
+        .chain(subscribers)
+        .filter_map(|sequence| u64::try_from(sequence).ok())
+        .filter(|said| *said > 0)
+        .collect()
 }
 
 /// What to look for in the stream; none when the event cannot be there yet.
@@ -192,7 +211,10 @@ fn wanted<'a>(evidence: &'a Evidence, event: Uuid, source: &'a str, extent: Exte
         || outbox.aside.is_some();
     let sequence = |bound: Option<i64>| bound.and_then(|bound| u64::try_from(bound).ok());
     let behind = sequence(outbox.bounds.0).unwrap_or(0);
-    let up_to = sequence(outbox.bounds.1).filter(|up_to| *up_to > behind && outbox.aside.is_none());
+    let up_to = sequence(outbox.bounds.1).filter(|up_to| {
+        // What was published out of order lies anywhere behind.
+        *up_to > behind && outbox.aside.is_none() && outbox.repair.is_none()
+    });
     may_be_there.then(|| Wanted {
         id: event,
         event_type: Some(&written.event_type),

@@ -1,11 +1,12 @@
 //! `aftercommit audit`.
 
 use clap::Args;
-use humantime::Duration;
 use uuid::Uuid;
 
 use super::as_json;
 use super::terminal::{plain, time};
+use super::time::when;
+use crate::admin::When;
 use crate::admin::audit::{self, AuditEntry, AuditFilter};
 use crate::cli::PostgresArgs;
 use crate::error::Error;
@@ -18,10 +19,10 @@ pub(super) struct Audit {
     /// Only what concerns this subscriber
     #[arg(long, value_name = "NAME")]
     subscriber: Option<String>,
-    /// Only the last so long, such as 1d
-    #[arg(long, value_name = "DURATION")]
-    since: Option<Duration>,
-    /// At most so many, the latest
+    /// Only since this time, or within the last so long, such as 2026-03-01T12:00:00Z or 1d
+    #[arg(long, value_name = "TIME", value_parser = when)]
+    since: Option<When>,
+    /// Maximum number to show, the latest
     #[arg(long, default_value_t = 100)]
     limit: i64,
     /// Print it as JSON
@@ -32,11 +33,8 @@ pub(super) struct Audit {
 }
 
 pub(super) async fn run(command: Audit) -> Result<String, Error> {
-    let filter = AuditFilter {
-        event: command.event.map(Into::into),
-        subscriber: command.subscriber,
-        since: command.since.map(Into::into),
-    };
+    let filter =
+        AuditFilter { event: command.event.map(Into::into), subscriber: command.subscriber, since: command.since };
     let entries = audit::list(&command.postgres.config()?, &filter, command.limit).await?;
     if command.json {
         return as_json(&entries);
@@ -52,9 +50,10 @@ fn line(entry: &AuditEntry) -> String {
     let subscriber = subscriber.as_deref().map(|name| format!("  subscriber {}", plain(name))).unwrap_or_default();
     let event = event_id.map(|id| format!("  event {id}")).unwrap_or_default();
     format!(
-        "{}  {} ({role})  {}{subscriber}{event}  {}\n",
+        "{}  {} ({})  {}{subscriber}{event}  {}\n",
         time(*at),
         plain(who),
+        plain(role),
         plain(action),
         plain(&detail.to_string())
     )

@@ -1,34 +1,37 @@
 //! `aftercommit dead`.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::selection::{LetterArgs, SelectionArgs};
+use super::bulk::{self, Act, Acted, Bulk, PREVIEW};
+use super::selection::{LetterArgs, SelectedLetters};
 use super::terminal::{cut, payload, payload_member, plain, table, time};
 use super::who::WhoArgs;
-use super::{as_json, header, standard_input};
+use super::{as_json, given_payload, header};
 use crate::admin::dead::{self, DeadLetter, Edit, Edited, Filter, Group, OpenedLetter};
 use crate::cli::PostgresArgs;
 use crate::config::PostgresConfig;
 use crate::error::{Error, ErrorKind};
 
-/// Rows that a dry run shows.
-const PREVIEW: i64 = 10;
-
 #[derive(Subcommand)]
 pub(super) enum Dead {
     /// Change the payload or the headers of one; the audit trail keeps what was
+    #[command(after_help = "Example:\n  aftercommit dead edit 17 --payload @corrected.json --retry")]
     Edit(Box<EditArgs>),
     /// Give some up for good; the audit trail keeps the events
-    Discard(Box<Bulk>),
+    #[command(after_help = "Example:\n  aftercommit dead discard 17 18")]
+    Discard(Box<Bulk<SelectedLetters>>),
     /// List them in the order in which they would run again
+    #[command(after_help = "Example:\n  aftercommit dead list --subscriber mails --group")]
     List(Box<List>),
     /// Send some back to their subscribers, to be run from what is stored here
-    Retry(Box<Bulk>),
+    #[command(after_help = "Example:\n  aftercommit dead retry --subscriber mails --error printer --dry-run")]
+    Retry(Box<Bulk<SelectedLetters>>),
     /// Print everything that is known of one
+    #[command(after_help = "Example:\n  aftercommit dead show 17")]
     Show(Show),
 }
 
@@ -36,7 +39,7 @@ pub(super) enum Dead {
 pub(super) struct List {
     #[command(flatten)]
     letters: LetterArgs,
-    /// At most so many
+    /// Maximum number to show
     #[arg(long, default_value_t = 100)]
     limit: i64,
     /// Count those with the same subscriber, type and reason
@@ -54,7 +57,7 @@ pub(super) struct Show {
     /// The letter's id
     id: i64,
     /// Print the payload too
-    #[arg(long)]
+    #[arg(long = "show-payload", alias = "payload")]
     payload: bool,
     /// Print it as JSON
     #[arg(long)]
@@ -64,28 +67,12 @@ pub(super) struct Show {
 }
 
 #[derive(Args)]
-pub(super) struct Bulk {
-    #[command(flatten)]
-    selection: SelectionArgs,
-    /// Only say what would be done
-    #[arg(long, conflicts_with = "yes")]
-    dry_run: bool,
-    /// Do it to all that the filter finds; not needed for letters that are named by id or event
-    #[arg(long)]
-    yes: bool,
-    #[command(flatten)]
-    who: WhoArgs,
-    #[command(flatten)]
-    postgres: PostgresArgs,
-}
-
-#[derive(Args)]
 pub(super) struct EditArgs {
     /// The letter's id
     id: i64,
-    /// A file with the new payload, or - for standard input
-    #[arg(long, value_name = "FILE")]
-    payload: Option<PathBuf>,
+    /// The new payload; @FILE reads it from a file, - from standard input
+    #[arg(long, value_name = "TEXT")]
+    payload: Option<String>,
     /// A header to add or to replace; may be given several times
     #[arg(long = "header", value_name = "NAME=VALUE", value_parser = header)]
     headers: Vec<(String, String)>,
@@ -95,20 +82,24 @@ pub(super) struct EditArgs {
     /// Send it back to its subscriber right away
     #[arg(long)]
     retry: bool,
+    /// Print it as JSON
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     who: WhoArgs,
     #[command(flatten)]
     postgres: PostgresArgs,
 }
 
-pub(super) async fn run(command: Dead) -> Result<String, Error> {
-    match command {
-        Dead::Edit(command) => edit(*command).await,
-        Dead::Discard(command) => bulk(*command, Action::Discard).await,
-        Dead::List(command) => list(*command).await,
-        Dead::Retry(command) => bulk(*command, Action::Retry).await,
-        Dead::Show(command) => show(command).await,
-    }
+pub(super) async fn run(command: Dead) -> Result<(String, ExitCode), Error> {
+    let text = match command {
+        Dead::Edit(command) => edit(*command).await?,
+        Dead::Discard(command) => return bulk::run(*command, Action::Discard).await,
+        Dead::List(command) => list(*command).await?,
+        Dead::Retry(command) => return bulk::run(*command, Action::Retry).await,
+        Dead::Show(command) => show(command).await?,
+    };
+    Ok((text, ExitCode::SUCCESS))
 }
 
 async fn list(command: List) -> Result<String, Error> {
@@ -176,7 +167,7 @@ async fn show(command: Show) -> Result<String, Error> {
 
 fn letter_text(opened: &OpenedLetter, with_payload: bool) -> String {
     let OpenedLetter { letter, headers, payload: bytes, audit } = opened;
-    let sequence = letter.sequence.map_or_else(String::new, |sequence| format!(", outbox id {sequence}"));
+    let sequence = letter.outbox_id.map_or_else(String::new, |id| format!(", outbox id {id}"));
     let mut lines = vec![
         ("letter", letter.id.to_string()),
         ("subscriber", plain(&letter.subscriber)),
@@ -195,7 +186,7 @@ fn letter_text(opened: &OpenedLetter, with_payload: bool) -> String {
         lines.push(("audit", format!("{}  {}  {}", time(entry.at), plain(&entry.who), plain(&entry.action))));
     }
     let size = format!("{} bytes, {}", letter.payload_bytes, plain(&letter.content_type));
-    lines.push(("payload", if with_payload { size } else { size + "; --payload prints it" }));
+    lines.push(("payload", if with_payload { size } else { size + "; --show-payload prints it" }));
     let mut text: String = lines.into_iter().map(|(name, value)| format!("{name:<11} {value}\n")).collect();
     if with_payload {
         text += &format!("\n{}\n", payload(bytes));
@@ -209,90 +200,53 @@ enum Action {
     Discard,
 }
 
-impl Action {
-    /// The command's name.
-    fn name(self) -> &'static str {
+impl Act for Action {
+    fn command(&self) -> &'static str {
         match self {
-            Self::Retry => "retry",
-            Self::Discard => "discard",
+            Self::Retry => "dead retry",
+            Self::Discard => "dead discard",
         }
     }
 
-    fn done(self) -> &'static str {
+    fn noun(&self) -> &'static str {
+        "dead letter"
+    }
+
+    fn done(&self) -> &'static str {
         match self {
             Self::Retry => "sent back",
             Self::Discard => "discarded",
         }
     }
 
-    async fn run(self, config: &PostgresConfig, who: &str, filter: &Filter) -> Result<Vec<i64>, Error> {
-        match self {
-            Self::Retry => dead::retry(config, who, filter).await,
-            Self::Discard => dead::discard(config, who, filter).await,
+    fn look(&self) -> &'static str {
+        "`aftercommit dead list`"
+    }
+
+    async fn count(&self, config: &PostgresConfig, filter: &Filter) -> Result<i64, Error> {
+        dead::count(config, filter).await
+    }
+
+    async fn preview(&self, config: &PostgresConfig, filter: &Filter) -> Result<String, Error> {
+        Ok(letter_table(&dead::list(config, filter, PREVIEW).await?))
+    }
+
+    async fn act(&self, config: &PostgresConfig, who: &str, filter: &Filter) -> Result<Acted, Error> {
+        let ids = match self {
+            Self::Retry => dead::retry(config, who, filter).await?,
+            Self::Discard => dead::discard(config, who, filter).await?,
+        };
+        let mut missing: Vec<String> = filter.ids.iter().filter(|id| !ids.contains(id)).map(i64::to_string).collect();
+        // An event may have a letter at each of several subscribers, so only none at all is certain.
+        if ids.is_empty() {
+            missing.extend(filter.events.iter().map(ToString::to_string));
         }
-    }
-}
-
-/// Retries or discards. Letters that are named go at once; what is only described goes with --yes, because what a
-/// filter finds is seldom known beforehand.
-async fn bulk(command: Bulk, action: Action) -> Result<String, Error> {
-    let (config, filter) = (command.postgres.config()?, command.selection.filter());
-    let said = command.selection.said();
-    if said.is_empty() {
-        return Err(Error::new(
-            ErrorKind::Config,
-            "no dead letter is meant: name letters (ids, --event), describe them (--subscriber, --type, --key, --error, \
-             --older-than, --newer-than), or say --all",
-        ));
-    }
-    if command.dry_run {
-        let letters = dead::count(&config, &filter).await?;
-        let shown = letter_table(&dead::list(&config, &filter, PREVIEW).await?);
-        let first = if letters > PREVIEW { format!(", the first {PREVIEW}") } else { String::new() };
-        return Ok(format!("{} would be {}{first}:\n{shown}", letters_of(letters), action.done()));
-    }
-    if !command.yes && !filter.names_letters() {
-        let (letters, name) = (letters_of(dead::count(&config, &filter).await?), action.name());
-        return Err(Error::new(
-            ErrorKind::Config,
-            format!(
-                "nothing was done: {letters} would be {}. See which with `aftercommit dead {name}{said} --dry-run`, then \
-                 run `aftercommit dead {name}{said} --yes`",
-                action.done()
-            ),
-        ));
-    }
-    let ids = action.run(&config, &command.who.name(), &filter).await?;
-    let missing: Vec<String> = filter.ids.iter().filter(|id| !ids.contains(id)).map(i64::to_string).collect();
-    if !missing.is_empty() || (ids.is_empty() && filter.names_letters()) {
-        let missing = if missing.is_empty() { "the event".into() } else { missing.join(", ") };
-        return Err(Error::new(
-            ErrorKind::NotReady,
-            format!(
-                "{} {}; no dead letter was found for {missing}: see `aftercommit dead list` and `aftercommit audit`",
-                letters_of(ids.len()),
-                action.done()
-            ),
-        ));
-    }
-    Ok(format!("{} {}\n", letters_of(ids.len()), action.done()))
-}
-
-fn letters_of(count: impl ToString) -> String {
-    match count.to_string().as_str() {
-        "1" => "1 dead letter".into(),
-        many => format!("{many} dead letters"),
+        Ok(Acted { count: ids.len(), missing, more: String::new(), members: vec![("letters", json!(ids))] })
     }
 }
 
 async fn edit(command: EditArgs) -> Result<String, Error> {
-    let payload = match &command.payload {
-        None => None,
-        Some(path) if path.as_os_str() == "-" => Some(standard_input()?),
-        Some(path) => Some(std::fs::read(path).map_err(|error| {
-            Error::with_source(ErrorKind::Config, format!("the file {} cannot be read", path.display()), error)
-        })?),
-    };
+    let payload = command.payload.as_deref().map(given_payload).transpose()?;
     let edit = Edit {
         payload,
         set_headers: command.headers.into_iter().collect::<BTreeMap<_, _>>(),
@@ -300,7 +254,7 @@ async fn edit(command: EditArgs) -> Result<String, Error> {
         retry: command.retry,
     };
     let edited = dead::edit(&command.postgres.config()?, &command.who.name(), command.id, &edit).await?;
-    Ok(edited_text(command.id, &edited))
+    if command.json { as_json(&edited) } else { Ok(edited_text(command.id, &edited)) }
 }
 
 fn edited_text(id: i64, edited: &Edited) -> String {

@@ -26,8 +26,8 @@ pub(super) struct Doctor {
     /// relay,outbox_reconciler; without it those of a relay must be there
     #[arg(long = "role", value_name = "ROLE", value_delimiter = ',', value_parser = role)]
     roles: Vec<Role>,
-    /// How many days events stay in the outbox
-    #[arg(long, env = "AFTERCOMMIT_RETENTION_DAYS", value_name = "DAYS", default_value_t = 7.0, value_parser = days)]
+    /// How long events stay in the outbox: a number of days, or a duration such as 12h
+    #[arg(long, env = "AFTERCOMMIT_RETENTION_DAYS", value_name = "DAYS", default_value = "7", value_parser = days)]
     retention_days: f64,
     #[command(flatten)]
     servers: Servers,

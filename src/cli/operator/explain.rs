@@ -20,7 +20,7 @@ pub(super) struct Explain {
     #[arg(long, env = "SUBSCRIBER_DATABASE_URL", hide_env_values = true, value_name = "URL", value_delimiter = ' ')]
     subscriber_database: Vec<String>,
     /// Print the payload too
-    #[arg(long)]
+    #[arg(long = "show-payload", alias = "payload")]
     payload: bool,
     /// Print it as JSON
     #[arg(long)]
@@ -48,11 +48,18 @@ pub(super) async fn run(command: Explain) -> Result<String, Error> {
         let (name, value) = payload_member(bytes);
         members.insert(name.into(), value.into());
     }
+    for (subscriber, bytes) in &explanation.edited {
+        if let Some(Value::Object(members)) = json.pointer_mut(&format!("/subscribers/{subscriber}")) {
+            let (name, value) = payload_member(bytes);
+            members.insert(name.into(), value.into());
+        }
+    }
     as_json(&json)
 }
 
 fn text(explanation: &Explanation) -> String {
-    let Explanation { event_id, event, outbox, message, subscribers, moments, unknown, payload: bytes } = explanation;
+    let Explanation { event_id, event, outbox, message, subscribers, moments, unknown, payload: bytes, edited } =
+        explanation;
     let mut text = format!("event      {event_id}\n");
     if let Some(event) = event {
         let key = event.key.as_deref().map_or_else(|| "without key".into(), |key| format!("key {}", plain(key)));
@@ -76,9 +83,9 @@ fn text(explanation: &Explanation) -> String {
     standings.extend(message.as_ref().map(|message| {
         let there = if message.present { "still there" } else { "no longer there" };
         let id = message.message_id.as_ref().map(|id| format!(", message id {id}")).unwrap_or_default();
-        ("stream", format!("message {} of {}, {there}{id}", message.sequence, message.stream))
+        ("stream", format!("message {} of {}, {there}{id}", message.stream_sequence, plain(&message.stream)))
     }));
-    let subscriber = |(name, Standing { state, text }): (&'_ String, &Standing)| match state == text {
+    let subscriber = |(name, Standing { state, text, .. }): (&'_ String, &Standing)| match state == text {
         true => (name.clone(), text.clone()),
         false => (name.clone(), format!("{state}: {text}")),
     };
@@ -94,6 +101,9 @@ fn text(explanation: &Explanation) -> String {
     }
     if let Some(bytes) = bytes {
         text += &format!("\npayload\n{}\n", payload(bytes));
+    }
+    for (subscriber, bytes) in edited {
+        text += &format!("\npayload at {}, as an operator edited it\n{}\n", plain(subscriber), payload(bytes));
     }
     text
 }

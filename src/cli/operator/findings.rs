@@ -19,7 +19,7 @@ pub(super) struct Findings {
     /// Those that are settled, too
     #[arg(long)]
     all: bool,
-    /// At most so many, the latest
+    /// Maximum number to show, the latest
     #[arg(long, default_value_t = 100)]
     limit: i64,
     /// Print it as JSON
@@ -34,7 +34,7 @@ pub(super) struct Runs {
     /// Only those of this reconciler
     #[arg(long, value_name = "NAME")]
     reconciler: Option<String>,
-    /// At most so many, the latest
+    /// Maximum number to show, the latest
     #[arg(long, default_value_t = 20)]
     limit: i64,
     /// Print it as JSON

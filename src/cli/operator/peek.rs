@@ -5,7 +5,7 @@ use clap::builder::NonEmptyStringValueParser;
 use serde_json::Value;
 
 use super::as_json;
-use super::terminal::{cut, payload, payload_member, plain, table, time};
+use super::terminal::{counted, cut, payload, payload_member, plain, table, time};
 use crate::admin::peek::{self, Waiting};
 use crate::cli::servers::Servers;
 use crate::error::{Error, ErrorKind};
@@ -15,11 +15,11 @@ pub(super) struct Peek {
     /// The subscriber
     #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     subscriber: String,
-    /// At most so many messages
+    /// Maximum number of messages to show
     #[arg(short = 'n', long, default_value_t = 10)]
     limit: usize,
     /// Print the payloads too
-    #[arg(long)]
+    #[arg(long = "show-payload", alias = "payload")]
     payload: bool,
     /// Print it as JSON
     #[arg(long)]
@@ -51,8 +51,8 @@ fn json(peek: &peek::Peek, with_payload: bool) -> Result<String, Error> {
 }
 
 fn text(peek: &peek::Peek, with_payload: bool) -> String {
-    let mut text =
-        format!("{} messages not delivered yet, {} delivered and not acknowledged", peek.pending, peek.in_flight);
+    let (pending, in_flight) = (counted(i128::from(peek.pending), "message"), peek.in_flight);
+    let mut text = format!("{pending} not delivered yet, {in_flight} delivered and not acknowledged");
     if peek.paused == Some(true) {
         text += ", paused";
     }
@@ -60,30 +60,29 @@ fn text(peek: &peek::Peek, with_payload: bool) -> String {
         text += &format!(", {events} sent back by operators");
     }
     text += "\n";
+    text.extend(peek.obstacle.iter().map(|obstacle| format!("nothing gets on: {}\n", cut(obstacle, 300))));
     if peek.messages.is_empty() {
         text += "nothing waits in the stream\n";
     } else {
         let rows: Vec<_> = peek.messages.iter().map(row).collect();
-        text += &table(&["sequence", "stored", "event", "type", "key", "state", ""], &rows);
+        text += &table(&["stream sequence", "stored", "event", "type", "key", "state", "why"], &rows);
     }
     for message in peek.messages.iter().filter(|_| with_payload) {
-        text += &format!("\n{}\n{}\n", message.sequence, payload(&message.payload));
+        text += &format!("\n{}\n{}\n", message.stream_sequence, payload(&message.payload));
     }
     text.extend(peek.unknown.iter().map(|unknown| format!("not known: {}\n", plain(unknown))));
     text
 }
 
 fn row(message: &Waiting) -> Vec<String> {
-    let attempts = message.attempts.map(|attempts| format!("{attempts} attempts failed: "));
-    let error = message.last_error.as_deref().map(|error| cut(error, 100));
     let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".into());
     vec![
-        message.sequence.to_string(),
+        message.stream_sequence.to_string(),
         time(message.stored_at),
         or_none(message.event_id.map(|id| id.to_string())),
         or_none(message.event_type.as_deref().map(plain)),
         or_none(message.key.as_deref().map(|key| cut(key, 40))),
         message.state.into(),
-        attempts.unwrap_or_default() + &error.unwrap_or_default(),
+        message.why.as_deref().map(|why| cut(why, 300)).unwrap_or_default(),
     ]
 }

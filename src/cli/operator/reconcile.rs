@@ -8,6 +8,8 @@ use serde_json::json;
 
 use super::as_json;
 use super::subscribers::SubscriberArgs;
+use super::who::WhoArgs;
+use crate::admin::audit;
 use crate::cli::http::{self, HttpArgs};
 use crate::cli::reconciling::is_well;
 use crate::cli::relay::Writers;
@@ -16,6 +18,7 @@ use crate::cli::servers::Servers;
 use crate::error::Error;
 use crate::reconciler::{ConsumerLeg, InboxLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
 use crate::relay;
+use crate::text::plain;
 
 /// What the relay was given too has the same names here, so that one environment serves both.
 #[derive(Args)]
@@ -29,9 +32,11 @@ pub(super) struct Reconcile {
     /// Look at everything, not only at what is new
     #[arg(long)]
     full: bool,
-    /// Go on until a signal and compare so often, unless another process has done it; everything once a day
+    /// Go on until a signal and compare at this interval, unless another process has done it; everything once a day
     #[arg(long, value_name = "DURATION", conflicts_with_all = ["full", "json"], value_parser = humantime::parse_duration)]
     every: Option<Duration>,
+    #[command(flatten)]
+    who: WhoArgs,
     #[command(flatten)]
     subscribers: SubscriberArgs,
     /// Print it as JSON
@@ -132,7 +137,11 @@ pub(super) async fn run(command: Reconcile) -> Result<(String, ExitCode), Error>
     let (runner, names) = command.runner().await?;
     let mut summaries = Vec::new();
     for name in names {
-        summaries.push(runner.run_now(&name, scope.clone(), command.mode()).await?);
+        let summary = runner.run_now(&name, scope.clone(), command.mode()).await?;
+        if summary.repaired > 0 {
+            record(&command, &summary).await?;
+        }
+        summaries.push(summary);
     }
     let well = summaries.iter().all(is_well);
     let text = match command.json {
@@ -140,6 +149,16 @@ pub(super) async fn run(command: Reconcile) -> Result<(String, ExitCode), Error>
         true => as_json(&summaries.iter().map(object).collect::<Vec<_>>())?,
     };
     Ok((text, if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }))
+}
+
+/// What was repaired stays repaired, so an audit trail that cannot be written is said and is no failure.
+async fn record(command: &Reconcile, summary: &Summary) -> Result<(), Error> {
+    let (postgres, _, _) = command.servers.config()?;
+    let written = audit::reconciled(&postgres, &command.who.name(), &summary.reconciler, summary.repaired).await;
+    if let Err(error) = written {
+        eprintln!("aftercommit: the audit trail has no entry of this: {}", plain(&error.report()));
+    }
+    Ok(())
 }
 
 fn object(summary: &Summary) -> serde_json::Value {

@@ -1,26 +1,36 @@
-//! `aftercommit relay`.
+//! `aftercommit relay`: pause and resume.
 
 use clap::Subcommand;
+use serde_json::json;
 
+use super::as_json;
 use super::who::WhoArgs;
-use crate::admin;
+use crate::admin::{self, Pausing};
 use crate::cli::PostgresArgs;
 use crate::error::Error;
 
 #[derive(Subcommand)]
 pub(super) enum Relay {
     /// Stop publishing until told to resume; the backlog waits in the outbox
+    #[command(after_help = "Example:\n  aftercommit relay pause --reason \"the stream is moved\"")]
     Pause {
-        /// Why, for the next one who looks
-        #[arg(long)]
+        /// Why, for the next one who looks; of a relay that is paused already, the new reason
+        #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
+        /// Print it as JSON
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         who: WhoArgs,
         #[command(flatten)]
         postgres: PostgresArgs,
     },
     /// Publish again
+    #[command(after_help = "Example:\n  aftercommit relay resume")]
     Resume {
+        /// Print it as JSON
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         who: WhoArgs,
         #[command(flatten)]
@@ -29,16 +39,30 @@ pub(super) enum Relay {
 }
 
 pub(super) async fn run(command: Relay) -> Result<String, Error> {
-    Ok(match command {
-        Relay::Pause { reason, who, postgres } => {
-            match admin::relay::pause(&postgres.config()?, &who.name(), reason.as_deref()).await? {
-                true => "paused; `aftercommit relay resume` goes on\n".into(),
-                false => "it was paused already\n".into(),
-            }
+    match command {
+        Relay::Pause { reason, json, who, postgres } => {
+            let pausing = admin::relay::pause(&postgres.config()?, &who.name(), reason.as_deref()).await?;
+            tell_paused(pausing, "aftercommit relay resume", json)
         }
-        Relay::Resume { who, postgres } => match admin::relay::resume(&postgres.config()?, &who.name()).await? {
-            true => "resumed\n".into(),
-            false => "it was not paused\n".into(),
-        },
-    })
+        Relay::Resume { json, who, postgres } => {
+            let resumed = admin::relay::resume(&postgres.config()?, &who.name()).await?;
+            if json {
+                return as_json(&json!({ "changed": resumed }));
+            }
+            Ok(if resumed { "resumed\n" } else { "it was not paused\n" }.into())
+        }
+    }
+}
+
+/// What a pause did, and how to end it.
+pub(super) fn tell_paused(pausing: Pausing, resume: &str, json: bool) -> Result<String, Error> {
+    let (result, text) = match pausing {
+        Pausing::Paused => ("paused", format!("paused; `{resume}` goes on\n")),
+        Pausing::ReasonChanged => ("reason_changed", "it was paused already; the reason was changed\n".into()),
+        Pausing::Unchanged => ("unchanged", "it was paused already\n".into()),
+    };
+    if json {
+        return as_json(&json!({ "result": result, "changed": pausing != Pausing::Unchanged }));
+    }
+    Ok(text)
 }

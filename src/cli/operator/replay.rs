@@ -1,14 +1,19 @@
 //! `aftercommit replay`.
 
-use chrono::{DateTime, Utc};
+use std::process::ExitCode;
+
+use chrono::Utc;
 use clap::Args;
 use clap::builder::NonEmptyStringValueParser;
 use uuid::Uuid;
 
 use super::as_json;
 use super::subscribers::SubscriberArgs;
-use super::terminal::{cut, plain, table, time};
+use super::terminal::{counted, cut, plain, table, time};
+use super::time::when;
 use super::who::WhoArgs;
+use crate::EventId;
+use crate::admin::When;
 use crate::admin::replay::{Filter, Found, Replayed, replay};
 use crate::cli::servers::{OutboxArgs, Servers};
 use crate::error::{Error, ErrorKind};
@@ -17,8 +22,11 @@ use crate::error::{Error, ErrorKind};
 pub(super) struct Replay {
     #[command(flatten)]
     subscribers: SubscriberArgs,
-    /// Events by id; separated by commas
-    #[arg(long, value_name = "EVENT_ID", value_delimiter = ',')]
+    /// Events by their ids
+    #[arg(value_name = "EVENT_ID")]
+    events: Vec<Uuid>,
+    /// The same, separated by commas
+    #[arg(long, value_name = "EVENT_ID", value_delimiter = ',', hide = true)]
     ids: Vec<Uuid>,
     /// Only events of this type
     #[arg(long = "type", value_name = "TYPE", value_parser = NonEmptyStringValueParser::new())]
@@ -26,12 +34,12 @@ pub(super) struct Replay {
     /// Only events with this key
     #[arg(long, value_name = "KEY", value_parser = NonEmptyStringValueParser::new())]
     key: Option<String>,
-    /// Only events written at this time or later, such as 2026-03-01T00:00:00Z
-    #[arg(long, value_name = "TIME")]
-    since: Option<DateTime<Utc>>,
-    /// Only events written before this time
-    #[arg(long, value_name = "TIME")]
-    until: Option<DateTime<Utc>>,
+    /// Only events written since this time, or within the last so long, such as 2026-03-01T00:00:00Z or 2h
+    #[arg(long, value_name = "TIME", value_parser = when)]
+    since: Option<When>,
+    /// Only events written before this time, or longer ago than that
+    #[arg(long, value_name = "TIME", value_parser = when)]
+    until: Option<When>,
     /// Run also those once more that the subscriber has handled
     #[arg(long)]
     again: bool,
@@ -55,7 +63,10 @@ pub(super) struct Replay {
     servers: Servers,
 }
 
-pub(super) async fn run(command: Replay) -> Result<String, Error> {
+pub(super) async fn run(command: Replay) -> Result<(String, ExitCode), Error> {
+    let now = Utc::now();
+    let ids: Vec<EventId> = command.events.iter().chain(&command.ids).map(|id| (*id).into()).collect();
+    let named = !ids.is_empty();
     let (postgres, nats, naming) = command.servers.config()?;
     let subscriptions = command.subscribers.subscriptions(&nats, &naming).await?;
     let [subscription] = subscriptions.as_slice() else {
@@ -63,11 +74,11 @@ pub(super) async fn run(command: Replay) -> Result<String, Error> {
     };
     let wanted = crate::admin::replay::Replay {
         filter: Filter {
-            ids: command.ids.iter().map(|id| (*id).into()).collect(),
+            ids,
             event_type: command.event_type.clone(),
             key: command.key.clone(),
-            since: command.since,
-            until: command.until,
+            since: command.since.map(|when| when.resolve(now)),
+            until: command.until.map(|when| when.resolve(now)),
         },
         again: command.again,
         outbox: command.outbox.config(postgres.pooled)?.map(|outbox| (outbox, naming.clone())),
@@ -75,26 +86,44 @@ pub(super) async fn run(command: Replay) -> Result<String, Error> {
         dry_run: command.dry_run,
     };
     let who = command.who.name();
-    if !command.dry_run && !command.yes && command.ids.is_empty() {
+    if !command.dry_run && !command.yes && !named {
         let look = crate::admin::replay::Replay { dry_run: true, ..wanted.clone() };
-        let events = events_of(replay(&postgres, &nats, subscription, &who, &look).await?.events);
+        let events = counted(replay(&postgres, &nats, subscription, &who, &look).await?.events, "event");
         let problem = format!(
             "nothing was done: {events} would be sent to {}. See which with --dry-run, then say --yes",
-            subscription.name()
+            plain(subscription.name())
         );
         return Err(Error::new(ErrorKind::Config, problem));
     }
     let replayed = replay(&postgres, &nats, subscription, &who, &wanted).await?;
-    match command.json {
-        true => as_json(&replayed),
-        false => Ok(text(&replayed, subscription.name(), command.dry_run)),
+    let exit = if replayed.unknown.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    if command.json {
+        return Ok((as_json(&replayed)?, exit));
     }
+    let text = text(&replayed, subscription.name(), command.dry_run);
+    if replayed.unknown.is_empty() {
+        return Ok((text, exit));
+    }
+    let unknown: Vec<String> = replayed.unknown.iter().map(ToString::to_string).collect();
+    let problem = format!(
+        "{}; not found: {}. Neither stream nor outbox has them, or the consumer has not come to them yet: see \
+         `aftercommit explain`",
+        text.trim_end(),
+        unknown.join(", ")
+    );
+    Err(Error::new(ErrorKind::NotReady, problem))
 }
 
 fn text(replayed: &Replayed, subscriber: &str, dry_run: bool) -> String {
-    let events = events_of(replayed.events);
+    let events = counted(replayed.events, "event");
+    let left_out = match replayed.left_out.len() {
+        0 => String::new(),
+        left_out => {
+            format!("; {left_out} left out, because the subscriber is done with them or has them already (--again)")
+        }
+    };
     if !dry_run {
-        return format!("{events} sent to {}\n", plain(subscriber));
+        return format!("{events} sent to {}{left_out}\n", plain(subscriber));
     }
     let row = |found: &Found| {
         vec![
@@ -109,9 +138,5 @@ fn text(replayed: &Replayed, subscriber: &str, dry_run: bool) -> String {
     let first = if replayed.events > rows.len() as u64 { format!(", the first {}", rows.len()) } else { String::new() };
     let shown =
         if rows.is_empty() { String::new() } else { table(&["event", "written", "type", "key", "from"], &rows) };
-    format!("{events} would be sent to {}{first}:\n{shown}", plain(subscriber))
-}
-
-fn events_of(count: u64) -> String {
-    if count == 1 { "1 event".into() } else { format!("{count} events") }
+    format!("{events} would be sent to {}{first}{left_out}:\n{shown}", plain(subscriber))
 }

@@ -1,24 +1,16 @@
-//! Which dead letters a command is about.
+//! Which dead letters or parked events a command is about.
 
 use clap::Args;
 use clap::builder::NonEmptyStringValueParser;
-use humantime::{Duration, format_duration};
 use uuid::Uuid;
 
-use crate::admin::dead::Filter;
+use super::time::{said, when};
+use crate::admin::{Filter, When};
 
-/// What letters can be found by.
+/// What they can be found by.
 #[derive(Args)]
-pub(super) struct LetterArgs {
-    /// Letters by id
-    #[arg(value_name = "ID")]
-    ids: Vec<i64>,
-    /// The letters of this event; may be given several times
-    #[arg(long = "event", value_name = "EVENT_ID")]
-    events: Vec<Uuid>,
-    /// Only this subscriber's
-    #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
-    subscriber: Option<String>,
+#[command(next_help_heading = "Which")]
+pub(super) struct DescribedArgs {
     /// Only those of events of this type
     #[arg(long = "type", value_name = "TYPE", value_parser = NonEmptyStringValueParser::new())]
     event_type: Option<String>,
@@ -28,75 +20,154 @@ pub(super) struct LetterArgs {
     /// Only those whose reason contains this text
     #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
     error: Option<String>,
-    /// Only those that have been dead letters for at least so long, such as 1h
-    #[arg(long, value_name = "DURATION")]
-    older_than: Option<Duration>,
-    /// Only those that became dead letters within the last so long, such as 1h
-    #[arg(long, value_name = "DURATION")]
-    newer_than: Option<Duration>,
+    /// Only those given up or parked at least so long ago, or before this time, such as 1h or 2026-03-01T12:00:00Z
+    #[arg(long, value_name = "TIME", value_parser = when)]
+    older_than: Option<When>,
+    /// Only those given up or parked within the last so long, or since this time
+    #[arg(long, value_name = "TIME", value_parser = when)]
+    newer_than: Option<When>,
 }
 
-impl LetterArgs {
-    pub(super) fn filter(&self) -> Filter {
+impl DescribedArgs {
+    fn filter(&self) -> Filter {
         Filter {
-            ids: self.ids.clone(),
-            events: self.events.iter().map(|id| (*id).into()).collect(),
-            subscriber: self.subscriber.clone(),
             event_type: self.event_type.clone(),
             key: self.key.clone(),
             error: self.error.clone(),
-            older_than: self.older_than.map(Into::into),
-            newer_than: self.newer_than.map(Into::into),
-            all: false,
+            older_than: self.older_than,
+            newer_than: self.newer_than,
+            ..Filter::default()
         }
     }
 
     /// The same as arguments for a shell, each behind a space.
     fn said(&self) -> String {
-        let mut said: String = self.ids.iter().map(|id| format!(" {id}")).collect();
-        said.extend(self.events.iter().map(|id| format!(" --event {id}")));
-        let texts = [
-            ("--subscriber", &self.subscriber),
-            ("--type", &self.event_type),
-            ("--key", &self.key),
-            ("--error", &self.error),
-        ];
-        for (flag, text) in texts {
-            said.extend(text.iter().map(|text| format!(" {flag} {}", quoted(text))));
-        }
-        for (flag, age) in [("--older-than", self.older_than), ("--newer-than", self.newer_than)] {
-            said.extend(age.map(|age| format!(" {flag} {}", quoted(&format_duration(age.into()).to_string()))));
-        }
-        said
+        let texts = [("--type", &self.event_type), ("--key", &self.key), ("--error", &self.error)];
+        let texts = texts.into_iter().filter_map(|(flag, text)| Some((flag, text.clone()?)));
+        let times = [("--older-than", self.older_than), ("--newer-than", self.newer_than)];
+        let times = times.into_iter().filter_map(|(flag, time)| Some((flag, said(time?))));
+        texts.chain(times).map(|(flag, text)| format!(" {flag} {}", quoted(&text))).collect()
     }
 }
 
-/// The same for what changes something: all of them must be said.
+/// A letter's number, or the id of its event.
+#[derive(Debug, Clone, Copy)]
+enum LetterId {
+    Letter(i64),
+    Event(Uuid),
+}
+
+fn letter_id(text: &str) -> Result<LetterId, String> {
+    let letter = text.parse().map(LetterId::Letter);
+    letter
+        .or_else(|_| text.parse().map(LetterId::Event))
+        .map_err(|_| "it is neither a letter's number nor an event's id".into())
+}
+
+/// Dead letters.
 #[derive(Args)]
-pub(super) struct SelectionArgs {
+pub(super) struct LetterArgs {
+    /// Dead letters by their numbers, or by the ids of their events
+    #[arg(value_name = "ID", value_parser = letter_id)]
+    ids: Vec<LetterId>,
+    /// The same as the id of an event without it
+    #[arg(long = "event", value_name = "EVENT_ID", hide = true)]
+    events: Vec<Uuid>,
+    /// Only this subscriber's
+    #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new(), help_heading = "Which")]
+    subscriber: Option<String>,
+    #[command(flatten)]
+    described: DescribedArgs,
+}
+
+impl LetterArgs {
+    pub(super) fn filter(&self) -> Filter {
+        let mut filter = Filter { subscriber: self.subscriber.clone(), ..self.described.filter() };
+        for id in &self.ids {
+            match id {
+                LetterId::Letter(id) => filter.ids.push(*id),
+                LetterId::Event(id) => filter.events.push((*id).into()),
+            }
+        }
+        filter.events.extend(self.events.iter().map(|id| crate::EventId::from(*id)));
+        filter
+    }
+
+    fn said(&self) -> String {
+        let mut said = String::new();
+        for id in &self.ids {
+            said += &match id {
+                LetterId::Letter(id) => format!(" {id}"),
+                LetterId::Event(id) => format!(" {id}"),
+            };
+        }
+        said.extend(self.events.iter().map(|id| format!(" {id}")));
+        said.extend(self.subscriber.iter().map(|name| format!(" --subscriber {}", quoted(name))));
+        said + &self.described.said()
+    }
+}
+
+/// Dead letters, for what changes something: all of them must be said.
+#[derive(Args)]
+pub(super) struct SelectedLetters {
     #[command(flatten)]
     letters: LetterArgs,
     /// All dead letters in the database
-    #[arg(long, conflicts_with_all =
+    #[arg(long, help_heading = "Which", conflicts_with_all =
         ["ids", "events", "subscriber", "event_type", "key", "error", "older_than", "newer_than"])]
     all: bool,
 }
 
-impl SelectionArgs {
-    pub(super) fn filter(&self) -> Filter {
+/// Parked events.
+#[derive(Args)]
+pub(super) struct SelectedParked {
+    /// Parked events by their ids
+    #[arg(value_name = "EVENT_ID")]
+    events: Vec<Uuid>,
+    #[command(flatten)]
+    described: DescribedArgs,
+    /// All parked events
+    #[arg(long, help_heading = "Which", conflicts_with_all =
+        ["events", "event_type", "key", "error", "older_than", "newer_than"])]
+    all: bool,
+}
+
+/// What a command that changes something is about.
+pub(super) trait Selected {
+    fn filter(&self) -> Filter;
+
+    /// As arguments for a shell, each behind a space; empty when nothing is said.
+    fn said(&self) -> String;
+}
+
+impl Selected for SelectedLetters {
+    fn filter(&self) -> Filter {
         Filter { all: self.all, ..self.letters.filter() }
     }
 
-    /// As arguments for a shell, each behind a space; empty when nothing is said.
-    pub(super) fn said(&self) -> String {
+    fn said(&self) -> String {
         if self.all { " --all".into() } else { self.letters.said() }
     }
 }
 
+impl Selected for SelectedParked {
+    fn filter(&self) -> Filter {
+        let events = self.events.iter().map(|id| (*id).into()).collect();
+        Filter { events, all: self.all, ..self.described.filter() }
+    }
+
+    fn said(&self) -> String {
+        if self.all {
+            return " --all".into();
+        }
+        self.events.iter().map(|id| format!(" {id}")).collect::<String>() + &self.described.said()
+    }
+}
+
 /// A word for a shell.
-fn quoted(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@,+=".contains(c);
-    if text.chars().all(plain) { text.into() } else { format!("'{}'", text.replace('\'', r"'\''")) }
+    if !text.is_empty() && text.chars().all(plain) { text.into() } else { format!("'{}'", text.replace('\'', r"'\''")) }
 }
 
 #[cfg(test)]
@@ -105,21 +176,40 @@ mod tests {
 
     use super::*;
 
+    const EVENT: &str = "01a1fc42-0bc3-7cc0-af42-b56e125f1d94";
+
     #[derive(Parser)]
-    struct Line {
+    struct Letters {
         #[command(flatten)]
-        selection: SelectionArgs,
+        selection: SelectedLetters,
+    }
+
+    #[derive(Parser)]
+    struct Parked {
+        #[command(flatten)]
+        selection: SelectedParked,
     }
 
     #[test]
     fn what_is_said_says_the_same_again() {
-        let event = "01a1fc42-0bc3-7cc0-af42-b56e125f1d94";
-        let line =
-            ["test", "17", "18", "--event", event, "--error", "it's $HOME", "--older-than", "90m", "--key", "a-1"];
-        let line = Line::try_parse_from(line).unwrap_or_else(|error| panic!("{error}"));
+        let line = ["test", "17", EVENT, "--error", "it's $HOME", "--older-than", "90m", "--key", "a-1"];
+        let line = Letters::try_parse_from(line).unwrap_or_else(|error| panic!("{error}"));
         let said = line.selection.said();
-        assert_eq!(said, format!(" 17 18 --event {event} --key a-1 --error 'it'\\''s $HOME' --older-than '1h 30m'"));
-        assert!(Line::try_parse_from(["test", "--all", "--key", "a"]).is_err());
-        assert!(Line::try_parse_from(["test", "--error", ""]).is_err());
+        assert_eq!(said, format!(" 17 {EVENT} --key a-1 --error 'it'\\''s $HOME' --older-than '1h 30m'"));
+        let filter = line.selection.filter();
+        assert_eq!((filter.ids, filter.events.len()), (vec![17], 1));
+        let line = ["test", EVENT, "--error", "max_payload of 4096", "--newer-than", "2026-03-01"];
+        let line = Parked::try_parse_from(line).unwrap_or_else(|error| panic!("{error}"));
+        let said = line.selection.said();
+        assert_eq!(said, format!(" {EVENT} --error 'max_payload of 4096' --newer-than 2026-03-01T00:00:00Z"));
+    }
+
+    #[test]
+    fn all_is_said_alone_and_nothing_is_no_text() {
+        assert!(Letters::try_parse_from(["test", "--all", "--key", "a"]).is_err());
+        assert!(Letters::try_parse_from(["test", "--error", ""]).is_err());
+        assert!(Letters::try_parse_from(["test", "seventeen"]).is_err());
+        assert!(Parked::try_parse_from(["test", "--all", "--key", "a"]).is_err());
+        assert!(Parked::try_parse_from(["test", "17"]).is_err(), "a parked event has no number");
     }
 }

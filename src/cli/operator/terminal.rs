@@ -4,20 +4,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use chrono::{DateTime, Utc};
 
-/// A text of somebody else on one line, without what a terminal would obey.
-pub(super) fn plain(text: &str) -> String {
-    let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
-    text.chars().map(shown).collect()
-}
-
-/// The same, cut after so many characters.
-pub(super) fn cut(text: &str, length: usize) -> String {
-    let text = plain(text);
-    match text.char_indices().nth(length) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
-    }
-}
+use crate::text::is_harmless;
+pub(super) use crate::text::{counted, cut, plain};
 
 /// A payload: text as it is, the rest in Base64.
 pub(super) fn payload(bytes: &[u8]) -> String {
@@ -36,7 +24,7 @@ pub(super) fn payload_member(bytes: &[u8]) -> (&'static str, String) {
 }
 
 fn text(bytes: &[u8]) -> Option<&str> {
-    let harmless = |c: char| !c.is_control() || matches!(c, '\n' | '\t' | '\r');
+    let harmless = |c: char| is_harmless(c) || matches!(c, '\n' | '\t' | '\r');
     std::str::from_utf8(bytes).ok().filter(|text| text.chars().all(harmless))
 }
 
@@ -66,7 +54,6 @@ mod tests {
 
     #[test]
     fn nothing_reaches_the_terminal_that_it_would_obey() {
-        assert_eq!(plain("a\nb\u{1b}[31mc"), "a\\nb\\u{1b}[31mc");
         assert_eq!(payload(b"\x1b]0;gotcha\x07"), "(Base64) G10wO2dvdGNoYQc=");
         assert_eq!(payload(b"{\n}"), "{\n}");
         assert_eq!(payload_member(&[0xff]), ("payload_base64", "/w==".into()));
@@ -76,7 +63,5 @@ mod tests {
     fn a_table_has_columns() {
         let rows = [vec!["1".into(), "é".into(), "x".into()], vec!["22".into(), "ab".into(), "long".into()]];
         assert_eq!(table(&["id", "k", "reason"], &rows), "id  k   reason\n1   é   x\n22  ab  long\n");
-        assert_eq!(cut("abc", 2), "ab…");
-        assert_eq!(cut("ab", 2), "ab");
     }
 }

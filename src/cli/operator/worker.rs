@@ -2,29 +2,45 @@
 
 use clap::{Args, Subcommand};
 
+use super::as_json;
+use super::relay::tell_paused;
+use super::terminal::plain;
 use super::who::WhoArgs;
-use crate::admin::worker::{self, Paused, Resumed, Which};
+use crate::admin::worker::{self, Resumed, Which};
 use crate::cli::PostgresArgs;
 use crate::error::Error;
 
 #[derive(Subcommand)]
 pub(super) enum Worker {
     /// Stop handling events until told to resume; running handlers finish, the rest waits in the stream
+    #[command(
+        after_help = "Example:\n  aftercommit worker pause --subscriber mails --reason \"the mail server moves\""
+    )]
     Pause {
         #[command(flatten)]
         whom: Whom,
-        /// Why, for the next one who looks
-        #[arg(long)]
+        /// Pause the subscriber although no worker has served it in this database yet
+        #[arg(long, requires = "subscriber")]
+        ahead: bool,
+        /// Why, for the next one who looks; of what is paused already, the new reason
+        #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
+        /// Print it as JSON
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         who: WhoArgs,
         #[command(flatten)]
         postgres: PostgresArgs,
     },
     /// Handle events again, from where it stopped
+    #[command(after_help = "Example:\n  aftercommit worker resume --subscriber mails")]
     Resume {
         #[command(flatten)]
         whom: Whom,
+        /// Print it as JSON
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         who: WhoArgs,
         #[command(flatten)]
@@ -44,47 +60,43 @@ pub(super) struct Whom {
 }
 
 impl Whom {
-    fn which(&self) -> Which<'_> {
-        self.subscriber.as_deref().map_or(Which::All, Which::Subscriber)
+    fn which(&self, ahead: bool) -> Which<'_> {
+        match &self.subscriber {
+            None => Which::All,
+            Some(name) if ahead => Which::Ahead(name),
+            Some(name) => Which::Subscriber(name),
+        }
     }
 
     fn option(&self) -> String {
-        self.subscriber.as_ref().map_or_else(|| "--all".into(), |name| format!("--subscriber {name}"))
+        self.subscriber.as_ref().map_or_else(|| "--all".into(), |name| format!("--subscriber {}", plain(name)))
     }
 }
 
 pub(super) async fn run(command: Worker) -> Result<String, Error> {
     match command {
-        Worker::Pause { whom, reason, who, postgres } => {
-            let paused = worker::pause(&postgres.config()?, whom.which(), &who.name(), reason.as_deref()).await?;
-            Ok(tell_paused(&paused, &whom.option()))
+        Worker::Pause { whom, ahead, reason, json, who, postgres } => {
+            let which = whom.which(ahead);
+            let pausing = worker::pause(&postgres.config()?, which, &who.name(), reason.as_deref()).await?;
+            tell_paused(pausing, &format!("aftercommit worker resume {}", whom.option()), json)
         }
-        Worker::Resume { whom, who, postgres } => {
-            let resumed = worker::resume(&postgres.config()?, whom.which(), &who.name()).await?;
-            Ok(tell_resumed(&resumed, whom.which()))
+        Worker::Resume { whom, json, who, postgres } => {
+            let which = whom.which(true);
+            let resumed = worker::resume(&postgres.config()?, which, &who.name()).await?;
+            if json { as_json(&resumed) } else { Ok(tell_resumed(&resumed, which)) }
         }
     }
-}
-
-fn tell_paused(paused: &Paused, option: &str) -> String {
-    let mut text = match paused.changed {
-        true => format!("paused; `aftercommit worker resume {option}` goes on\n"),
-        false => "it was paused already\n".into(),
-    };
-    if !paused.known {
-        text.push_str("no worker has served this subscriber in this database yet: is the name right?\n");
-    }
-    text
 }
 
 fn tell_resumed(resumed: &Resumed, which: Which<'_>) -> String {
     let mut text = String::from(if resumed.changed { "resumed\n" } else { "it was not paused\n" });
     match which {
-        Which::Subscriber(_) if resumed.all_paused => {
-            text.push_str("all subscribers are paused, this one too: `aftercommit worker resume --all`\n");
-        }
         Which::All if !resumed.paused.is_empty() => {
-            text.push_str(&format!("still paused by themselves: {}\n", resumed.paused.join(", ")));
+            text.push_str(&format!("still paused by themselves: {}\n", plain(&resumed.paused.join(", "))));
+        }
+        Which::All => {}
+        _ if resumed.all_paused => {
+            text.push_str("all subscribers are paused, this one too: `aftercommit worker resume --all`\n");
         }
         _ => {}
     }

@@ -58,6 +58,10 @@ pub(super) struct LookedUp {
     pub(super) rows: Vec<i64>,
     /// Those that should not be there.
     pub(super) findings: Vec<Finding>,
+    /// Those among them that have an event's id and are made of something else: outbox id and sequence.
+    pub(super) forged: Vec<(i64, i64)>,
+    /// Of which of these events say that they replace them.
+    pub(super) replaced: Vec<(i64, i64)>,
 }
 
 /// An event that should be in the stream and is not.
@@ -72,6 +76,8 @@ pub(super) struct Missing {
 #[derive(Debug, Default)]
 pub(super) struct Page {
     pub(super) scanned: usize,
+    /// The rows that were not found and have been judged.
+    pub(super) judged: Vec<i64>,
     pub(super) missing: Vec<Missing>,
     /// Missing, and nothing more can be done now.
     pub(super) waiting: Vec<Absent>,
@@ -120,9 +126,21 @@ impl Chunk {
         };
         for (claimed, original) in claimed.iter().zip(&originals) {
             match verdict::message(claimed, original.as_ref(), horizon.as_ref(), &self.naming) {
-                Ok(true) => found.rows.push(claimed.event.sequence),
+                Ok(true) => {
+                    let id = claimed.event.sequence;
+                    found.rows.push(id);
+                    found.replaced.extend(claimed.event.replaces.iter().map(|forgery| (id, forgery.cast_signed())));
+                }
                 Ok(false) => {}
-                Err(oddity) => found.findings.push(odd(claimed, &oddity)),
+                // Beside other writers it reads beyond both ends; the chunk with that sequence tells it, once.
+                Err(_) if claimed.sequence <= self.from.sequence || claimed.sequence > self.to.sequence => {}
+                Err(oddity) => {
+                    // Under another subject it is still the event.
+                    if matches!(oddity, Oddity::Differs { what } if what != "subject") {
+                        found.forged.push((claimed.event.sequence, claimed.sequence.cast_signed()));
+                    }
+                    found.findings.push(odd(claimed, &oddity));
+                }
             }
         }
         Ok(found)
@@ -137,6 +155,7 @@ impl Chunk {
         for ids in absent.chunks(PAGE) {
             self.judge(ids, &mut page).await?;
         }
+        page.judged = absent;
         Ok(page)
     }
 
@@ -155,37 +174,59 @@ impl Chunk {
     }
 
     async fn judge(&self, ids: &[i64], page: &mut Page) -> Result<(), Error> {
-        for row in self.ask(async |session| compare::absent(session, ids).await).await? {
-            match verdict::row(&row, self.max_age) {
-                Verdict::Missing { seen } => page.missing.push(Missing { row, seen }),
-                Verdict::Queued | Verdict::Refused => page.waiting.push(row),
-                Verdict::Parked | Verdict::Expired => {}
-                // The chunk with that sequence looks at it.
-                Verdict::Elsewhere(sequence) if sequence > self.to.sequence => {}
-                Verdict::Elsewhere(sequence) => {
-                    if !self.is_at(&row, sequence).await? {
-                        page.missing.push(Missing { row, seen: Some(sequence) });
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    async fn is_at(&self, row: &Absent, sequence: u64) -> Result<bool, Error> {
-        let message = self.history.one(sequence).await?;
-        Ok(message.is_some_and(|message| stored::event(&message).is_ok_and(|event| event.id.as_uuid() == row.event_id)))
+        let rows = self.ask(async |session| compare::absent(session, ids).await).await?;
+        judge(rows, self.max_age, self.to.sequence, &self.connections, &self.history, page).await
     }
 
     async fn ask<T>(
         &self,
         work: impl AsyncFnOnce(&mut crate::postgres::session::Session) -> Result<T, sqlx::Error>,
     ) -> Result<T, Error> {
-        self.connections
-            .run(work)
-            .await
-            .map_err(|error| database_error("the outbox cannot be compared with its stream", error))
+        self.connections.run(work).await.map_err(failed)
     }
+}
+
+/// Sorts rows that were not found in the stream up to `sequence`.
+pub(super) async fn judge(
+    rows: Vec<Absent>,
+    max_age: Option<Duration>,
+    sequence: u64,
+    connections: &Connections,
+    history: &History,
+    page: &mut Page,
+) -> Result<(), Error> {
+    for row in rows {
+        match verdict::row(&row, max_age) {
+            Verdict::Missing { seen } => page.missing.push(Missing { row, seen }),
+            Verdict::Queued | Verdict::Refused => page.waiting.push(row),
+            Verdict::Parked | Verdict::Expired => {}
+            // Whoever compares that part looks at it.
+            Verdict::Elsewhere(at) if at > sequence => {}
+            Verdict::Elsewhere(at) => {
+                if !is_at(connections, history, &row, at).await? {
+                    page.missing.push(Missing { row, seen: Some(at) });
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether the message there is this event, and not one that only has its ids.
+async fn is_at(connections: &Connections, history: &History, row: &Absent, sequence: u64) -> Result<bool, Error> {
+    let message = history.one(sequence).await?;
+    let Some(event) = message.and_then(|message| stored::event(&message).ok()) else { return Ok(false) };
+    let ids = (event.id.as_uuid(), event.sequence);
+    if ids != (row.event_id, row.id) {
+        return Ok(false);
+    }
+    let known = connections.run(async |session| window::known(session, &[ids.0], &[ids.1]).await).await;
+    let known = known.map_err(failed)?;
+    Ok(known.get(&ids).is_some_and(|known| known.digest == event.digest()))
+}
+
+fn failed(error: sqlx::Error) -> Error {
+    database_error("the outbox cannot be compared with its stream", error)
 }
 
 fn foreign(sequence: u64, subject: &str) -> Finding {

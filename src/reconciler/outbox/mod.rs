@@ -5,10 +5,11 @@
 //! and a stream that has lost its end.
 
 mod chunk;
+mod listed;
 mod seen;
 mod verdict;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::ops::RangeInclusive;
 use std::pin::pin;
 use std::sync::Arc;
@@ -36,8 +37,10 @@ use crate::postgres::finding::{self, Finding, State};
 use crate::postgres::place::{self, Place};
 use crate::postgres::relay_log::{self, Base};
 use crate::postgres::session::Session;
-use crate::postgres::{database_error, repair, window};
+use crate::postgres::window::{self, Watch};
+use crate::postgres::{database_error, repair};
 use chunk::{Chunk, DIFFERS, FOREIGN, GHOST, MISSING, Missing, Page};
+use listed::Listed;
 use seen::Seen;
 
 /// The name of this leg's reconciler.
@@ -49,6 +52,8 @@ const CHUNK: u64 = 1_000_000;
 const MARGIN: u64 = 1000;
 /// So many messages of a kind that should not be there are written down one by one in a run; the rest is counted.
 const NAMED: u64 = 1000;
+/// So many messages that only say they are an event are remembered between two places.
+const FORGED: usize = 100_000;
 /// Differences between the clocks of the two servers.
 const CLOCKS: Duration = Duration::from_mins(10);
 /// How many messages are looked at for one of ours, in a stream that has others.
@@ -149,6 +154,9 @@ struct Sweep {
     /// The run with which it began.
     since: i64,
     place: Place,
+    /// What the outbox lists, beside what the stream was found to hold; none in a sweep that an older version began.
+    #[serde(default)]
+    listed: Option<Listed>,
 }
 
 impl Position {
@@ -205,7 +213,7 @@ impl Leg<'_> {
         if self.run.scope == Scope::Full || self.position.new.is_none() {
             let sweep = match self.position.sweep.take() {
                 Some(sweep) => sweep,
-                None => Sweep { since: self.run.id, place: self.skip_old(first).await? },
+                None => self.begin_sweep(first).await?,
             };
             swept_since = Some(sweep.since);
             self.position.sweep = Some(sweep);
@@ -252,7 +260,10 @@ impl Leg<'_> {
             let next = self.ask(async |session| place::next(session, &stream, &place, CHUNK, newest.seq).await).await?;
             let Some(next) = next else { break };
             if next.mark != place.mark || next.sequence > place.sequence {
-                self.chunk(&place, &next).await?;
+                let seen = self.chunk(&place, &next).await?;
+                if sweeping {
+                    self.list(&seen).await?;
+                }
             }
             place = next;
             match &mut self.position.sweep {
@@ -263,6 +274,7 @@ impl Leg<'_> {
             fault::point("reconciler-outbox-chunk");
         }
         if sweeping {
+            self.report_unlisted(&place).await?;
             self.position.sweep = None;
             self.position.new = Some(place.clone());
             self.save().await?;
@@ -274,7 +286,8 @@ impl Leg<'_> {
         self.run.save_position(&self.position).await
     }
 
-    async fn chunk(&mut self, from: &Place, to: &Place) -> Result<(), Error> {
+    /// Compares what lies between two places, and returns the rows that were found in the stream there, or missed.
+    async fn chunk(&mut self, from: &Place, to: &Place) -> Result<Seen, Error> {
         let info = self.stream.info().await?;
         let max_age = Some(info.config.max_age).filter(|max_age| !max_age.is_zero());
         let before = self.stream.extent().await?;
@@ -289,11 +302,13 @@ impl Leg<'_> {
             to: to.clone(),
             messages: self.messages(from, to, before),
         });
-        let mut seen = Seen::default();
+        let (mut seen, mut forged, mut replaced) = (Seen::default(), BTreeSet::new(), HashSet::new());
         let mut looked_up = pin!(chunk.read().await?);
         while let Some(found) = looked_up.try_next().await? {
             found.rows.iter().for_each(|id| seen.insert(*id));
             self.run.scanned(found.messages);
+            forged.extend(found.forged.into_iter().take(FORGED.saturating_sub(forged.len())));
+            replaced.extend(found.replaced);
             report_odd(self.run, &mut self.odd, found.findings).await?;
             fault::point("reconciler-outbox-read");
         }
@@ -309,10 +324,11 @@ impl Leg<'_> {
         fault::point("reconciler-outbox-compared");
         let (run, queued) = (&mut *self.run, &mut self.queued);
         let stream = &self.leg.naming.stream;
-        let mut next = Some(0);
+        let (mut next, mut judged) = (Some(0), Vec::new());
         while let Some(after) = next {
-            let page = chunk.rows(&seen, after).await?;
+            let mut page = chunk.rows(&seen, after).await?;
             next = page.next;
+            judged.append(&mut page.judged);
             report_page(run, stream, to, page, queued).await?;
         }
         let mut next = Some(0);
@@ -321,7 +337,19 @@ impl Leg<'_> {
             next = page.next;
             report_page(run, stream, to, page, queued).await?;
         }
-        Ok(())
+        forged.retain(|forgery| !replaced.contains(forgery));
+        if run.mode == Mode::Repair && !forged.is_empty() {
+            let forged: Vec<(i64, i64)> = forged.into_iter().collect();
+            let done = run
+                .connections
+                .run(async |session| repair::replace(session, &forged).await)
+                .await
+                .map_err(|error| database_error("repairs cannot be queued", error))?;
+            *queued += done;
+            run.repaired(done);
+        }
+        judged.into_iter().for_each(|id| seen.insert(id));
+        Ok(seen)
     }
 
     fn messages(&self, from: &Place, to: &Place, stream: Extent) -> RangeInclusive<u64> {
@@ -376,9 +404,12 @@ impl Leg<'_> {
         // A stream that was moved is another one with the same messages.
         let message = self.history.one(base.sequence).await?;
         let Some(event) = message.and_then(|message| stored::event(&message).ok()) else { return Err(lost_its_end()) };
-        let (event_ids, ids) = ([event.id.as_uuid()], [event.sequence]);
-        let known = self.ask(async |session| window::known(session, &event_ids, &ids).await).await?;
-        if known.is_empty() { Err(lost_its_end()) } else { Ok(()) }
+        let ids = (event.id.as_uuid(), event.sequence);
+        let known = self.ask(async |session| window::known(session, &[ids.0], &[ids.1]).await).await?;
+        match known.get(&ids) {
+            Some(known) if known.digest == event.digest() => Ok(()),
+            _ => Err(lost_its_end()),
+        }
     }
 
     /// Queues what runs from `since` on found and did not repair. What a sweep did not find again is there by now.
@@ -443,7 +474,7 @@ impl Leg<'_> {
     async fn reconciled_up_to(&mut self, place: &Place) -> Result<Option<chrono::DateTime<chrono::Utc>>, Error> {
         self.ask(async |session| {
             let now = place::now(session).await?;
-            match window::look(session, &place.mark).await?.news {
+            match Watch::new(&place.mark).look(session).await?.news {
                 false => Ok(Some(now)),
                 true => place::marked_at(session, place).await,
             }

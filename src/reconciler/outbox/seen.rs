@@ -19,6 +19,14 @@ impl Seen {
         }
     }
 
+    /// The highest.
+    pub(super) fn last(&self) -> Option<i64> {
+        let (block, words) = self.0.iter().max_by_key(|(block, _)| **block)?;
+        let (at, word) = words.iter().enumerate().rev().find(|(_, word)| **word != 0)?;
+        let bit = i64::from(63 - word.leading_zeros());
+        Some(block * BLOCK + i64::try_from(at).unwrap_or_default() * 64 + bit)
+    }
+
     pub(super) fn contains(&self, id: i64) -> bool {
         let (block, word, bit) = place(id);
         self.0.get(&block).and_then(|words| words.get(word)).is_some_and(|word| word & bit != 0)
@@ -44,6 +52,7 @@ mod tests {
             let mut seen = Seen::default();
             ids.iter().for_each(|id| seen.insert(*id));
             let set: HashSet<i64> = ids.iter().copied().collect();
+            prop_assert_eq!(seen.last(), set.iter().max().copied());
             for id in ids.iter().flat_map(|id| [*id, id.wrapping_add(1), id.wrapping_add(64), id.wrapping_add(BLOCK)]).chain([other]) {
                 prop_assert_eq!(seen.contains(id), set.contains(&id));
             }

@@ -129,6 +129,7 @@ mod tests {
             headers: BTreeMap::new(),
             content_type: "application/json".into(),
             payload: "{}".into(),
+            replaces: Vec::new(),
         };
         Claimed { sequence: 1, subject: "events.order.placed".into(), event }
     }

@@ -3,7 +3,6 @@
 //! What the consumer counts as acked must be in the inbox, because acks follow the commit. The run keeps its place in the
 //! subscriber's own database: when that is restored to an earlier time, the place goes back together with the inbox.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use async_nats::jetstream::message::StreamMessage;
@@ -12,21 +11,25 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use uuid::Uuid;
 
-use super::sending::{Item, Outstanding, Source};
-use super::{Compare, LegJob, RETRY, Since, Subscription, ask, unhandled};
+use super::earlier::{self, Earlier};
+use super::messages::{Messages, event_for};
+use super::sending::{Outstanding, Place};
+use super::{Compare, LegJob, RETRY, Since, Subscription, ask, is_ours, passed, started, unhandled};
 use crate::config::NatsConfig;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::fault;
-use crate::jetstream::consumer::{self, Survey};
+use crate::jetstream::Connection;
+use crate::jetstream::consumer::{self, Claim, Survey};
 use crate::jetstream::history::History;
+use crate::jetstream::outbox_client::OutboxClient;
 use crate::jetstream::stream::{Extent, StreamReader};
-use crate::jetstream::{self, Connection, stored};
+use crate::jetstream::witness::{Moment, Witness};
 use crate::postgres::finding::{Finding, State};
-use crate::postgres::place;
 use crate::postgres::resend::{self, Event, Known};
+use crate::postgres::start::Started;
+use crate::postgres::{identity, place};
 use crate::reconciler::job::{Done, Run, Schedule};
 use crate::reconciler::{Mode, Runner, Scope};
-use crate::subject;
 
 const MISSED: &str = "acked_not_handled";
 const TWICE: &str = "handled_twice";
@@ -95,13 +98,21 @@ impl Runner {
 
 impl Compare for ConsumerLeg {
     async fn compare(&self, run: &mut Run) -> Result<Done, Error> {
+        let started = started(run, &self.subscription.spec).await?;
+        let mut leg = self.clone();
+        leg.subscription.spec.start = started.map(|started| started.sequence);
         let nats = self.subscription.connect(&self.nats).await?;
         let stream = &self.subscription.spec.stream;
+        let reader = StreamReader::new(&nats, stream);
         let leg = Leg {
-            leg: self,
-            stream: StreamReader::new(&nats, stream),
+            leg: &leg,
+            started,
+            // Before the consumer: what that says may be about a stream that was written anew meanwhile.
+            moment: reader.moment().await?,
+            stream: reader,
             history: History::new(&nats, stream).await?,
             position: Position::of(run, stream),
+            passed: 0,
             nats,
             run,
         };
@@ -120,8 +131,8 @@ struct Position {
     subjects: Since,
     /// Everything up to this sequence was looked at.
     acked: u64,
-    /// An event at or before it: another one in its place means that the stream has lost its end since.
-    anchor: Option<(u64, Uuid)>,
+    /// A message at or before it: when it does not stand, the stream has lost its end since.
+    anchor: Option<Witness>,
     /// A sweep over everything that has not ended: the run with which it began, and how far it is.
     sweep: Option<(i64, u64)>,
 }
@@ -136,11 +147,17 @@ impl Position {
 /// A run.
 struct Leg<'a> {
     leg: &'a ConsumerLeg,
+    /// Where the subscriber starts.
+    started: Option<Started>,
     run: &'a mut Run,
     nats: Connection,
     stream: StreamReader,
+    /// The stream when the run began. What was written anew since is not what this run is about.
+    moment: Moment,
     history: History,
     position: Position,
+    /// What lies in the stream at or before it the subscriber has passed.
+    passed: u64,
 }
 
 /// The part of the stream that a run looks at.
@@ -157,8 +174,8 @@ struct Range {
 #[derive(Default)]
 struct Page {
     findings: Vec<Finding>,
-    /// The last event.
-    anchor: Option<(u64, Uuid)>,
+    /// The last message.
+    anchor: Option<Witness>,
     stored_at: Option<DateTime<Utc>>,
     /// Where to go on.
     next: Option<u64>,
@@ -168,10 +185,11 @@ impl Leg<'_> {
     async fn work(mut self) -> Result<Done, Error> {
         // This process's own clock may be wrong by days.
         let started = ask(self.run, async |session| place::now(session).await).await?;
-        let context = jetstream::context(&self.nats.client);
+        let context = self.nats.jetstream();
         let spec = &self.leg.subscription.spec;
         // The consumer first: what it has seen lies in the stream as it is afterwards.
         let survey = consumer::survey(&context, spec).await?;
+        is_ours(self.run, spec, survey.as_ref().and_then(|survey| survey.position.owner.as_ref())).await?;
         let extent = self.stream.extent().await?;
         let survey = self.consumer(survey, extent, started).await?;
         self.dead_letters().await?;
@@ -236,18 +254,19 @@ impl Leg<'_> {
         }
         self.run.found(&findings).await?;
         match repaired {
-            true => consumer::survey(&jetstream::context(&self.nats.client), &self.leg.subscription.spec).await,
+            true => consumer::survey(&self.nats.jetstream(), &self.leg.subscription.spec).await,
             false => Ok(survey),
         }
     }
 
     /// Makes the consumer what the subscriber needs, from the beginning when `anew`.
     async fn make(&self, anew: bool) -> Result<(), Error> {
-        let (context, spec) = (jetstream::context(&self.nats.client), &self.leg.subscription.spec);
+        let (context, spec) = (self.nats.jetstream(), &self.leg.subscription.spec);
+        let owner = ask(self.run, async |session| identity::owner(session).await).await?;
         if anew {
             consumer::delete(&context, spec).await?;
         }
-        consumer::provision(&context, spec).await.map(drop)
+        consumer::provision(&context, spec, &Claim { owner: Some(owner), adopt: false }).await.map(drop)
     }
 
     async fn dead_letters(&mut self) -> Result<(), Error> {
@@ -270,7 +289,9 @@ impl Leg<'_> {
 
     /// What this run has to look at.
     async fn range(&mut self, survey: &Survey, extent: Extent) -> Result<Range, Error> {
-        let to = survey.position.ack_floor.min(extent.last);
+        let (subscription, moment) = (&self.leg.subscription, &self.moment);
+        let to = passed(self.run, &self.stream, &subscription.spec, &survey.position, moment).await?;
+        self.passed = to;
         if !self.is_the_same(extent).await? {
             tracing::info!(
                 reconciler = self.run.name,
@@ -284,6 +305,9 @@ impl Leg<'_> {
         let begins = begins.then(|| (self.run.id, extent.first.saturating_sub(1)));
         let sweep = self.position.sweep.or(begins);
         let behind = sweep.map_or(self.position.acked, |(_, behind)| behind);
+        // What lies before its start it does not get.
+        let started = self.started.filter(|started| started.stream_created == extent.created);
+        let behind = behind.max(started.map_or(0, |started| started.sequence - 1));
         Ok(Range { behind, to, sweep: sweep.map(|(since, _)| since) })
     }
 
@@ -294,11 +318,8 @@ impl Leg<'_> {
             return Ok(false);
         }
         match anchor {
-            Some((sequence, id)) if *sequence >= extent.first => {
-                let message = self.history.one(*sequence).await?;
-                Ok(message.is_some_and(|message| stored::event(&message).is_ok_and(|event| event.id.as_uuid() == *id)))
-            }
-            _ => Ok(true),
+            Some(anchor) => self.stream.stands(*anchor).await,
+            None => Ok(true),
         }
     }
 
@@ -308,7 +329,10 @@ impl Leg<'_> {
         let mut batches = 0;
         while let Some(first) = next.filter(|first| *first <= range.to) {
             let page = self.page(first, range.to).await?;
-            self.run.found(&page.findings).await?;
+            if !page.findings.is_empty() {
+                self.stream.is_as_at(&self.moment).await?;
+                self.run.found(&page.findings).await?;
+            }
             (next, stored_at) = (page.next, page.stored_at.or(stored_at));
             self.position.anchor = page.anchor.or(self.position.anchor);
             batches += 1;
@@ -341,17 +365,49 @@ impl Leg<'_> {
 
     /// Sends back what this run and earlier ones have found.
     async fn repair(&mut self) -> Result<(), Error> {
+        let client = OutboxClient::new(&self.nats, &self.position.stream).asking_once();
         loop {
             let mut outstanding = Outstanding::new();
-            outstanding.add_open(self.run, MISSED, |finding| finding.stream_seq).await?;
+            let place = |sequence: i64| Place::Stream(sequence.cast_unsigned());
+            outstanding.add_open(self.run, MISSED, |finding| finding.stream_seq.map(place)).await?;
             fault::point("reconciler-consumer-repair");
+            let relay = self.with_those_before(&client, &mut outstanding).await?;
             let whole = outstanding.is_whole();
-            let Leg { leg, run, history, position, .. } = &mut *self;
-            let source = Messages { history, subjects: &position.subjects, subscription: &leg.subscription };
+            if !outstanding.is_empty() {
+                self.stream.is_as_at(&self.moment).await?;
+            }
+            let Leg { leg, run, history, position, moment, .. } = &mut *self;
+            let source = Messages {
+                history,
+                subjects: &position.subjects,
+                subscription: &leg.subscription,
+                last: moment.last,
+                relay: relay.then_some(&client),
+            };
             let sent = outstanding.send(run, &leg.subscription, MISSED, &source).await?;
             if whole || sent == 0 {
                 return Ok(());
             }
+        }
+    }
+
+    /// Adds what comes before these events in their keys and is not at its place in the stream, as the relay knows it. False
+    /// when no relay answers: then the order is that of the stream alone.
+    async fn with_those_before(&self, client: &OutboxClient, outstanding: &mut Outstanding) -> Result<bool, Error> {
+        if outstanding.keys().is_empty() {
+            return Ok(!outstanding.is_empty());
+        }
+        let subscription = &self.leg.subscription;
+        let horizon = earlier::horizon(self.run, subscription).await?;
+        let earlier = Earlier { client, subscription, floor: self.passed, horizon };
+        match earlier.add(self.run, outstanding).await {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::Broker => {
+                let reconciler = &self.run.name;
+                tracing::warn!(reconciler, error = error.report(), "repairing in the stream's order: no relay answers");
+                Ok(false)
+            }
+            Err(error) => Err(error),
         }
     }
 
@@ -362,10 +418,8 @@ impl Leg<'_> {
         page.stored_at = batch.messages.last().map(stored_at);
         let mut events = Vec::new();
         for message in &batch.messages {
-            if let Some(event) = event_for(message, &self.leg.subscription, &self.position.subjects) {
-                page.anchor = Some((message.sequence, event.event.id.as_uuid()));
-                events.push(event);
-            }
+            page.anchor = Some(Witness::of(message));
+            events.extend(event_for(message, &self.leg.subscription, &self.position.subjects));
         }
         self.run.scanned(events.len());
         let ids: Vec<Uuid> = events.iter().map(|event| event.event.id.as_uuid()).collect();
@@ -386,32 +440,6 @@ impl Leg<'_> {
             }
         }
         Ok(page)
-    }
-}
-
-/// The event of a message, if it is for the subscriber. The worker skips what is no event, and so does this.
-fn event_for(message: &StreamMessage, subscription: &Subscription, subjects: &Since) -> Option<Event> {
-    let wanted = |filter: &String| subject::matches(filter, &message.subject) && subjects.has(filter, message.sequence);
-    let event = subscription.spec.subjects.iter().any(wanted).then(|| stored::event(message).ok())??;
-    Some(Event { event, sequence: message.sequence })
-}
-
-/// The stream as a source of events.
-struct Messages<'a> {
-    history: &'a History,
-    subjects: &'a Since,
-    subscription: &'a Subscription,
-}
-
-impl Source for Messages<'_> {
-    async fn fetch(&self, items: &[Item]) -> Result<(Vec<Event>, usize), Error> {
-        let sequences: Vec<u64> = items.iter().map(|item| item.place.cast_unsigned()).collect();
-        let (messages, looked_for) = self.history.some(&sequences).await?;
-        let wanted: HashMap<u64, Uuid> = items.iter().map(|item| (item.place.cast_unsigned(), item.event_id)).collect();
-        let events = messages.iter().filter_map(|message| event_for(message, self.subscription, self.subjects));
-        // A stream that has lost its end may have another message there.
-        let events = events.filter(|event| wanted.get(&event.sequence) == Some(&event.event.id.as_uuid()));
-        Ok((events.collect(), looked_for))
     }
 }
 
@@ -453,7 +481,7 @@ fn problems(
         return vec![(ABSENT, format!("there is no consumer, nothing is delivered: {remedy}; {harmless}"))];
     };
     let mut found = Vec::new();
-    if position.consumer.as_ref().is_some_and(|created| *created != survey.position.created) {
+    if position.consumer.as_ref().is_some_and(|created| consumer::is_successor(&survey.position.created, created)) {
         let created = &survey.position.created;
         found.push((RECREATED, format!("the consumer was made anew at {created}; {harmless}")));
     }

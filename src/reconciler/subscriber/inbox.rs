@@ -8,13 +8,14 @@ use std::collections::{BTreeMap, HashSet};
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::time::Duration;
 
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::sending::{Item, Outstanding, Source};
-use super::{Compare, LegJob, RETRY, Since, Subscription, ask, unhandled};
+use super::earlier::{self, Earlier};
+use super::sending::{Item, Outstanding, Place, Source};
+use super::{Compare, LegJob, RETRY, Since, Subscription, ask, is_ours, passed, unhandled};
 use crate::config::NatsConfig;
 use crate::error::{Error, ErrorKind};
 use crate::fault;
@@ -22,9 +23,9 @@ use crate::jetstream::history::History;
 use crate::jetstream::outbox_client::OutboxClient;
 use crate::jetstream::outbox_service::{Listed, Moved};
 use crate::jetstream::stream::StreamReader;
-use crate::jetstream::{self, consumer, stored};
+use crate::jetstream::witness::Moment;
+use crate::jetstream::{consumer, stored};
 use crate::postgres::finding::Finding;
-use crate::postgres::place;
 use crate::postgres::resend::{self, Event, Known};
 use crate::reconciler::job::{Done, Run, Schedule, written};
 use crate::reconciler::{Mode, Runner, Scope};
@@ -36,8 +37,6 @@ pub(super) const NEWEST: u64 = i64::MAX.cast_unsigned();
 const SETTLED: usize = 256;
 /// Events that are asked for together.
 const EVENTS: usize = 100;
-/// Differences between the clocks of the two databases.
-const CLOCKS: TimeDelta = TimeDelta::minutes(10);
 
 /// Compares the publisher's outbox with a subscriber's inbox, up to where the subscriber's consumer counts everything as
 /// acked, and sends back to the subscriber what it has not handled. Give it to a [`Runner`] on the subscriber's database
@@ -100,18 +99,20 @@ pub(super) struct Position {
 
 impl Compare for InboxLeg {
     async fn compare(&self, run: &mut Run) -> Result<Done, Error> {
-        let Subscription { spec, types, inbox_retention, .. } = &self.subscription;
+        let Subscription { spec, types, .. } = &self.subscription;
         let nats = self.subscription.connect(&self.nats).await?;
-        let found = consumer::locate(&jetstream::context(&nats.client), spec).await?;
-        // Leg B says that it is missing.
-        let Some(consumer) = found else { return Ok(Done::default()) };
+        let context = nats.jetstream();
         let stream = StreamReader::new(&nats, &spec.stream);
-        let extent = stream.extent().await?;
-        let floor = consumer.ack_floor.min(extent.last);
+        // The stream first: what the consumer says behind it may be about another one.
+        let moment = stream.moment().await?;
+        let found = consumer::locate(&context, spec).await?;
+        // The consumer comparison says that it is missing.
+        let Some(consumer) = found else { return Ok(Done::default()) };
+        is_ours(run, spec, consumer.owner.as_ref()).await?;
+        let floor = passed(run, &stream, spec, &consumer, &moment).await?;
         let (name, subscriber) = (run.name.clone(), spec.name.clone());
         ask(run, async |session| resend::settle_handled(session, &name, MISSED, &subscriber).await).await?;
-        let now = ask(run, async |session| place::now(session).await).await?;
-        let retention = TimeDelta::from_std(*inbox_retention).unwrap_or(TimeDelta::MAX);
+        let horizon = earlier::horizon(run, &self.subscription).await?;
 
         let position = run.position().filter(|position: &Position| position.stream == spec.stream);
         let mut position = position.unwrap_or_else(|| Position { stream: spec.stream.clone(), ..Position::default() });
@@ -125,8 +126,9 @@ impl Compare for InboxLeg {
             client: OutboxClient::new(&nats, &spec.stream),
             history: History::new(&nats, &spec.stream).await?,
             stream,
+            moment,
             floor,
-            horizon: now.checked_sub_signed(retention).map_or(DateTime::UNIX_EPOCH, |horizon| horizon + CLOCKS),
+            horizon,
             pending: HashSet::new(),
             stage: Stage::Ranges,
             token,
@@ -160,8 +162,10 @@ pub(super) struct Leg<'a> {
     pub(super) run: &'a mut Run,
     pub(super) client: OutboxClient,
     stream: StreamReader,
+    /// The stream when the run began. What was written anew since is not what this run is about.
+    moment: Moment,
     history: History,
-    /// The consumer's ack floor, in the stream.
+    /// What lies in the stream at or before it the subscriber has passed.
     floor: u64,
     /// The inbox may have forgotten events that were written before.
     horizon: DateTime<Utc>,
@@ -205,7 +209,10 @@ struct Page {
 impl Leg<'_> {
     async fn work(mut self) -> Result<Done, Error> {
         while let Some(page) = self.next().await? {
-            self.run.found(&page.findings).await?;
+            if !page.findings.is_empty() {
+                self.stream.is_as_at(&self.moment).await?;
+                self.run.found(&page.findings).await?;
+            }
             if page.rest {
                 self.save().await?;
             }
@@ -239,11 +246,18 @@ impl Leg<'_> {
         let mut again = false;
         loop {
             let mut outstanding = Outstanding::new();
-            outstanding.add_open(self.run, MISSED, |finding| finding.outbox_id).await?;
+            outstanding.add_open(self.run, MISSED, |finding| finding.outbox_id.map(Place::Outbox)).await?;
             let displaced = self.out_of_order(&mut outstanding, again).await?;
             fault::point("reconciler-inbox-repair");
+            let (floor, horizon) = (self.floor, self.horizon);
+            let Leg { leg, run, client, stream, moment, .. } = &mut *self;
+            let earlier = Earlier { client, subscription: &leg.subscription, floor, horizon };
+            earlier.add(run, &mut outstanding).await?;
             let whole = outstanding.is_whole();
-            let Leg { leg, run, client, .. } = &mut *self;
+            if !outstanding.is_empty() {
+                // What lies before the floor was compared, what lies behind it was asked for: both of the same stream.
+                stream.is_as_at(moment).await?;
+            }
             let source = Rows { client, types: &leg.subscription.types };
             let sent = outstanding.send(run, &leg.subscription, MISSED, &source).await?;
             if whole || sent == 0 {
@@ -349,11 +363,13 @@ impl Leg<'_> {
             Some(edge) => edge,
             None => {
                 let range = self.client.page(NEWEST, self.token.clone(), types, true).await?;
-                let last = self.stream.extent().await?.last;
-                if !range.more || range.behind >= self.floor || range.to > last {
+                self.vouch().await?;
+                if !range.more || range.behind >= self.floor || range.to > self.moment.last {
                     return Ok(None);
                 }
+                fault::pass("reconciler-inbox-edge").await;
                 self.delivered_later(self.floor + 1, range.to).await?;
+                fault::pass("reconciler-inbox-waiting").await;
                 (self.token.clone(), range.to)
             }
         };
@@ -363,10 +379,22 @@ impl Leg<'_> {
         }
         // The relay may have gone on since the range was asked for; then it has become longer.
         if page.to > end {
+            self.vouch().await?;
+            if page.to > self.moment.last {
+                return Ok(None);
+            }
             self.delivered_later(end + 1, page.to).await?;
         }
         self.edge = Some((Some(page.next), end.max(page.to)));
         self.judge(page.events, page.to).await.map(Some)
+    }
+
+    /// From here on the stream has to stay as it is now; until here it has stayed as it was.
+    async fn vouch(&mut self) -> Result<(), Error> {
+        let moment = self.stream.moment().await?;
+        self.stream.is_as_at(&self.moment).await?;
+        self.moment = moment;
+        Ok(())
     }
 
     /// Takes note of what the stream has between two sequences: the consumer will deliver it.

@@ -3,7 +3,9 @@
 
 mod consumer;
 mod displaced;
+mod earlier;
 mod inbox;
+mod messages;
 mod sending;
 
 use std::collections::{BTreeMap, HashMap};
@@ -18,11 +20,15 @@ use super::job::{Done, Job, Run, Schedule};
 use crate::backoff::Backoff;
 use crate::config::{Naming, NatsConfig};
 use crate::error::Error;
-use crate::jetstream::consumer::ConsumerSpec;
+use crate::jetstream::consumer::{ConsumerSpec, Position};
+use crate::jetstream::stream::StreamReader;
+use crate::jetstream::witness::{Moment, Witness};
 use crate::jetstream::{self, Connection};
-use crate::postgres::database_error;
+use crate::owner::Owner;
 use crate::postgres::resend::{self, Known};
 use crate::postgres::session::Session;
+use crate::postgres::start::{self, Started};
+use crate::postgres::{database_error, identity, reached};
 
 pub use consumer::ConsumerLeg;
 pub use inbox::InboxLeg;
@@ -55,9 +61,9 @@ impl Subscription {
     /// When NATS cannot be reached, or there is no such consumer.
     pub async fn discover(nats: &NatsConfig, naming: &Naming, name: &str) -> Result<Self, Error> {
         let connection = jetstream::connect(nats, "aftercommit-reconciler", "_INBOX_worker").await?;
-        let context = jetstream::context(&connection.client);
+        let context = connection.jetstream();
         let (stream, name) = (naming.stream.clone(), name.to_string());
-        let mut spec = ConsumerSpec { stream, name, subjects: Vec::new(), ack_wait: Duration::ZERO };
+        let mut spec = ConsumerSpec { stream, name, subjects: Vec::new(), ack_wait: Duration::ZERO, start: None };
         let remedy = "name its definition with --config worker.toml";
         let Some(survey) = jetstream::consumer::survey(&context, &spec).await? else {
             let problem = format!("stream {} has no consumer {}: {remedy}", spec.stream, spec.name);
@@ -139,6 +145,42 @@ fn failed(run: &Run, error: sqlx::Error) -> Error {
 
 fn failed_to_send(subscriber: &str, error: sqlx::Error) -> Error {
     database_error(format!("events cannot be sent back to subscriber {subscriber}"), error)
+}
+
+/// Where the subscriber starts, when that is not the oldest event.
+async fn started(run: &Run, spec: &ConsumerSpec) -> Result<Option<Started>, Error> {
+    ask(run, async |session| start::of(session, &spec.name, &spec.stream).await).await
+}
+
+/// Refuses to compare this database with a consumer that feeds another one.
+async fn is_ours(run: &Run, spec: &ConsumerSpec, theirs: Option<&Owner>) -> Result<(), Error> {
+    if theirs.is_none() {
+        return Ok(());
+    }
+    let ours = ask(run, async |session| identity::owner(session).await).await?;
+    jetstream::consumer::is_of(spec, theirs, &ours)
+}
+
+/// Up to where the subscriber has passed the stream as it was at a moment. The consumer's own word counts only as far as the
+/// stream is what it was: when the place to which the subscriber has come by its own account is not there any more, the
+/// stream has lost its end, and the consumer may stand where others came in place of what was lost. From the last place
+/// that still is there on, the worker reads the stream itself.
+async fn passed(
+    run: &Run,
+    stream: &StreamReader,
+    spec: &ConsumerSpec,
+    consumer: &Position,
+    moment: &Moment,
+) -> Result<u64, Error> {
+    let floor = consumer.ack_floor.min(moment.last);
+    let rows = ask(run, async |session| reached::rows(session, &spec.name, &spec.stream).await).await?;
+    for (n, row) in rows.iter().enumerate() {
+        let place = Witness { sequence: row.sequence.cast_unsigned(), stored_at: row.stored_at };
+        if stream.stands(place).await? {
+            return Ok(if n == 0 { floor } else { floor.min(place.sequence) });
+        }
+    }
+    Ok(if rows.is_empty() { floor } else { 0 })
 }
 
 /// Those of some events that the subscriber has neither done nor waiting.

@@ -1,6 +1,7 @@
 //! Sends events back to a subscriber, so that its worker sees all that is to run of a key or nothing, and no live event of
 //! the key gets in between.
 
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 
 use uuid::Uuid;
@@ -58,13 +59,23 @@ impl<'s> Sending<'s> {
     }
 }
 
+/// Where an event is. What comes from the outbox goes first: it is added to what the stream has of its key because it
+/// comes before that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Place {
+    /// Its id in the outbox.
+    Outbox(i64),
+    /// Its sequence in the stream.
+    Stream(u64),
+}
+
 /// An event that is to be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Item {
     /// Stands for its key.
     group: u64,
-    /// Where it is, and its place in the order: in the stream or in the outbox, as its source has it.
-    pub(super) place: i64,
+    /// Where it is, and its place in the order.
+    pub(super) place: Place,
     pub(super) event_id: Uuid,
 }
 
@@ -72,7 +83,8 @@ impl Item {
     /// Whether it stands for this event of the outbox, which has its place there.
     pub(super) fn is(&self, event: &Envelope) -> bool {
         let id = event.id.as_uuid();
-        (self.event_id, self.place, self.group) == (id, event.sequence, group(id, event.key.as_deref()))
+        let place = Place::Outbox(event.sequence);
+        (self.event_id, self.place, self.group) == (id, place, group(id, event.key.as_deref()))
     }
 }
 
@@ -86,6 +98,8 @@ pub(super) trait Source {
 #[derive(Debug)]
 pub(super) struct Outstanding {
     items: Vec<Item>,
+    /// The last event of each key that has a known place in an outbox.
+    last: HashMap<u64, (String, i64)>,
     limit: usize,
     /// Of so many keys it has one.
     one_of: u64,
@@ -93,18 +107,38 @@ pub(super) struct Outstanding {
 
 impl Outstanding {
     pub(super) fn new() -> Self {
-        Self { items: Vec::new(), limit: KNOWN, one_of: 1 }
+        Self { items: Vec::new(), last: HashMap::new(), limit: KNOWN, one_of: 1 }
     }
 
-    pub(super) fn add(&mut self, event_id: Uuid, key: Option<&str>, place: i64) {
+    /// Adds an event; `outbox_id` is its place in its outbox, if that is known.
+    pub(super) fn add(&mut self, event_id: Uuid, key: Option<&str>, place: Place, outbox_id: Option<i64>) {
         let group = group(event_id, key);
         if group.is_multiple_of(self.one_of) {
             self.items.push(Item { group, place, event_id });
+            if let (Some(key), Some(id)) = (key, outbox_id) {
+                let last = self.last.entry(group).or_insert_with(|| (key.to_string(), id));
+                last.1 = last.1.max(id);
+            }
         }
         while self.items.len() > self.limit && self.one_of < 1 << 62 {
             self.one_of *= 2;
             self.items.retain(|item| item.group.is_multiple_of(self.one_of));
+            self.last.retain(|group, _| group.is_multiple_of(self.one_of));
         }
+    }
+
+    /// Each key with the outbox id of its last event.
+    pub(super) fn keys(&self) -> Vec<(String, i64)> {
+        self.last.values().cloned().collect()
+    }
+
+    /// The events that it has.
+    pub(super) fn ids(&self) -> HashSet<Uuid> {
+        self.items.iter().map(|item| item.event_id).collect()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.items.is_empty()
     }
 
     /// Adds what was found and is not repaired.
@@ -112,7 +146,7 @@ impl Outstanding {
         &mut self,
         run: &Run,
         kind: &str,
-        place: impl Fn(&Open) -> Option<i64>,
+        place: impl Fn(&Open) -> Option<Place>,
     ) -> Result<(), Error> {
         let mut after = 0;
         loop {
@@ -121,7 +155,7 @@ impl Outstanding {
             after = last.id;
             for finding in &open {
                 if let Some(place) = place(finding) {
-                    self.add(finding.event_id, finding.key.as_deref(), place);
+                    self.add(finding.event_id, finding.key.as_deref(), place, finding.outbox_id);
                 }
             }
         }
@@ -200,21 +234,25 @@ fn group(event_id: Uuid, key: Option<&str>) -> u64 {
 mod tests {
     use super::*;
 
-    fn places(chunks: &[Vec<Item>]) -> Vec<Vec<i64>> {
-        chunks.iter().map(|chunk| chunk.iter().map(|item| item.place).collect()).collect()
+    fn places(chunks: &[Vec<Item>]) -> Vec<Vec<u64>> {
+        let sequence = |item: &Item| match item.place {
+            Place::Outbox(id) => id.unsigned_abs(),
+            Place::Stream(sequence) => sequence,
+        };
+        chunks.iter().map(|chunk| chunk.iter().map(sequence).collect()).collect()
     }
 
     #[test]
     fn keys_stay_whole_and_in_order() {
         let mut all = Outstanding::new();
         for (n, key) in [(9, Some("a")), (1, Some("b")), (4, Some("a")), (2, None), (8, Some("b")), (3, Some("c"))] {
-            all.add(Uuid::from_u128(n), key, i64::try_from(n).unwrap());
+            all.add(Uuid::from_u128(n), key, Place::Stream(u64::try_from(n).unwrap()), None);
         }
-        all.add(Uuid::from_u128(9), Some("a"), 9);
+        all.add(Uuid::from_u128(9), Some("a"), Place::Stream(9), None);
         assert!(all.is_whole());
         assert_eq!(places(&all.chunks(3)), [vec![1, 2, 8], vec![3, 4, 9]]);
         let mut one = Outstanding::new();
-        (1..=5).for_each(|n| one.add(Uuid::from_u128(n), Some("a"), 1));
+        (1..=5).for_each(|n| one.add(Uuid::from_u128(n), Some("a"), Place::Stream(1), None));
         assert_eq!(one.chunks(2).len(), 1, "a key is not split");
     }
 
@@ -222,9 +260,12 @@ mod tests {
     fn of_too_many_it_knows_whole_keys() {
         let mut some = Outstanding { limit: 100, ..Outstanding::new() };
         for n in 0..1000_i64 {
-            some.add(Uuid::from_u128(u128::from(n.unsigned_abs())), Some(&(n % 50).to_string()), n);
+            let place = Place::Outbox(n);
+            some.add(Uuid::from_u128(u128::from(n.unsigned_abs())), Some(&(n % 50).to_string()), place, Some(n));
         }
         assert!(!some.is_whole());
+        let keys = some.keys();
+        assert!(keys.len() <= 5 && keys.iter().all(|(key, last)| *last >= 950 && (last % 50).to_string() == *key));
         let chunks = some.chunks(1);
         assert!((1..=5).contains(&chunks.len()), "{chunks:?}");
         assert!(chunks.iter().all(|chunk| chunk.len() == 20), "{chunks:?}");

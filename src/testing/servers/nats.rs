@@ -145,6 +145,20 @@ impl Nats {
         self.restart().await
     }
 
+    /// Has the server read other lines in its configuration file while it runs: connections stay as they are.
+    ///
+    /// # Errors
+    /// When the server does not run, or does not take the configuration; the error then holds the end of its log.
+    pub async fn reload(&mut self, config: impl Into<String>) -> Result<(), Error> {
+        self.options.config = config.into();
+        self.write_config()?;
+        let log = self.log();
+        let reloads = || fs::read_to_string(&log).unwrap_or_default().matches("Reloaded server configuration").count();
+        let before = reloads();
+        self.instance.signal("HUP")?;
+        self.instance.ready(async || reloads() > before).await
+    }
+
     /// Ends the server and starts another version of it, such as `2.15.1`, with its store on the same ports.
     ///
     /// # Errors
@@ -176,10 +190,10 @@ impl Nats {
         self.instance.signal("CONT")
     }
 
-    async fn launch(&mut self) -> Result<(), Error> {
-        let directory = self.instance.directory();
+    /// Writes the configuration file.
+    fn write_config(&self) -> Result<PathBuf, Error> {
         let name = self.instance.name();
-        let config = directory.join("nats.conf");
+        let config = self.instance.directory().join("nats.conf");
         let text = format!(
             "server_name: \"{name}\"\nlisten: \"127.0.0.1:{}\"\nhttp: \"127.0.0.1:{}\"\n\
              jetstream {{\n  store_dir: \"{}\"\n  {}\n}}\n{}\n{}\n",
@@ -191,6 +205,12 @@ impl Nats {
             self.cluster.as_deref().unwrap_or_default(),
         );
         fs::write(&config, text).map_err(|error| cannot("cannot write the configuration of nats-server", error))?;
+        Ok(config)
+    }
+
+    async fn launch(&mut self) -> Result<(), Error> {
+        let name = self.instance.name();
+        let config = self.write_config()?;
         let mut command = Command::new(&self.program);
         command.arg("--config").arg(config);
         self.instance.start(&command, None)?;

@@ -136,6 +136,31 @@ fn a_suspect_runs_in_a_batch_of_its_own_and_one_at_a_time() {
 }
 
 #[test]
+fn an_event_apart_has_a_batch_of_its_own_beside_any() {
+    let mut scheduler = scheduler(&[(1, "a"), (2, "b"), (3, "c"), (4, "d")]);
+    scheduler.bears(Stream(2), Company::Apart);
+    scheduler.bears(Stream(3), Company::Apart);
+    assert_eq!(scheduler.ready(), 4);
+    assert_eq!(scheduler.take(9, 9), stream([1]));
+    assert_eq!(scheduler.take(9, 9), stream([2]));
+    assert_eq!(scheduler.take(9, 9), stream([3]));
+    assert_eq!(scheduler.take(9, 9), stream([4]));
+}
+
+#[test]
+fn an_event_that_came_to_wait_holds_its_key_unless_that_passes() {
+    let now = Instant::now();
+    let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "b"), (4, "b")]);
+    scheduler.postpone(Stream(1), now, false);
+    scheduler.postpone(Stream(3), now, true);
+    assert_eq!(scheduler.take(9, 9), stream([4]));
+    scheduler.done(Stream(4));
+    assert_eq!(scheduler.ready(), 0);
+    scheduler.wake(now);
+    assert_eq!(scheduler.take(9, 9), stream([1, 2, 3]));
+}
+
+#[test]
 fn nothing_runs_beside_an_event_that_bears_no_company() {
     let now = Instant::now();
     let mut scheduler = scheduler(&[(1, ""), (2, ""), (3, ""), (4, "")]);
@@ -161,7 +186,8 @@ fn nothing_runs_beside_an_event_that_bears_no_company() {
 
 #[derive(Debug, Clone)]
 enum Step {
-    Add(Place, Option<u8>, bool, Company),
+    /// With whether it waits at first: no, for others of its key, until its time, or that and its key passes.
+    Add(Place, Option<u8>, u8, Company),
     Take(usize, usize),
     Settle(usize, Verdict),
     Wake,
@@ -177,11 +203,13 @@ enum Verdict {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let verdict = prop_oneof![3 => Just(Verdict::Done), 1 => Just(Verdict::PutBack), 1 => Just(Verdict::Hold), 1 => Just(Verdict::SetAside)];
-    let company = prop_oneof![8 => Just(Company::Any), 1 => Just(Company::Unsuspected), 1 => Just(Company::None)];
+    let company = prop_oneof![
+        8 => Just(Company::Any), 1 => Just(Company::Apart), 1 => Just(Company::Unsuspected), 1 => Just(Company::None)
+    ];
     let place = prop_oneof![3 => (0..200u64).prop_map(Stream), 1 => (0..60i64).prop_map(Redrive)];
     let step = prop_oneof![
-        4 => (place, proptest::option::of(0..4u8), proptest::bool::ANY, company)
-            .prop_map(|(event, key, delayed, company)| Step::Add(event, key, delayed, company)),
+        4 => (place, proptest::option::of(0..4u8), 0..4u8, company)
+            .prop_map(|(event, key, waits, company)| Step::Add(event, key, waits, company)),
         3 => (1..4usize, 1..6usize).prop_map(|(heads, max)| Step::Take(heads, max)),
         3 => (0..8usize, verdict).prop_map(|(lane, verdict)| Step::Settle(lane, verdict)),
         1 => Just(Step::Wake),
@@ -225,6 +253,7 @@ fn settle(scheduler: &mut Scheduler, model: &mut Model, batch: Vec<Place>, verdi
 struct Model {
     keys: HashMap<Place, Option<u8>>,
     suspects: HashMap<Place, Company>,
+    apart: BTreeSet<Place>,
     open: BTreeSet<Place>,
     running: BTreeSet<Place>,
     /// Those that others of their key may overtake at present.
@@ -235,6 +264,7 @@ impl Model {
     fn check_company(&self, batch: &[Place]) {
         let suspects: Vec<_> = self.running.iter().filter_map(|event| self.suspects.get(event)).collect();
         assert!(suspects.is_empty() || !suspects.contains(&&Company::None), "{batch:?} beside {suspects:?}");
+        assert!(batch.len() == 1 || !batch.iter().any(|event| self.apart.contains(event)), "{batch:?}");
         match batch.iter().filter_map(|event| self.suspects.get(event)).collect::<Vec<_>>()[..] {
             [] => {}
             [Company::None] => assert!(batch.len() == 1 && self.running.is_empty(), "{batch:?}"),
@@ -270,7 +300,7 @@ proptest! {
         let mut now = Instant::now();
         for step in steps {
             match step {
-                Step::Add(event, key, delayed, company) => {
+                Step::Add(event, key, waits, company) => {
                     // A place belongs to one event for ever.
                     if model.keys.contains_key(&event) && !model.open.contains(&event) {
                         continue;
@@ -279,12 +309,20 @@ proptest! {
                     prop_assert_eq!(new, model.open.insert(event));
                     if new {
                         model.keys.insert(event, key);
-                        if company != Company::Any {
-                            model.suspects.insert(event, company);
-                            scheduler.bears(event, company);
+                        scheduler.bears(event, company);
+                        match company {
+                            Company::Any => {}
+                            Company::Apart => _ = model.apart.insert(event),
+                            _ => _ = model.suspects.insert(event, company),
                         }
-                        if delayed {
-                            scheduler.delay(event, now + Duration::from_secs(1));
+                        match waits {
+                            1 => scheduler.delay(event, now + Duration::from_secs(1)),
+                            2 => scheduler.postpone(event, now + Duration::from_secs(1), false),
+                            3 => {
+                                scheduler.postpone(event, now + Duration::from_secs(1), true);
+                                model.aside.insert(event);
+                            }
+                            _ => {}
                         }
                     }
                 }

@@ -1,0 +1,54 @@
+//! A stream that loses its end costs no key its order and no event, and without any one of the protocol's parts it does.
+
+use aftercommit_model::rewound::{Broken, FOUND_RIGHTLY, IN_ORDER, Scope};
+use stateright::{Checker, HasDiscoveries, Model};
+
+/// Two events of a key and one of another, which commits late and comes in front of them when the stream is filled again.
+fn scope(clamps: bool) -> Scope {
+    Scope { keys: vec![2, 1, 1], late: 1, clamps, cuts: 1, stops: 1, runs: 1, broken: None }
+}
+
+/// Two events of a key commit late.
+fn two_late(clamps: bool) -> Scope {
+    Scope { keys: vec![2, 2, 1], late: 2, ..scope(clamps) }
+}
+
+fn holds(name: &str, scope: Scope) {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let started = std::time::Instant::now();
+    let checker = scope.checker().threads(threads).finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
+    if let Some((property, path)) = checker.discoveries().into_iter().next() {
+        panic!("{name}: it does not hold that {property}: {:#?}", path.into_actions());
+    }
+    println!("{name}: {} states, depth {}, {:?}", checker.unique_state_count(), checker.max_depth(), started.elapsed());
+}
+
+fn is_caught(broken: Broken, mut scope: Scope, property: &'static str) {
+    scope.broken = Some(broken);
+    let checker = scope.checker().finish_when(HasDiscoveries::AnyOf([property].into())).spawn_bfs().join();
+    let path = checker.discovery(property).unwrap_or_else(|| panic!("{broken:?} was not caught"));
+    println!("{broken:?}: caught in {:?}", path.into_actions());
+}
+
+#[test]
+fn the_protocol_holds() {
+    for clamps in [true, false] {
+        holds("one late event", scope(clamps));
+        holds("two late events", two_late(clamps));
+    }
+}
+
+#[test]
+fn a_repair_that_goes_by_sequences_breaks_the_order_of_keys() {
+    is_caught(Broken::BareSequences, scope(true), IN_ORDER);
+}
+
+#[test]
+fn a_run_that_does_not_look_whether_the_stream_is_the_same_calls_events_missed_that_wait() {
+    is_caught(Broken::NoMoment, scope(true), FOUND_RIGHTLY);
+}
+
+#[test]
+fn a_worker_that_begins_where_the_consumer_stands_breaks_the_order_of_keys() {
+    is_caught(Broken::TrustsConsumer, two_late(false), IN_ORDER);
+}
