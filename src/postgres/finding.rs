@@ -130,6 +130,20 @@ pub(crate) async fn settle(
     Ok(done.rows_affected())
 }
 
+/// Says of open findings of `kind` about these items that their repair was queued.
+pub(super) async fn repairing(tx: &mut Tx<'_>, name: &str, kind: &str, items: &[String]) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update aftercommit.finding set state = 'repairing'
+          where name = $1 and kind = $2 and item = any($3) and state = 'open'",
+    )
+    .bind(name)
+    .bind(kind)
+    .bind(items)
+    .execute(tx)
+    .await
+    .map(drop)
+}
+
 /// Settles what a sweep over everything did not find again that began with the run `since`.
 pub(super) async fn settle_gone(tx: &mut Tx<'_>, name: &str, since: i64) -> Result<(), sqlx::Error> {
     sqlx::query(

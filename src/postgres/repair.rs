@@ -4,6 +4,7 @@ use sqlx::Row;
 use uuid::Uuid;
 
 use super::fence::{Written, leading};
+use super::finding;
 use super::place::Place;
 use super::session::{Session, Tx};
 
@@ -18,21 +19,23 @@ pub(crate) struct Queued {
     pub(crate) replaces: Vec<i64>,
 }
 
-/// Queues events of the outbox that are missing in the stream as it was at `at`, and returns which ones. `seen` is where
-/// each had been put by an earlier repair, as the caller knows it: one that has been repaired anew meanwhile is left
-/// alone. Nothing is queued when the relay has gone back behind `at` since, because then it publishes them by itself; and
-/// should it go back at this moment, [`leave_to_window`] waits for the end of this, or this for the end of that.
+/// Queues events of the outbox that are missing in the stream as it was at `at`, and returns how many. The findings about
+/// them, of the reconciler and the kind that are named, say so from the same transaction on. `seen` is where each had been
+/// put by an earlier repair, as the caller knows it: one that has been repaired anew meanwhile is left alone. Nothing is
+/// queued when the relay has gone back behind `at` since, because then it publishes them by itself; and should it go back
+/// at this moment, [`leave_to_window`] waits for the end of this, or this for the end of that.
 pub(crate) async fn queue(
     connection: &mut Session,
+    (name, kind): (&str, &str),
     stream: &str,
     at: &Place,
     ids: &[i64],
     seen: &[Option<i64>],
-) -> Result<Vec<i64>, sqlx::Error> {
+) -> Result<u64, sqlx::Error> {
     let mut tx = connection.begin().await?;
     // Before the statement that looks at the log, so that it sees what a relay did that went back meanwhile.
     sqlx::query("lock table aftercommit.repair in row exclusive mode").execute(&mut tx).await?;
-    let queued = sqlx::query_scalar(
+    let queued: Vec<String> = sqlx::query_scalar(
         "insert into aftercommit.repair as r (outbox_id, event_id, key, sequence, queued_at)
          select o.id, o.event_id, o.key, t.seen,
                 -- Readers go on behind what they have seen, so a clock that went back must not bring it in front of that.
@@ -48,7 +51,7 @@ pub(crate) async fn queue(
           where r.state = 'published' and r.sequence = excluded.sequence
              -- What is known of another event of this id is from a time before somebody set the ids back.
              or r.event_id <> excluded.event_id
-         returning outbox_id",
+         returning event_id::text",
     )
     .bind(ids)
     .bind(seen)
@@ -57,8 +60,9 @@ pub(crate) async fn queue(
     .bind(at.sequence.cast_signed())
     .fetch_all(&mut tx)
     .await?;
+    finding::repairing(&mut tx, name, kind, &queued).await?;
     tx.commit().await?;
-    Ok(queued)
+    Ok(queued.len() as u64)
 }
 
 /// Queues events again of which messages have the id that are not the event, unless one was published before that

@@ -147,7 +147,8 @@ impl Run {
         self.write(findings).await
     }
 
-    async fn write(&self, findings: &[Finding]) -> Result<(), Error> {
+    /// Writes findings down, without counting them: what has become of some that were counted.
+    pub(crate) async fn write(&self, findings: &[Finding]) -> Result<(), Error> {
         if findings.is_empty() {
             return Ok(());
         }

@@ -196,6 +196,23 @@ async fn a_consumer_that_was_made_anew_at_the_end_loses_nothing() {
     assert_eq!(open, 0);
 }
 
+/// What was wrong is on record, although the process that put it right has died before it could say so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_that_was_put_right_by_a_process_that_died_is_on_record() {
+    let work = Work::shared().await;
+    work.worker_with(subscriber()).provision().await.unwrap();
+    let stream = work.context.get_stream(&work.outbox.naming.stream).await.unwrap();
+    // It is found by name, as the command is not given its definition.
+    send(&work, 1..=1).await;
+    run_until(&work, 4).await;
+    stream.delete_consumer("back").await.unwrap();
+    let mut command = reconcile(&work, "consumer", &["--subscriber", "back"]);
+    let died = command.env("AFTERCOMMIT_FAULT", "reconciler-consumer-made:1").output().unwrap();
+    assert_eq!(died.status.code(), None, "{}", String::from_utf8_lossy(&died.stdout));
+    assert_eq!(findings(&work.outbox).await, [finding("consumer_missing", "open", 1)]);
+    stream.consumer_info("back").await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_else_is_odd_is_named() {
     let work = Work::shared().await;

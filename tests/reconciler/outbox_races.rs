@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::outbox::{
     delete, finding, findings, leg, private, publish, published, ran, reconcile_command, run, shared, times,
 };
-use crate::support::{Copy, Outbox, Random, RelayProcess, SOON, Writers};
+use crate::support::{Copy, Message, Outbox, Random, RelayProcess, SOON, Writers};
 use aftercommit::reconciler::{Mode, OutboxLeg, Outcome, Runner, Scope};
 use aftercommit::testing::eventually;
 
@@ -51,6 +51,7 @@ async fn killed_at_every_step_and_raced() {
     let writers = Writers::start(&outbox.pool, 2, 10).await;
     writers.more(150).await;
     let mut random = Random(7);
+    let mut removed = BTreeSet::new();
     let mut relay = Some(relay);
     for fault in [
         "reconciler-begun:1",
@@ -69,6 +70,8 @@ async fn killed_at_every_step_and_raced() {
         let messages = outbox.messages().await;
         let victims: BTreeSet<u64> =
             (0..5).map(|_| messages[random.below(messages.len() as u64 - 1) as usize].sequence).collect();
+        let of = |message: &&Message| victims.contains(&message.sequence);
+        removed.extend(messages.iter().filter(of).map(|message| message.headers["ce-id"].clone()));
         delete(&outbox, victims).await;
         if fault.starts_with("relay") {
             outbox.kill(relay.take().unwrap()).await;
@@ -94,6 +97,10 @@ async fn killed_at_every_step_and_raced() {
     let lost: Vec<&String> = committed.iter().filter(|id| !times.contains_key(*id)).collect();
     let twice: Vec<_> = times.iter().filter(|(_, times)| **times > 1).collect();
     assert!(lost.is_empty() && twice.is_empty(), "lost {lost:?}, twice {twice:?}");
+    let found: Vec<(String, String, String)> =
+        sqlx::query_as("select kind, state, item from aftercommit.finding").fetch_all(&outbox.pool).await.unwrap();
+    let expected = removed.into_iter().map(|id| ("missing_from_stream".to_string(), "repaired".to_string(), id));
+    assert_eq!(found.into_iter().collect::<BTreeSet<_>>(), expected.collect(), "each repair is on record");
     drop(relay);
 }
 

@@ -517,24 +517,24 @@ async fn report_page(run: &mut Run, stream: &str, at: &Place, page: Page, queued
     let verified: Vec<String> = page.verified.iter().map(Uuid::to_string).collect();
     run.settle(MISSING, &verified, State::Repaired).await?;
     for missing in page.missing.chunks(1000) {
-        let mut repairing = HashSet::new();
-        if run.mode == Mode::Repair {
-            let ids: Vec<i64> = missing.iter().map(|missing| missing.row.id).collect();
-            let seen: Vec<Option<i64>> = missing.iter().map(|missing| missing.seen.map(u64::cast_signed)).collect();
-            let done = run
-                .connections
-                .run(async |session| repair::queue(session, stream, at, &ids, &seen).await)
-                .await
-                .map_err(|error| database_error("repairs cannot be queued", error))?;
-            fault::point("reconciler-outbox-queued");
-            *queued += done.len() as u64;
-            run.repaired(done.len() as u64);
-            repairing.extend(done);
-        }
-        let state = |id| if repairing.contains(&id) { State::Repairing } else { State::Open };
-        let found: Vec<Finding> = missing.iter().map(|missing| absent(&missing.row, state(missing.row.id))).collect();
+        // Before the repair: should this process die in between, the finding is there.
+        let found: Vec<Finding> = missing.iter().map(|missing| absent(&missing.row, State::Open)).collect();
         run.found(&found).await?;
         fault::point("reconciler-outbox-found");
+        if run.mode != Mode::Repair {
+            continue;
+        }
+        let ids: Vec<i64> = missing.iter().map(|missing| missing.row.id).collect();
+        let seen: Vec<Option<i64>> = missing.iter().map(|missing| missing.seen.map(u64::cast_signed)).collect();
+        let name = run.name.clone();
+        let done = run
+            .connections
+            .run(async |session| repair::queue(session, (&name, MISSING), stream, at, &ids, &seen).await)
+            .await
+            .map_err(|error| database_error("repairs cannot be queued", error))?;
+        fault::point("reconciler-outbox-queued");
+        *queued += done;
+        run.repaired(done);
     }
     let waits = |row: &Absent| row.repair.as_ref().is_some_and(|(state, _)| state == "queued");
     let state = |row| if waits(row) { State::Repairing } else { State::Open };

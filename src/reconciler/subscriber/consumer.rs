@@ -224,39 +224,48 @@ impl Leg<'_> {
         for kind in STATES.iter().filter(|kind| problems.iter().all(|(found, _)| found != *kind)) {
             self.run.settle(kind, std::slice::from_ref(&item), State::Gone).await?;
         }
-        let (mut repaired, mut trouble) = (false, None);
-        let curable = problems.iter().any(|(kind, _)| [AHEAD, ABSENT, SETTINGS].contains(kind));
-        if curable && self.leg.provision && self.run.mode == Mode::Repair {
-            let anew = problems.iter().any(|(kind, _)| *kind == AHEAD)
-                || survey.as_ref().is_some_and(|survey| survey.unfit.is_some());
-            match self.make(anew).await {
-                Ok(()) => repaired = true,
-                Err(error) => trouble = Some(error.report()),
-            }
-        }
-        let mut findings = Vec::new();
-        for (kind, detail) in problems {
-            let done = match kind {
-                AHEAD | ABSENT | SETTINGS => repaired,
-                // What it will not deliver, this run looks for; what it delivers again is in the inbox.
-                RECREATED => self.run.mode == Mode::Repair,
-                _ => false,
-            };
-            self.run.repaired(u64::from(done));
-            let more = trouble.as_ref().filter(|_| kind != STUCK).map(|why| format!("; not repaired: {why}"));
-            findings.push(Finding {
-                kind,
-                item: item.clone(),
-                detail: detail + more.as_deref().unwrap_or_default(),
-                state: if done { State::Repaired } else { State::Open },
-                ..Finding::default()
-            });
-        }
+        let mut findings: Vec<Finding> = problems
+            .into_iter()
+            .map(|(kind, detail)| {
+                // What a new consumer will not deliver, this run looks for; what it delivers again is in the inbox.
+                let looked_for = kind == RECREATED && self.run.mode == Mode::Repair;
+                let state = if looked_for { State::Repaired } else { State::Open };
+                Finding { kind, item: item.clone(), detail, state, ..Finding::default() }
+            })
+            .collect();
+        // Before the repair: should this process die in between, the findings are there.
         self.run.found(&findings).await?;
+        let anew = findings.iter().any(|finding| finding.kind == AHEAD)
+            || survey.as_ref().is_some_and(|survey| survey.unfit.is_some());
+        let repaired = self.put_right(&mut findings, anew).await?;
+        let done = findings.iter().filter(|finding| finding.state == State::Repaired).count();
+        self.run.repaired(done as u64);
         match repaired {
             true => consumer::survey(&self.nats.jetstream(), &self.leg.subscription.spec).await,
             false => Ok(survey),
         }
+    }
+
+    /// Makes the consumer what it should be, if that is wanted and would cure any of this, and returns whether it did.
+    async fn put_right(&self, findings: &mut [Finding], anew: bool) -> Result<bool, Error> {
+        let curable = |finding: &Finding| [AHEAD, ABSENT, SETTINGS].contains(&finding.kind);
+        if !findings.iter().any(curable) || !self.leg.provision || self.run.mode != Mode::Repair {
+            return Ok(false);
+        }
+        let made = self.make(anew).await;
+        fault::point("reconciler-consumer-made");
+        match &made {
+            Ok(()) => {
+                findings.iter_mut().filter(|finding| curable(finding)).for_each(|cured| cured.state = State::Repaired);
+            }
+            Err(error) => {
+                for finding in findings.iter_mut().filter(|finding| finding.kind != STUCK) {
+                    finding.detail += &format!("; not repaired: {}", error.report());
+                }
+            }
+        }
+        self.run.write(findings).await?;
+        Ok(made.is_ok())
     }
 
     /// Makes the consumer what the subscriber needs, from the beginning when `anew`.
