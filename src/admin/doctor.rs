@@ -1,6 +1,7 @@
 //! One look for what is wrong, or will be: each check ends as OK, WARN or FAIL, with what to do.
 
 mod broker;
+mod connections;
 mod database;
 mod ids;
 mod work;
@@ -244,6 +245,7 @@ struct DatabaseFacts {
     clock_ahead: TimeDelta,
     /// How long the question took: the difference is no better known than that.
     round_trip: TimeDelta,
+    connections: facts::Connections,
     prepared: Option<facts::Prepared>,
     longest: Option<facts::Transaction>,
     tables: facts::Tables,
@@ -300,6 +302,7 @@ async fn look_at_database(config: &DoctorConfig) -> Result<DatabaseFacts, Error>
         configured_ports: facts::configured_ports(&config.postgres)?,
         clock_ahead: server.clock - (before + round_trip / 2),
         round_trip,
+        connections: facts::connections(&mut connection).await.map_err(failed)?,
         prepared: facts::prepared(&mut connection).await.map_err(failed)?,
         longest: facts::longest_transaction(&mut connection).await.map_err(failed)?,
         rights,

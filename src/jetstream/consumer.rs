@@ -437,6 +437,36 @@ fn fixed_difference(spec: &ConsumerSpec, described: &Described<Info>) -> Option<
 
 const PROVISION: &str = "run `aftercommit provision`";
 
+/// What is odd about a consumer whose subscriber is not known: its subjects, its wait and its start are taken as they are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Oddities {
+    /// What a new consumer would cure.
+    pub(crate) unfit: Vec<String>,
+    /// What `aftercommit provision` corrects.
+    pub(crate) differences: Vec<String>,
+    /// Settings that this version does not know.
+    pub(crate) unknown: Vec<String>,
+}
+
+/// Judges a consumer by its settings alone.
+pub(super) fn oddities(described: &Described<Info>) -> Oddities {
+    let fields = &described.config;
+    let spec = ConsumerSpec {
+        stream: described.info.stream_name.clone(),
+        name: described.info.name.clone(),
+        subjects: filters(fields).into_iter().map(String::from).collect(),
+        ack_wait: described.info.config.ack_wait,
+        start: is_set(fields.get("opt_start_seq").unwrap_or(&Value::Null))
+            .then(|| number(fields, "opt_start_seq").cast_unsigned()),
+    };
+    let found = settings::judge(CONSUMER, fields, &spec, PROVISION);
+    Oddities {
+        unfit: found.problems.into_iter().filter(|problem| problem.remedy == ANEW).map(|problem| problem.why).collect(),
+        differences: settings::differences(CONSUMER, fields, &spec),
+        unknown: found.unknown,
+    }
+}
+
 /// Settings that this version does not know.
 fn unknown(spec: &ConsumerSpec, described: &Described<Info>) -> Vec<String> {
     settings::judge(CONSUMER, &described.config, spec, PROVISION).unknown

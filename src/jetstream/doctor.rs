@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use async_nats::jetstream::consumer::{AckPolicy, Info};
+use async_nats::jetstream::consumer::Info;
 use futures_util::{StreamExt, TryStreamExt};
 
-use super::consumer::DESCRIPTION;
+use super::api::{self, Described};
+use super::consumer::{self, DESCRIPTION, Oddities};
 use super::settings::Findings;
 use super::topology;
 use super::{Connection, stream::StreamReader};
@@ -48,9 +49,8 @@ pub(crate) struct Stream {
 #[derive(Debug, Clone)]
 pub(crate) struct Consumer {
     pub(crate) name: String,
-    pub(crate) max_deliver: i64,
-    /// The ack policy when it is not `explicit`.
-    pub(crate) odd_ack_policy: Option<String>,
+    /// What of its settings is not as subscribers need it.
+    pub(crate) oddities: Oddities,
     pub(crate) paused: bool,
     /// Whether it was made for a subscriber, as its description says.
     pub(crate) ours: bool,
@@ -118,23 +118,26 @@ async fn consumers(connection: &Connection, name: &str) -> Result<Vec<Consumer>,
     let stream = connection.jetstream().get_stream_no_info(name).await.map_err(|error| failed(error.into()))?;
     let mut listed = stream.consumers();
     let mut found = Vec::new();
+    let context = connection.jetstream();
     while let Some(info) = listed.next().await {
         let info = info.map_err(|error| failed(error.into()))?;
-        if info.config.durable_name.is_some() {
-            found.push(consumer(&info));
+        // The list is of what the client knows. With its leader's answer comes what the server says.
+        if info.config.durable_name.is_some()
+            && let Some(described) = api::consumer(&context, name, &info.name).await.map_err(failed)?
+        {
+            found.push(consumer(&described));
         }
     }
     Ok(found)
 }
 
-fn consumer(info: &Info) -> Consumer {
-    let policy = &info.config.ack_policy;
+fn consumer(described: &Described<Info>) -> Consumer {
+    let info = &described.info;
     let single = Some(&info.config.filter_subject).filter(|subject| !subject.is_empty());
     let filters = info.config.filter_subjects.iter().chain(single);
     Consumer {
         name: info.name.clone(),
-        max_deliver: info.config.max_deliver,
-        odd_ack_policy: (*policy != AckPolicy::Explicit).then(|| format!("{policy:?}").to_lowercase()),
+        oddities: consumer::oddities(described),
         paused: info.paused,
         ours: info.config.description.as_deref().is_some_and(|text| text.starts_with(DESCRIPTION)),
         filters: filters.cloned().collect(),

@@ -52,6 +52,29 @@ pub(crate) async fn server(connection: &mut Session) -> Result<Server, sqlx::Err
     })
 }
 
+/// The connections of the whole server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Connections {
+    /// How many there can be, those that are kept for superusers left out.
+    pub(crate) limit: i64,
+    pub(crate) used: i64,
+    /// Those that carry the name of a program of aftercommit.
+    pub(crate) ours: i64,
+}
+
+/// Counts them. Who has them and under which name every role may see.
+pub(crate) async fn connections(connection: &mut Session) -> Result<Connections, sqlx::Error> {
+    let row = sqlx::query(
+        "select current_setting('max_connections')::bigint - current_setting('superuser_reserved_connections')::bigint
+                - coalesce(current_setting('reserved_connections', true)::bigint, 0),
+                count(usesysid), count(usesysid) filter (where application_name like 'aftercommit%')
+           from pg_stat_activity where datid is not null",
+    )
+    .fetch_one(connection)
+    .await?;
+    Ok(Connections { limit: row.try_get(0)?, used: row.try_get(1)?, ours: row.try_get(2)? })
+}
+
 /// The servers to which the configuration does not ask for encryption although they are not on this machine.
 pub(crate) fn in_clear(config: &PostgresConfig) -> Result<Vec<String>, Error> {
     super::options(config, "").map(|servers| servers.in_clear())

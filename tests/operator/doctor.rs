@@ -191,7 +191,10 @@ async fn what_would_lose_events_fails() {
     assert_eq!(with(&report, Severity::Fail), ["fsync", "stream"], "{report}");
     assert!(found(&report, Severity::Fail, "stream")[0].finding.contains("storage"), "{report}");
     assert!(found(&report, Severity::Warn, "retention")[0].finding.contains("7 days"), "{report}");
-    assert!(found(&report, Severity::Warn, "consumer")[0].finding.contains("limited"), "{report}");
+    let consumer = found(&report, Severity::Warn, "consumer")[0];
+    for part in ["limited", "max_deliver: 3 -> -1", "max_ack_pending: 1000 -> 100000"] {
+        assert!(consumer.finding.contains(part), "no {part} in {report}");
+    }
 }
 
 /// Publishing what nobody subscribes to works, and is told.

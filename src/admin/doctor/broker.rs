@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::{BrokerFacts, Check, DoctorConfig, span};
 use crate::error::Error;
 use crate::jetstream::api::has_no_leader;
+use crate::jetstream::consumer::Oddities;
 use crate::jetstream::doctor::{Consumer, Server, Stream};
 use crate::jetstream::monitoring::Sync;
 use crate::jetstream::stream::UNMAP;
@@ -168,18 +169,21 @@ fn consumer(consumer: &Consumer, stream: &str) -> Vec<Check> {
     let name = &consumer.name;
     let mut checks = Vec::new();
     let mut warn = |finding: String, remedy: String| checks.push(Check::warn("consumer", finding, remedy));
-    let provision = || "`aftercommit provision --config worker.toml`, if it is a subscriber's".to_string();
-    if consumer.max_deliver != -1 {
-        let times = consumer.max_deliver;
-        warn(format!("{name} gets an event {times} times at most and then never again: it is lost to it"), provision());
+    let Oddities { unfit, differences, unknown } = &consumer.oddities;
+    if !differences.is_empty() {
+        let remedy = "`aftercommit provision --config worker.toml`, if it is a subscriber's".into();
+        warn(format!("{name} is not as subscribers need it: {}", differences.join(", ")), remedy);
     }
-    if let Some(policy) = &consumer.odd_ack_policy {
-        warn(
-            format!("{name} has the ack policy {policy}: events count as handled before they are"),
-            format!(
-                "if it is a subscriber's: `nats consumer rm {stream} {name}`, then `aftercommit provision --config worker.toml`"
-            ),
+    if !unfit.is_empty() {
+        let remedy = format!(
+            "if it is a subscriber's: `nats consumer rm {stream} {name}`, then `aftercommit provision --config worker.toml`"
         );
+        warn(format!("{name} {}", unfit.join(", and ")), remedy);
+    }
+    if !unknown.is_empty() {
+        let remedy = "look it up in the release notes of nats-server, and update aftercommit".into();
+        let settings = unknown.join(", ");
+        warn(format!("{name}: {settings}: this version does not know the setting, and what it does to events"), remedy);
     }
     if consumer.paused {
         warn(format!("{name} is paused and gets no events"), format!("`nats consumer resume {stream} {name}`"));
@@ -237,8 +241,7 @@ mod tests {
     fn good() -> Stream {
         let consumer = Consumer {
             name: "c".into(),
-            max_deliver: -1,
-            odd_ack_policy: None,
+            oddities: Oddities::default(),
             paused: false,
             ours: true,
             filters: vec![],
@@ -301,13 +304,14 @@ mod tests {
     #[test]
     fn what_a_stream_can_lose_is_a_warning() {
         type Spoil = fn(&mut Stream);
-        let cases: [(&str, Spoil); 7] = [
+        let cases: [(&str, Spoil); 8] = [
             ("subscribers", |stream| stream.unread = vec!["order.lost".into()]),
             ("replicas", |stream| stream.replicas = 1),
             ("replicas", |stream| stream.batches = false),
             ("retention", |stream| stream.max_age = Some(Duration::from_hours(24))),
-            ("consumer", |stream| stream.consumers[0].max_deliver = 5),
-            ("consumer", |stream| stream.consumers[0].odd_ack_policy = Some("none".into())),
+            ("consumer", |stream| stream.consumers[0].oddities.differences = vec!["max_deliver: 5 -> -1".into()]),
+            ("consumer", |stream| stream.consumers[0].oddities.unfit = vec!["has the ack policy none".into()]),
+            ("consumer", |stream| stream.consumers[0].oddities.unknown = vec!["skip_every_second".into()]),
             ("consumer", |stream| stream.consumers[0].paused = true),
         ];
         for (name, spoil) in cases {

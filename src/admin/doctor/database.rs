@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use chrono::{SecondsFormat, TimeDelta};
 
-use super::{Check, DatabaseFacts, DoctorConfig, Role, Work, span};
+use super::{Check, DatabaseFacts, DoctorConfig, Role, Work, connections, span};
 use crate::error::Error;
 use crate::postgres::doctor::{Prepared, Server, Tables, Transaction};
 use crate::postgres::migrate;
@@ -37,6 +37,7 @@ pub(super) fn judge(facts: &DatabaseFacts, config: &DoctorConfig) -> Vec<Check> 
     checks.extend(durability(&facts.server));
     checks.push(clock(facts.clock_ahead, facts.round_trip));
     checks.extend(pooler(facts.server.port, &facts.configured_ports));
+    checks.push(connections::judge(&facts.connections));
     checks.extend(prepared(facts.prepared.as_ref()));
     checks.push(transactions(facts.longest.as_ref(), &facts.server));
     checks.push(schema(facts.tables, facts.migrations.as_ref(), &facts.server.role));
