@@ -81,6 +81,33 @@ pub(crate) async fn exists(connection: impl PgExecutor<'_>, name: &str) -> Resul
         .await
 }
 
+/// How long a lease is asked for: longer where statements are slow, so that it does not run out while it is being
+/// prolonged, and instances that are all alive do not take it from each other.
+#[derive(Debug, Clone)]
+pub(crate) struct Term {
+    usual: Duration,
+    slowest: Duration,
+}
+
+impl Term {
+    /// The longest: somebody who died with it keeps others out for so long.
+    const MAX: Duration = Duration::from_secs(30);
+
+    pub(crate) fn new(usual: Duration) -> Self {
+        Self { usual, slowest: Duration::ZERO }
+    }
+
+    /// Between two prolongations lie two statements: one whose commit is late, and the next one.
+    pub(crate) fn ask_for(&self) -> Duration {
+        self.usual.max((3 * self.slowest).min(Self::MAX))
+    }
+
+    /// A statement about the lease took so long. One that was slow is forgotten step by step.
+    pub(crate) fn took(&mut self, time: Duration) {
+        self.slowest = time.max(self.slowest / 2);
+    }
+}
+
 /// A lease that somebody holds, or held: other writes can be made conditional on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Tenure {
@@ -95,4 +122,25 @@ pub(crate) fn new_holder() -> String {
     let host = Some(host.trim()).filter(|host| !host.is_empty()).unwrap_or("host");
     let id = uuid::Uuid::now_v7().simple().to_string();
     format!("{host}:{}:{}", std::process::id(), &id[24..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_is_longer_where_statements_are_slow() {
+        let seconds = Duration::from_secs;
+        let mut term = Term::new(seconds(4));
+        term.took(seconds(1));
+        assert_eq!(term.ask_for(), seconds(4));
+        term.took(seconds(5));
+        assert_eq!(term.ask_for(), seconds(15));
+        term.took(seconds(60));
+        assert_eq!(term.ask_for(), Term::MAX);
+        (0..5).for_each(|_| term.took(seconds(0)));
+        assert_eq!(term.ask_for(), seconds(60) * 3 / 32, "forgotten by halves");
+        term.took(seconds(0));
+        assert_eq!(term.ask_for(), seconds(4));
+    }
 }

@@ -106,8 +106,9 @@ pub(crate) async fn clear_all(connection: &mut Session, tenure: &Tenure, subscri
 
 /// Takes over what earlier tenures left behind: counts a crash for each event that was running when they ended and that
 /// is not done. Returns all events of the subscriber that have such a count. Markers that are locked stay for the next
-/// time: their transaction is still open, because its process is frozen or its end has not been noticed yet. Their events
-/// may be committed any moment, so no other marker counts for those either.
+/// time: their transaction is still open, because their process lets them finish, is frozen, or its end has not been
+/// noticed yet. Their events may be committed any moment, so no other marker counts for those either. That a tenure was
+/// about to end stays on record as long as it has such markers.
 pub(crate) async fn take_over(
     connection: &mut Session,
     tenure: &Tenure,
@@ -121,10 +122,15 @@ pub(crate) async fn take_over(
          taken as (
             delete from aftercommit.running as r using behind
              where r.subscriber = $1 and r.epoch = behind.epoch and r.lane = behind.lane
+               and not (r.lane = $3 and exists (
+                    select from aftercommit.running as open
+                     where open.subscriber = $1 and open.epoch = r.epoch
+                       and not exists (select from behind
+                                        where behind.epoch = open.epoch and behind.lane = open.lane)))
             returning r.events, r.epoch, r.lane, r.alone),
          suspect as (
             select ran.event_id, bool_or(taken.alone) as alone from taken, unnest(events) as ran(event_id)
-             where not exists (select from taken as last where last.epoch = taken.epoch and last.lane = $3)
+             where not exists (select from behind as last where last.epoch = taken.epoch and last.lane = $3)
                and not exists (select from aftercommit.inbox as done
                                 where done.subscriber = $1 and done.event_id = ran.event_id)
                and not exists (select from aftercommit.running as open
@@ -156,6 +162,30 @@ pub(crate) async fn take_over(
     .fetch_all(connection)
     .await?;
     rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+}
+
+/// The events whose transactions earlier tenures still have open.
+pub(crate) async fn elsewhere(
+    connection: &mut Session,
+    tenure: &Tenure,
+    subscriber: &str,
+) -> Result<Vec<Uuid>, sqlx::Error> {
+    let rows = connection
+        .fetch_all(
+            sqlx::query(
+                "with ended as (
+                    select epoch, lane from aftercommit.running
+                     where subscriber = $1 and epoch < $2
+                       for key share skip locked)
+                 select unnest(events) from aftercommit.running as open
+                  where subscriber = $1 and epoch < $2
+                    and not exists (select from ended where ended.epoch = open.epoch and ended.lane = open.lane)",
+            )
+            .bind(subscriber)
+            .bind(tenure.epoch),
+        )
+        .await?;
+    rows.iter().map(|row| row.try_get(0)).collect()
 }
 
 #[cfg(test)]

@@ -52,6 +52,7 @@ mod batch;
 mod doubt;
 #[cfg(feature = "testing")]
 pub(crate) mod drain;
+mod elsewhere;
 #[cfg(feature = "cli")]
 mod file;
 mod gate;

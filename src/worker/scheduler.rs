@@ -196,6 +196,11 @@ impl Scheduler {
         }
     }
 
+    /// Whether an event is given out.
+    pub(super) fn runs(&self, event: Place) -> bool {
+        self.events.get(&event).is_some_and(|slot| slot.state == State::Running)
+    }
+
     /// How many events wait for a point in time.
     pub(super) fn held(&self) -> usize {
         self.held.len()

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{RwLock, watch};
 use tokio_util::sync::CancellationToken;
@@ -24,10 +24,11 @@ use crate::postgres;
 use crate::postgres::attempt::{self, Left};
 use crate::postgres::connections::Connections;
 use crate::postgres::function::{self, FunctionName};
-use crate::postgres::lease::{self, Tenure};
+use crate::postgres::lease::{self, Tenure, Term};
 use crate::postgres::pause::{self, Pause};
 use crate::postgres::{identity, inbox, running, start};
 
+use super::elsewhere::Elsewhere;
 use super::lane::Lane;
 use super::notes::Teller;
 use super::progress::Progress;
@@ -85,12 +86,13 @@ impl Service {
     async fn serve(&self, stop: CancellationToken) {
         let mut standing_by = false;
         let mut trouble = Trouble::default();
+        let mut term = Term::new(LEASE);
         while !stop.is_cancelled() {
-            match self.acquire().await {
+            match self.acquire(&mut term).await {
                 Ok(Some(tenure)) => {
                     trouble.over(self.name());
                     standing_by = false;
-                    self.lead(tenure, &stop).await;
+                    term = self.lead(tenure, term, &stop).await;
                 }
                 Ok(None) => {
                     trouble.over(self.name());
@@ -113,35 +115,56 @@ impl Service {
         &self.subscriber.name
     }
 
-    async fn acquire(&self) -> Result<Option<Tenure>, Error> {
+    async fn acquire(&self, term: &mut Term) -> Result<Option<Tenure>, Error> {
         let name = lease_name(self.name());
+        let (asked, ttl) = (Instant::now(), term.ask_for());
         let acquired = self
             .connections
-            .run_for_lease(async |connection| lease::acquire(connection, &name, &self.holder, LEASE).await)
+            .run_for_lease(async |connection| lease::acquire(connection, &name, &self.holder, ttl).await)
             .await;
+        term.took(asked.elapsed());
         let epoch =
             acquired.map_err(|error| postgres::database_error("the subscriber's lease cannot be looked at", error))?;
         Ok(epoch.map(|epoch| Tenure { name, holder: self.holder.clone(), epoch }))
     }
 
-    /// Works as long as the lease is ours.
-    async fn lead(&self, tenure: Tenure, stop: &CancellationToken) {
+    /// Works as long as the lease is ours, and returns how long the next one should last.
+    async fn lead(&self, tenure: Tenure, term: Term, stop: &CancellationToken) -> Term {
         tracing::info!(subscriber = self.name(), epoch = tenure.epoch, holder = tenure.holder, "active");
         self.progress.lead(tenure.epoch);
         let tenure = Arc::new(tenure);
         let lost = CancellationToken::new();
         let (tell, mut told) = watch::channel(None);
-        let keeper =
-            keep(Arc::clone(&self.connections), Arc::clone(&tenure), Arc::clone(&self.progress), lost.clone(), tell);
-        let keeper = AbortOnDropHandle::new(tokio::spawn(keeper));
-        let pruner = AbortOnDropHandle::new(tokio::spawn(self.pruner().run()));
+        let (term, learnt) = watch::channel(term);
+        let keeper = Keeper {
+            connections: Arc::clone(&self.connections),
+            tenure: Arc::clone(&tenure),
+            progress: Arc::clone(&self.progress),
+            term,
+            lost: lost.clone(),
+            tell,
+        };
+        let mut beside = Some((
+            AbortOnDropHandle::new(tokio::spawn(keeper.keep())),
+            AbortOnDropHandle::new(tokio::spawn(self.pruner().run())),
+        ));
         while !stop.is_cancelled() && !lost.is_cancelled() {
             let Some(pausing) = self.wait_until_resumed(&mut told, stop, &lost).await else { break };
             // A pause ends the session as a stop does: what runs finishes, the rest goes back.
             let halt = &pausing.token;
             let Some(position) = self.wait_until_ready(halt, &lost).await else { continue };
             self.progress.work();
-            match self.work(&tenure, position, halt, &lost).await {
+            let end = match self.work(&tenure, position, halt, &lost).await {
+                Err(reason) => End::Broken(reason),
+                Ok((end, session)) => {
+                    // Whoever stands by need not wait for the slowest handler.
+                    if end == End::Stopped && stop.is_cancelled() && beside.take().is_some() {
+                        self.hand_over(&tenure).await;
+                    }
+                    session.finish(end).await
+                }
+            };
+            match end {
                 End::Stopped => {}
                 End::Fenced => lost.cancel(),
                 End::Broken(reason) => {
@@ -151,12 +174,16 @@ impl Service {
                 }
             }
         }
-        drop((keeper, pruner));
+        let learnt = learnt.borrow().clone();
         if lost.is_cancelled() {
             tracing::warn!(subscriber = self.name(), epoch = tenure.epoch, "another instance has taken over");
-            return;
+            return learnt;
         }
-        self.hand_over(&tenure).await;
+        if beside.take().is_some() {
+            self.hand_over(&tenure).await;
+        }
+        self.clear(&tenure).await;
+        learnt
     }
 
     /// Waits as long as the subscriber is paused, and then gives what tells of the next pause, or of the stop. None
@@ -202,19 +229,29 @@ impl Service {
         }
     }
 
+    /// Gives the lease up. What runs here goes on, and its keys wait for it at the successor.
     async fn hand_over(&self, tenure: &Tenure) {
         let released = self.connections.run_for_lease(async |connection| {
-            running::clear_all(connection, tenure, self.name()).await?;
             lease::release(connection, &tenure.name, &tenure.holder, tenure.epoch).await
         });
         match tokio::time::timeout(Duration::from_secs(2), released).await {
-            Ok(Ok(())) => tracing::info!(subscriber = self.name(), epoch = tenure.epoch, "stopped"),
+            Ok(Ok(())) => tracing::info!(subscriber = self.name(), epoch = tenure.epoch, "handed over"),
             // It runs out by itself.
             Ok(Err(error)) => {
-                tracing::warn!(subscriber = self.name(), error = %error, "stopped, the lease was not released")
+                tracing::warn!(subscriber = self.name(), error = %error, "stopping, the lease was not released")
             }
-            Err(_) => tracing::warn!(subscriber = self.name(), "stopped, the lease was not released in time"),
+            Err(_) => tracing::warn!(subscriber = self.name(), "stopping, the lease was not released in time"),
         }
+    }
+
+    /// Removes what lanes could not remove. Nothing runs any more.
+    async fn clear(&self, tenure: &Tenure) {
+        let cleared =
+            self.connections.run(async |connection| running::clear_all(connection, tenure, self.name()).await);
+        if let Ok(Err(error)) = tokio::time::timeout(Duration::from_secs(2), cleared).await {
+            tracing::debug!(subscriber = self.name(), %error, "markers stay behind");
+        }
+        tracing::info!(subscriber = self.name(), epoch = tenure.epoch, "stopped");
     }
 
     /// Waits for what the subscriber needs, saying what is missing. None when it shall end.
@@ -268,19 +305,22 @@ impl Service {
         }
     }
 
-    /// Finds out which events ran when the process of a predecessor died, and reads what is on record of events.
-    async fn take_over(&self, tenure: &Tenure) -> Result<HashMap<Uuid, Left>, Error> {
+    /// Finds out which events ran when the process of a predecessor died and which ones it still runs, and reads what is on
+    /// record of events.
+    async fn take_over(&self, tenure: &Arc<Tenure>) -> Result<(HashMap<Uuid, Left>, Elsewhere), Error> {
         let found = self.connections.run(async |connection| {
             let died = running::take_over(connection, tenure, self.name()).await?;
-            Ok((died, attempt::on_record(connection, self.name()).await?))
+            let elsewhere = running::elsewhere(connection, tenure, self.name()).await?;
+            Ok((died, elsewhere, attempt::on_record(connection, self.name()).await?))
         });
-        let (died, left) = found
+        let (died, elsewhere, left) = found
             .await
             .map_err(|error| postgres::database_error("what a predecessor ran cannot be looked at", error))?;
         for (event_id, crashes) in &died {
             tracing::warn!(subscriber = self.name(), %event_id, crashes, "the worker's process died while an event ran");
         }
-        Ok(left.into_iter().collect())
+        let elsewhere = Elsewhere::new(elsewhere, &self.connections, tenure, self.name());
+        Ok((left.into_iter().collect(), elsewhere))
     }
 
     /// Asks the inbox which events are done. When it cannot be asked, none: a lane will find out.
@@ -300,17 +340,15 @@ impl Service {
         })
     }
 
+    /// Works until the session ends, or says why none could begin. What it runs then goes on.
     async fn work(
         &self,
         tenure: &Arc<Tenure>,
         position: Position,
         stop: &CancellationToken,
         lost: &CancellationToken,
-    ) -> End {
-        let on_record = match self.take_over(tenure).await {
-            Ok(on_record) => on_record,
-            Err(error) => return End::Broken(error.report()),
-        };
+    ) -> Result<(End, Session), String> {
+        let left = self.take_over(tenure).await.map_err(|error| error.report())?;
         let context = self.nats.jetstream();
         let lane = Lane {
             subscriber: Arc::clone(&self.subscriber),
@@ -323,17 +361,17 @@ impl Service {
             alone: false,
         };
         let stream = witness::Stream::new(&context, &self.spec.stream);
-        let (places, known) = match Places::load(&self.connections, self.name(), &stream).await {
-            Ok(loaded) => loaded,
-            Err(error) => return End::Broken(error.report()),
-        };
+        let loaded = Places::load(&self.connections, self.name(), &stream).await;
+        let (places, known) = loaded.map_err(|error| error.report())?;
         let reached = (known && !fault::broken("ack after commit")).then(|| Reached(places.newest()));
         let account = Account::new(&self.connections, self.name(), &self.spec.stream, places);
         let budget = session::budget(&lane);
         let ack_wait = position.ack_wait;
         let feed = feed::start(&self.nats, &self.spec, position, reached, &budget, self.done());
         let answers = Answers::start(&self.nats.client);
-        Session::new(lane, on_record, answers, budget, account).run(feed, ack_wait, stop, lost).await
+        let mut session = Session::new(lane, left, answers, budget, account);
+        let end = session.run(feed, ack_wait, stop, lost).await;
+        Ok((end, session))
     }
 }
 
@@ -369,41 +407,57 @@ fn describe(pause: &Pause) -> String {
 
 /// Prolongs the lease until somebody else has it, and tells whether the subscriber is paused. While the database is away
 /// nobody can take the lease either, and nothing can be committed: so that is waited out.
-async fn keep(
+struct Keeper {
     connections: Arc<Connections>,
     tenure: Arc<Tenure>,
     progress: Arc<Progress>,
+    term: watch::Sender<Term>,
     lost: CancellationToken,
     tell: watch::Sender<Told>,
-) {
-    loop {
-        let looked = connections.run_for_lease(async |connection| {
-            let ours = lease::renew(connection, &tenure.name, &tenure.holder, tenure.epoch, LEASE).await?;
+}
+
+impl Keeper {
+    async fn keep(self) {
+        loop {
+            let (asked, patience) = (Instant::now(), self.term.borrow().ask_for());
+            let prolonged = tokio::time::timeout(patience, self.prolong(patience)).await;
+            self.term.send_modify(|term| term.took(asked.elapsed()));
+            match prolonged {
+                Ok(Ok((true, pause))) => {
+                    self.progress.database(None);
+                    self.tell.send_if_modified(|told| {
+                        let changed = told.as_ref() != Some(&pause);
+                        *told = Some(pause);
+                        changed
+                    });
+                }
+                Ok(Ok((false, _))) => {
+                    self.lost.cancel();
+                    return;
+                }
+                Ok(Err(error)) => {
+                    tracing::debug!(lease = self.tenure.name, error = %error, "the lease was not prolonged");
+                    let error = postgres::database_error("the lease cannot be prolonged", error);
+                    self.progress.database(Some(error.report()));
+                }
+                // The next one may take longer.
+                Err(_) => {
+                    tracing::debug!(lease = self.tenure.name, "the lease was not prolonged in time");
+                    self.progress.database(Some("PostgreSQL does not answer".into()));
+                }
+            }
+            tokio::time::sleep(RENEW).await;
+        }
+    }
+
+    /// Whether the lease is still ours, and what pauses the subscriber.
+    async fn prolong(&self, ttl: Duration) -> Result<(bool, Option<Pause>), sqlx::Error> {
+        let tenure = &self.tenure;
+        let prolonged = self.connections.run_for_lease(async |connection| {
+            let ours = lease::renew(connection, &tenure.name, &tenure.holder, tenure.epoch, ttl).await?;
             Ok((ours, pause::first(connection, &[&tenure.name, ALL]).await?))
         });
-        match tokio::time::timeout(LEASE, looked).await {
-            Ok(Ok((true, pause))) => {
-                progress.database(None);
-                tell.send_if_modified(|told| {
-                    let changed = told.as_ref() != Some(&pause);
-                    *told = Some(pause);
-                    changed
-                });
-            }
-            Ok(Ok((false, _))) => {
-                lost.cancel();
-                return;
-            }
-            Ok(Err(error)) => {
-                tracing::debug!(lease = tenure.name, error = %error, "the lease was not prolonged");
-                progress.database(Some(postgres::database_error("the lease cannot be prolonged", error).report()));
-            }
-            Err(_) => {
-                tracing::debug!(lease = tenure.name, "the lease was not prolonged in time");
-                progress.database(Some("PostgreSQL does not answer".into()));
-            }
-        }
-        tokio::time::sleep(RENEW).await;
+        prolonged.await
     }
 }
 

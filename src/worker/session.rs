@@ -25,6 +25,7 @@ use crate::postgres::running;
 use crate::text;
 
 use super::doubt;
+use super::elsewhere::{self, Elsewhere};
 use super::gate::Gate;
 use super::lane::Lane;
 use super::load::Item;
@@ -34,7 +35,7 @@ use super::pace::Pace;
 use super::progress::{Load, Outcome};
 use super::reached::{self, Account};
 use super::redrive::Redrives;
-use super::scheduler::{Place, Scheduler};
+use super::scheduler::{Company, Place, Scheduler};
 use super::subscriber::{FailurePolicy, MAX_WAIT};
 use super::verdict::{LOGGED, Report, Verdict, Wait};
 
@@ -70,6 +71,7 @@ pub(super) struct Session {
     numbers: BTreeSet<i64>,
     /// What is on record of events that have not come yet.
     on_record: HashMap<Uuid, Left>,
+    elsewhere: Elsewhere,
     /// Sessions that ended while events ran, of which the database could not be asked yet.
     losses: Vec<Loss>,
     /// Whether it is being asked about some.
@@ -111,7 +113,7 @@ pub(super) fn budget(lane: &Lane) -> Arc<Budget> {
 impl Session {
     pub(super) fn new(
         lane: Lane,
-        on_record: HashMap<Uuid, Left>,
+        (on_record, elsewhere): (HashMap<Uuid, Left>, Elsewhere),
         answers: Answers,
         budget: Arc<Budget>,
         account: Account,
@@ -125,6 +127,7 @@ impl Session {
             lanes: JoinSet::new(),
             numbers: BTreeSet::new(),
             on_record,
+            elsewhere,
             losses: Vec::new(),
             looking: false,
             answers,
@@ -138,9 +141,10 @@ impl Session {
         }
     }
 
-    /// Works until `stop`, until `lost`, or until the feed ends. Signs of life go out three times per `ack_wait`.
+    /// Works until `stop`, until `lost`, or until the feed ends. Signs of life go out three times per `ack_wait`. What runs then
+    /// goes on until [`Session::finish`].
     pub(super) async fn run(
-        mut self,
+        &mut self,
         (mut feed, feeding): (mpsc::UnboundedReceiver<Fed>, AbortOnDropHandle<()>),
         ack_wait: Duration,
         stop: &CancellationToken,
@@ -183,7 +187,10 @@ impl Session {
         drop(feed);
         // It pulls no more before anything is given back. When the server does not answer, nothing can be given back.
         let _ = tokio::time::timeout(Duration::from_secs(1), feeding).await;
-        self.finish(end).await
+        if end == End::Stopped {
+            self.give_back().await;
+        }
+        end
     }
 
     fn load(&self) -> Load {
@@ -283,7 +290,9 @@ impl Session {
         }
         // Once: an event that an operator sends back after it was given up begins anew.
         let Left { record, wait } = self.on_record.remove(&id.as_uuid()).unwrap_or_default();
-        self.scheduler.bears(place, doubt::company(&record));
+        let company = doubt::company(&record);
+        let company = if self.elsewhere.runs(id) { company.min(Company::Apart) } else { company };
+        self.scheduler.bears(place, company);
         let settings = &self.lane.subscriber.settings;
         if let Some((waits, rest)) = wait {
             let passes = waits == Waits::Retry && settings.failure_policy == FailurePolicy::Skip;
@@ -336,7 +345,15 @@ impl Session {
                 Some(_) => 1,
                 None => self.scheduler.ready().div_ceil(lanes - self.lanes.len()),
             };
-            let items = self.scheduler.take(heads, self.batch_limit()).into_iter().map(|place| {
+            let places = self.scheduler.take(heads, self.batch_limit());
+            if let [single] = places.as_slice()
+                && self.pending.get(single).is_some_and(|pending| self.elsewhere.runs(pending.id))
+            {
+                self.scheduler.hold(*single, Instant::now() + elsewhere::LOOK);
+                admitted = Some(permit);
+                continue;
+            }
+            let items = places.into_iter().map(|place| {
                 let pending = self.pending.get(&place);
                 Item {
                     place,
@@ -519,17 +536,26 @@ impl Session {
         }
     }
 
-    /// Ends in an orderly way: what runs may finish, the rest goes back.
-    async fn finish(mut self, end: End) -> End {
+    /// Lets others have what does not run, and writes down that what runs is the last of this session.
+    async fn give_back(&mut self) {
+        if !self.lanes.is_empty() {
+            self.tell_stopping(true).await;
+        }
+        let waiting = self.pending.iter_mut().filter(|(place, _)| !self.scheduler.runs(**place));
+        for reply in waiting.filter_map(|(_, pending)| pending.reply.take()) {
+            self.answers.send(&reply, &Answer::Again);
+        }
+        self.account.close(Duration::from_secs(1)).await;
+    }
+
+    /// Ends in an orderly way: what runs may finish.
+    pub(super) async fn finish(mut self, end: End) -> End {
         if end == End::Fenced {
             // The successor waits for the locks of what still runs here.
             self.lanes.shutdown().await;
             return end;
         }
         let waits = end == End::Stopped && !self.lanes.is_empty();
-        if waits {
-            self.tell_stopping(true).await;
-        }
         while let Some(report) = self.lanes.join_next().await {
             if end == End::Stopped {
                 self.settle(report);
@@ -543,7 +569,6 @@ impl Session {
                 self.answers.send(reply, &Answer::Again);
             }
             self.answers.finish(Duration::from_secs(2)).await;
-            self.account.close(Duration::from_secs(1)).await;
         }
         end
     }

@@ -3,6 +3,7 @@
 mod crashes;
 mod doubt;
 mod failures;
+mod handover;
 mod http;
 mod instances;
 mod many;
