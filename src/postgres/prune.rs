@@ -11,7 +11,7 @@ use super::snapshot::Mark;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Batch {
     pub(crate) removed: u64,
-    /// The next one goes on behind this id.
+    /// The next one goes on behind this id, or place.
     pub(crate) next: i64,
     /// Whether there may be more that is old.
     pub(crate) more: bool,
@@ -128,50 +128,60 @@ pub(crate) async fn repairs(
     Ok(done.rows_affected())
 }
 
-/// Deletes up to `limit` inbox rows of a subscriber that are older than `retention` and that no message can meet any
-/// more: `oldest` is the sequence and the time of the first message that the stream still holds, none when it is empty.
-/// A row's own message is gone when its sequence is lower than that. The time is for a stream that was made anew, whose
-/// sequences began again. The row of a dead letter stays with it. Up to when rows are gone stays on record, see
-/// [`forgotten`].
+/// Looks at up to `limit` inbox rows of a subscriber behind the stream sequence `after`, and deletes those that are older than
+/// `retention` and that no message can meet any more: `oldest` is the sequence and the time of the first message that the
+/// stream still holds, none when it is empty. A row's own message is gone when its sequence is lower than that. The time is
+/// for a stream that was made anew, whose sequences began again. The row of a dead letter stays with it. Up to when rows are
+/// gone stays on record, see [`forgotten`].
 pub(crate) async fn inbox(
     connection: &mut Session,
     subscriber: &str,
     retention: Duration,
     oldest: Option<(i64, DateTime<Utc>)>,
+    after: i64,
     limit: i64,
-) -> Result<u64, sqlx::Error> {
+) -> Result<Batch, sqlx::Error> {
     let (sequence, time) = oldest.unzip();
-    // now(), not clock_timestamp(), so that the index can be used.
-    let removed: i64 = sqlx::query_scalar(
-        "with gone as (
+    let (removed, looked, first, last): (i64, i64, Option<i64>, Option<i64>) = sqlx::query_as(
+        "with looked as materialized (
+             select event_id, stream_seq, handled_at, outcome from aftercommit.inbox
+              where subscriber = $1 and stream_seq > $6 and stream_seq < coalesce($4, 9223372036854775807)
+              order by stream_seq limit $5
+         ), gone as (
              delete from aftercommit.inbox
-              where subscriber = $1 and event_id in (
-                    select event_id from aftercommit.inbox i
-                     where subscriber = $1
-                       and handled_at < least(now() - make_interval(secs => $2), coalesce($3::timestamptz, 'infinity'))
-                       and stream_seq < coalesce($4, 9223372036854775807)
+              where subscriber = $1 and event_id = any(array(
+                    select event_id from looked l
+                     where handled_at < least(clock_timestamp() - make_interval(secs => $2),
+                                              coalesce($3::timestamptz, 'infinity'))
                        and (outcome <> 'dead'
                             or not exists (select from aftercommit.dead_letter d
-                                            where d.subscriber = $1 and d.event_id = i.event_id)
+                                            where d.subscriber = $1 and d.event_id = l.event_id)
                            and not exists (select from aftercommit.redrive r
-                                            where r.subscriber = $1 and r.event_id = i.event_id))
-                     limit $5)
+                                            where r.subscriber = $1 and r.event_id = l.event_id))))
              returning handled_at
          ), noted as (
              insert into aftercommit.inbox_pruned as noted (subscriber, pruned_to)
              select $1, max(handled_at) from gone having count(*) > 0
              on conflict (subscriber) do update set pruned_to = greatest(noted.pruned_to, excluded.pruned_to)
          )
-         select count(*) from gone",
+         select (select count(*) from gone), count(*), min(stream_seq), max(stream_seq) from looked",
     )
     .bind(subscriber)
     .bind(retention.as_secs_f64())
     .bind(time)
     .bind(sequence)
     .bind(limit)
+    .bind(after)
     .fetch_one(connection)
     .await?;
-    Ok(removed.unsigned_abs())
+    let more = looked == limit;
+    let next = match last {
+        // Not all rows of the last sequence may have been looked at. When nothing of just one was old, the rest is not either.
+        Some(last) if more && (removed > 0 || first != Some(last)) => last - 1,
+        Some(last) => last,
+        None => after,
+    };
+    Ok(Batch { removed: removed.unsigned_abs(), next, more })
 }
 
 /// The inbox of a subscriber may lack events that were handled at or before this moment; none when it was never pruned.

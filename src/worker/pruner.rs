@@ -16,6 +16,9 @@ const INTERVAL: Duration = Duration::from_mins(1);
 const BATCH: u32 = 1000;
 /// How long errors of failed attempts are kept at most.
 const KEPT_FAILURES: Duration = Duration::from_hours(7 * 24);
+/// Batches of which nothing is old enough until the pruner stops: rows lie in the order of the stream, and those behind are
+/// younger still, but for some that ran late.
+const FRUITLESS: u32 = 10;
 /// How many times as long as a batch took the pruner rests after it.
 const REST: u32 = 10;
 
@@ -60,18 +63,20 @@ impl Pruner {
         // What the stream drops from now on is for the next time.
         let oldest = self.source.oldest().await?;
         let Subscriber { name, settings, .. } = &*self.subscriber;
-        let mut rows = 0;
+        let (mut rows, mut after, mut fruitless) = (0, -1, 0);
         loop {
             let started = Instant::now();
             let batch = self
                 .connections
                 .run(async |connection| {
-                    prune::inbox(connection, name, settings.inbox_retention, oldest, BATCH.into()).await
+                    prune::inbox(connection, name, settings.inbox_retention, oldest, after, BATCH.into()).await
                 })
                 .await
                 .map_err(|error| postgres::database_error("pruning the inbox failed", error))?;
-            rows += batch;
-            if batch < BATCH.into() {
+            rows += batch.removed;
+            after = batch.next;
+            fruitless = if batch.removed == 0 { fruitless + 1 } else { 0 };
+            if !batch.more || fruitless == FRUITLESS {
                 return Ok(rows);
             }
             tokio::time::sleep(started.elapsed() * REST).await;

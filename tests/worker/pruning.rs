@@ -105,6 +105,47 @@ async fn rows_stay_for_thirty_days() {
     worker.stop().await;
 }
 
+/// Old rows lie between new ones, as they do once new ones have filled the space of those that were forgotten.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_old_is_not_read_again_and_again() {
+    let work = Work::shared().await;
+    execute(
+        &work,
+        "insert into aftercommit.inbox (subscriber, event_id, stream_seq, handled_at)
+         select 'pruned', gen_random_uuid(), case when n % 50 = 0 then n / 50 else 10000 + n end,
+                now() - case when n % 50 = 0 then interval '40 days' else interval '1 day' end
+           from generate_series(1, 200000) as n;
+         analyze aftercommit.inbox",
+    )
+    .await;
+    let read = async || -> i64 {
+        sqlx::query_scalar(
+            "select (coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0))::bigint from pg_stat_user_tables where relname = 'inbox'",
+        )
+        .fetch_one(&work.outbox.pool)
+        .await
+        .unwrap()
+    };
+    // What the set-up came to is on record once its sessions have told it.
+    let mut before = -1;
+    eventually(SOON, "the counts stand still", async || {
+        let now = read().await;
+        std::mem::replace(&mut before, now) == now
+    })
+    .await
+    .unwrap();
+    let worker = work.run(subscriber()).await;
+    // The last of them, which is found without reading others.
+    let last = "select exists (select from aftercommit.inbox where subscriber = 'pruned' and stream_seq = 4000)";
+    let left = async || sqlx::query_scalar::<_, bool>(last).fetch_one(&work.outbox.pool).await.unwrap();
+    eventually(SOON, "old rows are gone", async || !left().await).await.unwrap();
+    worker.stop().await;
+    let looks = async || read().await - before;
+    eventually(SOON, "what was read is on record", async || looks().await >= 4000).await.unwrap();
+    let looks = looks().await;
+    assert!(looks < 100_000, "{looks} rows were read to remove 4000 of 200000");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_inbox_knows_the_place_in_the_outbox() {
     let work = Work::shared().await;
