@@ -153,7 +153,8 @@ grant insert (who, action, subscriber, event_id, detail) on aftercommit.audit to
 grant select on
     aftercommit.outbox, aftercommit.events, aftercommit.parked, aftercommit.relay_log, aftercommit.relay_status, aftercommit.repair,
     aftercommit.inbox, aftercommit.attempt, aftercommit.running, aftercommit.dead_letter, aftercommit.redrive,
-    aftercommit.reached, aftercommit.inbox_pruned, aftercommit.subscriber_start, aftercommit.worker_status, aftercommit.failure, aftercommit.reconciler, aftercommit.reconcile_run, aftercommit.finding,
+    aftercommit.reached, aftercommit.inbox_pruned, aftercommit.subscriber_start, aftercommit.worker_status, aftercommit.failure,
+    aftercommit.reconciler, aftercommit.reconcile_run, aftercommit.finding,
     aftercommit.lease, aftercommit.pause, aftercommit.audit, aftercommit.allowed_type
     to :"reader", :"operator";
 grant select on sequence aftercommit.outbox_id_seq to :"reader", :"operator";

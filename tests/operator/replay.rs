@@ -4,7 +4,6 @@
 use std::process::{Command, Output};
 
 use crate::support::{Number, Outbox, Record, SOON, Work};
-use aftercommit::admin;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, Postgres};
 use aftercommit::worker::Subscriber;
@@ -18,16 +17,9 @@ fn subscriber() -> Subscriber {
 
 /// A publisher with a running relay, and a subscriber in another database.
 async fn apart() -> (Outbox, Work) {
-    let create = async || Postgres::shared().await.unwrap().create_database().await.unwrap();
-    let publisher = Outbox::new(create().await, Nats::shared().await.unwrap().url()).await;
-    let work = Work { outbox: publisher.moved_to(create().await).await, context: publisher.js().await };
-    admin::migrate(&work.outbox.postgres).await.unwrap();
-    sqlx::raw_sql(
-        "create table effect (id bigint generated always as identity, event_id uuid, key text, n bigint, attempt int)",
-    )
-    .execute(&work.outbox.pool)
-    .await
-    .unwrap();
+    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    let publisher = Outbox::new(database, Nats::shared().await.unwrap().url()).await;
+    let work = Work::beside(&publisher).await;
     (publisher, work)
 }
 

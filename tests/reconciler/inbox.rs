@@ -6,7 +6,6 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::support::{Act, Copy, Database, Dump, Number, Outbox, Record, Roles, SOON, Work};
-use aftercommit::admin;
 use aftercommit::config::NatsConfig;
 use aftercommit::reconciler::{ConsumerLeg, InboxLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
 use aftercommit::testing::eventually;
@@ -24,22 +23,9 @@ pub struct Apart {
 
 impl Apart {
     pub async fn on(url: String) -> Self {
-        let create = async || Postgres::shared().await.unwrap().create_database().await.unwrap();
-        let publisher = Outbox::new(create().await, url).await;
-        let work = Self::subscriber_in(&publisher, create().await).await;
-        admin::migrate(&work.outbox.postgres).await.unwrap();
-        sqlx::raw_sql(
-            "create table effect (id bigint generated always as identity, event_id uuid, key text, n bigint, attempt int)",
-        )
-        .execute(&work.outbox.pool)
-        .await
-        .unwrap();
-        Self { publisher, work }
-    }
-
-    async fn subscriber_in(publisher: &Outbox, database: String) -> Work {
-        let context = publisher.js().await;
-        Work { outbox: publisher.moved_to(database).await, context }
+        let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+        let publisher = Outbox::new(database, url).await;
+        Self { work: Work::beside(&publisher).await, publisher }
     }
 
     pub async fn shared() -> Self {
@@ -173,7 +159,7 @@ async fn a_database_that_goes_back_behind_a_stream_with_holes() {
     }
     let restored = Postgres::shared().await.unwrap().create_database().await.unwrap();
     dump.restore(&restored);
-    let back = Apart::subscriber_in(&apart.publisher, restored).await;
+    let back = Work::moved(&apart.publisher, restored).await;
     back.worker_with(subscriber()).adopt().provision().await.unwrap();
     apart.publish(51..=60).await;
     let nats = &back.outbox.nats;

@@ -144,13 +144,13 @@ async fn commit_into_the_lost_tail(scenario: &mut Scenario, old: Vec<Transaction
     scenario.published().await;
 }
 
-/// Before 2.14 the server takes the messages in the lost places for acked, and delivers what follows; the worker reads them
-/// from the stream.
 async fn with_nats(version: Option<&str>) -> Scenario {
     let options = NatsOptions { version: version.map(str::to_string), ..NatsOptions::default() };
     Scenario::on(Nats::start(options).await.unwrap(), PublishMethod::Auto).await
 }
 
+/// Before 2.14 the server takes the messages in the lost places for acked, and delivers what follows; the worker reads them
+/// from the stream.
 async fn old_transactions_commit_into_the_lost_tail(version: Option<&str>) {
     let mut scenario = with_nats(version).await;
     let (old, copy) = old_transactions(&mut scenario).await;

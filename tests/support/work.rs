@@ -111,10 +111,27 @@ impl Work {
 
     pub async fn on(database_url: String, nats_url: String) -> Self {
         let outbox = Outbox::new(database_url, nats_url).await;
-        sqlx::raw_sql("create table effect (id bigint generated always as identity, event_id uuid, key text, n bigint, attempt int)")
-            .execute(&outbox.pool).await.unwrap();
-        let context = jetstream::new(async_nats::connect(&outbox.nats.url).await.unwrap());
-        Self { outbox, context }
+        let context = outbox.js().await;
+        Self { outbox, context }.with_effects().await
+    }
+
+    /// A new database of a subscriber at the outbox's stream.
+    pub async fn beside(outbox: &Outbox) -> Self {
+        let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+        let work = Self::moved(outbox, database).await;
+        aftercommit::admin::migrate(&work.outbox.postgres).await.unwrap();
+        work.with_effects().await
+    }
+
+    /// A database of a subscriber, as it is, at the outbox's stream.
+    pub async fn moved(outbox: &Outbox, database: String) -> Self {
+        Self { context: outbox.js().await, outbox: outbox.moved_to(database).await }
+    }
+
+    async fn with_effects(self) -> Self {
+        let table = "create table effect (id bigint generated always as identity, event_id uuid, key text, n bigint, attempt int)";
+        sqlx::raw_sql(table).execute(&self.outbox.pool).await.unwrap();
+        self
     }
 
     /// The envelope of a number.

@@ -50,7 +50,7 @@ async fn a_hundred_subscribers_share_a_bounded_number_of_connections() {
     // Some may be on their way out while their successors are there already.
     println!("{all} events of {SUBSCRIBERS} subscribers through {most} connections at most");
     assert!(most <= i64::from(MOST + MOST / 2), "{most} connections");
-    // An event of each at rest is handled at once.
+    // An event of one at rest is handled at once.
     let mut envelope = work.envelope(None, 2);
     envelope.event_type = "many.t99".into();
     work.put(&envelope).await;

@@ -2,25 +2,10 @@
 
 use crate::support::{Number, Record, RunningWorker, SOON, Work};
 use aftercommit::testing::eventually;
-use aftercommit::testing::servers::Postgres;
 use aftercommit::worker::Subscriber;
 
 fn numbers() -> Subscriber {
     Subscriber::new("shared").on::<Number>(Record::good())
-}
-
-/// Another database at the same stream.
-async fn beside(work: &Work) -> Work {
-    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
-    let other = Work { outbox: work.outbox.moved_to(database).await, context: work.context.clone() };
-    aftercommit::admin::migrate(&other.outbox.postgres).await.unwrap();
-    sqlx::raw_sql(
-        "create table effect (id bigint generated always as identity, event_id uuid, key text, n bigint, attempt int)",
-    )
-    .execute(&other.outbox.pool)
-    .await
-    .unwrap();
-    other
 }
 
 async fn stamp(work: &Work) -> String {
@@ -31,7 +16,7 @@ async fn stamp(work: &Work) -> String {
 async fn two_databases_do_not_share_a_consumer() {
     let (first, types) = (Work::shared().await, ["a", "b", "c"]);
     let worker = first.run(numbers()).await;
-    let second = beside(&first).await;
+    let second = Work::beside(&first.outbox).await;
     let before = stamp(&first).await;
     let error = second.worker_with(numbers()).provision().await.unwrap_err().to_string();
     assert!(error.contains("feeds the inbox of database ") && error.contains("--adopt"), "{error}");
@@ -60,7 +45,7 @@ async fn a_consumer_is_taken_over_by_another_database_that_says_so() {
     let worker = first.run(numbers()).await;
     first.send_many(&["a"], 10).await;
     first.wait_for(10).await;
-    let second = beside(&first).await;
+    let second = Work::beside(&first.outbox).await;
     let changes = second.worker_with(numbers()).adopt().provision().await.unwrap();
     assert!(changes.len() == 1 && changes[0].contains("whose it is: database "), "{changes:?}");
     eventually(SOON, "the first one lets it go", async || {

@@ -239,13 +239,8 @@ mod tests {
     }
 
     fn good() -> Stream {
-        let consumer = Consumer {
-            name: "c".into(),
-            oddities: Oddities::default(),
-            paused: false,
-            ours: true,
-            filters: vec![],
-        };
+        let consumer =
+            Consumer { name: "c".into(), oddities: Oddities::default(), paused: false, ours: true, filters: vec![] };
         let max_age = Some(Duration::from_hours(14 * 24));
         let (findings, consumers, unread) = (Findings::default(), vec![consumer], vec![]);
         Stream { findings, misplaced: None, replicas: 3, batches: true, max_age, consumers, types: 2, unread }
