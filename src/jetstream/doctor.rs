@@ -37,11 +37,11 @@ pub(crate) struct Stream {
     pub(crate) batches: bool,
     /// None when it keeps messages for ever.
     pub(crate) max_age: Option<Duration>,
-    /// The durable ones: others belong to people who look.
+    /// Those that stay: others belong to people who look.
     pub(crate) consumers: Vec<Consumer>,
     /// The event types that it holds.
     pub(crate) types: usize,
-    /// Those of them that no durable consumer gets.
+    /// Those of them that no such consumer gets.
     pub(crate) unread: Vec<String>,
 }
 
@@ -96,7 +96,7 @@ pub(crate) async fn stream(connection: &Connection, naming: &Naming, shared: boo
     })
 }
 
-/// The subjects of all messages in a stream, and its durable consumers.
+/// The subjects of all messages in a stream, and its consumers that stay.
 pub(crate) async fn flow(connection: &Connection, stream: &str) -> Result<(BTreeSet<String>, Vec<Consumer>), Error> {
     Ok((subjects(connection, stream).await?, consumers(connection, stream).await?))
 }
@@ -122,13 +122,23 @@ async fn consumers(connection: &Connection, name: &str) -> Result<Vec<Consumer>,
     while let Some(info) = listed.next().await {
         let info = info.map_err(|error| failed(error.into()))?;
         // The list is of what the client knows. With its leader's answer comes what the server says.
-        if info.config.durable_name.is_some()
+        if stays(&info)
             && let Some(described) = api::consumer(&context, name, &info.name).await.map_err(failed)?
         {
             found.push(consumer(&described));
         }
     }
     Ok(found)
+}
+
+/// Whether a consumer is made to stay. The one of `nats stream view` is durable and goes when nobody has used it for an hour.
+fn stays(info: &Info) -> bool {
+    info.config.durable_name.is_some() && (is_ours(info) || info.config.inactive_threshold.is_zero())
+}
+
+/// Whether it was made for a subscriber.
+fn is_ours(info: &Info) -> bool {
+    info.config.description.as_deref().is_some_and(|text| text.starts_with(DESCRIPTION))
 }
 
 fn consumer(described: &Described<Info>) -> Consumer {
@@ -139,7 +149,7 @@ fn consumer(described: &Described<Info>) -> Consumer {
         name: info.name.clone(),
         oddities: consumer::oddities(described),
         paused: info.paused,
-        ours: info.config.description.as_deref().is_some_and(|text| text.starts_with(DESCRIPTION)),
+        ours: is_ours(info),
         filters: filters.cloned().collect(),
     }
 }

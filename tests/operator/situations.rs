@@ -197,21 +197,36 @@ async fn a_consumer_is_somebody_elses() {
     stream.create_consumer(tail).await.unwrap();
     // As one that `nats stream view` leaves behind when it is interrupted.
     let pager = pull::Config {
-        name: Some("pager".into()),
+        durable_name: Some("stream_pager_1".into()),
+        description: Some("JSM Stream Pager".into()),
+        filter_subject: ">".into(),
         inactive_threshold: Duration::from_hours(1),
+        memory_storage: true,
+        num_replicas: 1,
         ..pull::Config::default()
     };
     stream.create_consumer(pager).await.unwrap();
+    let reader = pull::Config {
+        name: Some("reader".into()),
+        inactive_threshold: Duration::from_hours(1),
+        ..pull::Config::default()
+    };
+    stream.create_consumer(reader).await.unwrap();
     outbox.written("a", 1).await;
     work.wait_for(1).await;
     let status = [
         "OK: everything flows",
         "tail (durable, 1 message not delivered): no subscriber of aftercommit",
-        "pager (temporary, 1 message not delivered): no subscriber of aftercommit",
+        "stream_pager_1 (durable, 1 message not delivered): no subscriber of aftercommit",
+        "reader (temporary, 1 message not delivered): no subscriber of aftercommit",
     ];
     let said = says(outbox, &["status"], &status).await;
-    assert!(!said.contains("\ntail ") && !said.contains("\npager "), "it is no subscriber: {said}");
-    says(outbox, &["doctor"], &["no subscriber of aftercommit reads from pager, tail"]).await;
+    let lines = ["\ntail ", "\nstream_pager_1 ", "\nreader "];
+    assert!(lines.iter().all(|line| !said.contains(line)), "it is no subscriber: {said}");
+    let words = "no subscriber of aftercommit reads from reader, stream_pager_1, tail";
+    let said = says(outbox, &["doctor"], &[words, "tail", "`aftercommit provision` did not make it"]).await;
+    // Only what is made to stay could be a subscriber's.
+    assert_eq!(said.matches("stream_pager_1").count(), 1, "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -170,15 +170,16 @@ fn consumer(consumer: &Consumer, stream: &str) -> Vec<Check> {
     let mut checks = Vec::new();
     let mut warn = |finding: String, remedy: String| checks.push(Check::warn("consumer", finding, remedy));
     let Oddities { unfit, differences, unknown } = &consumer.oddities;
+    let whose = if consumer.ours { "" } else { "; `aftercommit provision` did not make it" };
     if !differences.is_empty() {
         let remedy = "`aftercommit provision --config worker.toml`, if it is a subscriber's".into();
-        warn(format!("{name} is not as subscribers need it: {}", differences.join(", ")), remedy);
+        warn(format!("{name} is not as subscribers need it: {}{whose}", differences.join(", ")), remedy);
     }
     if !unfit.is_empty() {
         let remedy = format!(
             "if it is a subscriber's: `nats consumer rm {stream} {name}`, then `aftercommit provision --config worker.toml`"
         );
-        warn(format!("{name} {}", unfit.join(", and ")), remedy);
+        warn(format!("{name} {}{whose}", unfit.join(", and ")), remedy);
     }
     if !unknown.is_empty() {
         let remedy = "look it up in the release notes of nats-server, and update aftercommit".into();
@@ -189,7 +190,6 @@ fn consumer(consumer: &Consumer, stream: &str) -> Vec<Check> {
         warn(format!("{name} is paused and gets no events"), format!("`nats consumer resume {stream} {name}`"));
     }
     if checks.is_empty() {
-        let whose = if consumer.ours { "" } else { "; `aftercommit provision` did not make it" };
         checks.push(Check::ok("consumer", format!("{name} is set up as subscribers need it{whose}")));
     }
     checks
