@@ -247,8 +247,8 @@ fn not_found(
     }
     match range {
         Some(range) => format!(
-            "stream {stream}: the event was looked for among the sequences {} to {} and not found; `nats stream view \
-             {stream}` looks further",
+            "stream {stream}: the event was looked for among the sequences {} to {} and not found; `nats stream get \
+             {stream} SEQUENCE` shows others",
             range.start(),
             range.end()
         ),
