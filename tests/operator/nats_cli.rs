@@ -1,5 +1,5 @@
 //! What the `nats` program shows of streams and consumers: the JetStream API's answers that it prints, field by field,
-//! as docs/operations.md ("Looking with the nats CLI") explains them.
+//! as docs/nats-tooling.md explains them. tests/security/nats_tooling.rs runs the program itself.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -164,6 +164,29 @@ async fn a_failing_handler_shows_as_outstanding_and_redelivered() {
     failing.store(false, Ordering::SeqCst);
     work.wait_for(5).await;
     wait_for_state(&work, "cli", [5, 5, 0, 0, 0]).await;
+    worker.stop().await;
+}
+
+/// The first delivery is still out then. What can be seen of it is the announcement that it was given back.
+#[tokio::test(flavor = "multi_thread")]
+async fn in_the_first_backoff_nothing_shows_as_redelivered() {
+    let work = Work::shared().await;
+    let stream = &work.outbox.naming.stream;
+    let subject = format!("$JS.EVENT.ADVISORY.CONSUMER.MSG_NAKED.{stream}.cli");
+    let mut advisories = work.context.client().subscribe(subject).await.unwrap();
+    work.context.client().flush().await.unwrap();
+    let backoff = Backoff { first: Duration::from_hours(1), max: Duration::from_hours(1) };
+    let failing = Record::new(|_| Act::Fail(HandlerError::retry("the printer is on fire")));
+    let worker = work.run(Subscriber::new("cli").on::<Number>(failing).backoff(backoff)).await;
+    work.send("bad", 1).await;
+    let advisory = tokio::time::timeout(SOON, advisories.next()).await.unwrap().unwrap();
+    let advisory: Value = serde_json::from_slice(&advisory.payload).unwrap();
+    assert_eq!((&advisory["stream_seq"], &advisory["deliveries"]), (&json!(1), &json!(1)));
+    // Outstanding, not redelivered, and nothing waits to be delivered.
+    wait_for_state(&work, "cli", [1, 0, 1, 0, 0]).await;
+    let peek = work.outbox.operator(&["peek", "--subscriber", "cli"]);
+    let peek = String::from_utf8(peek.stdout).unwrap();
+    assert!(peek.contains("failing") && peek.contains("the printer is on fire"), "{peek}");
     worker.stop().await;
 }
 

@@ -9,6 +9,7 @@ mod database;
 mod letters;
 mod lookalikes;
 mod nats;
+mod nats_tooling;
 mod replies;
 mod row_security;
 mod stage;
