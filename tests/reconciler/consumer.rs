@@ -10,7 +10,7 @@ use aftercommit::testing::eventually;
 use aftercommit::testing::servers::Postgres;
 use aftercommit::worker::Subscriber;
 use async_nats::jetstream::consumer::{DeliverPolicy, pull};
-use futures_util::TryStreamExt;
+use futures_util::{StreamExt, TryStreamExt};
 
 const KEYS: [&str; 4] = ["a", "b", "c", "d"];
 
@@ -346,6 +346,45 @@ async fn killed_at_every_step_and_resumed() {
     work.assert_in_order(&KEYS, 300).await;
     ran(&work.outbox, Scope::Full, Mode::Repair).await;
     assert_eq!(findings(&work.outbox).await, [finding("acked_not_handled", "repaired", 1100)]);
+}
+
+/// The planner's idea of the table is from a time when it was empty.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_missing_events_of_a_key_are_sent_back_without_reading_them_again_and_again() {
+    const EVENTS: usize = 3000;
+    let work = Work::shared().await;
+    work.worker_with(subscriber()).provision().await.unwrap();
+    let sent = futures_util::stream::iter(1..=EVENTS).map(async |n| {
+        work.put(&work.envelope(Some(KEYS[0]), i64::try_from(n).unwrap())).await;
+    });
+    sent.buffer_unordered(100).collect::<Vec<_>>().await;
+    steal(&work, EVENTS).await;
+    sqlx::raw_sql(
+        "insert into aftercommit.redrive (subscriber, event_id, type, version, source, time, headers, payload, content_type,
+                                          stream, stream_seq, requested_by)
+         values ('other', gen_random_uuid(), 'a', 1, '/s', now(), '{}', '', 'a', 'S', 1, 'me');
+         analyze aftercommit.redrive;
+         delete from aftercommit.redrive",
+    )
+    .execute(&work.outbox.pool)
+    .await
+    .unwrap();
+    let summary = ran(&work.outbox, Scope::New, Mode::Repair).await;
+    assert_eq!((summary.found, summary.repaired), (EVENTS as u64, EVENTS as u64), "{summary}");
+    // On record a while after the statements.
+    let mut read = 0;
+    let counted = eventually(SOON, "the rows that were read are counted", async || {
+        read = sqlx::query_scalar(
+            "select (coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0))::bigint from pg_stat_user_tables
+              where relname = 'redrive'",
+        )
+        .fetch_one(&work.outbox.pool)
+        .await
+        .unwrap();
+        read >= EVENTS as i64
+    });
+    counted.await.unwrap();
+    assert!(read < 500_000, "{read} rows were read to send {EVENTS} back");
 }
 
 /// Keys with more missing events than fit into a transaction, a worker that is busy with later events of them, two
