@@ -171,7 +171,8 @@ fn consumer(consumer: &Consumer, stream: &str) -> Vec<Check> {
     let mut warn = |finding: String, remedy: String| checks.push(Check::warn("consumer", finding, remedy));
     let Oddities { unfit, differences, unknown } = &consumer.oddities;
     let whose = if consumer.ours { "" } else { "; `aftercommit provision` did not make it" };
-    if !differences.is_empty() {
+    // A new one has these right as well.
+    if !differences.is_empty() && unfit.is_empty() {
         let remedy = "`aftercommit provision --config worker.toml`, if it is a subscriber's".into();
         warn(format!("{name} is not as subscribers need it: {}{whose}", differences.join(", ")), remedy);
     }
@@ -190,7 +191,8 @@ fn consumer(consumer: &Consumer, stream: &str) -> Vec<Check> {
         warn(format!("{name} is paused and gets no events"), format!("`nats consumer resume {stream} {name}`"));
     }
     if checks.is_empty() {
-        checks.push(Check::ok("consumer", format!("{name} is set up as subscribers need it{whose}")));
+        let text = format!("{name} has no setting with which a subscriber would lose events or stand still{whose}");
+        checks.push(Check::ok("consumer", text));
     }
     checks
 }
