@@ -1,7 +1,7 @@
 //! Messages read straight from the stream, past any consumer.
 
 use std::collections::{BTreeMap, HashSet};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use async_nats::jetstream::Context;
 pub(crate) use async_nats::jetstream::message::StreamMessage;
@@ -157,13 +157,6 @@ impl Source {
         Ok(first.map(|message| {
             (i64::try_from(message.sequence).unwrap_or(i64::MAX), SystemTime::from(message.time).into())
         }))
-    }
-
-    /// How long the stream keeps messages; none for ever, or when there is no stream.
-    pub(crate) async fn max_age(&self) -> Result<Option<Duration>, Error> {
-        let Some(context) = self.context() else { return Ok(None) };
-        let described = api::stream(&context, &self.stream).await.map_err(unreadable)?;
-        Ok(described.map(|described| described.info.config.max_age).filter(|age| !age.is_zero()))
     }
 
     /// Reads the event at `sequence`.

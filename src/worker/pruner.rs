@@ -36,12 +36,8 @@ impl Pruner {
         let mut ticks =
             tokio::time::interval(self.subscriber.settings.inbox_retention.clamp(Duration::from_secs(1), INTERVAL));
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut judged = false;
         loop {
             ticks.tick().await;
-            if !judged {
-                judged = self.judge_retention().await.is_ok();
-            }
             if let Err(error) = self.prune_failures().await {
                 tracing::debug!(subscriber = name, error = error.report(), "pruning the failed attempts failed");
             }
@@ -52,23 +48,6 @@ impl Pruner {
                 Err(error) => tracing::debug!(subscriber = name, error = error.report(), "pruning failed"),
             }
         }
-    }
-
-    /// Says when the inbox forgets sooner than the stream. How long the outbox keeps events is not known here.
-    async fn judge_retention(&self) -> Result<(), Error> {
-        let Subscriber { name, settings, .. } = &*self.subscriber;
-        if let Some(max_age) = self.source.max_age().await?
-            && settings.inbox_retention <= max_age
-        {
-            tracing::warn!(
-                subscriber = name,
-                inbox_retention = ?settings.inbox_retention,
-                ?max_age,
-                "inbox_retention is not longer than the stream's max_age: should the stream be lost and filled again, events \
-                 that were handled could run once more; make it longer than max_age and the outbox's retention together"
-            );
-        }
-        Ok(())
     }
 
     /// A batch at a time: errors come much more rarely than events.

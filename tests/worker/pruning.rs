@@ -1,14 +1,12 @@
 //! The inbox forgets what is old, and nothing that can come again.
 
-use std::io::{BufRead, BufReader};
-use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::{FutureExt, StreamExt};
 
-use crate::support::{Act, Number, Record, SOON, Work, WorkerProcess};
+use crate::support::{Act, Number, Record, SOON, Work};
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Delivery, HandlerError, Subscriber};
 
@@ -105,25 +103,6 @@ async fn rows_stay_for_thirty_days() {
     let worker = work.run(subscriber()).await;
     eventually(SOON, "old rows are gone", async || rows(&work, "pruned").await == [28, 29]).await.unwrap();
     worker.stop().await;
-}
-
-/// The rule of docs/worker.md, as far as a worker can tell.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_retention_that_is_too_short_is_told() {
-    let work = Work::shared().await;
-    work.create_apply("").await;
-    let toml = "[[subscriber]]\nname = 'short'\ntypes = ['test.number']\nsql = { function = 'apply' }\ninbox_retention = '14d'\n";
-    work.worker_with(Subscriber::sql("short", "apply", ["test.number"]).unwrap()).provision().await.unwrap();
-    let mut command = work.command(toml);
-    let mut process = WorkerProcess(command.env("RUST_LOG", "warn").stderr(Stdio::piped()).spawn().unwrap());
-    let mut lines = BufReader::new(process.0.stderr.take().unwrap()).lines().map_while(Result::ok);
-    let told = tokio::task::spawn_blocking(move || lines.find(|line| line.contains("inbox_retention is not longer")));
-    let told = tokio::time::timeout(SOON, told).await.unwrap().unwrap().unwrap();
-    assert!(
-        told.contains("WARN") && told.contains("subscriber=\"short\"") && told.contains("max_age=1209600s"),
-        "{told}"
-    );
-    assert_eq!(process.stop(), Some(0));
 }
 
 /// Old rows lie between new ones, as they do once new ones have filled the space of those that were forgotten.
