@@ -353,17 +353,6 @@ impl Session {
                 admitted = Some(permit);
                 continue;
             }
-            if let [single] = places.as_slice()
-                && let Some(pending) = self.pending.get_mut(single)
-                && let Some(record) = self.elsewhere.died(pending.id)
-                && record.crashes > pending.record.crashes
-            {
-                pending.record = record;
-                self.scheduler.put_back(*single);
-                self.scheduler.bears(*single, doubt::company(&pending.record));
-                admitted = Some(permit);
-                continue;
-            }
             let items = places.into_iter().map(|place| {
                 let pending = self.pending.get(&place);
                 Item {

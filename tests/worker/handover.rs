@@ -5,8 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::support::{Number, Record, RunningWorker, SOON, Work, WorkerProcess};
-use aftercommit::backoff::Backoff;
+use crate::support::{Number, Record, RunningWorker, SOON, Work};
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
 use sqlx::PgTransaction;
@@ -149,45 +148,6 @@ async fn an_instance_that_is_killed_behind_its_handover_puts_no_event_under_susp
         .unwrap();
     assert_eq!(left, 0, "markers stay behind");
     third.stop().await;
-}
-
-/// The database goes on with a statement whose client is gone, for some seconds. To the successor that looks like an instance
-/// that lets its handlers finish.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_process_that_dies_while_its_statement_goes_on_counts_as_a_crash() {
-    let work = Work::shared().await;
-    sqlx::raw_sql(
-        "create table slow ();
-         create function apply(event jsonb) returns void language plpgsql as $$
-         begin
-            if exists (select from slow) then perform pg_sleep(20); end if;
-            raise exception 'not this one';
-         end $$;
-         insert into slow default values",
-    )
-    .execute(&work.outbox.pool)
-    .await
-    .unwrap();
-    let toml = "[[subscriber]]\nname = 'orphan'\ntypes = ['test.number']\nsql = { function = 'apply' }\nbackoff = { first = '1m' }\n";
-    let backoff = Backoff { first: SOON, max: SOON };
-    let subscriber = || Subscriber::sql("orphan", "apply", ["test.number"]).unwrap().backoff(backoff);
-    work.worker_with(subscriber()).provision().await.unwrap();
-    work.send("a", 1).await;
-    let first = WorkerProcess(work.command(toml).spawn().unwrap());
-    let sleeps =
-        "select exists (select from pg_stat_activity where datname = current_database() and wait_event = 'PgSleep')";
-    let asleep = async || sqlx::query_scalar::<_, bool>(sleeps).fetch_one(&work.outbox.pool).await.unwrap();
-    eventually(SOON, "it runs", asleep).await.unwrap();
-    first.kill();
-    sqlx::raw_sql("truncate slow").execute(&work.outbox.pool).await.unwrap();
-    work.expire_leases().await;
-    let second = RunningWorker::start(work.worker_with(subscriber()));
-    let record = "select (crashes, attempts) = (1, 1) from aftercommit.attempt";
-    let counted = async || {
-        sqlx::query_scalar::<_, bool>(record).fetch_optional(&work.outbox.pool).await.unwrap().unwrap_or_default()
-    };
-    eventually(SOON, "a crash and an attempt are on record", counted).await.unwrap();
-    second.stop().await;
 }
 
 /// The statements about the lease take longer than the lease lasts.
