@@ -412,7 +412,8 @@ impl State {
                 Run::Begun { moment: self.witness(self.stream.len()), floor: self.passed(scope) }
             }
             Run::Begun { moment, floor } => {
-                let Settled { events, base } = self.log.last().cloned().unwrap_or(Settled { events: BTreeSet::new(), base: 0 });
+                let Settled { events, base } =
+                    self.log.last().cloned().unwrap_or(Settled { events: BTreeSet::new(), base: 0 });
                 let end = self.witness(self.stream.len());
                 // Up to here the stream is read, and has to be the same until the run judges.
                 match base <= self.stream.len() && (blind || unchanged(self, &moment)) {

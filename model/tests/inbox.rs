@@ -1,7 +1,10 @@
 //! The worker's protocol holds within these scopes, and without any one of its parts it does not.
 //! With `AFTERCOMMIT_MODEL=long` a larger scope is checked too.
 
+mod search;
+
 use aftercommit_model::inbox::{Broken, Faults, IN_ORDER, NOTHING_LOST, ONCE, SENT_BACK_FIRST, Scope};
+use search::holds;
 use stateright::{Checker, HasDiscoveries, Model};
 
 const NONE: Faults = Faults {
@@ -39,16 +42,6 @@ fn dead_letters() -> Scope {
 /// An event that is in the stream twice, and one of another key.
 fn doubled() -> Scope {
     Scope { stream: vec![0, 1, 0], keys: vec![1, 2], ..scope(Faults { crashes: 1, lost_acks: 1, ..NONE }) }
-}
-
-fn holds(name: &str, scope: Scope) {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let started = std::time::Instant::now();
-    let checker = scope.checker().threads(threads).finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
-    if let Some((property, path)) = checker.discoveries().into_iter().next() {
-        panic!("{name}: it does not hold that {property}: {:#?}", path.into_actions());
-    }
-    println!("{name}: {} states, depth {}, {:?}", checker.unique_state_count(), checker.max_depth(), started.elapsed());
 }
 
 fn is_caught(broken: Broken, mut scope: Scope, property: &'static str) {

@@ -1,6 +1,9 @@
 //! The relay's protocol holds within these scopes, and without any one of its parts it does not.
 
+mod search;
+
 use aftercommit_model::relay::{Broken, Faults, IN_ORDER, NO_GHOST, NOTHING_LOST, ONCE, Scope, Transaction};
+use search::holds;
 use stateright::{Checker, HasDiscoveries, Model};
 
 const NONE: Faults = Faults {
@@ -64,16 +67,6 @@ const PROMOTION: Faults = Faults { promotions: 1, ..NONE };
 /// Two transactions and two relays that take over from each other: too much to be gone through whole.
 fn take_over() -> Scope {
     scope(&[Transaction::durable(&[1]), Transaction::durable(&[2])], 2, Faults { expiries: 1, ..NONE })
-}
-
-fn holds(name: &str, scope: Scope) {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let started = std::time::Instant::now();
-    let checker = scope.checker().threads(threads).finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
-    if let Some((property, path)) = checker.discoveries().into_iter().next() {
-        panic!("{name}: it does not hold that {property}: {:#?}", path.into_actions());
-    }
-    println!("{name}: {} states, depth {}, {:?}", checker.unique_state_count(), checker.max_depth(), started.elapsed());
 }
 
 fn is_caught(broken: Broken, mut scope: Scope, property: &'static str) {

@@ -1,6 +1,9 @@
 //! A stream that loses its end costs no key its order and no event, and without any one of the protocol's parts it does.
 
+mod search;
+
 use aftercommit_model::rewound::{Broken, FOUND_RIGHTLY, IN_ORDER, Scope};
+use search::holds;
 use stateright::{Checker, HasDiscoveries, Model};
 
 /// Two events of a key and one of another, which commits late and comes in front of them when the stream is filled again.
@@ -11,16 +14,6 @@ fn scope(clamps: bool) -> Scope {
 /// Two events of a key commit late.
 fn two_late(clamps: bool) -> Scope {
     Scope { keys: vec![2, 2, 1], late: 2, ..scope(clamps) }
-}
-
-fn holds(name: &str, scope: Scope) {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let started = std::time::Instant::now();
-    let checker = scope.checker().threads(threads).finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
-    if let Some((property, path)) = checker.discoveries().into_iter().next() {
-        panic!("{name}: it does not hold that {property}: {:#?}", path.into_actions());
-    }
-    println!("{name}: {} states, depth {}, {:?}", checker.unique_state_count(), checker.max_depth(), started.elapsed());
 }
 
 fn is_caught(broken: Broken, mut scope: Scope, property: &'static str) {
