@@ -7,7 +7,7 @@ use async_nats::jetstream::consumer::Info;
 use futures_util::{StreamExt, TryStreamExt};
 
 use super::api::{self, Described};
-use super::consumer::{self, DESCRIPTION, Oddities};
+use super::consumer::{DESCRIPTION, Oddities};
 use super::settings::Findings;
 use super::topology;
 use super::{Connection, stream::StreamReader};
@@ -147,7 +147,7 @@ fn consumer(described: &Described<Info>) -> Consumer {
     let filters = info.config.filter_subjects.iter().chain(single);
     Consumer {
         name: info.name.clone(),
-        oddities: consumer::oddities(described),
+        oddities: Oddities::by_itself(described),
         paused: info.paused,
         ours: is_ours(info),
         filters: filters.cloned().collect(),
