@@ -130,15 +130,21 @@ pub(crate) async fn settle(
     Ok(done.rows_affected())
 }
 
-/// Says of open findings of `kind` about these items that their repair was queued.
-pub(super) async fn repairing(tx: &mut Tx<'_>, name: &str, kind: &str, items: &[String]) -> Result<(), sqlx::Error> {
+/// Writes down of open findings of `kind` about these events that they are on their way.
+pub(crate) async fn mark_repairing(
+    tx: &mut Tx<'_>,
+    name: &str,
+    kind: &str,
+    events: &[Uuid],
+) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "update aftercommit.finding set state = 'repairing'
-          where name = $1 and kind = $2 and item = any($3) and state = 'open'",
+        "update aftercommit.finding set state = $4
+          where name = $1 and kind = $2 and state = 'open' and item = any($3)",
     )
     .bind(name)
     .bind(kind)
-    .bind(items)
+    .bind(events.iter().map(Uuid::to_string).collect::<Vec<_>>())
+    .bind(State::Repairing.as_str())
     .execute(tx)
     .await
     .map(drop)

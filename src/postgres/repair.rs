@@ -35,7 +35,7 @@ pub(crate) async fn queue(
     let mut tx = connection.begin().await?;
     // Before the statement that looks at the log, so that it sees what a relay did that went back meanwhile.
     sqlx::query("lock table aftercommit.repair in row exclusive mode").execute(&mut tx).await?;
-    let queued: Vec<String> = sqlx::query_scalar(
+    let queued: Vec<Uuid> = sqlx::query_scalar(
         "insert into aftercommit.repair as r (outbox_id, event_id, key, sequence, queued_at)
          select o.id, o.event_id, o.key, t.seen,
                 -- Readers go on behind what they have seen, so a clock that went back must not bring it in front of that.
@@ -51,7 +51,7 @@ pub(crate) async fn queue(
           where r.state = 'published' and r.sequence = excluded.sequence
              -- What is known of another event of this id is from a time before somebody set the ids back.
              or r.event_id <> excluded.event_id
-         returning event_id::text",
+         returning event_id",
     )
     .bind(ids)
     .bind(seen)
@@ -60,7 +60,7 @@ pub(crate) async fn queue(
     .bind(at.sequence.cast_signed())
     .fetch_all(&mut tx)
     .await?;
-    finding::repairing(&mut tx, name, kind, &queued).await?;
+    finding::mark_repairing(&mut tx, name, kind, &queued).await?;
     tx.commit().await?;
     Ok(queued.len() as u64)
 }

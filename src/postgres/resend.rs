@@ -211,26 +211,6 @@ pub(crate) async fn settle_handled(
     Ok(done.rows_affected())
 }
 
-/// Writes down of open findings that their events are on their way.
-pub(crate) async fn mark_repairing(
-    tx: &mut Tx<'_>,
-    name: &str,
-    kind: &str,
-    events: &[Uuid],
-) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "update aftercommit.finding set state = $4
-          where name = $1 and kind = $2 and state = 'open' and item = any($3)",
-    )
-    .bind(name)
-    .bind(kind)
-    .bind(events.iter().map(Uuid::to_string).collect::<Vec<_>>())
-    .bind(State::Repairing.as_str())
-    .execute(tx)
-    .await
-    .map(drop)
-}
-
 /// Settles what the run that looked at everything behind a sequence did not find there again, and what lies before the
 /// stream's first message: the stream does not hold these events any more.
 pub(crate) async fn settle_lost(

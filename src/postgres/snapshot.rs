@@ -264,18 +264,26 @@ mod tests {
         }
     }
 
+    fn each_row_is_in_one_window(
+        actions: Vec<(u8, usize)>,
+        cut: bool,
+    ) -> Result<(), proptest::test_runner::TestCaseError> {
+        let mut cluster = Cluster { cut, ..Cluster::default() };
+        actions.into_iter().for_each(|(action, which)| cluster.act(action, which));
+        cluster.end();
+        for (id, xid) in &cluster.committed {
+            proptest::prop_assert_eq!(cluster.windows(*id, *xid), 1, "row {} of transaction {}", id, xid);
+        }
+        Ok(())
+    }
+
     proptest::proptest! {
         #[test]
         fn each_committed_row_is_in_one_window(
             actions in proptest::collection::vec((0..8_u8, proptest::prelude::any::<usize>()), 0..250),
             cut in proptest::prelude::any::<bool>()
         ) {
-            let mut cluster = Cluster { cut, ..Cluster::default() };
-            actions.into_iter().for_each(|(action, which)| cluster.act(action, which));
-            cluster.end();
-            for (id, xid) in &cluster.committed {
-                proptest::prop_assert_eq!(cluster.windows(*id, *xid), 1, "row {} of transaction {}", id, xid);
-            }
+            each_row_is_in_one_window(actions, cut)?;
         }
 
         #[test]
@@ -283,12 +291,7 @@ mod tests {
             actions in proptest::collection::vec((0..12_u8, proptest::prelude::any::<usize>()), 0..250),
             cut in proptest::prelude::any::<bool>()
         ) {
-            let mut cluster = Cluster { cut, ..Cluster::default() };
-            actions.into_iter().for_each(|(action, which)| cluster.act(action, which));
-            cluster.end();
-            for (id, xid) in &cluster.committed {
-                proptest::prop_assert_eq!(cluster.windows(*id, *xid), 1, "row {} of transaction {}", id, xid);
-            }
+            each_row_is_in_one_window(actions, cut)?;
         }
     }
 

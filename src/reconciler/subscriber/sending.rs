@@ -10,6 +10,7 @@ use super::{Subscription, ask, failed_to_send};
 use crate::envelope::Envelope;
 use crate::error::Error;
 use crate::fault;
+use crate::postgres::finding;
 use crate::postgres::resend::{self, Event, Open, Order};
 use crate::postgres::session::{Session, Tx};
 use crate::reconciler::job::Run;
@@ -212,7 +213,7 @@ impl Outstanding {
                 rest = rest.get(looked_for.max(1)..).unwrap_or_default();
                 sending.send(&events).await.map_err(failed)?;
                 let ids: Vec<Uuid> = events.iter().map(|event| event.event.id.as_uuid()).collect();
-                resend::mark_repairing(&mut sending.tx, &run.name, kind, &ids).await.map_err(failed)?;
+                finding::mark_repairing(&mut sending.tx, &run.name, kind, &ids).await.map_err(failed)?;
                 sent += events.len() as u64;
             }
             sending.commit("reconcile repair").await.map_err(failed)?;
