@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use async_nats::jetstream::Context;
 use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
 use serde_json::{Value, json};
@@ -183,9 +184,7 @@ pub(crate) async fn provision_stream(
 ) -> Result<Vec<String>, Error> {
     let context = connection.jetstream();
     let name = &naming.stream;
-    let existing = api::stream(&context, name)
-        .await
-        .map_err(|error| Error::with_source(ErrorKind::Broker, format!("cannot read stream {name}"), error))?;
+    let existing = api::stream(&context, name).await.map_err(|error| unreadable(name, error))?;
     let atomic = connection.client.is_server_compatible(2, 12, 0);
     let Some(api::Described { config: current, .. }) = existing else {
         let config = new_stream(naming, settings, atomic);
@@ -212,6 +211,16 @@ pub(crate) async fn provision_stream(
         return Err(Error::new(ErrorKind::NotReady, format!("stream {name} cannot be corrected: {problem}")));
     }
     Ok(changes.into_iter().map(|change| format!("stream {name}: {change}")).collect())
+}
+
+/// How long the stream keeps messages; none for ever, or when there is no stream.
+pub(crate) async fn max_age(context: &Context, stream: &str) -> Result<Option<Duration>, Error> {
+    let described = api::stream(context, stream).await.map_err(|error| unreadable(stream, error))?;
+    Ok(described.map(|described| described.info.config.max_age).filter(|age| !age.is_zero()))
+}
+
+fn unreadable(stream: &str, error: api::Failure) -> Error {
+    Error::with_source(ErrorKind::Broker, format!("cannot read stream {stream}"), error)
 }
 
 fn new_stream(naming: &Naming, settings: &StreamSettings, atomic: bool) -> Config {

@@ -96,9 +96,11 @@ use crate::error::{Error, ErrorKind};
 use crate::jetstream;
 use crate::jetstream::Connection;
 use crate::jetstream::consumer::{self, Claim, ConsumerSpec};
+use crate::jetstream::topology;
 use crate::postgres::connections::Connections;
 use crate::postgres::{self, identity};
 use crate::reconciler::{ConsumerLeg, InboxLeg, Mode, Runner};
+use crate::text::span;
 use monitor::Board;
 use progress::Progress;
 
@@ -385,9 +387,11 @@ pub(crate) async fn provision(
     let claim = Claim { owner, adopt };
     let connection = jetstream::connect(nats, "aftercommit-provision", "_INBOX_prov").await?;
     let context = connection.jetstream();
+    let max_age = topology::max_age(&context, &naming.stream).await?;
     let (mut changes, mut failed) = (Vec::new(), Vec::new());
     for subscriber in registry.subscribers() {
         let made = async {
+            check_retention(subscriber, max_age, &naming.stream)?;
             let mut spec = subscriber.spec(naming);
             let start = start.unwrap_or(subscriber.settings.start);
             spec.start = start.place(&connection, session.as_mut(), &spec).await?;
@@ -404,5 +408,24 @@ pub(crate) async fn provision(
             let reports: Vec<_> = failed.iter().map(Error::report).chain(changes).collect();
             Err(Error::new(first.kind(), reports.join("; ")))
         }
+    }
+}
+
+/// Refuses an inbox that may forget events as young as those that a lost stream is filled with again. How long the outbox
+/// keeps events is not known here.
+fn check_retention(subscriber: &Subscriber, max_age: Option<Duration>, stream: &str) -> Result<(), Error> {
+    let (name, retention) = (&subscriber.name, subscriber.settings.inbox_retention);
+    match max_age.filter(|max_age| retention <= *max_age) {
+        None => Ok(()),
+        Some(max_age) => Err(Error::new(
+            ErrorKind::Config,
+            format!(
+                "subscriber {name}: inbox_retention is {}, and the stream {stream} keeps events for {}: when a lost stream is \
+                 filled again, events that were handled could run once more; set inbox_retention to more than max_age and the \
+                 outbox's retention together",
+                span(retention),
+                span(max_age)
+            ),
+        )),
     }
 }

@@ -308,7 +308,7 @@ impl Subscriber {
     /// How long the inbox remembers an event that is done, at least; the active instance removes older rows. A row stays
     /// as long as the stream holds the event's message, and as long as its dead letter exists. It must be longer than
     /// the outbox's retention and the stream's `max_age` together, because a stream that was lost is filled again from
-    /// the outbox. Defaults to 30 days.
+    /// the outbox; [`Worker::provision`](super::Worker::provision) refuses what is not longer than `max_age`. Defaults to 30 days.
     #[must_use]
     pub fn inbox_retention(mut self, retention: Duration) -> Self {
         self.settings.inbox_retention = retention;

@@ -304,6 +304,7 @@ async fn what_was_pruned_under_a_shorter_retention_does_not_run_again() {
         .await
         .unwrap();
     apart.stream().await.purge().sequence(13).await.unwrap();
+    work.without_max_age().await;
     let worker = work.run(subscriber().inbox_retention(Duration::from_hours(24))).await;
     eventually(SOON, "the inbox is pruned", async || {
         let rows: i64 =

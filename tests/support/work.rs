@@ -187,6 +187,14 @@ impl Work {
         RunningWorker::start(worker)
     }
 
+    /// Lets the stream keep its messages until they are removed, so that an inbox may forget at any time.
+    pub async fn without_max_age(&self) {
+        let mut config =
+            self.context.get_stream(&self.outbox.naming.stream).await.unwrap().get_info().await.unwrap().config;
+        config.max_age = Duration::ZERO;
+        self.context.update_stream(config).await.unwrap();
+    }
+
     /// Runs the subscriber in two workers that both believe to be active, until all is done.
     pub async fn run_two_at_once(&self, subscriber: impl Fn() -> Subscriber, mut done: impl AsyncFnMut() -> bool) {
         let first = self.run(subscriber()).await;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use futures_util::{FutureExt, StreamExt};
 
 use crate::support::{Act, Number, Record, SOON, Work};
+use aftercommit::ErrorKind;
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Delivery, HandlerError, Subscriber};
 
@@ -52,6 +53,7 @@ async fn delete_messages_below(work: &Work, sequence: u64) {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_stream_still_holds_is_remembered_however_short_the_retention_is() {
     let work = Work::shared().await;
+    work.without_max_age().await;
     work.send_many(&["a"], 10).await;
     let worker = work.run(subscriber().inbox_retention(Duration::from_secs(1))).await;
     work.wait_for(9).await;
@@ -103,6 +105,23 @@ async fn rows_stay_for_thirty_days() {
     let worker = work.run(subscriber()).await;
     eventually(SOON, "old rows are gone", async || rows(&work, "pruned").await == [28, 29]).await.unwrap();
     worker.stop().await;
+}
+
+/// The rule of docs/worker.md, as far as whoever provisions can tell.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retention_that_is_too_short_is_refused() {
+    let work = Work::shared().await;
+    let days = |days: u64| subscriber().inbox_retention(Duration::from_hours(24 * days));
+    let error = work.worker_with(days(14)).provision().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config);
+    let stream = &work.outbox.naming.stream;
+    let told =
+        format!("subscriber pruned: inbox_retention is 14 days, and the stream {stream} keeps events for 14 days: ");
+    assert!(error.to_string().starts_with(&told), "{error}");
+    assert_eq!(work.context.get_stream(stream).await.unwrap().get_info().await.unwrap().state.consumer_count, 0);
+    work.worker_with(days(15)).provision().await.unwrap();
+    work.without_max_age().await;
+    work.worker_with(days(1)).provision().await.unwrap();
 }
 
 /// Old rows lie between new ones, as they do once new ones have filled the space of those that were forgotten.
