@@ -99,6 +99,23 @@ fn record(row: &PgRow, from: usize) -> Result<Record, sqlx::Error> {
     })
 }
 
+/// What is on record of some events.
+pub(crate) async fn records(
+    connection: &mut Session,
+    subscriber: &str,
+    events: &[Uuid],
+) -> Result<Vec<(Uuid, Record)>, sqlx::Error> {
+    let rows = query(
+        "select event_id, attempts, crashes, crashes_alone, database_crashes, sessions_lost, last_error
+           from aftercommit.attempt where subscriber = $1 and event_id = any($2)",
+    )
+    .bind(subscriber)
+    .bind(events)
+    .fetch_all(connection)
+    .await?;
+    rows.iter().map(|row| Ok((row.try_get(0)?, record(row, 1)?))).collect()
+}
+
 /// All that is on record of a subscriber's events.
 pub(crate) async fn on_record(connection: &mut Session, subscriber: &str) -> Result<Vec<(Uuid, Left)>, sqlx::Error> {
     let rows = query(

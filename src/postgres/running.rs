@@ -20,6 +20,9 @@ pub(crate) struct Marker<'a> {
 /// The lane of the marker that says that the tenure is about to end: whoever ends the process now does so on purpose.
 const STOPPING: i64 = -1;
 
+/// What is on record of an event that ran when its tenure ended without a word.
+const DIED: &str = "the worker's process died or lost its lease while this event ran";
+
 impl Marker<'_> {
     /// The subscriber's name, checked once more for statements that are text.
     pub(super) fn name(&self) -> Result<&str, sqlx::Error> {
@@ -140,7 +143,7 @@ pub(crate) async fn take_over(
              group by 1),
          counted as (
             insert into aftercommit.attempt as attempt (subscriber, event_id, crashes, crashes_alone, last_error)
-            select $1, event_id, 1, alone::int, 'the worker''s process died while this event ran' from suspect order by event_id
+            select $1, event_id, 1, alone::int, $4 from suspect order by event_id
             on conflict (subscriber, event_id) do update
                set crashes = attempt.crashes + 1, crashes_alone = attempt.crashes_alone + excluded.crashes_alone,
                    last_error = excluded.last_error, last_failed_at = clock_timestamp()
@@ -159,17 +162,27 @@ pub(crate) async fn take_over(
     .bind(subscriber)
     .bind(tenure.epoch)
     .bind(STOPPING)
+    .bind(DIED)
     .fetch_all(connection)
     .await?;
     rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
 }
 
-/// The events whose transactions earlier tenures still have open.
+/// A marker of an earlier tenure whose transaction is still open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Open {
+    epoch: i64,
+    lane: i64,
+    /// The events that the transaction runs.
+    pub(crate) events: Vec<Uuid>,
+}
+
+/// What earlier tenures still run.
 pub(crate) async fn elsewhere(
     connection: &mut Session,
     tenure: &Tenure,
     subscriber: &str,
-) -> Result<Vec<Uuid>, sqlx::Error> {
+) -> Result<Vec<Open>, sqlx::Error> {
     let rows = connection
         .fetch_all(
             sqlx::query(
@@ -177,15 +190,60 @@ pub(crate) async fn elsewhere(
                     select epoch, lane from aftercommit.running
                      where subscriber = $1 and epoch < $2
                        for key share skip locked)
-                 select unnest(events) from aftercommit.running as open
-                  where subscriber = $1 and epoch < $2
+                 select epoch, lane, events from aftercommit.running as open
+                  where subscriber = $1 and epoch < $2 and events <> '{}'
                     and not exists (select from ended where ended.epoch = open.epoch and ended.lane = open.lane)",
             )
             .bind(subscriber)
             .bind(tenure.epoch),
         )
         .await?;
-    rows.iter().map(|row| row.try_get(0)).collect()
+    rows.iter().map(|row| Ok(Open { epoch: row.try_get(0)?, lane: row.try_get(1)?, events: row.try_get(2)? })).collect()
+}
+
+/// Counts a crash for what [`elsewhere`] found and what has ended since without a commit: the server runs a statement on for
+/// some seconds when its client is gone. It counts as [`take_over`] would have counted it, and not when the tenure was about
+/// to end.
+pub(crate) async fn ended_elsewhere(
+    connection: &mut Session,
+    subscriber: &str,
+    open: &[Open],
+) -> Result<(), sqlx::Error> {
+    let events: Vec<Uuid> = open.iter().flat_map(|open| open.events.iter().copied()).collect();
+    connection
+        .execute(
+            sqlx::query(
+                "with ended as (
+                    select epoch, lane from aftercommit.running as r
+                     where subscriber = $1 and (epoch, lane) in (select * from unnest($2::bigint[], $3::bigint[]))
+                       and not exists (select from aftercommit.running as last
+                                        where last.subscriber = $1 and last.epoch = r.epoch and last.lane = $5)
+                       for update skip locked),
+                 taken as (
+                    delete from aftercommit.running as r using ended
+                     where r.subscriber = $1 and r.epoch = ended.epoch and r.lane = ended.lane
+                    returning r.events, r.alone),
+                 suspect as (
+                    select ran.event_id, bool_or(alone) as alone from taken, unnest(events) as ran(event_id)
+                     where ran.event_id = any ($4)
+                       and not exists (select from aftercommit.inbox as done
+                                        where done.subscriber = $1 and done.event_id = ran.event_id)
+                     group by 1)
+                 insert into aftercommit.attempt as attempt (subscriber, event_id, crashes, crashes_alone, last_error)
+                 select $1, event_id, 1, alone::int, $6 from suspect order by event_id
+                 on conflict (subscriber, event_id) do update
+                    set crashes = attempt.crashes + 1, crashes_alone = attempt.crashes_alone + excluded.crashes_alone,
+                        last_error = excluded.last_error, last_failed_at = clock_timestamp()",
+            )
+            .bind(subscriber)
+            .bind(open.iter().map(|open| open.epoch).collect::<Vec<_>>())
+            .bind(open.iter().map(|open| open.lane).collect::<Vec<_>>())
+            .bind(events)
+            .bind(STOPPING)
+            .bind(DIED),
+        )
+        .await
+        .map(drop)
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ use crate::postgres::lease::{self, Tenure, Term};
 use crate::postgres::pause::{self, Pause};
 use crate::postgres::{identity, inbox, running, start};
 
-use super::elsewhere::Elsewhere;
+use super::elsewhere::{self, Elsewhere};
 use super::lane::Lane;
 use super::notes::Teller;
 use super::progress::Progress;
@@ -317,7 +317,7 @@ impl Service {
             .await
             .map_err(|error| postgres::database_error("what a predecessor ran cannot be looked at", error))?;
         for (event_id, crashes) in &died {
-            tracing::warn!(subscriber = self.name(), %event_id, crashes, "the worker's process died while an event ran");
+            tracing::warn!(subscriber = self.name(), %event_id, crashes, "{}", elsewhere::LEFT);
         }
         let elsewhere = Elsewhere::new(elsewhere, &self.connections, tenure, self.name());
         Ok((left.into_iter().collect(), elsewhere))

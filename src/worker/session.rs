@@ -1,5 +1,8 @@
 //! The main loop of a subscriber's active instance: takes messages from the feed, gives events to lanes, answers.
 
+mod ending;
+mod settling;
+
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,12 +10,11 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
-use crate::backoff::Backoff;
 use crate::envelope::Envelope;
 use crate::event::EventId;
 use crate::fault;
@@ -21,8 +23,6 @@ use crate::jetstream::budget::{Budget, Permit};
 use crate::jetstream::feed::{Fed, Incoming};
 use crate::postgres::attempt::{Left, Record, Waits};
 use crate::postgres::redrive::Waiting;
-use crate::postgres::running;
-use crate::text;
 
 use super::doubt;
 use super::elsewhere::{self, Elsewhere};
@@ -30,14 +30,13 @@ use super::gate::Gate;
 use super::lane::Lane;
 use super::load::Item;
 use super::loss::Loss;
-use super::notes::Why;
 use super::pace::Pace;
-use super::progress::{Load, Outcome};
+use super::progress::Load;
 use super::reached::{self, Account};
 use super::redrive::Redrives;
 use super::scheduler::{Company, Place, Scheduler};
 use super::subscriber::{FailurePolicy, MAX_WAIT};
-use super::verdict::{LOGGED, Report, Verdict, Wait};
+use super::verdict::Report;
 
 /// The most payload bytes in memory, beside what is on its way.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
@@ -353,6 +352,17 @@ impl Session {
                 admitted = Some(permit);
                 continue;
             }
+            if let [single] = places.as_slice()
+                && let Some(pending) = self.pending.get_mut(single)
+                && let Some(left) = self.elsewhere.left(pending.id)
+                && left.crashes > pending.record.crashes
+            {
+                pending.record = left;
+                self.scheduler.put_back(*single);
+                self.scheduler.bears(*single, doubt::company(&pending.record));
+                admitted = Some(permit);
+                continue;
+            }
             let items = places.into_iter().map(|place| {
                 let pending = self.pending.get(&place);
                 Item {
@@ -411,180 +421,10 @@ impl Session {
         self.gate.next_look(waits_for_gate).into_iter().chain(self.scheduler.next_wake()).min()
     }
 
-    /// Takes the outcome of a batch, and says when the session cannot go on.
-    fn settle(&mut self, report: Result<(i64, Report), JoinError>) -> Option<End> {
-        let report = match report {
-            Ok((number, report)) => {
-                // The markers of lost sessions must stand until the database was asked about them.
-                if report.losses.iter().all(|loss| loss.lane != number) {
-                    self.numbers.remove(&number);
-                }
-                self.lane.progress.notes.ended(number);
-                report
-            }
-            // Handlers' panics are caught in the lane: this is a defect of ours, and its events are still given out.
-            Err(error) => return Some(End::Broken(format!("a lane broke down: {error}"))),
-        };
-        self.settle_losses(report.losses, &report.looked_into);
-        let mut records: HashMap<Place, Record> = report.records.into_iter().collect();
-        for (place, verdict) in report.verdicts {
-            if let Some(pending) = self.pending.get_mut(&place) {
-                match records.remove(&place) {
-                    Some(record) => pending.record = record,
-                    None => pending.record.attempts += u32::from(matches!(verdict, Verdict::Failed(_))),
-                }
-            }
-            self.settle_event(place, verdict);
-            if let Some(pending) = self.pending.get(&place) {
-                self.scheduler.bears(place, doubt::company(&pending.record));
-            }
-        }
-        if report.answered || report.ran.is_some() {
-            self.gate.open(&self.lane.subscriber.name);
-        }
-        if let Some(ran) = report.ran {
-            self.pace.ran(ran);
-        }
-        if let Some(reason) = report.outage {
-            self.lane.progress.trouble(&reason);
-            self.gate.close(&self.lane.subscriber.name, &reason);
-        }
-        report.fenced.then_some(End::Fenced)
-    }
-
-    fn settle_losses(&mut self, losses: Vec<Loss>, looked_into: &[i64]) {
-        self.looking &= looked_into.is_empty() && losses.is_empty();
-        looked_into.iter().for_each(|lane| _ = self.numbers.remove(lane));
-        self.numbers.extend(losses.iter().map(|loss| loss.lane));
-        self.losses.extend(losses);
-    }
-
-    fn settle_event(&mut self, place: Place, verdict: Verdict) {
-        let Some(pending) = self.pending.get_mut(&place) else { return };
-        let (notes, key) =
-            (&self.lane.progress.notes, pending.event.as_ref().and_then(|(event, _)| event.key.as_deref()));
-        let answer = match verdict {
-            Verdict::NotRun => return self.scheduler.put_back(place),
-            // The rows go before it as soon as they are known.
-            Verdict::Held => {
-                self.redrives.look_now();
-                return self.scheduler.hold(place, Instant::now() + HELD);
-            }
-            Verdict::Interrupted { reason, wait } => {
-                self.interrupted += usize::from(pending.interruptions == 0);
-                self.lane.progress.count(Outcome::Interrupted);
-                self.lane.progress.trouble_with("what an event needs is away", Some(reason.clone()));
-                pending.interruptions += 1;
-                // The first one and then ever more rarely.
-                if pending.interruptions.is_power_of_two() {
-                    tracing::warn!(
-                        subscriber = self.lane.subscriber.name,
-                        event_id = %pending.id,
-                        ?place,
-                        times = pending.interruptions,
-                        error = text::cut(&reason, LOGGED),
-                        "what an event needs is away, waiting"
-                    );
-                }
-                let wait = match wait {
-                    Wait::Soon => Backoff::RECONNECT.after(pending.interruptions),
-                    Wait::Exactly(wait) => wait,
-                };
-                let wait = wait.min(MAX_WAIT);
-                notes.waits(pending.id, key, Why::Unavailable, Some(&reason), pending.interruptions, wait);
-                return self.scheduler.hold(place, Instant::now() + wait);
-            }
-            Verdict::Suspect(wait) => return self.scheduler.hold(place, Instant::now() + wait),
-            Verdict::Failed(wait) | Verdict::Later(wait) => {
-                pending.alive = false;
-
-                let wait = wait.min(MAX_WAIT);
-                let until = Instant::now() + wait;
-                let why = if matches!(verdict, Verdict::Failed(_)) { Why::Failing } else { Why::Snoozed };
-                notes.waits(pending.id, key, why, None, 0, wait);
-                match (&verdict, self.lane.subscriber.settings.failure_policy) {
-                    (Verdict::Failed(_), FailurePolicy::Skip) => self.scheduler.set_aside(place, until),
-                    _ => self.scheduler.hold(place, until),
-                }
-                Answer::Later(wait)
-            }
-            Verdict::Done => Answer::Done,
-            Verdict::Dead(reason) => Answer::Never(reason),
-        };
-        self.interrupted -= usize::from(pending.interruptions > 0);
-        pending.interruptions = 0;
-        self.lane.progress.settled();
-        if let Some(reply) = &pending.reply {
-            self.answers.send(reply, &answer);
-        }
-        fault::point("worker-answered");
-        if !matches!(answer, Answer::Later(_)) {
-            notes.done(pending.id);
-            self.scheduler.done(place);
-            self.pending.remove(&place);
-            match place {
-                Place::Redrive(_) => self.redrives.done(),
-                Place::Stream(sequence) => self.account.done(sequence),
-            }
-        }
-    }
-
     fn send_signs(&self) {
         for reply in self.pending.values().filter(|pending| pending.alive).filter_map(|pending| pending.reply.as_ref())
         {
             self.answers.send(reply, &Answer::Working);
-        }
-    }
-
-    /// Lets others have what does not run, and writes down that what runs is the last of this session.
-    async fn give_back(&mut self) {
-        if !self.lanes.is_empty() {
-            self.tell_stopping(true).await;
-        }
-        let waiting = self.pending.iter_mut().filter(|(place, _)| !self.scheduler.runs(**place));
-        for reply in waiting.filter_map(|(_, pending)| pending.reply.take()) {
-            self.answers.send(&reply, &Answer::Again);
-        }
-        self.account.close(Duration::from_secs(1)).await;
-    }
-
-    /// Ends in an orderly way: what runs may finish.
-    pub(super) async fn finish(mut self, end: End) -> End {
-        if end == End::Fenced {
-            // The successor waits for the locks of what still runs here.
-            self.lanes.shutdown().await;
-            return end;
-        }
-        let waits = end == End::Stopped && !self.lanes.is_empty();
-        while let Some(report) = self.lanes.join_next().await {
-            if end == End::Stopped {
-                self.settle(report);
-            }
-        }
-        if waits {
-            self.tell_stopping(false).await;
-        }
-        if end == End::Stopped {
-            for reply in self.pending.values().filter_map(|pending| pending.reply.as_ref()) {
-                self.answers.send(reply, &Answer::Again);
-            }
-            self.answers.finish(Duration::from_secs(2)).await;
-        }
-        end
-    }
-}
-
-impl Session {
-    /// Writes down that what runs is the last of this session, or that it has ended. Whoever stops a process kills it when
-    /// that takes too long, and no event is to blame then.
-    async fn tell_stopping(&mut self, stopping: bool) {
-        let Lane { connections, tenure, subscriber, .. } = &self.lane;
-        let told = connections.run(async |connection| match stopping {
-            true => running::stopping(connection, tenure, &subscriber.name).await,
-            false => running::stopped(connection, tenure, &subscriber.name).await,
-        });
-        if let Ok(Err(error)) = tokio::time::timeout(Duration::from_secs(1), told).await {
-            tracing::debug!(subscriber = subscriber.name, error = %error, "that it stops is not on record");
         }
     }
 }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::support::{Number, Record, RunningWorker, SOON, Work};
+use crate::support::{Number, Record, RunningWorker, SOON, Work, WorkerProcess};
+use aftercommit::backoff::Backoff;
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
 use sqlx::PgTransaction;
@@ -98,31 +99,28 @@ impl Handover {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_successor_works_while_the_slowest_handlers_of_its_predecessor_end() {
-    let mut handover = Handover::begin(false).await;
+/// Lets the handlers of the first instance end behind the handover. Each slow event has begun that often in the end.
+async fn completes_behind_the_handover(fails: bool, runs: usize) {
+    let mut handover = Handover::begin(fails).await;
     let first = handover.first.take().unwrap();
     let mut stopping = std::pin::pin!(first.stop());
     handover.hand_over(&mut stopping).await;
     handover.open.send_replace(true);
     stopping.await;
     handover.is_complete().await;
-    assert_eq!(handover.runs.load(Ordering::SeqCst), SLOW.len(), "each slow event ran once");
+    assert_eq!(handover.runs.load(Ordering::SeqCst), runs * SLOW.len());
     handover.second.stop().await;
 }
 
-/// What fails at an instance that has handed over is its successor's to decide.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_successor_works_while_the_slowest_handlers_of_its_predecessor_end() {
+    completes_behind_the_handover(false, 1).await;
+}
+
+/// What fails at an instance that has handed over is its successor's to decide: it runs once here and once there.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_fails_behind_a_handover_runs_at_the_successor_and_costs_no_attempt() {
-    let mut handover = Handover::begin(true).await;
-    let first = handover.first.take().unwrap();
-    let mut stopping = std::pin::pin!(first.stop());
-    handover.hand_over(&mut stopping).await;
-    handover.open.send_replace(true);
-    stopping.await;
-    handover.is_complete().await;
-    assert_eq!(handover.runs.load(Ordering::SeqCst), 2 * SLOW.len(), "once here, once there");
-    handover.second.stop().await;
+    completes_behind_the_handover(true, 2).await;
 }
 
 /// As when whoever stops it loses patience.
@@ -148,6 +146,45 @@ async fn an_instance_that_is_killed_behind_its_handover_puts_no_event_under_susp
         .unwrap();
     assert_eq!(left, 0, "markers stay behind");
     third.stop().await;
+}
+
+/// The database goes on with a statement whose client is gone, for some seconds. To the successor that looks like an instance
+/// that lets its handlers finish.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_dies_while_its_statement_goes_on_counts_as_a_crash() {
+    let work = Work::shared().await;
+    sqlx::raw_sql(
+        "create table slow ();
+         create function apply(event jsonb) returns void language plpgsql as $$
+         begin
+            if exists (select from slow) then perform pg_sleep(20); end if;
+            raise exception 'not this one';
+         end $$;
+         insert into slow default values",
+    )
+    .execute(&work.outbox.pool)
+    .await
+    .unwrap();
+    let toml = "[[subscriber]]\nname = 'orphan'\ntypes = ['test.number']\nsql = { function = 'apply' }\nbackoff = { first = '1m' }\n";
+    let backoff = Backoff { first: SOON, max: SOON };
+    let subscriber = || Subscriber::sql("orphan", "apply", ["test.number"]).unwrap().backoff(backoff);
+    work.worker_with(subscriber()).provision().await.unwrap();
+    work.send("a", 1).await;
+    let first = WorkerProcess(work.command(toml).spawn().unwrap());
+    let sleeps =
+        "select exists (select from pg_stat_activity where datname = current_database() and wait_event = 'PgSleep')";
+    let asleep = async || sqlx::query_scalar::<_, bool>(sleeps).fetch_one(&work.outbox.pool).await.unwrap();
+    eventually(SOON, "it runs", asleep).await.unwrap();
+    first.kill();
+    sqlx::raw_sql("truncate slow").execute(&work.outbox.pool).await.unwrap();
+    work.expire_leases().await;
+    let second = RunningWorker::start(work.worker_with(subscriber()));
+    let record = "select (crashes, attempts) = (1, 1) from aftercommit.attempt";
+    let counted = async || {
+        sqlx::query_scalar::<_, bool>(record).fetch_optional(&work.outbox.pool).await.unwrap().unwrap_or_default()
+    };
+    eventually(SOON, "a crash and an attempt are on record", counted).await.unwrap();
+    second.stop().await;
 }
 
 /// The statements about the lease take longer than the lease lasts.
