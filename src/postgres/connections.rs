@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::Way;
 use super::pins::Whose;
@@ -57,7 +58,24 @@ struct Pool {
 struct Idle {
     owner: u64,
     since: Instant,
-    session: Session,
+    session: Kept,
+}
+
+/// A session that nobody uses.
+#[derive(Debug)]
+enum Kept {
+    Ready(Session),
+    /// What its last user has made of it is being taken back. None when that fails.
+    Cleaning(AbortOnDropHandle<Option<Session>>),
+}
+
+impl Kept {
+    async fn ready(self) -> Option<Session> {
+        match self {
+            Self::Ready(session) => Some(session),
+            Self::Cleaning(cleaned) => cleaned.await.ok().flatten(),
+        }
+    }
 }
 
 /// Counts a session as used until it is dropped.
@@ -91,7 +109,9 @@ impl Pool {
         let in_use = InUse::new(&self.in_use);
         let found = {
             let mut idle = self.idle();
-            let at = idle.iter().rposition(|idle| idle.owner == owner);
+            // One that is ready, or the one that soonest will be.
+            let ready = idle.iter().rposition(|idle| idle.owner == owner && matches!(idle.session, Kept::Ready(_)));
+            let at = ready.or_else(|| idle.iter().position(|idle| idle.owner == owner));
             let found = at.map(|at| idle.remove(at).session);
             if found.is_none() {
                 // Those that were used longest ago make room for the new one.
@@ -101,6 +121,10 @@ impl Pool {
             }
             found
         };
+        let found = match found {
+            Some(kept) => kept.ready().await,
+            None => None,
+        };
         let session = match found {
             Some(session) => session,
             None => Session::open(Arc::clone(&self.way)).await?.watched(),
@@ -108,8 +132,8 @@ impl Pool {
         Ok(session.in_use(Some(in_use)))
     }
 
-    fn give_back(&self, owner: u64, session: Session) {
-        let (since, session) = (Instant::now(), session.in_use(None));
+    fn give_back(&self, owner: u64, session: Kept) {
+        let since = Instant::now();
         let mut idle = self.idle();
         idle.push(Idle { owner, since, session });
         let rested = idle.partition_point(|idle| since.duration_since(idle.since) > KEPT);
@@ -195,10 +219,21 @@ impl Connections {
 
     /// Keeps a connection for the next one who needs it. Nothing may be open on it.
     pub(crate) fn give_back(&self, connection: Session) {
+        let kept = |session: Session| Kept::Ready(session.in_use(None));
         match connection.whose() {
-            Whose::Ours => self.ours.give_back(0, connection),
-            Whose::Others => self.others.give_back(self.owner, connection),
+            Whose::Ours => self.ours.give_back(0, kept(connection)),
+            Whose::Others => self.others.give_back(self.owner, kept(connection)),
         }
+    }
+
+    /// Keeps one in which handlers ran, once `clean` has taken back what they have made of it: nobody has to wait for that
+    /// but who gets it next. It is closed when `clean` fails.
+    pub(crate) fn give_back_to_clean<C>(&self, connection: Session, clean: impl FnOnce(Session) -> C)
+    where
+        C: Future<Output = Option<Session>> + Send + 'static,
+    {
+        let cleaned = tokio::spawn(clean(connection.in_use(None)));
+        self.others.give_back(self.owner, Kept::Cleaning(AbortOnDropHandle::new(cleaned)));
     }
 
     /// Closes the idle connections, which went away together with one that was in use.

@@ -6,9 +6,7 @@
 use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, Executor, Row};
-use uuid::Uuid;
 
-use super::running::Marker;
 use super::session::{Session, Tx};
 
 /// What a handler can change of a session that other events would notice.
@@ -27,8 +25,8 @@ pub(super) const OPEN: &str = "set local aftercommit.handling = 'on'";
 /// What handlers have left of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Left {
-    /// Whether it still has the inbox row of an event that was new: not when a handler has rolled it back.
-    pub(crate) has_row: bool,
+    /// Whether it is still the one that has the inbox rows: not when a handler has rolled it back.
+    pub(crate) has_rows: bool,
     /// Whether the session is another one for the next event: its search path, its role, temporary tables.
     pub(crate) changed: bool,
 }
@@ -39,30 +37,25 @@ fn within(limit: Duration) -> String {
 }
 
 /// Ends what handlers may do: from now on the transaction may commit, durably, and its statements run with the worker's
-/// role. Fails when the transaction is aborted: a handler that drops the error of a statement would otherwise make
-/// COMMIT report success for a rollback.
+/// role. `transaction` is the one that has the inbox rows, if there are any. Fails when the transaction is aborted: a handler
+/// that drops the error of a statement would otherwise make COMMIT report success for a rollback.
 pub(crate) async fn close(
     tx: &mut Tx<'_>,
     state: Option<&str>,
-    marker: Marker<'_>,
-    event: Option<Uuid>,
+    transaction: Option<u64>,
     limit: Duration,
 ) -> Result<Left, sqlx::Error> {
-    let has_row = match event {
-        Some(event) => format!(
-            "exists (select from aftercommit.inbox where subscriber operator(pg_catalog.=) '{}'
-                        and event_id operator(pg_catalog.=) '{event}'::pg_catalog.uuid)",
-            marker.name()?
+    let has_rows = match transaction {
+        Some(id) => format!(
+            "coalesce(pg_catalog.pg_current_xact_id_if_assigned() operator(pg_catalog.=) '{id}'::pg_catalog.xid8, false)"
         ),
         None => "true".into(),
     };
     // One simple query, so one round trip. A commit that does not wait for the disk could be lost after its ack.
     let statement = format!(
-        "{within}; select {state}, pg_catalog.pg_my_temp_schema() operator(pg_catalog.<>) 0::pg_catalog.oid
-                and exists (select from pg_catalog.pg_class
-                             where relnamespace operator(pg_catalog.=) pg_catalog.pg_my_temp_schema());
+        "{within}; select {state}, pg_catalog.pg_my_temp_schema() operator(pg_catalog.<>) 0::pg_catalog.oid;
          set session authorization default; reset role; set local aftercommit.handling = 'done';
-         select {has_row}, pg_catalog.set_config('synchronous_commit',
+         select {has_rows}, pg_catalog.set_config('synchronous_commit',
                     case when pg_catalog.current_setting('synchronous_commit')
                               operator(pg_catalog.=) any (array['off', 'local']::pg_catalog.text[])
                          then 'on' else pg_catalog.current_setting('synchronous_commit') end, true)",
@@ -72,8 +65,16 @@ pub(crate) async fn close(
     let rows = tx.fetch_all(sqlx::raw_sql(AssertSqlSafe(statement))).await?;
     let [before, after] = rows.as_slice() else { return Err(sqlx::Error::RowNotFound) };
     let now: String = before.try_get(0)?;
-    let changed = state.is_some_and(|state| state != now) || before.try_get(1)?;
-    Ok(Left { has_row: after.try_get(0)?, changed })
+    // A session that has ever had a temporary table keeps the schema for them.
+    let changed = state.is_some_and(|state| state != now) || (before.try_get(1)? && has_temporary_tables(tx).await?);
+    Ok(Left { has_rows: after.try_get(0)?, changed })
+}
+
+/// Asked apart, because planning it costs each batch more than the rest of [`close`].
+async fn has_temporary_tables(tx: &mut Tx<'_>) -> Result<bool, sqlx::Error> {
+    let statement = "select exists (select from pg_catalog.pg_class
+                                     where relnamespace operator(pg_catalog.=) pg_catalog.pg_my_temp_schema())";
+    tx.fetch_one(sqlx::raw_sql(statement)).await?.try_get(0)
 }
 
 /// How a session gets back what it began with, after code that is not ours. Prepared statements stay: the driver counts on

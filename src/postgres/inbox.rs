@@ -63,6 +63,8 @@ pub(crate) struct Entered {
     /// All but those, when a successor has taken the marker: it has just counted a crash for those that were not done, and
     /// they are now.
     pub(crate) suspected: Vec<Uuid>,
+    /// The transaction that has the rows of those that are new.
+    pub(crate) transaction: Option<u64>,
 }
 
 /// Writes the inbox rows of `events` and removes the marker, both valid with the commit. Waits for another transaction
@@ -94,13 +96,13 @@ pub(crate) async fn insert(tx: &mut Tx<'_>, marker: Marker<'_>, events: &[Row]) 
              where subscriber operator(pg_catalog.=) $1 and epoch operator(pg_catalog.=) $6
                and lane operator(pg_catalog.=) $7
             returning lane)
-         select fresh.event_id, attempt.attempts, false, false
+         select fresh.event_id, attempt.attempts, false, false, pg_catalog.pg_current_xact_id()::pg_catalog.text
            from fresh left join aftercommit.attempt
              on attempt.subscriber operator(pg_catalog.=) $1 and attempt.event_id operator(pg_catalog.=) fresh.event_id
          union all
-         select event_id, null, true, false from event where held
+         select event_id, null, true, false, null from event where held
          union all
-         select event_id, null, false, true from event where not held and not exists (select from unmarked)",
+         select event_id, null, false, true, null from event where not held and not exists (select from unmarked)",
     )
     .bind(marker.subscriber)
     .bind(events.iter().map(|event| event.event_id).collect::<Vec<_>>())
@@ -116,7 +118,10 @@ pub(crate) async fn insert(tx: &mut Tx<'_>, marker: Marker<'_>, events: &[Row]) 
         match (row.try_get(2)?, row.try_get(3)?) {
             (_, true) => entered.suspected.push(row.try_get(0)?),
             (true, _) => entered.held.push(row.try_get(0)?),
-            (false, _) => entered.fresh.push((row.try_get(0)?, row.try_get(1)?)),
+            (false, _) => {
+                entered.transaction = row.try_get::<Option<&str>, _>(4)?.and_then(|id| id.parse().ok());
+                entered.fresh.push((row.try_get(0)?, row.try_get(1)?));
+            }
         }
     }
     Ok(entered)

@@ -48,7 +48,7 @@ impl Lane {
             };
         match &result {
             Err(Trouble::Outage(_) | Trouble::Ended(_) | Trouble::Lost(_)) => self.connections.forget_idle(),
-            _ if usable => self.give_back(connection).await,
+            _ if usable => self.give_back(connection),
             _ => {}
         }
         match self.connections.is_pooled() {
@@ -58,10 +58,11 @@ impl Lane {
     }
 
     /// Keeps a session for the next events once nothing of these is left in it.
-    async fn give_back(&self, mut connection: Session) {
-        if let Ok(Ok(())) = timeout(GRACE, handling::reset(&mut connection)).await {
-            self.connections.give_back(connection);
-        }
+    fn give_back(&self, connection: Session) {
+        self.connections.give_back_to_clean(connection, async |mut connection| {
+            let cleaned = timeout(GRACE, handling::reset(&mut connection)).await;
+            matches!(cleaned, Ok(Ok(()))).then_some(connection)
+        });
     }
 
     async fn transact_on(&self, connection: &mut Session, group: &[&Queued], took: &mut Took) -> Ended {
@@ -142,7 +143,7 @@ impl Lane {
     ) -> Result<Vec<Uuid>, Trouble> {
         let entered = self.own_or_conflict(self.enter(tx, group)).await;
         // Nothing of the events has run yet, so none of them is to blame.
-        let Entered { fresh, held, suspected } = entered.map_err(|trouble| match trouble {
+        let Entered { fresh, held, suspected, transaction } = entered.map_err(|trouble| match trouble {
             Trouble::Failed { at, error } if timed_out(&error) => Trouble::Interrupted { at, error },
             Trouble::Failed { error, .. } | Trouble::Doubtful { error, .. } => Trouble::Outage(describe(&error)),
             Trouble::Ended(reason) => Trouble::Outage(reason),
@@ -170,7 +171,7 @@ impl Lane {
             }
         }
         self.work(tx, &new, took).await?;
-        self.close(tx, &new, state).await?;
+        self.close(tx, new.len(), (state, transaction)).await?;
         if !on_record.is_empty() {
             self.own_or_conflict(inbox::clear_attempts(tx, &self.subscriber.name, &on_record)).await?;
         }
@@ -255,10 +256,14 @@ impl Lane {
 
     /// Ends what handlers may do in the transaction. It fails when they left one behind that would commit nothing, or, of
     /// several events, when one has changed the session that the others ran in.
-    async fn close(&self, tx: &mut Tx<'_>, new: &[(usize, &Queued)], state: Option<&str>) -> Result<(), Trouble> {
-        let first = new.first().map(|(_, queued)| queued.event.id.as_uuid());
+    async fn close(
+        &self,
+        tx: &mut Tx<'_>,
+        new: usize,
+        (state, transaction): (Option<&str>, Option<u64>),
+    ) -> Result<(), Trouble> {
         let limit = self.subscriber.settings.time_limit;
-        let left = self.own_or_conflict(handling::close(tx, state, self.marker(), first, limit)).await;
+        let left = self.own_or_conflict(handling::close(tx, state, transaction, limit)).await;
         // The handler has set a limit of its own for its session, under which this statement began: on a busy machine it
         // comes to nothing, and that is no fault of the event.
         let left = left.map_err(|trouble| match trouble {
@@ -266,10 +271,10 @@ impl Lane {
             other => other,
         })?;
         match left {
-            handling::Left { has_row: false, .. } => {
+            handling::Left { has_rows: false, .. } => {
                 Err(trouble(None, HandlerError::retry("the handler rolled the worker's transaction back")))
             }
-            handling::Left { changed: true, .. } if new.len() > 1 => Err(Trouble::Changed),
+            handling::Left { changed: true, .. } if new > 1 => Err(Trouble::Changed),
             _ => Ok(()),
         }
     }
@@ -320,9 +325,10 @@ impl Lane {
                     "a message with this event's id and other contents was handled before it: the event is handled now, and \
                      what the other one did stays"
                 );
-                let Entered { fresh, held, .. } = inbox::insert(tx, self.marker(), &[queued.row()]).await?;
-                entered.fresh.extend(fresh);
-                entered.held.extend(held);
+                let again = inbox::insert(tx, self.marker(), &[queued.row()]).await?;
+                entered.fresh.extend(again.fresh);
+                entered.held.extend(again.held);
+                entered.transaction = entered.transaction.or(again.transaction);
             }
         }
         Ok(entered)
