@@ -1,35 +1,44 @@
-#![doc = include_str!("../README.md")]
+//! A transactional outbox on PostgreSQL and NATS JetStream: what your transaction commits, your subscribers get, once, in
+//! order, and provably.
+//!
+//! | To | Use |
+//! |---|---|
+//! | publish in your transaction | [`outbox::publish`]; a service that does nothing else depends on the crate `aftercommit-outbox` |
+//! | handle events | [`worker::Subscriber`], [`worker::Handler`], [`worker::main`] |
+//! | run the relay in your own program | [`relay::Relay`] |
+//! | keep derived state right | [`reconciler::Reconciler`], [`reconciler::Runner`] |
+//! | look and act as an operator does | [`operator`] |
+//! | test all of this | `testing`, behind the feature of that name |
+//!
+//! Features: `cli` (default) are the programs and [`worker::main`]; `testing` is the testing kit, for `[dev-dependencies]`.
+//!
+//! The repository's README has a quickstart, and its folder `docs` the guarantees and how to operate it.
 #![warn(clippy::unwrap_used, clippy::expect_used)]
 
-pub mod admin;
-pub mod backoff;
 #[cfg(feature = "cli")]
 pub mod bench;
 #[cfg(feature = "cli")]
 pub mod cli;
-pub mod config;
-pub mod envelope;
-pub mod event;
-pub mod health;
-pub mod outbox;
+#[cfg(all(feature = "cli", feature = "testing"))]
+#[doc(hidden)]
+pub mod parsers;
 pub mod reconciler;
 pub mod relay;
-pub mod subject;
-pub mod telemetry;
 #[cfg(feature = "testing")]
 pub mod testing;
 pub mod worker;
 
-mod digest;
-mod error;
-mod fault;
-mod jetstream;
-mod owner;
-mod postgres;
-mod text;
-
-pub use error::{Error, ErrorKind};
-pub use event::{Event, EventId};
+pub use aftercommit_core::{Error, ErrorKind};
+pub use aftercommit_core::{backoff, config, envelope, health, telemetry};
+pub use aftercommit_operator as operator;
+pub use aftercommit_outbox as outbox;
+pub use aftercommit_outbox::{Event, EventId};
+pub use aftercommit_outbox::{event, subject};
 
 /// The version of sqlx whose transactions handlers get.
 pub use sqlx;
+
+/// The README's code.
+#[cfg(all(doctest, feature = "cli"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -7,8 +7,8 @@
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
-use aftercommit::admin;
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
+use aftercommit::operator;
 use aftercommit::outbox::RawEvent;
 use aftercommit::relay::{Relay, RelayConfig};
 use aftercommit::subject::SubjectPrefix;
@@ -133,9 +133,9 @@ impl Stage {
             nats: NatsConfig { url: nats.url(), ..NatsConfig::default() },
             naming: Naming { stream: name.to_uppercase(), prefix: SubjectPrefix::new(name)?, source: "/ping".into() },
         };
-        admin::migrate(&stage.publisher_config).await?;
-        admin::migrate(&stage.subscriber_config).await?;
-        admin::provision(&stage.nats, &stage.naming).await?;
+        operator::migrate(&stage.publisher_config).await?;
+        operator::migrate(&stage.subscriber_config).await?;
+        operator::provision(&stage.nats, &stage.naming).await?;
         sqlx::query(PingRepository::TABLE).execute(&stage.publisher).await?;
         sqlx::query(Pong::TABLE).execute(&stage.subscriber).await?;
         Ok(stage)
@@ -313,7 +313,7 @@ pub async fn kill_switch(stage: Stage) -> Outcome {
     stage.send("a", &["1"]).await?;
     stage.wait_until_handled(1).await?;
 
-    admin::relay::pause(&stage.publisher_config, "ping", Some("an incident")).await?;
+    operator::relay::pause(&stage.publisher_config, "ping", Some("an incident")).await?;
     stage.wait_until_paused().await?;
     stage.send("a", &["2", "3"]).await?;
     stage.send("a", &["4"]).await?;
@@ -326,7 +326,7 @@ pub async fn kill_switch(stage: Stage) -> Outcome {
     expect("stored while paused, after a restart", stage.stored().await?, 1)?;
     expect("handled while paused", stage.handled().await?, texts(&["1"]))?;
 
-    admin::relay::resume(&stage.publisher_config, "ping").await?;
+    operator::relay::resume(&stage.publisher_config, "ping").await?;
     stage.wait_until_handled(4).await?;
     expect("handled", stage.handled().await?, texts(&["1", "2", "3", "4"]))
 }
@@ -341,7 +341,7 @@ pub async fn marker(stage: Stage) -> Outcome {
         let error = undeclared.check().err().ok_or("an event that nobody declares was not found")?.to_string();
         expect("the event is named", error.contains(<PingEvent as aftercommit::Event>::TYPE), true)?;
     }
-    admin::publish(&stage.publisher_config, RawEvent::new("ping.undeclared", "text/plain", "")).await?;
+    operator::publish(&stage.publisher_config, RawEvent::new("ping.undeclared", "text/plain", "")).await?;
     let error = declared().published_in(&mut connection).await?.check().err();
     let error = error.ok_or("a publish without declaration was not found")?.to_string();
     expect(

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use aftercommit::admin;
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
+use aftercommit::operator;
 use aftercommit::reconciler::{Mode, Outcome, Runner, Scope, Summary};
 use aftercommit::relay::{Relay, RelayConfig};
 use aftercommit::subject::SubjectPrefix;
@@ -43,7 +43,7 @@ impl Stage {
         let stream = name.to_uppercase();
         let naming = Naming { stream, prefix: SubjectPrefix::new(name)?, source: "/stewardship".into() };
         let nats = NatsConfig { url: Nats::shared().await?.url(), ..NatsConfig::default() };
-        admin::provision(&nats, &naming).await?;
+        operator::provision(&nats, &naming).await?;
         Ok(Self { pool, config, nats, naming })
     }
 
@@ -124,7 +124,7 @@ impl Stage {
 /// A new database with the schema aftercommit.
 pub async fn database() -> Result<(PostgresConfig, PgPool), Error> {
     let config = PostgresConfig::new(Postgres::shared().await?.create_database().await?);
-    admin::migrate(&config).await?;
+    operator::migrate(&config).await?;
     let pool = PgPool::connect(&config.url).await?;
     Ok((config, pool))
 }

@@ -7,5 +7,5 @@ pub mod rewound;
 
 // The product's own code, so that the marks that are checked are those that run.
 #[allow(dead_code)]
-#[path = "../../src/postgres/snapshot.rs"]
+#[path = "../../crates/core/src/postgres/snapshot.rs"]
 mod snapshot;

@@ -5,10 +5,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::child;
-use crate::config::{Naming, NatsConfig, PostgresConfig};
-use crate::error::Error;
-use crate::jetstream::publisher::Messages;
-use crate::{jetstream, postgres};
+use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig};
+use aftercommit_core::error::Error;
+use aftercommit_core::jetstream::publisher::Messages;
+use aftercommit_core::{jetstream, postgres};
 
 /// What such a process does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -73,23 +73,23 @@ pub async fn run_arm(
     let cost = match arm {
         Arm::Read => {
             let clock = Clock::start();
-            postgres::bench::read(&mut session, events).await?;
+            crate::bench::postgres::read(&mut session, events).await?;
             clock.stop()
         }
         Arm::PublishChained | Arm::PublishBatches => {
-            let envelopes = postgres::bench::envelopes(&mut session, events, &naming.source).await?;
+            let envelopes = crate::bench::postgres::envelopes(&mut session, events, &naming.source).await?;
             let mut make = Messages::new(naming.prefix.clone());
             let messages = envelopes.iter().map(|event| make.message(event));
             let connection = jetstream::connect(&nats, "aftercommit-bench", "_INBOX").await?;
             if arm == Arm::PublishChained {
-                let messages = jetstream::bench::chained(messages);
+                let messages = crate::bench::jetstream::chained(messages);
                 let clock = Clock::start();
-                jetstream::bench::publish(&connection, messages).await?;
+                crate::bench::jetstream::publish(&connection, messages).await?;
                 clock.stop()
             } else {
-                let messages = jetstream::bench::batched(messages);
+                let messages = crate::bench::jetstream::batched(messages);
                 let clock = Clock::start();
-                jetstream::bench::publish_batches(&connection, messages).await?;
+                crate::bench::jetstream::publish_batches(&connection, messages).await?;
                 clock.stop()
             }
         }

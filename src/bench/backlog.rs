@@ -8,12 +8,12 @@ use super::counts::Counts;
 use super::figure::{Goal, Row, Series};
 use super::scratch::Scratch;
 use super::wait_until;
-use crate::error::Error;
-use crate::postgres::session::Session;
-use crate::postgres::snapshot::Mark;
-use crate::postgres::walk::Walk;
-use crate::postgres::window::OutboxEvent;
-use crate::postgres::{self, database_error};
+use aftercommit_core::error::Error;
+use aftercommit_core::postgres::session::Session;
+use aftercommit_core::postgres::snapshot::Mark;
+use aftercommit_core::postgres::walk::Walk;
+use aftercommit_core::postgres::window::OutboxEvent;
+use aftercommit_core::postgres::{self, database_error};
 
 const LARGE: u64 = 10_000_000;
 const SMALL: u64 = 10_000;
@@ -53,7 +53,7 @@ async fn pages(bench: &Bench, big: &Scratch, small: &Scratch) -> Result<Row, Err
         .rounds("pages", ["large backlog", "small backlog"], async |arm| {
             let scratch = if arm == 0 { big } else { small };
             let mut session = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
-            let target = postgres::bench::whole(&mut session).await?;
+            let target = crate::bench::postgres::whole(&mut session).await?;
             let last_start = target.last_id - PAGE_ROWS as i64;
             let mut took = Duration::ZERO;
             for page in 0..PAGES {

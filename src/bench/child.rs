@@ -10,8 +10,8 @@ use tokio::process::{Child as Process, Command};
 
 use super::arm::Arm;
 use super::scratch::Scratch;
-use crate::config::{NatsAuth, NatsConfig, Secret};
-use crate::error::{Error, ErrorKind};
+use aftercommit_core::config::{NatsAuth, NatsConfig, Secret};
+use aftercommit_core::error::{Error, ErrorKind};
 
 /// A process that is killed when this value is dropped.
 #[derive(Debug)]

@@ -6,8 +6,8 @@ use super::child::{Child, run_arm};
 use super::counts::Counts;
 use super::figure::{Goal, Row, Series};
 use super::scratch::Scratch;
-use crate::config::NatsConfig;
-use crate::error::Error;
+use aftercommit_core::config::NatsConfig;
+use aftercommit_core::error::Error;
 
 /// Relays that stand by each other in figure 11.
 const RELAYS: usize = 4;

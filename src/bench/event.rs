@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::event::Event;
+use aftercommit_outbox::event::Event;
 
 /// An event with a payload of 256 bytes.
 #[derive(Debug, Clone, Serialize, Deserialize)]

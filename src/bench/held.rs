@@ -12,9 +12,9 @@ use super::child::Child;
 use super::counts::Counts;
 use super::figure::{Goal, Row, Series};
 use super::scratch::Scratch;
-use crate::error::Error;
-use crate::postgres;
-use crate::postgres::session::Session;
+use aftercommit_core::error::Error;
+use aftercommit_core::postgres;
+use aftercommit_core::postgres::session::Session;
 
 /// Rows that are relayed while a snapshot is held.
 const ROWS: u64 = 1_000_000;
@@ -86,11 +86,11 @@ pub(super) async fn snapshot(bench: &Bench) -> Result<Vec<Row>, Error> {
 
 async fn relay(scratch: &Scratch, rows: u64, pages: u64, counts: &mut Counts) -> Result<Ends, Error> {
     let mut session = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
-    let held = postgres::bench::hold_snapshot(&mut session).await?;
+    let held = crate::bench::postgres::hold_snapshot(&mut session).await?;
     let mut relay = Child::start("aftercommit-relay", &[], scratch)?;
     scratch.stored(rows, Some(&mut relay)).await?;
     relay.kill().await?;
-    postgres::bench::commit(held).await?;
+    crate::bench::postgres::commit(held).await?;
     counts.add(scratch.counts(rows).await?);
     let per_page = |seconds: f64| seconds * 1e3 / pages as f64;
     let span = pages * PAGE_ROWS;
@@ -103,17 +103,17 @@ async fn relay(scratch: &Scratch, rows: u64, pages: u64, counts: &mut Counts) ->
 async fn queue(scratch: &Scratch, rows: u64, pages: u64) -> Result<Ends, Error> {
     let mut holder = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
     let mut session = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
-    postgres::bench::make_queue(&mut session, rows).await?;
-    let held = postgres::bench::hold_snapshot(&mut holder).await?;
+    crate::bench::postgres::make_queue(&mut session, rows).await?;
+    let held = crate::bench::postgres::hold_snapshot(&mut holder).await?;
     let mut took = Vec::new();
     loop {
         let started = Instant::now();
-        if postgres::bench::take_from_queue(&mut session).await? == 0 {
+        if crate::bench::postgres::take_from_queue(&mut session).await? == 0 {
             break;
         }
         took.push(started.elapsed().as_secs_f64() * 1e3);
     }
-    postgres::bench::commit(held).await?;
+    crate::bench::postgres::commit(held).await?;
     let pages = usize::try_from(pages).unwrap_or(usize::MAX).min(took.len());
     let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
     Ok(Ends { first: mean(&took[..pages]), last: mean(&took[took.len() - pages..]) })
@@ -136,17 +136,17 @@ pub(super) async fn writer(bench: &Bench) -> Result<Vec<Row>, Error> {
                 bench.say(&format!("held transaction: undisturbed, span {} of {spans}", span + 1));
                 committed.push((false, write(&mut session, length).await?));
             }
-            let held = postgres::bench::hold_writing(&mut holder).await?;
+            let held = crate::bench::postgres::hold_writing(&mut holder).await?;
             for span in 0..spans {
                 bench.say(&format!("held transaction: beside it, span {} of {spans}", span + 1));
                 committed.push((true, write(&mut session, length).await?));
             }
-            postgres::bench::commit(held).await?;
+            crate::bench::postgres::commit(held).await?;
             for span in spans / 2..spans {
                 bench.say(&format!("held transaction: undisturbed, span {} of {spans}", span + 1));
                 committed.push((false, write(&mut session, length).await?));
             }
-            let all = postgres::bench::event_ids(&mut session, u64::MAX).await?.len() as u64;
+            let all = crate::bench::postgres::event_ids(&mut session, u64::MAX).await?.len() as u64;
             scratch.stored(all, Some(&mut relay)).await?;
             relay.kill().await?;
             let stored: HashMap<Uuid, DateTime<Utc>> = scratch
@@ -183,7 +183,7 @@ pub(super) async fn write(session: &mut Session, length: Duration) -> Result<Vec
     let end = Instant::now() + length;
     while Instant::now() < end {
         pace.tick().await;
-        let id = postgres::bench::publish(session, committed.len() as u64 % KEYS).await?;
+        let id = crate::bench::postgres::publish(session, committed.len() as u64 % KEYS).await?;
         committed.push((id, Utc::now()));
     }
     Ok(committed)

@@ -6,11 +6,11 @@ use super::Bench;
 use super::child::Child;
 use super::figure::{Goal, Row, Series};
 use super::scratch::Scratch;
-use crate::error::{Error, ErrorKind};
-use crate::postgres;
-use crate::postgres::bench_work;
-use crate::postgres::session::Session;
-use crate::worker::{Subscriber, Worker};
+use crate::bench::postgres::work as bench_work;
+use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_core::postgres;
+use aftercommit_core::postgres::session::Session;
+use aftercommit_worker::{Subscriber, Worker};
 
 /// What a worker's file says for a subscriber that has nothing to do.
 const FILE: &str = "[[subscriber]]\nname = \"idle\"\ntypes = [\"*\"]\nsql = { function = \"bench_apply\" }\n";

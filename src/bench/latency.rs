@@ -16,13 +16,13 @@ use super::counts::{Counts, Place};
 use super::event::Measured;
 use super::figure::{Goal, Row, Series};
 use super::{Bench, ended, wait_until};
-use crate::error::Error;
-use crate::jetstream::bench_pull;
-use crate::jetstream::publisher::Messages;
-use crate::postgres::bench_publish::Service;
-use crate::postgres::bench_work;
-use crate::worker::{Delivery, Handler, HandlerError, Subscriber, Worker};
-use crate::{jetstream, postgres};
+use crate::bench::jetstream::delivery as bench_pull;
+use crate::bench::postgres::publish::Service;
+use crate::bench::postgres::work as bench_work;
+use aftercommit_core::error::Error;
+use aftercommit_core::jetstream::publisher::Messages;
+use aftercommit_core::{jetstream, postgres};
+use aftercommit_worker::{Delivery, Handler, HandlerError, Subscriber, Worker};
 
 /// Connections that publish.
 const PUBLISHERS: u64 = 8;
@@ -189,7 +189,7 @@ async fn floor(bench: &Bench, poll_and_deliver: bool) -> Result<Taken, Error> {
         if !poll_and_deliver {
             return Ok(queries);
         }
-        let events = postgres::bench::envelopes(&mut session, samples, &scratch.naming.source).await?;
+        let events = crate::bench::postgres::envelopes(&mut session, samples, &scratch.naming.source).await?;
         let mut make = Messages::new(scratch.naming.prefix.clone());
         let messages = events.iter().map(|event| make.message(event));
         let publisher = jetstream::connect(&scratch.nats, "aftercommit-bench", "_INBOX").await?;

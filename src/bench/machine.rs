@@ -6,8 +6,8 @@ use std::fs;
 use serde::Serialize;
 
 use super::BenchConfig;
-use crate::error::Error;
-use crate::{jetstream, postgres};
+use aftercommit_core::error::Error;
+use aftercommit_core::{jetstream, postgres};
 
 /// The machine and the versions of what runs on it.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -38,7 +38,7 @@ impl Machine {
             cores: std::thread::available_parallelism().map_or(0, usize::from),
             memory_gib: memory().unwrap_or_default(),
             system: system(),
-            postgres: postgres::bench::version(&mut session).await?,
+            postgres: crate::bench::postgres::version(&mut session).await?,
             nats: nats.client.server_info().version,
             aftercommit: format!("{}, {built}", env!("CARGO_PKG_VERSION")),
         })

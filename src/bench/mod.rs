@@ -13,8 +13,10 @@ mod event;
 mod figure;
 mod held;
 mod idle;
+mod jetstream;
 mod latency;
 mod machine;
+mod postgres;
 mod publish;
 mod report;
 mod retained;
@@ -32,8 +34,8 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinError;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{NatsConfig, PostgresConfig};
-use crate::error::{Error, ErrorKind};
+use aftercommit_core::config::{NatsConfig, PostgresConfig};
+use aftercommit_core::error::{Error, ErrorKind};
 
 /// The numbers of all figures.
 pub const FIGURES: std::ops::RangeInclusive<u8> = 1..=13;

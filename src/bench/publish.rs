@@ -12,9 +12,9 @@ use super::event::Measured;
 use super::figure::{Goal, Row, Series};
 use super::scratch::Scratch;
 use super::{Bench, ended};
-use crate::error::Error;
-use crate::postgres;
-use crate::postgres::bench_publish::{self, ACCOUNTS, Service, Way};
+use crate::bench::postgres::publish::{self as bench_publish, ACCOUNTS, Service, Way};
+use aftercommit_core::error::Error;
+use aftercommit_core::postgres;
 
 /// Connections of the service.
 const CONNECTIONS: u64 = 8;
@@ -96,7 +96,7 @@ async fn transact(services: &mut Vec<Service>, way: Way, transactions: u64, even
 /// Whether the outbox has what was published, in its order.
 async fn written(scratch: &Scratch, published: &[Uuid]) -> Result<Counts, Error> {
     let mut session = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
-    let found = postgres::bench::envelopes(&mut session, u64::MAX, "/bench").await?;
+    let found = crate::bench::postgres::envelopes(&mut session, u64::MAX, "/bench").await?;
     let places: Vec<Place> = found
         .into_iter()
         .map(|event| Place { event_id: event.id.as_uuid(), outbox_id: event.sequence, key: event.key })

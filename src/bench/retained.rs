@@ -12,8 +12,8 @@ use super::counts::{Counts, Place};
 use super::figure::{Goal, Row, Series};
 use super::held::{RATE, at, latencies, write};
 use super::scratch::Scratch;
-use crate::error::Error;
-use crate::postgres;
+use aftercommit_core::error::Error;
+use aftercommit_core::postgres;
 
 /// Settled events.
 const ROWS: u64 = 1_000_000;
@@ -29,7 +29,7 @@ pub(super) async fn retained(bench: &Bench) -> Result<Vec<Row>, Error> {
         .scratch(&bench.config.nats, async |full| {
             full.fill(rows).await?;
             let mut session = postgres::connect(&full.postgres, "aftercommit-bench").await?;
-            postgres::bench::settle(&mut session).await?;
+            crate::bench::postgres::settle(&mut session).await?;
             bench
                 .scratch(&bench.config.nats, async |empty| {
                     let arms = ["a million retained", "an empty outbox"];

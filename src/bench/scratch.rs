@@ -7,15 +7,14 @@ use uuid::Uuid;
 use super::child::Child;
 use super::counts::{Counts, Place};
 use super::{Bench, wait_until};
-use crate::admin;
-use crate::config::{Naming, NatsConfig, PostgresConfig};
-use crate::envelope::Envelope;
-use crate::error::{Error, ErrorKind};
-use crate::jetstream::bench::Arrival;
-use crate::jetstream::stream::StreamReader;
-use crate::jetstream::{self, Connection};
-use crate::postgres;
-use crate::subject::SubjectPrefix;
+use crate::bench::jetstream::Arrival;
+use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig};
+use aftercommit_core::envelope::Envelope;
+use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_core::jetstream::stream::StreamReader;
+use aftercommit_core::jetstream::{self, Connection};
+use aftercommit_core::postgres;
+use aftercommit_outbox::subject::SubjectPrefix;
 
 /// The keys of the events; as many as a machine has aggregates that change at the same time.
 const KEYS: u64 = 1000;
@@ -77,7 +76,7 @@ impl Bench {
         let removed = async {
             postgres::database::drop(&mut server, &name).await?;
             let connection = jetstream::connect(nats, "aftercommit-bench", "_INBOX").await?;
-            jetstream::bench::delete(&connection, &name.to_uppercase()).await
+            crate::bench::jetstream::delete(&connection, &name.to_uppercase()).await
         };
         match (result, removed.await) {
             (Ok(value), Ok(())) => Ok(value),
@@ -92,8 +91,8 @@ impl Scratch {
         let prefix = SubjectPrefix::new(name)
             .map_err(|error| Error::with_source(ErrorKind::Config, "a scratch name is illegal", error))?;
         let naming = Naming { stream: name.to_uppercase(), prefix, source: "/bench".into() };
-        admin::migrate(&postgres).await?;
-        admin::provision(nats, &naming).await?;
+        aftercommit_operator::migrate(&postgres).await?;
+        aftercommit_operator::provision(nats, &naming).await?;
         let connection = jetstream::connect(nats, "aftercommit-bench", "_INBOX").await?;
         let stream = StreamReader::new(&connection, &naming.stream);
         Ok(Self { postgres, nats: nats.clone(), naming, connection, stream })
@@ -106,13 +105,13 @@ impl Scratch {
             let chunks = (0..events.div_ceil(FILL)).filter(|chunk| chunk % WRITERS == writer);
             for chunk in chunks {
                 let numbers = chunk * FILL..events.min((chunk + 1) * FILL);
-                postgres::bench::fill(&mut session, writer, numbers, KEYS / WRITERS).await?;
+                crate::bench::postgres::fill(&mut session, writer, numbers, KEYS / WRITERS).await?;
             }
             Ok::<_, Error>(())
         });
         futures_util::future::try_join_all(writers).await?;
         let mut session = postgres::connect(&self.postgres, "aftercommit-bench").await?;
-        postgres::bench::come_to_rest(&mut session).await
+        crate::bench::postgres::come_to_rest(&mut session).await
     }
 
     /// Waits until so many messages are in the stream.
@@ -129,19 +128,19 @@ impl Scratch {
     /// Events per second from the first to the last message of the stream, by the clock of the server that stored them.
     pub(super) async fn rate(&self) -> Result<f64, Error> {
         let extent = self.stream.extent().await?;
-        let took = jetstream::bench::time_between(&self.stream, extent.first, extent.last).await?;
+        let took = crate::bench::jetstream::time_between(&self.stream, extent.first, extent.last).await?;
         Ok((extent.last - extent.first) as f64 / took.as_secs_f64())
     }
 
     /// The seconds from one message of the stream to another.
     pub(super) async fn seconds_between(&self, first: u64, last: u64) -> Result<f64, Error> {
-        Ok(jetstream::bench::time_between(&self.stream, first, last).await?.as_secs_f64())
+        Ok(crate::bench::jetstream::time_between(&self.stream, first, last).await?.as_secs_f64())
     }
 
     /// Compares what was committed, up to so many events, with what is in the stream.
     pub(super) async fn counts(&self, events: u64) -> Result<Counts, Error> {
         let mut session = postgres::connect(&self.postgres, "aftercommit-bench").await?;
-        let committed = postgres::bench::event_ids(&mut session, events).await?;
+        let committed = crate::bench::postgres::event_ids(&mut session, events).await?;
         let place = |event: Envelope| Place { event_id: event.id.as_uuid(), outbox_id: event.sequence, key: event.key };
         let arrived: Vec<Place> = self.arrived().await?.into_iter().map(|arrival| place(arrival.event)).collect();
         Ok(Counts::compare(&committed, &arrived))
@@ -149,7 +148,7 @@ impl Scratch {
 
     /// What is in the stream, in order.
     pub(super) async fn arrived(&self) -> Result<Vec<Arrival>, Error> {
-        jetstream::bench::contents(&self.connection, &self.naming.stream).await
+        crate::bench::jetstream::contents(&self.connection, &self.naming.stream).await
     }
 }
 

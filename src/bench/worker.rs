@@ -14,15 +14,15 @@ use super::event::Measured;
 use super::figure::{Goal, Row, Series};
 use super::scratch::Scratch;
 use super::{Bench, ended, wait_until};
-use crate::config::PostgresConfig;
-use crate::error::{Error, ErrorKind};
-use crate::jetstream;
-use crate::jetstream::bench_pull::{self, Puller};
-use crate::postgres;
-use crate::postgres::bench_work::{self, Effect};
-use crate::postgres::session::Session;
-use crate::relay::{Relay, RelayConfig};
-use crate::worker::{BatchError, BatchHandler, Delivery, Handler, HandlerError, Subscriber, Worker};
+use crate::bench::jetstream::delivery::{self as bench_pull, Puller};
+use crate::bench::postgres::work::{self as bench_work, Effect};
+use aftercommit_core::config::PostgresConfig;
+use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_core::jetstream;
+use aftercommit_core::postgres;
+use aftercommit_core::postgres::session::Session;
+use aftercommit_relay::{Relay, RelayConfig};
+use aftercommit_worker::{BatchError, BatchHandler, Delivery, Handler, HandlerError, Subscriber, Worker};
 
 /// As a subscriber has them by default.
 const CONCURRENCY: usize = 8;
@@ -198,7 +198,7 @@ async fn rate(session: &mut Session) -> Result<f64, Error> {
 /// What took effect, compared with what was committed; the order only if it is promised.
 async fn effects(scratch: &Scratch, session: &mut Session, in_order: bool) -> Result<Counts, Error> {
     let mut outbox = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
-    let committed = postgres::bench::event_ids(&mut outbox, u64::MAX).await?;
+    let committed = crate::bench::postgres::event_ids(&mut outbox, u64::MAX).await?;
     let effects = bench_work::effects(session).await?.into_iter();
     let place = |(event_id, outbox_id, key): Effect| Place { event_id, outbox_id, key: key.filter(|_| in_order) };
     Ok(Counts::compare(&committed, &effects.map(place).collect::<Vec<_>>()))

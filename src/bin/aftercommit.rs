@@ -1,4 +1,4 @@
-//! The operator's tool. Everything it does is in `aftercommit::admin`.
+//! The operator's tool. Everything it does is in `aftercommit::operator`.
 
 use std::process::ExitCode;
 

@@ -17,10 +17,10 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
-use crate::error::{Error, ErrorKind};
-use crate::health::{Check, Health};
-use crate::telemetry;
-use crate::text::cut;
+use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_core::health::{Check, Health};
+use aftercommit_core::telemetry;
+use aftercommit_core::text::cut;
 
 /// How long a client may take to send its request.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);

@@ -21,9 +21,9 @@ use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::config::{Naming, check_stream};
-use crate::error::{Error, ErrorKind};
-use crate::subject::SubjectPrefix;
+use aftercommit_core::config::{Naming, check_stream};
+use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_outbox::subject::SubjectPrefix;
 use servers::PostgresArgs;
 
 /// How long a soft stop may take before the process ends anyway.
@@ -181,7 +181,7 @@ async fn signal() -> Result<(), Error> {
 /// Prints the error and gives its exit status: 2 when the command line or a setting is at fault, else 1.
 fn fail(name: &str, error: &Error) -> ExitCode {
     // Each line by itself: some reports have several.
-    let report: Vec<String> = error.report().lines().map(crate::text::plain).collect();
+    let report: Vec<String> = error.report().lines().map(aftercommit_core::text::plain).collect();
     eprintln!("{name}: {}", report.join("\n"));
     ExitCode::from(if error.kind() == ErrorKind::Config { 2 } else { 1 })
 }

@@ -32,7 +32,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use super::{fail, parse, start_logging};
-use crate::error::{Error, ErrorKind};
+use aftercommit_core::error::{Error, ErrorKind};
 
 /// The operator's tool of aftercommit
 #[derive(Parser)]

@@ -9,9 +9,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::run_role;
-use crate::error::{Error, ErrorKind};
-use crate::health::{Check, Health};
-use crate::reconciler::{Mode, Monitor, Outcome, Runner, Scope, Summary};
+use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_core::health::{Check, Health};
+use aftercommit_core::runner::{Mode, Monitor, Outcome, Runner, Scope, Summary};
 
 /// Whether and how often a role compares what it should.
 #[derive(Args)]

@@ -11,9 +11,11 @@ use super::http::{self, HttpArgs};
 use super::reconciling::{self, ReconcileArgs};
 use super::servers::Servers;
 use super::{fail, parse, run_role};
-use crate::error::Error;
-use crate::reconciler::{OutboxLeg, Runner};
-use crate::relay::{Mode, ParkPolicy, PublishMethod, Relay, RelayConfig};
+use aftercommit_core::error::Error;
+use aftercommit_core::relay::Mode;
+use aftercommit_core::runner::Runner;
+use aftercommit_reconciler::OutboxLeg;
+use aftercommit_relay::{ParkPolicy, PublishMethod, Relay, RelayConfig};
 
 const NAME: &str = "aftercommit-relay";
 
@@ -132,7 +134,7 @@ impl Cli {
             shared: config.mode == Mode::Shared,
             ..OutboxLeg::new(config.nats.clone(), config.naming.clone())
         };
-        Some(Runner::new(config.postgres.clone()).outbox(leg))
+        Some(Runner::new(config.postgres.clone()).comparison(leg))
     }
 }
 

@@ -9,8 +9,8 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::NamingArgs;
-use crate::config::{ClientCertificate, Naming, NatsAuth, NatsConfig, NatsTls, PostgresConfig, Secret};
-use crate::error::{Error, ErrorKind};
+use aftercommit_core::config::{ClientCertificate, Naming, NatsAuth, NatsConfig, NatsTls, PostgresConfig, Secret};
+use aftercommit_core::error::{Error, ErrorKind};
 
 /// Where PostgreSQL is.
 #[derive(Args)]

@@ -13,9 +13,11 @@ use super::http::{self, HttpArgs};
 use super::reconciling::{self, ReconcileArgs};
 use super::servers::Servers;
 use super::{fail, parse, run_role};
-use crate::error::{Error, ErrorKind};
-use crate::reconciler::{Mode, Scope};
-use crate::worker::{MAX_CONNECTIONS, Queues, Registry, Worker, read_file};
+use aftercommit_core::config::NatsConfig;
+use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_core::runner::{Mode, Runner, Scope};
+use aftercommit_reconciler::with_comparisons;
+use aftercommit_worker::{MAX_CONNECTIONS, Queues, Registry, Worker, read_file};
 
 const NAME: &str = "aftercommit-worker";
 /// The interval of what runs on demand only.
@@ -41,12 +43,12 @@ struct Cli {
 }
 
 impl Cli {
-    fn worker(&self) -> Result<Worker, Error> {
+    fn worker(&self) -> Result<(Worker, NatsConfig), Error> {
         let remedy = format!("run `aftercommit provision --config {}`", self.config.display());
         let (postgres, nats, naming) = self.servers.config()?;
-        let worker = Worker::new(postgres, nats, naming).remedy(remedy);
+        let worker = Worker::new(postgres, nats.clone(), naming).remedy(remedy);
         let worker = worker.unhealthy_after(self.http.unhealthy_after).max_connections(self.connections.most);
-        Ok(worker.queues(self.queues.config()?).registry(read_file(&self.config)?))
+        Ok((worker.queues(self.queues.config()?).registry(read_file(&self.config)?), nats))
     }
 }
 
@@ -124,17 +126,17 @@ struct Service {
 /// See [`crate::worker::main`].
 pub(crate) fn serve(registry: Registry, arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli: Service = parse(arguments);
-    let worker = || -> Result<Worker, Error> {
+    let worker = || -> Result<(Worker, NatsConfig), Error> {
         let (postgres, nats, naming) = cli.servers.config()?;
-        let worker = Worker::new(postgres, nats, naming);
+        let worker = Worker::new(postgres, nats.clone(), naming);
         let worker = worker.remedy("run this program with --provision".into());
         let worker = worker.unhealthy_after(cli.http.unhealthy_after);
         let worker = worker.max_connections(cli.connections.most);
         let worker = if cli.adopt { worker.adopt() } else { worker };
-        Ok(worker.queues(cli.queues.config()?).registry(registry))
+        Ok((worker.queues(cli.queues.config()?).registry(registry), nats))
     };
-    let worker = match worker() {
-        Ok(worker) => worker,
+    let (worker, nats) = match worker() {
+        Ok(made) => made,
         Err(error) => return fail(NAME, &error),
     };
     if let Some(name) = cli.reconcile_now {
@@ -144,7 +146,7 @@ pub(crate) fn serve(registry: Registry, arguments: impl IntoIterator<Item = OsSt
             _ if cli.full => Scope::Full,
             _ => Scope::New,
         };
-        return reconciling::run_now(NAME, &worker.reconcilers(NO_MATTER, mode), &name, scope, mode);
+        return reconciling::run_now(NAME, &reconcilers(&worker, &nats, NO_MATTER, mode), &name, scope, mode);
     }
     if cli.provision {
         return run_role(NAME, async |_| {
@@ -154,18 +156,23 @@ pub(crate) fn serve(registry: Registry, arguments: impl IntoIterator<Item = OsSt
             Ok(())
         });
     }
-    run_role(NAME, |shutdown| run(worker, cli.reconcile, cli.http, shutdown))
+    run_role(NAME, |shutdown| run((worker, nats), cli.reconcile, cli.http, shutdown))
+}
+
+/// The reconcilers of the registry, and the comparisons of the subscribers that the worker serves.
+fn reconcilers(worker: &Worker, nats: &NatsConfig, every: Duration, mode: Mode) -> Runner {
+    with_comparisons(worker.own_reconcilers(), nats, worker.subscriptions(), every, mode)
 }
 
 async fn run(
-    worker: Worker,
+    (worker, nats): (Worker, NatsConfig),
     reconcile: ReconcileArgs,
     http: HttpArgs,
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     let server = http.open().await?;
     let runner = match reconcile.schedule() {
-        Some((every, mode)) => worker.reconcilers(every, mode),
+        Some((every, mode)) => reconcilers(&worker, &nats, every, mode),
         None => worker.own_reconcilers(),
     };
     let (checks, running) =
@@ -185,7 +192,7 @@ pub(super) fn command() -> clap::Command {
 pub fn main() -> ExitCode {
     let cli: Cli = parse(env::args_os());
     match cli.worker() {
-        Ok(worker) => run_role(NAME, |shutdown| run(worker, cli.reconcile, cli.http, shutdown)),
+        Ok((worker, nats)) => run_role(NAME, |shutdown| run((worker, nats), cli.reconcile, cli.http, shutdown)),
         Err(error) => fail(NAME, &error),
     }
 }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use aftercommit::admin;
 use aftercommit::health::Check;
+use aftercommit::operator;
 use aftercommit::relay::{Mode, RelayConfig};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
@@ -129,7 +129,7 @@ async fn nats_waits_for_room(version: Option<&str>) {
         nats.restart().await.unwrap();
     }
     outbox.assert_complete().await;
-    assert_eq!(admin::relay::parked(&outbox.postgres, 10).await.unwrap().len(), 0, "nothing is to blame");
+    assert_eq!(operator::relay::parked(&outbox.postgres, 10).await.unwrap().len(), 0, "nothing is to blame");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -194,7 +194,7 @@ async fn storage_that_is_used_up_is_waited_out() {
     assert_cause_named(&outbox, &address, &log, &["10023", "storage", "max_file_store"]).await;
     js.delete_stream("OTHER").await.unwrap();
     outbox.assert_complete().await;
-    assert_eq!(admin::relay::parked(&outbox.postgres, 10).await.unwrap().len(), 0, "nothing is to blame");
+    assert_eq!(operator::relay::parked(&outbox.postgres, 10).await.unwrap().len(), 0, "nothing is to blame");
 }
 
 #[tokio::test(flavor = "multi_thread")]

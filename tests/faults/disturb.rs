@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use aftercommit::admin::{relay, worker};
+use aftercommit::operator::{relay, worker};
 use aftercommit::testing::eventually;
 use async_nats::jetstream;
 use async_nats::jetstream::ErrorCode;

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use aftercommit::admin;
 use aftercommit::config::PostgresConfig;
+use aftercommit::operator;
 use aftercommit::testing::eventually;
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
@@ -50,7 +50,7 @@ impl Live {
     pub async fn new(publisher_url: String, subscriber_url: String, nats_url: String) -> Self {
         let outbox = Outbox::new(publisher_url, nats_url).await;
         let database = PostgresConfig::new(subscriber_url);
-        admin::migrate(&database).await.unwrap();
+        operator::migrate(&database).await.unwrap();
         Self::on(outbox, database).await
     }
 

@@ -26,7 +26,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
-use aftercommit::reconciler::Mode;
+use aftercommit::reconciler::{Mode, with_comparisons};
 use aftercommit::subject::SubjectPrefix;
 use aftercommit::worker::Worker;
 use check::Invariant;
@@ -58,7 +58,8 @@ async fn working() {
         source: setting("AFTERCOMMIT_SOURCE"),
     };
     let nats = NatsConfig { url: setting("NATS_URL"), ..NatsConfig::default() };
-    let worker = Worker::new(PostgresConfig::new(setting("DATABASE_URL")), nats, naming).registry(subscribers::all());
+    let database = PostgresConfig::new(setting("DATABASE_URL"));
+    let worker = Worker::new(database, nats.clone(), naming).registry(subscribers::all());
     let stop = CancellationToken::new();
     let stopping = stop.clone();
     let mut term = signal(SignalKind::terminate()).unwrap();
@@ -67,7 +68,8 @@ async fn working() {
         stopping.cancel();
     });
     if reconciled == "true" {
-        let runner = worker.reconcilers(Duration::from_secs(2), Mode::Repair);
+        let (own, every) = (worker.own_reconcilers(), Duration::from_secs(2));
+        let runner = with_comparisons(own, &nats, worker.subscriptions(), every, Mode::Repair);
         tokio::spawn(runner.run(stop.clone()));
     }
     worker.run(stop).await.unwrap();

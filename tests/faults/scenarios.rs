@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use aftercommit::admin;
+use aftercommit::operator;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
 use aftercommit::testing::{eventually, unique_name};
 use aftercommit::worker::Subscriber;
@@ -96,7 +96,7 @@ async fn a_sealed_stream_is_named_and_its_successor_gets_everything() {
     complains(&address, &["seal"]).await;
     // Nothing opens it again.
     context.delete_stream(&outbox.naming.stream).await.unwrap();
-    admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+    operator::provision(&outbox.nats, &outbox.naming).await.unwrap();
     outbox.assert_complete().await;
 }
 

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use aftercommit::admin;
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
+use aftercommit::operator;
 use aftercommit::subject::SubjectPrefix;
 use aftercommit::testing::servers::{Nats, NatsCluster, NatsOptions, Postgres, PostgresOptions};
 use aftercommit::testing::{eventually, unique_name};
@@ -84,7 +84,7 @@ impl System {
         let naming =
             Naming { stream: name.to_uppercase(), prefix: SubjectPrefix::new(name).unwrap(), source: "/faults".into() };
         for config in [&publisher_config, &subscriber_config] {
-            admin::migrate(config).await.unwrap();
+            operator::migrate(config).await.unwrap();
         }
         let (publisher, subscriber) = (pool(&publisher_config.url).await, pool(&subscriber_config.url).await);
         sqlx::raw_sql(publishers::TABLES).execute(&publisher).await.unwrap();
@@ -135,7 +135,7 @@ impl System {
             ..Default::default()
         };
         self.context.get_or_create_stream(config).await.ok()?;
-        admin::provision(&self.nats_config, &self.naming).await.ok()?;
+        operator::provision(&self.nats_config, &self.naming).await.ok()?;
         let worker = || Worker::new(self.subscriber_config.clone(), self.nats_config.clone(), self.naming.clone());
         worker().registry(subscribers::all()).provision().await.ok()?;
         worker().registry(read_file(&self.directory.join("worker.toml")).unwrap()).provision().await.ok()?;

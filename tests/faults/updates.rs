@@ -3,8 +3,8 @@
 
 use std::time::Duration;
 
-use aftercommit::admin;
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
+use aftercommit::operator;
 use aftercommit::subject::SubjectPrefix;
 use aftercommit::testing::servers::{Nats, Postgres};
 use aftercommit::testing::{eventually, unique_name};
@@ -89,7 +89,7 @@ async fn all_processes_are_replaced_twice_under_load() {
 
 /// The schema as the version before the last migration made it.
 async fn older_schema(url: &str, up_to: &str) -> PgPool {
-    let script = admin::migrations_sql();
+    let script = operator::migrations_sql();
     let end = script.find(up_to).unwrap();
     let pool = PgPoolOptions::new().max_connections(40).acquire_timeout(SOON).connect(url).await.unwrap();
     sqlx::raw_sql(AssertSqlSafe(script[..end].to_string())).execute(&pool).await.unwrap();
@@ -98,7 +98,7 @@ async fn older_schema(url: &str, up_to: &str) -> PgPool {
 
 /// The beginning of the last migration in the printed script.
 fn last_migration() -> String {
-    let script = admin::migrations_sql();
+    let script = operator::migrations_sql();
     let headings = script.lines().filter_map(|line| line.strip_prefix("-- "));
     let number = |heading: &str| heading.split_once(' ')?.0.parse::<u32>().ok();
     let last = headings.filter_map(number).max().unwrap();
@@ -110,7 +110,7 @@ async fn outbox_of(url: String, pool: PgPool) -> Outbox {
     let nats = NatsConfig { url: Nats::shared().await.unwrap().url(), ..NatsConfig::default() };
     let naming =
         Naming { stream: name.to_uppercase(), prefix: SubjectPrefix::new(name).unwrap(), source: "/test".into() };
-    admin::provision(&nats, &naming).await.unwrap();
+    operator::provision(&nats, &naming).await.unwrap();
     Outbox { postgres: PostgresConfig::new(url), nats, naming, pool }
 }
 
@@ -150,13 +150,13 @@ async fn the_schema_is_migrated_under_load_by_this_version_and_by_a_newer_one() 
     live.goes_on(&writers, 50).await;
 
     for config in [&live.outbox.postgres, &live.database] {
-        assert_eq!(admin::migrate(config).await.unwrap().len(), 1, "the last one was missing");
+        assert_eq!(operator::migrate(config).await.unwrap().len(), 1, "the last one was missing");
     }
     live.goes_on(&writers, 50).await;
 
     for (pool, config) in [(&live.outbox.pool, &live.outbox.postgres), (&live.books, &live.database)] {
         expand(pool).await;
-        assert_eq!(admin::migrate(config).await.unwrap(), Vec::<String>::new(), "there is nothing to do");
+        assert_eq!(operator::migrate(config).await.unwrap(), Vec::<String>::new(), "there is nothing to do");
     }
     live.goes_on(&writers, 50).await;
     // Those of the older version can also be started again.
@@ -181,7 +181,7 @@ async fn processes_wait_for_a_schema_that_is_too_old() {
     }
     writers.more(20).await;
     for config in [&live.outbox.postgres, &live.database] {
-        admin::migrate(config).await.unwrap();
+        operator::migrate(config).await.unwrap();
     }
     for (name, process) in &mut processes {
         assert!(process.0.try_wait().unwrap().is_none(), "{name} still runs: {}", live.log(name));

@@ -6,8 +6,8 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use crate::support::{Database, succeeded};
-use aftercommit::admin::audit::{self, AuditFilter};
-use aftercommit::admin::dead::{self, Edit, Filter};
+use aftercommit::operator::audit::{self, AuditFilter};
+use aftercommit::operator::dead::{self, Edit, Filter};
 use aftercommit::{ErrorKind, EventId};
 use serde_json::{Value, json};
 use sqlx::PgPool;

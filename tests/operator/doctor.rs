@@ -4,9 +4,9 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use crate::support::{Outbox, Proxy, RunningRelay, SOON, free_address, is_before};
-use aftercommit::admin;
-use aftercommit::admin::doctor::{Check, DoctorConfig, Report, Severity, doctor};
 use aftercommit::config::{NatsConfig, PostgresConfig};
+use aftercommit::operator;
+use aftercommit::operator::doctor::{Check, DoctorConfig, Report, Severity, doctor};
 use aftercommit::relay::RelayConfig;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
 use aftercommit::testing::{eventually, unique_name};
@@ -238,7 +238,7 @@ async fn events_without_a_subscriber_are_told() {
 async fn what_waits_is_told() {
     let outbox = shared().await;
     let execute = async |sql: &'static str| sqlx::raw_sql(sql).execute(&outbox.pool).await.map(drop).unwrap();
-    admin::relay::pause(&outbox.postgres, "test", Some("maintenance")).await.unwrap();
+    operator::relay::pause(&outbox.postgres, "test", Some("maintenance")).await.unwrap();
     let mut held = outbox.pool.begin().await.unwrap();
     let (pid,): (i32,) = sqlx::query_as("select pg_backend_pid()").fetch_one(&mut *held).await.unwrap();
     outbox.publish("fresh", "{}", None).await;
@@ -264,7 +264,7 @@ async fn what_waits_is_told() {
     found(&report, Severity::Ok, "pruning");
 
     // Published, an old event should be removed.
-    admin::relay::resume(&outbox.postgres, "test").await.unwrap();
+    operator::relay::resume(&outbox.postgres, "test").await.unwrap();
     let keep = RelayConfig {
         prune_interval: Duration::from_hours(1),
         retention: Duration::from_hours(24 * 365),

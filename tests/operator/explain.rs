@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::support::{Act, Database, Number, Outbox, Record, SOON, Work, succeeded};
-use aftercommit::admin;
-use aftercommit::admin::dead::{self, Filter};
 use aftercommit::backoff::Backoff;
+use aftercommit::operator;
+use aftercommit::operator::dead::{self, Filter};
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Delivery, HandlerError, Subscriber};
 use serde_json::{Value, json};
@@ -59,9 +59,9 @@ async fn an_event_is_followed_from_the_outbox_to_its_effect() {
         (&json!("test.number"), &json!("a"), &json!("/test"))
     );
 
-    admin::relay::pause(&outbox.postgres, "test", None).await.unwrap();
+    operator::relay::pause(&outbox.postgres, "test", None).await.unwrap();
     assert!(explain(outbox, &event, &[])["outbox"]["text"].as_str().unwrap().contains("the relay is paused"));
-    admin::relay::resume(&outbox.postgres, "test").await.unwrap();
+    operator::relay::resume(&outbox.postgres, "test").await.unwrap();
 
     work.worker_with(Subscriber::new("mails").on::<Number>(Record::good())).provision().await.unwrap();
     published(outbox, 1).await;
@@ -173,7 +173,9 @@ async fn an_event_that_is_set_aside_says_so() {
     let parked = explain(&outbox, &event, &[]);
     assert_eq!(parked["outbox"]["state"], "parked", "{parked}");
     assert_eq!(moments(&parked)[1], "outbox: parked: message size exceeds maximum allowed");
-    admin::relay::discard(&outbox.postgres, "jane", event.parse::<sqlx::types::Uuid>().unwrap().into()).await.unwrap();
+    operator::relay::discard(&outbox.postgres, "jane", event.parse::<sqlx::types::Uuid>().unwrap().into())
+        .await
+        .unwrap();
     let discarded = explain(&outbox, &event, &[]);
     assert_eq!(discarded["outbox"]["state"], "discarded", "{discarded}");
     let story = moments(&discarded)[2..].join(", ");

@@ -3,9 +3,9 @@
 use std::process::Command;
 
 use crate::support::{Act, Number, Record, Work};
-use aftercommit::admin;
-use aftercommit::admin::audit::{self, AuditFilter};
-use aftercommit::admin::dead::{self, Filter};
+use aftercommit::operator;
+use aftercommit::operator::audit::{self, AuditFilter};
+use aftercommit::operator::dead::{self, Filter};
 use aftercommit::worker::{Delivery, HandlerError, Subscriber};
 
 fn subscriber() -> Subscriber {
@@ -65,6 +65,6 @@ async fn a_subscriber_is_forgotten_when_nobody_needs_it_any_more() {
     assert_eq!((done[0].action.as_str(), done[0].who.as_str()), ("subscriber forget", "jane"));
     let (code, said) = forget(&work, &["old", "--yes"]);
     assert!(code == Some(1) && said.contains("is the name right"), "{code:?}: {said}");
-    let refused = admin::subscriber::forget(&work.outbox.postgres, "no name", "jane").await.unwrap_err();
+    let refused = operator::subscriber::forget(&work.outbox.postgres, "no name", "jane").await.unwrap_err();
     assert_eq!(refused.kind(), aftercommit::ErrorKind::Config);
 }

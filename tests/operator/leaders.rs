@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::support::{Number, Outbox, Record, SOON, Work};
-use aftercommit::admin;
-use aftercommit::admin::doctor::DoctorConfig;
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
+use aftercommit::operator;
+use aftercommit::operator::doctor::DoctorConfig;
 use aftercommit::subject::SubjectPrefix;
 use aftercommit::testing::servers::{Nats, NatsCluster, NatsOptions, Postgres};
 use aftercommit::testing::{eventually, unique_name};
@@ -116,8 +116,8 @@ impl Stage {
     }
 
     /// Asks all three questions.
-    async fn peek(&self) -> Result<admin::peek::Peek, aftercommit::Error> {
-        admin::peek::peek(&self.outbox.postgres, &self.asker, &self.outbox.naming, "reader", 100).await
+    async fn peek(&self) -> Result<operator::peek::Peek, aftercommit::Error> {
+        operator::peek::peek(&self.outbox.postgres, &self.asker, &self.outbox.naming, "reader", 100).await
     }
 }
 
@@ -127,7 +127,8 @@ async fn the_leader_is_believed_and_not_who_answers_first() {
     for _ in 0..20 {
         let peek = stage.peek().await.unwrap();
         assert_eq!((peek.pending, peek.messages.len()), (20, 20));
-        let status = admin::status::status(&stage.outbox.postgres, &stage.asker, &stage.outbox.naming).await.unwrap();
+        let status =
+            operator::status::status(&stage.outbox.postgres, &stage.asker, &stage.outbox.naming).await.unwrap();
         assert_eq!(status.stream.map(|stream| stream.last_stream_sequence), Some(20), "{:?}", status.stream_error);
     }
 }
@@ -151,7 +152,7 @@ async fn without_a_leader_there_is_no_answer_but_a_way_out() {
     for word in ["consumer reader", "no leader at present", "critical write error"] {
         assert!(error.report().contains(word), "{}", error.report());
     }
-    let status = admin::status::status(&stage.outbox.postgres, &stage.asker, &stage.outbox.naming).await.unwrap();
+    let status = operator::status::status(&stage.outbox.postgres, &stage.asker, &stage.outbox.naming).await.unwrap();
     let error = status.stream_error.unwrap();
     assert!(status.stream.is_none() && error.contains("no leader at present"), "{error}");
 }
@@ -164,7 +165,7 @@ async fn a_stream_without_a_leader_is_told_from_one_with_few_messages() {
     let naming =
         Naming { stream: name.to_uppercase(), prefix: SubjectPrefix::new(name).unwrap(), source: "/test".into() };
     let postgres = PostgresConfig::new(Postgres::shared().await.unwrap().create_database().await.unwrap());
-    admin::migrate(&postgres).await.unwrap();
+    operator::migrate(&postgres).await.unwrap();
     let client = async_nats::connect(cluster.members[0].url()).await.unwrap();
     let js = jetstream::new(client.clone());
     let config = jetstream::stream::Config {
@@ -179,7 +180,7 @@ async fn a_stream_without_a_leader_is_told_from_one_with_few_messages() {
     }
     let status = async |member: usize| {
         let nats = NatsConfig { url: cluster.members[member].url(), ..NatsConfig::default() };
-        admin::status::status(&postgres, &nats, &naming).await.unwrap()
+        operator::status::status(&postgres, &nats, &naming).await.unwrap()
     };
     for member in 0..3 {
         assert_eq!(status(member).await.stream.map(|stream| stream.last_stream_sequence), Some(3));
@@ -202,7 +203,7 @@ async fn a_stream_without_a_leader_is_told_from_one_with_few_messages() {
         assert!(status.stream.is_none() && error.contains("has no leader at present"), "{:?} {error}", status.stream);
     }
     let nats = NatsConfig { url: cluster.url(), ..NatsConfig::default() };
-    let report = admin::doctor::doctor(&DoctorConfig::new(postgres.clone(), nats, naming.clone())).await.unwrap();
+    let report = operator::doctor::doctor(&DoctorConfig::new(postgres.clone(), nats, naming.clone())).await.unwrap();
     let check = report.checks.iter().find(|check| check.name == "stream").unwrap();
     assert!(check.finding.contains("has no leader at present"), "{check:?}");
     assert!(check.remedy.as_ref().is_some_and(|remedy| remedy.contains("A stream without a leader")), "{check:?}");

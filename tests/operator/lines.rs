@@ -4,7 +4,7 @@ use std::net::TcpStream;
 use std::process::{Command, Stdio};
 
 use crate::support::{Act, Number, Outbox, Record, SOON, Work, answers, free_address, succeeded};
-use aftercommit::admin;
+use aftercommit::operator;
 use aftercommit::testing::eventually;
 use aftercommit::worker::{HandlerError, Subscriber};
 use serde_json::{Value, json};
@@ -241,7 +241,7 @@ async fn health_shows_no_handler_text() {
     // Who may read the database sees it.
     eventually(SOON, "the status says it", async || {
         let status =
-            admin::status::status(&work.outbox.postgres, &work.outbox.nats, &work.outbox.naming).await.unwrap();
+            operator::status::status(&work.outbox.postgres, &work.outbox.nats, &work.outbox.naming).await.unwrap();
         status.problems.iter().any(|problem| problem.what.contains("card 4711"))
     })
     .await

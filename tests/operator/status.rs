@@ -3,13 +3,13 @@
 use std::process::Command;
 
 use crate::support::{Act, Number, Outbox, Record, SOON, Work};
-use aftercommit::admin;
-use aftercommit::admin::status::{Status, SubscriberStatus};
+use aftercommit::operator;
+use aftercommit::operator::status::{Status, SubscriberStatus};
 use aftercommit::testing::eventually;
 use aftercommit::worker::{HandlerError, Subscriber};
 
 async fn status(outbox: &Outbox) -> Status {
-    admin::status::status(&outbox.postgres, &outbox.nats, &outbox.naming).await.unwrap()
+    operator::status::status(&outbox.postgres, &outbox.nats, &outbox.naming).await.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -78,8 +78,8 @@ async fn subscribers_show_what_waits_what_runs_and_what_was_given_up() {
         .execute(&work.outbox.pool)
         .await
         .unwrap();
-    let filter = aftercommit::admin::dead::Filter { all: true, ..Default::default() };
-    admin::dead::retry(&work.outbox.postgres, "test", &filter).await.unwrap();
+    let filter = aftercommit::operator::dead::Filter { all: true, ..Default::default() };
+    operator::dead::retry(&work.outbox.postgres, "test", &filter).await.unwrap();
     let subscribers = status(&work.outbox).await.subscribers;
     let busy = &subscribers["busy"];
     assert_eq!((busy.paused, busy.failing, busy.redrive, busy.dead_letters), (true, Some(1), Some(1), Some(0)));

@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::support::{Message, Outbox, RunningRelay, SOON};
-use aftercommit::admin;
 use aftercommit::envelope::Envelope;
+use aftercommit::operator;
 use aftercommit::relay::{ParkPolicy, RelayConfig};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, Postgres};
@@ -342,7 +342,7 @@ async fn what_the_table_takes_comes_out_as_it_was_written_and_the_rest_is_refuse
     assert_eq!(rows.len(), taken.len(), "what was refused left nothing behind");
     let mut parked = Vec::new();
     let waited = eventually(SOON, "everything is in the stream or set aside", async || {
-        parked = admin::relay::parked(&outbox.postgres, 1_000).await.unwrap();
+        parked = operator::relay::parked(&outbox.postgres, 1_000).await.unwrap();
         outbox.stored().await + parked.len() as u64 >= rows.len() as u64
     })
     .await;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::{Database, SOON, succeeded};
 use aftercommit::testing::{eventually, unique_name};
-use aftercommit::{ErrorKind, admin};
+use aftercommit::{ErrorKind, operator};
 use futures_util::future::join_all;
 use sqlx::{Connection, PgConnection};
 use tokio_util::sync::CancellationToken;
@@ -44,16 +44,16 @@ async fn records(database: &Database) -> i64 {
 #[tokio::test]
 async fn twice_is_harmless() {
     let database = Database::empty().await;
-    assert_eq!(admin::migrate(&database.config).await.unwrap(), all());
+    assert_eq!(operator::migrate(&database.config).await.unwrap(), all());
     let schema = database.pg_dump(&["-s"]);
-    assert_eq!(admin::migrate(&database.config).await.unwrap(), Vec::<String>::new());
+    assert_eq!(operator::migrate(&database.config).await.unwrap(), Vec::<String>::new());
     assert_eq!(database.pg_dump(&["-s"]), schema);
 }
 
 #[tokio::test]
 async fn eight_at_once_are_safe() {
     let database = Database::empty().await;
-    let runs = join_all((0..8).map(|_| admin::migrate(&database.config))).await;
+    let runs = join_all((0..8).map(|_| operator::migrate(&database.config))).await;
     let mut applied: Vec<Vec<String>> = runs.into_iter().map(Result::unwrap).collect();
     applied.sort();
     assert_eq!(applied.pop().unwrap(), all());
@@ -68,7 +68,7 @@ async fn the_applications_own_migrations_are_not_touched() {
         .execute("create table _sqlx_migrations (version bigint); insert into _sqlx_migrations values (20260101)")
         .await;
     let before = database.pg_dump(&["-t", "public._sqlx_migrations"]);
-    admin::migrate(&database.config).await.unwrap();
+    operator::migrate(&database.config).await.unwrap();
     assert_eq!(database.pg_dump(&["-t", "public._sqlx_migrations"]), before);
 
     // And where the application has none, none appears.
@@ -83,22 +83,22 @@ async fn the_printed_script_makes_the_same_schema_and_migrate_goes_on_from_it() 
     let script = succeeded(aftercommit(&printed, &["migrate", "--print"]));
     succeeded(printed.psql(&script));
     assert_eq!(printed.pg_dump(&["-s"]), applied.pg_dump(&["-s"]));
-    assert_eq!(admin::migrate(&printed.config).await.unwrap(), Vec::<String>::new());
+    assert_eq!(operator::migrate(&printed.config).await.unwrap(), Vec::<String>::new());
 
     // The script of an older version ends earlier; the rest is applied.
     let older = Database::empty().await;
     let end = script.find("\n-- 0002").unwrap();
     succeeded(older.psql(&script[..end]));
-    assert_eq!(admin::migrate(&older.config).await.unwrap(), all()[1..]);
+    assert_eq!(operator::migrate(&older.config).await.unwrap(), all()[1..]);
     assert_eq!(older.pg_dump(&["-s"]), applied.pg_dump(&["-s"]));
 }
 
 #[tokio::test]
 async fn the_printed_script_is_all_or_nothing_when_run_again() {
     let database = Database::empty().await;
-    succeeded(database.psql(&admin::migrations_sql()));
+    succeeded(database.psql(&operator::migrations_sql()));
     let before = database.pg_dump(&[]);
-    assert!(!database.psql(&admin::migrations_sql()).status.success());
+    assert!(!database.psql(&operator::migrations_sql()).status.success());
     assert_eq!(database.pg_dump(&[]), before);
 }
 
@@ -107,7 +107,7 @@ async fn a_schema_without_a_record_is_left_alone() {
     let database = Database::empty().await;
     database.execute(include_str!("../../migrations/0001_outbox.sql")).await;
     let before = database.pg_dump(&[]);
-    let error = admin::migrate(&database.config).await.unwrap_err();
+    let error = operator::migrate(&database.config).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotReady);
     assert!(error.to_string().contains("aftercommit.migrations"), "{error}");
     assert_eq!(database.pg_dump(&[]), before);
@@ -118,18 +118,18 @@ async fn a_newer_schema_is_left_alone_and_another_or_changed_one_is_refused() {
     let database = Database::migrated().await;
     database.execute("insert into aftercommit.migrations values (9999, 'x', now(), true, '', 0)").await;
     let before = database.pg_dump(&[]);
-    assert_eq!(admin::migrate(&database.config).await.unwrap(), Vec::<String>::new());
+    assert_eq!(operator::migrate(&database.config).await.unwrap(), Vec::<String>::new());
     assert_eq!(database.pg_dump(&[]), before);
 
     // What is newer than something that is missing cannot have been made for it.
     database.execute("delete from aftercommit.migrations where version = 6").await;
-    let error = admin::migrate(&database.config).await.unwrap_err();
+    let error = operator::migrate(&database.config).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotReady);
     assert!(error.to_string().contains("use a newer version"), "{error}");
 
     let database = Database::migrated().await;
     database.execute("update aftercommit.migrations set checksum = '' where version = 2").await;
-    assert_eq!(admin::migrate(&database.config).await.unwrap_err().kind(), ErrorKind::Integrity);
+    assert_eq!(operator::migrate(&database.config).await.unwrap_err().kind(), ErrorKind::Integrity);
 }
 
 #[tokio::test]
@@ -138,7 +138,7 @@ async fn a_failed_migration_leaves_nothing_behind() {
     // A table of this name stands in the way of the third migration.
     database.execute("create schema aftercommit; create table aftercommit.inbox ()").await;
     let before = database.pg_dump(&[]);
-    let error = admin::migrate(&database.config).await.unwrap_err();
+    let error = operator::migrate(&database.config).await.unwrap_err();
     assert!(error.to_string().contains("nothing was changed"), "{error}");
     assert_eq!(database.pg_dump(&[]), before);
 }
@@ -149,7 +149,7 @@ async fn other_encodings_are_refused() {
     server.execute("create database latin encoding 'LATIN1' locale 'C' template template0").await;
     let mut config = server.config.clone();
     config.url = config.url.rsplit_once('/').unwrap().0.to_string() + "/latin";
-    let error = admin::migrate(&config).await.unwrap_err();
+    let error = operator::migrate(&config).await.unwrap_err();
     assert!(error.to_string().contains("encoding UTF8"), "{error}");
 }
 
@@ -182,7 +182,7 @@ fn help_shows_no_credentials() {
 /// A database as the version before had it: everything up to the sixth migration.
 async fn of_an_older_version() -> Database {
     let database = Database::empty().await;
-    let script = admin::migrations_sql();
+    let script = operator::migrations_sql();
     let end = script.match_indices("\n-- 00").map(|(at, _)| at).nth(6).expect("there are newer ones");
     succeeded(database.psql(&script[..end]));
     database
@@ -281,14 +281,14 @@ async fn an_owner_without_create_on_the_database_migrates() {
     database.execute(&format!("create role {owner} login; create schema aftercommit authorization {owner}")).await;
     let mut config = database.config.clone();
     config.url = database.url_of(&owner);
-    assert_eq!(admin::migrate(&config).await.unwrap(), all());
-    assert_eq!(admin::migrate(&config).await.unwrap(), Vec::<String>::new());
+    assert_eq!(operator::migrate(&config).await.unwrap(), all());
+    assert_eq!(operator::migrate(&config).await.unwrap(), Vec::<String>::new());
     let printed = Database::empty().await;
     printed.execute(&format!("create schema aftercommit authorization {owner}")).await;
-    let script = format!("set role {owner};\n{}", admin::migrations_sql());
+    let script = format!("set role {owner};\n{}", operator::migrations_sql());
     succeeded(printed.psql(&script));
     config.url = printed.url_of(&owner);
-    assert_eq!(admin::migrate(&config).await.unwrap(), Vec::<String>::new());
+    assert_eq!(operator::migrate(&config).await.unwrap(), Vec::<String>::new());
 }
 
 /// The script leaves the search path of the tool that runs it as it was.
@@ -297,7 +297,7 @@ async fn the_printed_script_keeps_the_search_path() {
     let database = Database::empty().await;
     let script = format!(
         "set search_path = other, public;\n{}\ncreate table public.seen as select current_setting('search_path') as path;",
-        admin::migrations_sql()
+        operator::migrations_sql()
     );
     succeeded(database.psql(&script));
     let mut connection = PgConnection::connect(&database.config.url).await.unwrap();

@@ -232,7 +232,7 @@ async fn a_dump_restores_with_rows_constraints_and_functions() {
     let ids: Vec<i64> =
         sqlx::query_scalar("select id from aftercommit.outbox order by id").fetch_all(&pool).await.unwrap();
     assert_eq!((ids.len(), ids[..2].to_vec()), (3, vec![1, 2]));
-    assert_eq!(aftercommit::admin::migrate(&restored.config).await.unwrap(), Vec::<String>::new());
+    assert_eq!(aftercommit::operator::migrate(&restored.config).await.unwrap(), Vec::<String>::new());
 }
 
 /// Defaults are evaluated in the order of the columns, so the transaction has its number before the row has its id. The

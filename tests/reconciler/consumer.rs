@@ -23,7 +23,7 @@ fn leg(outbox: &Outbox) -> ConsumerLeg {
 }
 
 async fn run_leg(outbox: &Outbox, leg: ConsumerLeg, scope: Scope, mode: Mode) -> Summary {
-    Runner::new(outbox.postgres.clone()).consumer(leg).run_now("consumer:back", scope, mode).await.unwrap()
+    Runner::new(outbox.postgres.clone()).comparison(leg).run_now("consumer:back", scope, mode).await.unwrap()
 }
 
 /// A run that must come to its end.
@@ -402,7 +402,7 @@ async fn missing_events_of_a_key_stay_together_while_the_worker_is_busy() {
     for _ in 0..2 {
         let (leg, postgres, stop) = (leg(&work.outbox), work.outbox.postgres.clone(), stop.clone());
         running.spawn(async move {
-            let runner = Runner::new(postgres).consumer(leg);
+            let runner = Runner::new(postgres).comparison(leg);
             while !stop.is_cancelled() {
                 let summary = runner.run_now("consumer:back", Scope::New, Mode::Repair).await.unwrap();
                 assert_eq!(summary.outcome, Outcome::Ran, "{summary}");

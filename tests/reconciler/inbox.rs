@@ -68,7 +68,7 @@ impl Apart {
     /// Compares outbox and stream, in the publisher's database.
     async fn repair_stream(&self) -> Summary {
         let leg = OutboxLeg::new(self.publisher.nats.clone(), self.publisher.naming.clone());
-        let runner = Runner::new(self.publisher.postgres.clone()).outbox(leg);
+        let runner = Runner::new(self.publisher.postgres.clone()).comparison(leg);
         runner.run_now("outbox", Scope::Full, Mode::Repair).await.unwrap()
     }
 }
@@ -92,8 +92,8 @@ pub async fn rows_left(work: &Work) -> i64 {
 pub fn runner(outbox: &Outbox, nats: &NatsConfig) -> Runner {
     let subscription = subscriber().subscription(&outbox.naming);
     Runner::new(outbox.postgres.clone())
-        .consumer(ConsumerLeg::new(nats.clone(), subscription.clone()))
-        .inbox(InboxLeg::new(nats.clone(), subscription))
+        .comparison(ConsumerLeg::new(nats.clone(), subscription.clone()))
+        .comparison(InboxLeg::new(nats.clone(), subscription))
 }
 
 /// A run of leg C that must come to its end.

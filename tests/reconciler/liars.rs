@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::inbox::{Apart, findings, ran, rows_left, runner, subscriber};
-use aftercommit::admin::replay::{Replay, replay};
+use aftercommit::operator::replay::{Replay, replay};
 use aftercommit::reconciler::{Mode, Outcome, Scope};
 use aftercommit::testing::eventually;
 use async_nats::{HeaderMap, Message};

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::support::{Message, Outbox, Random, RelayProcess, RunningRelay, SOON};
-use aftercommit::admin;
 use aftercommit::config::Naming;
+use aftercommit::operator;
 use aftercommit::reconciler::{Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
 use aftercommit::relay::RelayConfig;
 use aftercommit::testing::eventually;
@@ -30,7 +30,7 @@ pub fn leg(outbox: &Outbox) -> OutboxLeg {
 }
 
 pub async fn run(outbox: &Outbox, scope: Scope, mode: Mode) -> Summary {
-    Runner::new(outbox.postgres.clone()).outbox(leg(outbox)).run_now("outbox", scope, mode).await.unwrap()
+    Runner::new(outbox.postgres.clone()).comparison(leg(outbox)).run_now("outbox", scope, mode).await.unwrap()
 }
 
 /// A run that must come to its end.
@@ -232,15 +232,17 @@ async fn what_is_old_pruned_or_parked_is_not_missed() {
     for key in ["a", "b", "c"] {
         outbox.publish("large", &large, Some(key)).await;
     }
-    eventually(SOON, "they are parked", async || admin::relay::parked(&outbox.postgres, 10).await.unwrap().len() == 3)
-        .await
-        .unwrap();
-    let parked = admin::relay::parked(&outbox.postgres, 10).await.unwrap();
-    admin::relay::discard(&outbox.postgres, "test", parked[0].event_id).await.unwrap();
+    eventually(SOON, "they are parked", async || {
+        operator::relay::parked(&outbox.postgres, 10).await.unwrap().len() == 3
+    })
+    .await
+    .unwrap();
+    let parked = operator::relay::parked(&outbox.postgres, 10).await.unwrap();
+    operator::relay::discard(&outbox.postgres, "test", parked[0].event_id).await.unwrap();
     outbox.settled().await;
     assert_eq!(ran(&outbox, Scope::Full, Mode::Repair).await.found, 0);
     js.update_stream(Config { max_message_size: -1, ..config().await }).await.unwrap();
-    admin::relay::release(&outbox.postgres, "test", parked[1].event_id).await.unwrap();
+    operator::relay::release(&outbox.postgres, "test", parked[1].event_id).await.unwrap();
     eventually(SOON, "it is released", async || outbox.stored().await == 11).await.unwrap();
     outbox.settled().await;
     assert_eq!(ran(&outbox, Scope::Full, Mode::Repair).await.found, 0);
@@ -251,7 +253,7 @@ async fn what_is_old_pruned_or_parked_is_not_missed() {
     assert_eq!(outbox.stored().await, 11);
     // Parked for long is a finding.
     let long = OutboxLeg { parked_limit: Duration::ZERO, ..leg(&outbox) };
-    let runner = Runner::new(outbox.postgres.clone()).outbox(long);
+    let runner = Runner::new(outbox.postgres.clone()).comparison(long);
     assert_eq!(runner.run_now("outbox", Scope::New, Mode::Report).await.unwrap().found, 1);
     // Older than the stream keeps its messages.
     sqlx::query("delete from aftercommit.finding").execute(&outbox.pool).await.unwrap();
@@ -299,7 +301,7 @@ async fn in_a_shared_stream_each_outbox_looks_for_its_own() {
     delete(&one, victims.iter().map(|message| message.sequence)).await;
     let reconcile = async |outbox: &Outbox| {
         let leg = OutboxLeg { shared: true, ..leg(outbox) };
-        let runner = Runner::new(outbox.postgres.clone()).outbox(leg);
+        let runner = Runner::new(outbox.postgres.clone()).comparison(leg);
         let summary = runner.run_now("outbox", Scope::Full, Mode::Repair).await.unwrap();
         assert_eq!(summary.outcome, Outcome::Ran, "{summary}");
         (summary.found, summary.repaired)
@@ -358,7 +360,7 @@ async fn a_repair_that_can_never_be_stored_is_refused() {
     let stream = js.get_stream(&outbox.naming.stream).await.unwrap();
     js.update_stream(Config { max_message_size: 2_000, ..stream.cached_info().config.clone() }).await.unwrap();
     stream.purge().await.unwrap();
-    let runner = Runner::new(outbox.postgres.clone()).outbox(leg(&outbox));
+    let runner = Runner::new(outbox.postgres.clone()).comparison(leg(&outbox));
     let summary = runner.run_now("outbox", Scope::Full, Mode::Repair).await.unwrap();
     assert_eq!(summary.found, 3, "{summary}");
     let states: Vec<(i64, String, bool)> =

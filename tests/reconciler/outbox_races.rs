@@ -122,7 +122,7 @@ async fn everything_is_settled(outbox: &Outbox) {
 
 /// Queues what is missing while no relay leads.
 async fn ran_without_relay(outbox: &Outbox) {
-    let job = Runner::new(outbox.postgres.clone()).outbox(OutboxLeg {
+    let job = Runner::new(outbox.postgres.clone()).comparison(OutboxLeg {
         interval: Duration::from_millis(1),
         full_every: Some(Duration::from_millis(1)),
         mode: Mode::Repair,

@@ -1,7 +1,7 @@
 //! G1, G3 with atomic batches: a server that writes each message to disk before it answers gets them.
 
 use crate::support::{Outbox, RunningRelay, SOON, Writers};
-use aftercommit::admin;
+use aftercommit::operator;
 use aftercommit::relay::{PublishMethod, RelayConfig};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
@@ -73,7 +73,7 @@ async fn one_bad_event_does_not_spoil_its_batch() {
     }
     tx.commit().await.unwrap();
     eventually(SOON, "the good ones are stored", async || outbox.stored().await == 100).await.unwrap();
-    let parked = admin::relay::parked(&outbox.postgres, 10).await.unwrap();
+    let parked = operator::relay::parked(&outbox.postgres, 10).await.unwrap();
     assert_eq!(parked.iter().map(|event| event.key.as_deref()).collect::<Vec<_>>(), [Some("key-50")]);
     relay.stop().await.unwrap();
 }

@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 
 use crate::support::{Outbox, RunningRelay, SOON, Scenario, raise_transaction_ids};
-use aftercommit::admin;
-use aftercommit::admin::doctor::{DoctorConfig, Severity, doctor};
+use aftercommit::operator;
+use aftercommit::operator::doctor::{DoctorConfig, Severity, doctor};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, Postgres, PostgresOptions};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
@@ -97,8 +97,8 @@ async fn a_sequence_with_a_cache_is_refused_by_name_and_migrate_puts_it_right() 
     let refused = RunningRelay::start(outbox.relay_config()).ended().await.unwrap_err();
     assert!(refused.to_string().contains("CACHE 50"), "{refused}");
 
-    assert_eq!(admin::correct_ids(&outbox.postgres).await.unwrap().len(), 1);
-    assert_eq!(admin::correct_ids(&outbox.postgres).await.unwrap(), Vec::<String>::new());
+    assert_eq!(operator::correct_ids(&outbox.postgres).await.unwrap().len(), 1);
+    assert_eq!(operator::correct_ids(&outbox.postgres).await.unwrap(), Vec::<String>::new());
     let highest: i64 =
         sqlx::query_scalar("select max(id) from aftercommit.outbox").fetch_one(&outbox.pool).await.unwrap();
     for session in &mut sessions {
@@ -121,7 +121,7 @@ async fn an_increment_other_than_one_is_refused_by_name() {
         run(&outbox, &format!("alter sequence aftercommit.outbox_id_seq {setting}")).await;
         let refused = outbox.relay().ended().await.unwrap_err();
         assert!(refused.to_string().contains(name), "{refused}");
-        admin::correct_ids(&outbox.postgres).await.unwrap();
+        operator::correct_ids(&outbox.postgres).await.unwrap();
         let _relay = outbox.relay();
         events(&outbox, 3).await;
         outbox.assert_complete().await;
@@ -221,7 +221,7 @@ async fn migrate_sets_a_sequence_forward_that_is_behind_the_rows() {
         sqlx::query("select aftercommit.publish('a', '{}')").execute(&outbox.pool).await.is_err(),
         "a duplicate key"
     );
-    let done = admin::correct_ids(&outbox.postgres).await.unwrap().join("");
+    let done = operator::correct_ids(&outbox.postgres).await.unwrap().join("");
     assert!(done.contains("50"), "{done}");
     events(&outbox, 3).await;
     let _relay = outbox.relay();
@@ -338,7 +338,7 @@ async fn an_outbox_that_logical_replication_has_filled_goes_out_in_order() {
     assert!(status == Severity::Fail && finding.contains("does not lead"), "{finding}");
 
     run(&outbox, &format!("drop subscription {name}")).await;
-    assert_eq!(admin::correct_ids(&outbox.postgres).await.unwrap().len(), 1);
+    assert_eq!(operator::correct_ids(&outbox.postgres).await.unwrap().len(), 1);
     outbox.publish("new", "{}", Some("k1")).await;
     let relay = outbox.relay();
     outbox.assert_complete().await;

@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Stdio;
 
 use crate::support::{Outbox, RelayProcess, SOON, answers, free_address, get, reaches};
-use aftercommit::admin;
+use aftercommit::operator;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
 use aftercommit::testing::{eventually, unique_name};
 use async_nats::service::{Info, PingResponse, Stats};
@@ -139,12 +139,12 @@ async fn a_paused_relay_is_healthy_and_says_so() {
     let (_relay, address) = start(&outbox);
     answers(&address, "/readyz", 200, "leading").await;
     let paused = format!("aftercommit_relay_paused{{stream=\"{}\"}}", outbox.naming.stream);
-    admin::relay::pause(&outbox.postgres, "test", None).await.unwrap();
+    operator::relay::pause(&outbox.postgres, "test", None).await.unwrap();
     reaches(&address, &paused, |paused| paused == 1.0).await;
     outbox.publish("order.placed", "{}", None).await;
     answers(&address, "/healthz", 200, "paused, 1 event waiting").await;
     answers(&address, "/readyz", 200, "paused").await;
-    admin::relay::resume(&outbox.postgres, "test").await.unwrap();
+    operator::relay::resume(&outbox.postgres, "test").await.unwrap();
     reaches(&address, &paused, |paused| paused == 0.0).await;
     answers(&address, "/healthz", 200, "leading").await;
     outbox.assert_complete().await;

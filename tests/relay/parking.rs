@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use crate::support::{Outbox, Proxy, RunningRelay, SOON, Way, cut_off, has_caught_up, standby_of};
-use aftercommit::admin;
-use aftercommit::admin::relay::ParkedEvent;
+use aftercommit::operator;
+use aftercommit::operator::relay::ParkedEvent;
 use aftercommit::relay::RelayConfig;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
@@ -37,7 +37,7 @@ async fn publish_large_and_small(outbox: &Outbox) {
 }
 
 async fn parked(outbox: &Outbox) -> Vec<ParkedEvent> {
-    admin::relay::parked(&outbox.postgres, 10).await.unwrap()
+    operator::relay::parked(&outbox.postgres, 10).await.unwrap()
 }
 
 async fn is_parked(outbox: &Outbox) {
@@ -168,7 +168,7 @@ async fn park(outbox: &Outbox, keys: &[Option<&str>]) -> Vec<ParkedEvent> {
 }
 
 async fn release(outbox: &Outbox, event: &ParkedEvent) {
-    admin::relay::release(&outbox.postgres, "test", event.event_id).await.unwrap();
+    operator::relay::release(&outbox.postgres, "test", event.event_id).await.unwrap();
 }
 
 /// Somebody empties the outbox and has its ids begin anew, while what is known of an old event stays.
@@ -180,7 +180,7 @@ async fn an_outbox_id_of_an_event_that_was_parked_hides_no_other_event() {
         leads(&outbox).await;
         let parked = park(&outbox, &[None]).await;
         if discarded {
-            admin::relay::discard(&outbox.postgres, "test", parked[0].event_id).await.unwrap();
+            operator::relay::discard(&outbox.postgres, "test", parked[0].event_id).await.unwrap();
         }
         relay.stop().await.unwrap();
         sqlx::raw_sql("truncate aftercommit.outbox restart identity").execute(&outbox.pool).await.unwrap();
@@ -238,10 +238,10 @@ async fn a_release_in_which_the_relay_was_paused_goes_out_once() {
     proxy.set(Way::Slow(Duration::from_secs(3)));
     release(&outbox, &parked[0]).await;
     eventually(SOON, "it is there", async || outbox.stored().await == 2).await.unwrap();
-    admin::relay::pause(&outbox.postgres, "test", None).await.unwrap();
+    operator::relay::pause(&outbox.postgres, "test", None).await.unwrap();
     eventually(SOON, "the relay is paused", async || relay.monitor.report().state == "paused").await.unwrap();
     proxy.set(Way::Open);
-    admin::relay::resume(&outbox.postgres, "test").await.unwrap();
+    operator::relay::resume(&outbox.postgres, "test").await.unwrap();
     eventually(SOON, "it is settled", async || self::parked(&outbox).await.is_empty()).await.unwrap();
     outbox.publish("last", "{}", None).await;
     eventually(SOON, "it goes on", async || types(&outbox).await.contains(&"last".to_string())).await.unwrap();
@@ -266,7 +266,7 @@ async fn thousands_of_released_events_hold_up_no_other_key() {
         sqlx::query_scalar::<_, i64>(count).fetch_one(&outbox.pool).await.unwrap()
     };
     eventually(SOON, "they wait", async || open().await == WAITING + 1).await.unwrap();
-    admin::relay::discard(&outbox.postgres, "test", parked[0].event_id).await.unwrap();
+    operator::relay::discard(&outbox.postgres, "test", parked[0].event_id).await.unwrap();
     let (mut live, mut latest, mut during) = (0, Duration::ZERO, 0);
     while open().await > 0 {
         let began = Instant::now();
@@ -320,7 +320,7 @@ async fn a_released_event_that_still_does_not_fit_blocks_only_its_key() {
     })
     .await
     .unwrap();
-    admin::relay::discard(&outbox.postgres, "test", parked[1].event_id).await.unwrap();
+    operator::relay::discard(&outbox.postgres, "test", parked[1].event_id).await.unwrap();
     eventually(SOON, "the other key goes on", async || outbox.stored().await == 2).await.unwrap();
     assert_eq!(types(&outbox).await, ["first", "behind.b"]);
     limit_messages(&outbox, -1).await;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use crate::support::{Outbox, RunningRelay, SOON, Statement, generic_plan, nodes, statements};
-use aftercommit::admin;
+use aftercommit::operator;
 use aftercommit::reconciler::{Mode, OutboxLeg, Runner, Scope};
 use aftercommit::relay::RelayConfig;
 use aftercommit::testing::eventually;
@@ -112,7 +112,7 @@ fn reads_all(node: &Value, limited: bool, partial: &HashSet<String>) -> bool {
 async fn no_statement_that_runs_again_and_again_reads_a_whole_table() {
     let postgres = settings(false).await;
     let url = postgres.create_database().await.unwrap();
-    admin::migrate(&aftercommit::config::PostgresConfig::new(url.clone())).await.unwrap();
+    operator::migrate(&aftercommit::config::PostgresConfig::new(url.clone())).await.unwrap();
     let mut connection = PgConnection::connect(&url).await.unwrap();
     sqlx::raw_sql(FILL).execute(&mut connection).await.unwrap();
     let listed: Vec<Statement> =
@@ -246,7 +246,7 @@ async fn relay_and_reconciler_read_no_more_when_much_is_retained() {
     let config = RelayConfig { prune_interval: Duration::from_millis(100), ..outbox.relay_config() };
     let relay = RunningRelay::start(config);
     let leg = OutboxLeg::new(outbox.nats.clone(), outbox.naming.clone());
-    let runner = Runner::new(outbox.postgres.clone()).outbox(leg);
+    let runner = Runner::new(outbox.postgres.clone()).comparison(leg);
     for statistics in [false, true] {
         if statistics {
             sqlx::raw_sql("analyze").execute(&outbox.pool).await.unwrap();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::support::{Outbox, RunningRelay, SOON};
-use aftercommit::admin;
+use aftercommit::operator;
 use aftercommit::relay::{ParkPolicy, RelayConfig};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
@@ -60,19 +60,19 @@ async fn an_event_that_is_too_large_blocks_only_its_key() {
     outbox.publish("no.key", "{}", None).await;
     stored(&outbox, 3).await;
     assert_eq!(types(&outbox).await, ["first", "other", "no.key"]);
-    let parked = admin::relay::parked(&outbox.postgres, 10).await.unwrap();
+    let parked = operator::relay::parked(&outbox.postgres, 10).await.unwrap();
     assert_eq!(parked.iter().map(|event| event.event_type.as_str()).collect::<Vec<_>>(), ["large", "behind"]);
     assert_eq!((parked[0].code, parked[1].code), (Some(10054), None));
-    let behind = admin::relay::release(&outbox.postgres, "test", parked[1].event_id).await;
+    let behind = operator::relay::release(&outbox.postgres, "test", parked[1].event_id).await;
     assert!(behind.is_err(), "it waits behind another and cannot be released by itself");
 
     change_stream(&outbox, |config| config.max_message_size = -1).await;
-    assert_eq!(admin::relay::release(&outbox.postgres, "test", parked[0].event_id).await.unwrap(), 2);
+    assert_eq!(operator::relay::release(&outbox.postgres, "test", parked[0].event_id).await.unwrap(), 2);
     stored(&outbox, 5).await;
     outbox.publish("later", "{}", Some("a")).await;
     stored(&outbox, 6).await;
     assert_eq!(types(&outbox).await, ["first", "other", "no.key", "large", "behind", "later"]);
-    assert_eq!(admin::relay::parked(&outbox.postgres, 10).await.unwrap(), []);
+    assert_eq!(operator::relay::parked(&outbox.postgres, 10).await.unwrap(), []);
     relay.stop().await.unwrap();
 }
 
@@ -86,9 +86,11 @@ async fn a_discarded_event_lets_its_key_go() {
     let large = format!("{{\"text\": \"{}\"}}", "x".repeat(5_000));
     outbox.publish("large", &large, Some("a")).await;
     outbox.publish("behind", "{}", Some("a")).await;
-    eventually(SOON, "both are parked", async || admin::relay::parked(&outbox.postgres, 10).await.unwrap().len() == 2)
-        .await
-        .unwrap();
+    eventually(SOON, "both are parked", async || {
+        operator::relay::parked(&outbox.postgres, 10).await.unwrap().len() == 2
+    })
+    .await
+    .unwrap();
     // The next leader knows what is parked, too, and what is behind it waits although it would fit.
     relay.stop().await.unwrap();
     change_stream(&outbox, |config| config.max_message_size = -1).await;
@@ -96,8 +98,8 @@ async fn a_discarded_event_lets_its_key_go() {
     outbox.publish("also.behind", "{}", Some("a")).await;
     outbox.publish("other", "{}", Some("b")).await;
     stored(&outbox, 2).await;
-    let parked = admin::relay::parked(&outbox.postgres, 10).await.unwrap();
-    assert_eq!(admin::relay::discard(&outbox.postgres, "test", parked[0].event_id).await.unwrap(), 2);
+    let parked = operator::relay::parked(&outbox.postgres, 10).await.unwrap();
+    assert_eq!(operator::relay::discard(&outbox.postgres, "test", parked[0].event_id).await.unwrap(), 2);
     stored(&outbox, 4).await;
     assert_eq!(types(&outbox).await, ["first", "other", "behind", "also.behind"]);
     relay.stop().await.unwrap();
@@ -131,7 +133,7 @@ async fn a_full_stream_is_waited_out() {
     assert_eq!(outbox.stored().await, 10);
     change_stream(&outbox, |config| config.max_messages = -1).await;
     outbox.assert_complete().await;
-    assert_eq!(admin::relay::parked(&outbox.postgres, 10).await.unwrap(), []);
+    assert_eq!(operator::relay::parked(&outbox.postgres, 10).await.unwrap(), []);
     relay.stop().await.unwrap();
 }
 
@@ -145,7 +147,7 @@ async fn a_deleted_stream_is_waited_for() {
     outbox.js().await.delete_stream(&outbox.naming.stream).await.unwrap();
     outbox.publish("after", "{}", None).await;
     state_contains(&outbox, "aftercommit provision").await;
-    admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+    operator::provision(&outbox.nats, &outbox.naming).await.unwrap();
     eventually(SOON, "what was written after it is in the new stream", async || {
         types(&outbox).await.contains(&"after".to_string())
     })
@@ -177,7 +179,7 @@ async fn a_missing_permission_is_named_and_waited_out() {
     assert_eq!(outbox.stored().await, 0);
     nats.reconfigure(config(&format!("{api}, \"{}\"", outbox.naming.prefix.wildcard()))).await.unwrap();
     outbox.assert_complete().await;
-    assert_eq!(admin::relay::parked(&outbox.postgres, 10).await.unwrap(), []);
+    assert_eq!(operator::relay::parked(&outbox.postgres, 10).await.unwrap(), []);
     relay.stop().await.unwrap();
 }
 
@@ -190,9 +192,9 @@ async fn a_stream_that_would_lose_events_is_refused() {
     change_stream(&outbox, |config| config.allow_rollup = true).await;
     let error = refusal(&outbox).await;
     assert!(error.contains("allow_rollup_hdrs") && error.contains("aftercommit provision"), "{error}");
-    let changed = admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+    let changed = operator::provision(&outbox.nats, &outbox.naming).await.unwrap();
     assert!(changed.iter().any(|change| change.contains("allow_rollup_hdrs")), "{changed:?}");
-    assert_eq!(admin::provision(&outbox.nats, &outbox.naming).await.unwrap(), [""; 0]);
+    assert_eq!(operator::provision(&outbox.nats, &outbox.naming).await.unwrap(), [""; 0]);
 
     let mut config = js.get_stream(&outbox.naming.stream).await.unwrap().cached_info().config.clone();
     js.delete_stream(&outbox.naming.stream).await.unwrap();
@@ -202,7 +204,7 @@ async fn a_stream_that_would_lose_events_is_refused() {
     js.create_stream(config).await.unwrap();
     let error = refusal(&outbox).await;
     assert!(error.contains("storage") && error.contains("memory"), "{error}");
-    assert!(admin::provision(&outbox.nats, &outbox.naming).await.is_err(), "it cannot be changed in place");
+    assert!(operator::provision(&outbox.nats, &outbox.naming).await.is_err(), "it cannot be changed in place");
 }
 
 /// Paused: nothing goes out, also not after a restart; resumed: everything, in order.
@@ -212,9 +214,9 @@ async fn pause_survives_a_restart_and_loses_nothing() {
     let relay = outbox.relay();
     outbox.publish("before", "{}", None).await;
     stored(&outbox, 1).await;
-    let pause = async |reason| admin::relay::pause(&outbox.postgres, "test", reason).await.unwrap();
-    assert_eq!(pause(Some("maintenance")).await, admin::Pausing::Paused);
-    assert_eq!(pause(None).await, admin::Pausing::Unchanged);
+    let pause = async |reason| operator::relay::pause(&outbox.postgres, "test", reason).await.unwrap();
+    assert_eq!(pause(Some("maintenance")).await, operator::Pausing::Paused);
+    assert_eq!(pause(None).await, operator::Pausing::Unchanged);
     state_contains(&outbox, "paused").await;
     relay.stop().await.unwrap();
     for n in 1..=20 {
@@ -223,7 +225,7 @@ async fn pause_survives_a_restart_and_loses_nothing() {
     let relay = outbox.relay();
     state_contains(&outbox, "paused").await;
     assert_eq!(outbox.stored().await, 1);
-    assert!(admin::relay::resume(&outbox.postgres, "test").await.unwrap());
+    assert!(operator::relay::resume(&outbox.postgres, "test").await.unwrap());
     outbox.assert_complete().await;
     relay.stop().await.unwrap();
 }

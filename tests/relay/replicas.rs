@@ -1,7 +1,7 @@
 //! G1, G3 in a stream that several servers keep: a message that names the wrong predecessor would stop it for good.
 
 use crate::support::{Outbox, RunningRelay, SOON, Writers, is_before};
-use aftercommit::admin;
+use aftercommit::operator;
 use aftercommit::relay::{PublishMethod, RelayConfig};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{NatsCluster, NatsOptions, Postgres};
@@ -103,7 +103,7 @@ async fn without_batches_a_replicated_stream_gets_one_message_at_a_time() {
         return;
     }
     // Provisioning allows them, and a relay that is told to chain goes on one by one.
-    let changes = admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+    let changes = operator::provision(&outbox.nats, &outbox.naming).await.unwrap();
     assert!(changes.iter().any(|change| change.contains("allow_atomic") && change.contains("-> true")), "{changes:?}");
     let relay = RunningRelay::start(RelayConfig { publish: PublishMethod::Chained, ..outbox.relay_config() });
     disturbed(&outbox, &relay).await;
@@ -186,7 +186,7 @@ async fn a_stream_that_a_stranger_has_stopped_for_good_is_made_anew() {
     .await
     .unwrap();
     js.delete_stream(&outbox.naming.stream).await.unwrap();
-    admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+    operator::provision(&outbox.nats, &outbox.naming).await.unwrap();
     outbox.assert_complete().await;
     relay.stop().await.unwrap();
 }

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use crate::support::{Copy, Outbox, RunningRelay, SOON, Writers};
-use aftercommit::admin;
+use aftercommit::operator;
 use aftercommit::relay::RelayConfig;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
@@ -59,7 +59,7 @@ async fn survives_a_wiped_store(relay_runs: bool) {
     std::fs::remove_dir_all(nats.store_directory()).unwrap();
     nats.restart().await.unwrap();
     write(&outbox, 30).await;
-    admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+    operator::provision(&outbox.nats, &outbox.naming).await.unwrap();
     let relay = relay.unwrap_or_else(|| outbox.relay());
     complete(&outbox).await;
     write(&outbox, 30).await;
@@ -165,7 +165,7 @@ async fn the_stream_is_recreated_under_an_idle_relay() {
     let relay = outbox.relay();
     several_windows(&outbox).await;
     outbox.js().await.delete_stream(&outbox.naming.stream).await.unwrap();
-    admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+    operator::provision(&outbox.nats, &outbox.naming).await.unwrap();
     complete(&outbox).await;
     write(&outbox, 30).await;
     complete(&outbox).await;
@@ -181,7 +181,7 @@ async fn the_stream_is_recreated_under_a_busy_relay() {
         writers.more(200).await;
         outbox.js().await.delete_stream(&outbox.naming.stream).await.unwrap();
         writers.more(50).await;
-        admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+        operator::provision(&outbox.nats, &outbox.naming).await.unwrap();
         eventually(SOON, "the relay publishes again", async || outbox.stored().await > 0).await.unwrap();
     }
     writers.stop().await;
@@ -201,7 +201,7 @@ async fn what_was_under_way_when_the_new_stream_refused_it_is_published_all_the_
     relay.stop().await.unwrap();
     let js = outbox.js().await;
     js.delete_stream(&outbox.naming.stream).await.unwrap();
-    admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+    operator::provision(&outbox.nats, &outbox.naming).await.unwrap();
     let room = config(&outbox).await;
     js.update_stream(Config { max_messages: 10, ..room.clone() }).await.unwrap();
     let relay = RunningRelay::start(config_of_relay());
@@ -272,17 +272,19 @@ async fn a_released_event_is_lost_and_comes_back() {
     let large = format!("{{\"text\": \"{}\"}}", "x".repeat(5_000));
     outbox.publish("large", &large, Some("a")).await;
     outbox.publish("behind", "{}", Some("a")).await;
-    eventually(SOON, "both are parked", async || admin::relay::parked(&outbox.postgres, 10).await.unwrap().len() == 2)
-        .await
-        .unwrap();
+    eventually(SOON, "both are parked", async || {
+        operator::relay::parked(&outbox.postgres, 10).await.unwrap().len() == 2
+    })
+    .await
+    .unwrap();
     limit(-1).await;
-    let parked = admin::relay::parked(&outbox.postgres, 10).await.unwrap();
-    assert_eq!(admin::relay::release(&outbox.postgres, "test", parked[0].event_id).await.unwrap(), 2);
+    let parked = operator::relay::parked(&outbox.postgres, 10).await.unwrap();
+    assert_eq!(operator::relay::release(&outbox.postgres, "test", parked[0].event_id).await.unwrap(), 2);
     complete(&outbox).await;
     outbox.publish("later", "{}", Some("a")).await;
     complete(&outbox).await;
     outbox.js().await.delete_stream(&outbox.naming.stream).await.unwrap();
-    admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+    operator::provision(&outbox.nats, &outbox.naming).await.unwrap();
     outbox.publish("last", "{}", Some("a")).await;
     let messages = outbox.assert_complete().await;
     let types: Vec<_> = messages.iter().map(|message| message.headers["ce-type"].as_str()).collect();

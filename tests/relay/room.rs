@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use aftercommit::admin;
+use aftercommit::operator;
 use aftercommit::relay::{PublishMethod, RelayConfig};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
@@ -21,7 +21,7 @@ fn large() -> String {
 }
 
 async fn parked(outbox: &Outbox) -> usize {
-    admin::relay::parked(&outbox.postgres, 100).await.unwrap().len()
+    operator::relay::parked(&outbox.postgres, 100).await.unwrap().len()
 }
 
 /// However the relay publishes: the server closes the connection on the first large message, the client then knows the new
@@ -60,7 +60,7 @@ async fn max_msg_size_that_is_lowered_and_raised_again_parks_nothing() {
     outbox.publish("behind", "{}", Some("a")).await;
     state_contains(&outbox, "raise max_msg_size of the stream").await;
     assert_eq!(parked(&outbox).await, 0);
-    admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+    operator::provision(&outbox.nats, &outbox.naming).await.unwrap();
     stored(&outbox, 3).await;
     assert_eq!(types(&outbox).await, ["first", "large", "behind"]);
     relay.stop().await.unwrap();
@@ -83,8 +83,8 @@ async fn what_stays_too_large_is_parked_and_can_be_released_when_the_limit_is_ra
     nats.reload("").await.unwrap();
     // The relay believes for a second what it learnt of the limit.
     tokio::time::sleep(Duration::from_secs(1)).await;
-    let first = admin::relay::parked(&outbox.postgres, 1).await.unwrap().remove(0);
-    assert_eq!(admin::relay::release(&outbox.postgres, "test", first.event_id).await.unwrap(), 2);
+    let first = operator::relay::parked(&outbox.postgres, 1).await.unwrap().remove(0);
+    assert_eq!(operator::relay::release(&outbox.postgres, "test", first.event_id).await.unwrap(), 2);
     stored(&outbox, 3).await;
     assert_eq!(types(&outbox).await, ["other", "large", "behind"]);
     relay.stop().await.unwrap();
@@ -131,7 +131,7 @@ async fn parked_events_are_released_and_discarded_by_filter() {
     assert!(code == Some(0) && said.contains("1 parked event released; 1 event is going out now"), "{said}");
     stored(&outbox, 4).await;
     assert_eq!(parked(&outbox).await, 0);
-    let entries = admin::audit::list(&outbox.postgres, &Default::default(), 100).await.unwrap();
+    let entries = operator::audit::list(&outbox.postgres, &Default::default(), 100).await.unwrap();
     let actions: Vec<&str> = entries.iter().map(|entry| entry.action.as_str()).collect();
     let count = |action| actions.iter().filter(|found| **found == action).count();
     assert_eq!((count("parked release"), count("parked discard")), (3, 1), "{actions:?}");

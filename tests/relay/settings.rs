@@ -1,7 +1,7 @@
 //! G1: settings of the stream that would lose events are noticed at any time, and nothing is published with them.
 
-use aftercommit::admin;
-use aftercommit::admin::doctor::{DoctorConfig, doctor};
+use aftercommit::operator;
+use aftercommit::operator::doctor::{DoctorConfig, doctor};
 use aftercommit::subject::SubjectPrefix;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
@@ -59,12 +59,12 @@ async fn settings_that_would_lose_events_stop_publishing_until_they_are_mended()
         assert_eq!(outbox.stored().await, expected.len() as u64 - 3, "{name}");
         if name == "subject_delete_marker_ttl" {
             // That one has switched on another setting, which cannot be switched off.
-            let refusal = admin::provision(&outbox.nats, &outbox.naming).await.unwrap_err();
+            let refusal = operator::provision(&outbox.nats, &outbox.naming).await.unwrap_err();
             assert!(refusal.to_string().contains("allow_msg_ttl: "), "{refusal}");
             state_contains(&outbox, "allow_msg_ttl: ").await;
             break;
         }
-        let changes = admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+        let changes = operator::provision(&outbox.nats, &outbox.naming).await.unwrap();
         assert!(changes.iter().any(|change| change.contains(name)), "{name}: {changes:?}");
         stored(&outbox, expected.len() as u64).await;
     }
@@ -92,7 +92,7 @@ async fn settings_are_looked_at_under_load_too() {
     let stopped_at = outbox.stored().await;
     state_contains(&outbox, "max_msgs_per_subject: ").await;
     assert_eq!(outbox.stored().await, stopped_at);
-    admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+    operator::provision(&outbox.nats, &outbox.naming).await.unwrap();
     eventually(SOON, "events flow again", async || outbox.stored().await > stopped_at).await.unwrap();
     load.abort();
     let _ = load.await;
@@ -154,7 +154,7 @@ async fn events_that_the_server_puts_under_another_subject_are_named() {
     let nats = Nats::start(NatsOptions { config, ..NatsOptions::default() }).await.unwrap();
     let mut outbox = Outbox::new(database, nats.url()).await;
     outbox.naming.prefix = SubjectPrefix::new(&name).unwrap();
-    admin::provision(&outbox.nats, &outbox.naming).await.unwrap();
+    operator::provision(&outbox.nats, &outbox.naming).await.unwrap();
     let relay = outbox.relay();
     let verdict = async || {
         let config = DoctorConfig::new(outbox.postgres.clone(), outbox.nats.clone(), outbox.naming.clone());

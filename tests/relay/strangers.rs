@@ -77,7 +77,7 @@ async fn a_forged_copy_does_not_pass_for_the_event(mode: Mode, message_id: bool)
         // Nobody has noticed on the way. The reconciler does, once.
         outbox.settled().await;
         let leg = OutboxLeg { shared: true, ..OutboxLeg::new(outbox.nats.clone(), outbox.naming.clone()) };
-        let runner = Runner::new(outbox.postgres.clone()).outbox(leg);
+        let runner = Runner::new(outbox.postgres.clone()).comparison(leg);
         let runs = [(1, 1), (1, 0)];
         for (found, repaired) in runs {
             let summary = runner.run_now("outbox", Scope::Full, reconciler::Mode::Repair).await.unwrap();

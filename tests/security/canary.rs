@@ -5,9 +5,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use aftercommit::admin;
 use aftercommit::backoff::Backoff;
 use aftercommit::config::PostgresConfig;
+use aftercommit::operator;
 use aftercommit::outbox::RawEvent;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
@@ -174,7 +174,7 @@ async fn nothing_secret_is_said_when_everything_goes_wrong() {
 
     let broken = RawEvent::new("test.number", "application/json", "{\"text\": canary-payload");
     for event in [event("test.number", 1), broken, event("test.text", 1)] {
-        admin::publish(&PostgresConfig::new(&cage.url), event.header("x-other", "canary-header")).await.unwrap();
+        operator::publish(&PostgresConfig::new(&cage.url), event.header("x-other", "canary-header")).await.unwrap();
     }
     for (name, letters) in HANDLERS.iter().map(|(name, _)| (*name, 1)).chain([("webhook", 2), ("rust", 3)]) {
         let mut found = 0;

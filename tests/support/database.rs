@@ -28,7 +28,7 @@ impl Database {
     /// One with the schema aftercommit.
     pub async fn migrated() -> Self {
         let database = Self::empty().await;
-        aftercommit::admin::migrate(&database.config).await.unwrap();
+        aftercommit::operator::migrate(&database.config).await.unwrap();
         database
     }
 

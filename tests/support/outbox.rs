@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::process::{Child, Command, Output, Stdio};
 
-use aftercommit::admin;
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
+use aftercommit::operator;
 use aftercommit::relay::{Monitor, Relay, RelayConfig};
 use aftercommit::testing::{eventually, unique_name};
 use async_nats::jetstream;
@@ -35,8 +35,8 @@ impl Outbox {
             prefix: aftercommit::subject::SubjectPrefix::new(name).unwrap(),
             source: "/test".into(),
         };
-        admin::migrate(&postgres).await.unwrap();
-        admin::provision(&nats, &naming).await.unwrap();
+        operator::migrate(&postgres).await.unwrap();
+        operator::provision(&nats, &naming).await.unwrap();
         let pool = PgPoolOptions::new().max_connections(40).acquire_timeout(SOON).connect(&database_url).await.unwrap();
         Self { postgres, nats, naming, pool }
     }

@@ -6,9 +6,11 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use aftercommit::admin;
 use aftercommit::config::PostgresConfig;
-use aftercommit::reconciler::{ConsumerLeg, InboxLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
+use aftercommit::operator;
+use aftercommit::reconciler::{
+    ConsumerLeg, InboxLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary, with_comparisons,
+};
 use aftercommit::relay::{PublishMethod, RelayConfig};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
@@ -50,7 +52,7 @@ impl Scenario {
         let postgres = Postgres::shared().await.unwrap();
         let outbox = Outbox::new(postgres.create_database().await.unwrap(), nats.url()).await;
         let database = PostgresConfig::new(postgres.create_database().await.unwrap());
-        admin::migrate(&database).await.unwrap();
+        operator::migrate(&database).await.unwrap();
         let books = PgPool::connect(&database.url).await.unwrap();
         sqlx::raw_sql(EFFECTS).execute(&books).await.unwrap();
         let mut scenario = Self { nats, outbox, database, books, publish, relay: None, worker: None };
@@ -138,7 +140,7 @@ impl Scenario {
 
     /// The stream and the consumer, as `aftercommit provision` makes them.
     pub async fn provision(&self) {
-        admin::provision(&self.outbox.nats, &self.outbox.naming).await.unwrap();
+        operator::provision(&self.outbox.nats, &self.outbox.naming).await.unwrap();
         self.worker().provision().await.unwrap();
     }
 
@@ -299,7 +301,7 @@ impl Scenario {
 
     pub fn outbox_runner(&self) -> Runner {
         let leg = OutboxLeg::new(self.outbox.nats.clone(), self.outbox.naming.clone());
-        Runner::new(self.outbox.postgres.clone()).outbox(leg)
+        Runner::new(self.outbox.postgres.clone()).comparison(leg)
     }
 
     /// All reconcilers, which repair every second.
@@ -307,14 +309,17 @@ impl Scenario {
         let every = Duration::from_secs(1);
         let leg = OutboxLeg::new(self.outbox.nats.clone(), self.outbox.naming.clone());
         let leg = OutboxLeg { interval: every, mode: Mode::Repair, ..leg };
-        [Runner::new(self.outbox.postgres.clone()).outbox(leg), self.worker().reconcilers(every, Mode::Repair)]
+        let worker = self.worker();
+        let (own, subscriptions) = (worker.own_reconcilers(), worker.subscriptions());
+        let beside = with_comparisons(own, &self.outbox.nats, subscriptions, every, Mode::Repair);
+        [Runner::new(self.outbox.postgres.clone()).comparison(leg), beside]
     }
 
     fn books_runner(&self) -> Runner {
         let nats = &self.outbox.nats;
         let subscription = Self::subscriber().subscription(&self.outbox.naming);
         let consumer = ConsumerLeg { provision: true, ..ConsumerLeg::new(nats.clone(), subscription.clone()) };
-        Runner::new(self.database.clone()).consumer(consumer).inbox(InboxLeg::new(nats.clone(), subscription))
+        Runner::new(self.database.clone()).comparison(consumer).comparison(InboxLeg::new(nats.clone(), subscription))
     }
 
     /// Compares all of the outbox with the stream, and repairs that.

@@ -15,9 +15,9 @@ pub struct Statement {
     pub formatted: bool,
 }
 
-/// Every statement below `src/postgres` that can be explained, outside of tests.
+/// Every statement below `crates/core/src/postgres` that can be explained, outside of tests.
 pub fn statements() -> Vec<Statement> {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/postgres");
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("crates/core/src/postgres");
     let mut files = Vec::new();
     let mut folders = vec![root.clone()];
     while let Some(folder) = folders.pop() {

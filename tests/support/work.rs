@@ -119,7 +119,7 @@ impl Work {
     pub async fn beside(outbox: &Outbox) -> Self {
         let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
         let work = Self::moved(outbox, database).await;
-        aftercommit::admin::migrate(&work.outbox.postgres).await.unwrap();
+        aftercommit::operator::migrate(&work.outbox.postgres).await.unwrap();
         work.with_effects().await
     }
 

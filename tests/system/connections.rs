@@ -11,7 +11,7 @@ use aftercommit::outbox::RawEvent;
 use aftercommit::relay::RelayConfig;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
 use aftercommit::testing::{eventually, unique_name};
-use aftercommit::{Error, ErrorKind, admin};
+use aftercommit::{Error, ErrorKind, operator};
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use nkeys::KeyPair;
@@ -36,23 +36,23 @@ fn naming() -> Naming {
 }
 
 async fn refused(nats: &NatsConfig) -> Error {
-    admin::provision(nats, &naming()).await.expect_err("it must not connect")
+    operator::provision(nats, &naming()).await.expect_err("it must not connect")
 }
 
 /// Everything that connects, connects this way: the tool makes the stream, a relay fills it, the tool looks at it.
 async fn an_event_arrives(postgres: PostgresConfig, nats: NatsConfig) {
     let naming = naming();
-    admin::migrate(&postgres).await.unwrap();
-    admin::provision(&nats, &naming).await.unwrap_or_else(|error| panic!("{}", error.report()));
+    operator::migrate(&postgres).await.unwrap();
+    operator::provision(&nats, &naming).await.unwrap_or_else(|error| panic!("{}", error.report()));
     let relay = RunningRelay::start(RelayConfig::new(postgres.clone(), nats.clone(), naming.clone()));
     publish_and_see(&postgres, &nats, &naming, 1).await;
     relay.stop().await.unwrap();
 }
 
 async fn publish_and_see(postgres: &PostgresConfig, nats: &NatsConfig, naming: &Naming, messages: u64) {
-    admin::publish(postgres, RawEvent::new("order.placed", "application/json", "{}")).await.unwrap();
+    operator::publish(postgres, RawEvent::new("order.placed", "application/json", "{}")).await.unwrap();
     eventually(SOON, "the event is in the stream", async || {
-        let status = admin::status::status(postgres, nats, naming).await;
+        let status = operator::status::status(postgres, nats, naming).await;
         status.is_ok_and(|status| status.stream.is_some_and(|stream| stream.messages == messages))
     })
     .await
@@ -145,7 +145,7 @@ async fn files_that_are_missing_are_named_with_their_setting() {
     }
     for parameter in ["sslrootcert", "sslcert", "sslkey"] {
         let url = format!("postgres://postgres@127.0.0.1:1/db?sslmode=verify-full&{parameter}=%2Fnowhere%2Ffile");
-        let error = admin::migrate(&PostgresConfig::new(url)).await.unwrap_err();
+        let error = operator::migrate(&PostgresConfig::new(url)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Config);
         assert!(error.report().contains("/nowhere/file") && error.report().contains(parameter), "{}", error.report());
     }
@@ -156,9 +156,9 @@ async fn nats_with_a_token() {
     let (nats, files) = (nats("authorization { token: \"s3cr3t\" }").await, Directory::new());
     let config = |auth| NatsConfig { url: nats.url(), auth, ..Default::default() };
     an_event_arrives(database().await, config(NatsAuth::Token(Secret::File(files.write("token", "s3cr3t\n"))))).await;
-    admin::provision(&config(NatsAuth::Token(Secret::Text("s3cr3t".into()))), &naming()).await.unwrap();
+    operator::provision(&config(NatsAuth::Token(Secret::Text("s3cr3t".into()))), &naming()).await.unwrap();
     let url = nats.url().replace("nats://", "nats://s3cr3t@");
-    admin::provision(&NatsConfig { url, ..Default::default() }, &naming()).await.unwrap();
+    operator::provision(&NatsConfig { url, ..Default::default() }, &naming()).await.unwrap();
     refused(&config(NatsAuth::Token(Secret::Text("wrong".into())))).await;
     refused(&config(NatsAuth::Url)).await;
 }
@@ -170,7 +170,7 @@ async fn nats_with_user_and_password() {
     let config = |auth| NatsConfig { url: nats.url(), auth, ..Default::default() };
     an_event_arrives(database().await, config(password("p@ss word"))).await;
     let url = nats.url().replace("nats://", "nats://me:p%40ss%20word@");
-    admin::provision(&NatsConfig { url, ..Default::default() }, &naming()).await.unwrap();
+    operator::provision(&NatsConfig { url, ..Default::default() }, &naming()).await.unwrap();
     refused(&config(password("wrong"))).await;
 }
 
@@ -254,8 +254,8 @@ async fn a_password_can_be_changed_while_a_relay_runs() {
     let auth = NatsAuth::UserPassword { user: "me".into(), password };
     let nats = NatsConfig { url: server.url(), auth, ..Default::default() };
     let (postgres, naming) = (database().await, naming());
-    admin::migrate(&postgres).await.unwrap();
-    admin::provision(&nats, &naming).await.unwrap();
+    operator::migrate(&postgres).await.unwrap();
+    operator::provision(&nats, &naming).await.unwrap();
     let relay = RunningRelay::start(RelayConfig::new(postgres.clone(), nats.clone(), naming.clone()));
     publish_and_see(&postgres, &nats, &naming, 1).await;
     change("second");
@@ -322,7 +322,7 @@ async fn postgres_over_tls_with_a_client_certificate() {
     let wrong_ca = url(&path("other-ca.crt", &Authority::new().certificate));
     let without_certificate = good.split("&sslcert").next().unwrap().to_string();
     for url in [wrong_ca, without_certificate] {
-        let error = admin::migrate(&PostgresConfig::new(url)).await.unwrap_err();
+        let error = operator::migrate(&PostgresConfig::new(url)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Database, "{}", error.report());
     }
 }
@@ -379,8 +379,8 @@ async fn no_secret_and_no_payload_is_shown() {
         let nats = NatsConfig { url: server.url(), auth, ..Default::default() };
         let postgres = PostgresConfig::new(plain.clone());
         let (naming, log) = (naming(), files.path().join("log"));
-        admin::migrate(&postgres).await.unwrap();
-        admin::provision(&nats, &naming).await.unwrap();
+        operator::migrate(&postgres).await.unwrap();
+        operator::provision(&nats, &naming).await.unwrap();
         let start = || {
             let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_aftercommit-relay"));
             command.env("NATS_URL", server_url(&server, &nats_settings));
@@ -395,9 +395,9 @@ async fn no_secret_and_no_payload_is_shown() {
         let mut relay = start();
         let payload = "canary-payload".to_string();
         let published = async |messages: u64| {
-            admin::publish(&postgres, RawEvent::new("order.placed", "text/plain", payload.clone())).await.unwrap();
+            operator::publish(&postgres, RawEvent::new("order.placed", "text/plain", payload.clone())).await.unwrap();
             eventually(SOON, "the event is in the stream", async || {
-                let status = admin::status::status(&postgres, &nats, &naming).await;
+                let status = operator::status::status(&postgres, &nats, &naming).await;
                 status.is_ok_and(|status| status.stream.is_some_and(|stream| stream.messages == messages))
             })
             .await

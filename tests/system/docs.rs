@@ -49,7 +49,8 @@ fn problem(page: &Path, text: &str, target: &str) -> Option<String> {
 
 #[test]
 fn links_lead_somewhere_and_the_tests_they_name_exist() {
-    let mut found = vec![root().join("README.md"), root().join("CHANGELOG.md")];
+    let pages_at_the_root = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"];
+    let mut found: Vec<PathBuf> = pages_at_the_root.map(|page| root().join(page)).into();
     pages(&root().join("docs"), &mut found);
     let (mut links, mut wrong) = (0, Vec::new());
     for page in found {
@@ -88,27 +89,37 @@ fn the_tests_that_are_listed_for_other_servers_exist() {
     assert_eq!(Vec::from_iter(kinds), ["batches", "client", "psql", "tagged"]);
 }
 
-/// The README's code block in this language.
-fn block(language: &str) -> String {
+/// The README's code blocks in this language.
+fn blocks(language: &str) -> Vec<String> {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
-    let (_, rest) = readme.split_once(&format!("```{language}\n")).unwrap();
-    rest.split("```").next().unwrap().to_string()
+    let fence = format!("```{language}\n");
+    readme.split(&fence).skip(1).map(|rest| rest.split("```").next().unwrap().to_string()).collect()
+}
+
+/// The packages that the README names are where it says.
+#[test]
+fn what_the_readme_depends_on_exists() {
+    let manifest: toml::Table = blocks("toml")[0].parse().unwrap();
+    for (name, dependency) in manifest["dependencies"].as_table().unwrap() {
+        let Some(path) = dependency.get("path") else { continue };
+        let path = path.as_str().unwrap().strip_prefix("../aftercommit").unwrap().trim_start_matches('/');
+        let manifest = fs::read_to_string(root().join(path).join("Cargo.toml")).unwrap();
+        assert!(manifest.contains(&format!("name = \"{name}\"")), "{name}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_quickstart_without_rust_code_works() {
     let work = Work::shared().await;
     let pool = &work.outbox.pool;
-    sqlx::raw_sql("create table revenue (cents bigint not null); insert into revenue values (10)")
-        .execute(pool)
-        .await
-        .unwrap();
-    sqlx::raw_sql(AssertSqlSafe(block("sql"))).execute(pool).await.unwrap();
-    let _worker = work.process(&block("toml"));
+    for block in blocks("sql") {
+        sqlx::raw_sql(AssertSqlSafe(block)).execute(pool).await.unwrap();
+    }
+    let _worker = work.process(&blocks("toml")[1]);
     let _relay = work.outbox.relay();
     work.outbox.publish("order.placed", r#"{"order": 7, "cents": 990}"#, Some("order-7")).await;
     eventually(SOON, "the revenue is counted", async || {
-        sqlx::query_scalar::<_, i64>("select cents from revenue").fetch_one(pool).await.unwrap() == 1000
+        sqlx::query_scalar::<_, i64>("select cents from revenue").fetch_one(pool).await.unwrap() == 990
     })
     .await
     .unwrap();

@@ -2,8 +2,8 @@
 //! docs/guarantees.md.
 
 use crate::support::{Number, Outbox, Record, RelayProcess, RunningWorker, SOON, Work};
-use aftercommit::admin;
 use aftercommit::config::Naming;
+use aftercommit::operator;
 use aftercommit::subject::SubjectPrefix;
 use aftercommit::testing::{eventually, unique_name};
 use aftercommit::worker::Subscriber;
@@ -90,7 +90,7 @@ async fn in_another_stream_the_inbox_recognises_the_events() {
     let name = unique_name("another");
     let prefix = SubjectPrefix::new(name.clone()).unwrap();
     work.outbox.naming = Naming { stream: name.to_uppercase(), prefix, source: "/test".into() };
-    admin::provision(&work.outbox.nats, &work.outbox.naming).await.unwrap();
+    operator::provision(&work.outbox.nats, &work.outbox.naming).await.unwrap();
     let relay = work.outbox.relay();
     publish(&work, 6..=6).await;
     assert_eq!(work.outbox.assert_complete().await.len(), 6, "the open window went out again, whole");
@@ -115,10 +115,10 @@ async fn a_released_event_goes_out_once_although_its_relay_died_before_writing_t
     is_stored(outbox, 1).await;
     limit(2_000).await;
     outbox.publish("large", &format!("\"{}\"", "x".repeat(5_000)), None).await;
-    let parked = async || admin::relay::parked(&outbox.postgres, 1).await.unwrap();
+    let parked = async || operator::relay::parked(&outbox.postgres, 1).await.unwrap();
     eventually(SOON, "it is parked", async || parked().await.len() == 1).await.unwrap();
     limit(-1).await;
-    admin::relay::release(&outbox.postgres, "test", parked().await[0].event_id).await.unwrap();
+    operator::relay::release(&outbox.postgres, "test", parked().await[0].event_id).await.unwrap();
     eventually(SOON, "it is published", async || parked().await.is_empty()).await.unwrap();
     assert_eq!(outbox.stored().await, 2);
     relay.stop().await.unwrap();

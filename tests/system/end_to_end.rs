@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::support::{Outbox, SOON, Work, Writers};
-use aftercommit::admin;
 use aftercommit::config::PostgresConfig;
+use aftercommit::operator;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, Postgres};
 use sqlx::PgPool;
@@ -29,7 +29,7 @@ async fn outbox() -> Outbox {
 async fn subscriber_of(outbox: &Outbox) -> Work {
     let url = Postgres::shared().await.unwrap().create_database().await.unwrap();
     let postgres = PostgresConfig::new(url);
-    admin::migrate(&postgres).await.unwrap();
+    operator::migrate(&postgres).await.unwrap();
     let pool = PgPool::connect(&postgres.url).await.unwrap();
     sqlx::raw_sql(
         "create table seen (

@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::support::{Database, Number, Outbox, RelayProcess, SOON, Work, Writers};
-use aftercommit::admin;
-use aftercommit::admin::dead::Filter;
-use aftercommit::admin::explain::ExplainConfig;
 use aftercommit::config::{NatsConfig, PostgresConfig};
+use aftercommit::operator;
+use aftercommit::operator::dead::Filter;
+use aftercommit::operator::explain::ExplainConfig;
 use aftercommit::outbox::{self, PublishErrorKind, RawEvent};
 use aftercommit::reconciler::{Drift, ItemError, Reconciler, Runner};
 use aftercommit::testing::eventually;
@@ -162,33 +162,33 @@ async fn the_operators_tool_works() {
     let bouncer = bouncer(2, &[]).await;
     let database = Database::empty().await;
     let config = behind(&bouncer, &database.config);
-    let (one, other) = tokio::join!(admin::migrate(&config), admin::migrate(&config));
+    let (one, other) = tokio::join!(operator::migrate(&config), operator::migrate(&config));
     let (one, other) = (one.unwrap(), other.unwrap());
     assert!(one.is_empty() != other.is_empty(), "{one:?} {other:?}");
-    assert_eq!(admin::migrate(&config).await.unwrap(), Vec::<String>::new());
+    assert_eq!(operator::migrate(&config).await.unwrap(), Vec::<String>::new());
     // The same as straight to the server.
-    assert_eq!(admin::migrate(&database.config).await.unwrap(), Vec::<String>::new());
+    assert_eq!(operator::migrate(&database.config).await.unwrap(), Vec::<String>::new());
 
     let nats = NatsConfig { url: Nats::shared().await.unwrap().url(), ..NatsConfig::default() };
     for n in 1..=3 {
         let event = || RawEvent::new("a", "text/plain", "x");
-        let (one, other) = tokio::join!(admin::publish(&config, event()), admin::publish(&config, event()));
+        let (one, other) = tokio::join!(operator::publish(&config, event()), operator::publish(&config, event()));
         let event_id = one.unwrap();
         other.unwrap();
-        let status = admin::status::status(&config, &nats, &Default::default()).await.unwrap();
+        let status = operator::status::status(&config, &nats, &Default::default()).await.unwrap();
         assert_eq!(status.backlog.events, 2 * n);
-        let pause = async |reason| admin::relay::pause(&config, "test", reason).await.unwrap();
-        assert_eq!(pause(Some("for a test")).await, admin::Pausing::Paused);
-        assert_eq!(pause(None).await, admin::Pausing::Unchanged);
-        assert!(admin::relay::resume(&config, "test").await.unwrap());
-        assert_eq!(admin::relay::parked(&config, 10).await.unwrap(), []);
-        assert!(admin::relay::release(&config, "test", event_id).await.is_err());
+        let pause = async |reason| operator::relay::pause(&config, "test", reason).await.unwrap();
+        assert_eq!(pause(Some("for a test")).await, operator::Pausing::Paused);
+        assert_eq!(pause(None).await, operator::Pausing::Unchanged);
+        assert!(operator::relay::resume(&config, "test").await.unwrap());
+        assert_eq!(operator::relay::parked(&config, 10).await.unwrap(), []);
+        assert!(operator::relay::release(&config, "test", event_id).await.is_err());
         let all = Filter { all: true, ..Filter::default() };
-        assert_eq!(admin::dead::list(&config, &all, 10).await.unwrap(), []);
-        assert_eq!(admin::dead::retry(&config, "test", &all).await.unwrap(), [0; 0]);
-        assert_eq!(admin::dead::discard(&config, "test", &all).await.unwrap(), [0; 0]);
+        assert_eq!(operator::dead::list(&config, &all, 10).await.unwrap(), []);
+        assert_eq!(operator::dead::retry(&config, "test", &all).await.unwrap(), [0; 0]);
+        assert_eq!(operator::dead::discard(&config, "test", &all).await.unwrap(), [0; 0]);
         let asked = ExplainConfig::new(config.clone(), nats.clone(), Default::default());
-        assert_eq!(admin::explain::explain(&asked, event_id).await.unwrap().outbox.unwrap().state, "waiting");
+        assert_eq!(operator::explain::explain(&asked, event_id).await.unwrap().outbox.unwrap().state, "waiting");
     }
     assert_nothing_is_left(&config, 2).await;
 }
@@ -238,9 +238,9 @@ async fn errors_name_the_setting() {
     for ignored in ["", "extra_float_digits", "extra_float_digits, options"] {
         let settings = [("ignore_startup_parameters", ignored)];
         let bouncer = bouncer(1, if ignored.is_empty() { &[] } else { &settings }).await;
-        let error = admin::relay::resume(&forgotten(&bouncer), "test").await.unwrap_err().report();
+        let error = operator::relay::resume(&forgotten(&bouncer), "test").await.unwrap_err().report();
         assert!(error.contains("AFTERCOMMIT_PGBOUNCER"), "{ignored}: {error}");
-        admin::relay::resume(&behind(&bouncer, &database.config), "test").await.unwrap();
+        operator::relay::resume(&behind(&bouncer, &database.config), "test").await.unwrap();
     }
 }
 

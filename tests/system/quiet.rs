@@ -4,8 +4,8 @@
 use std::time::{Duration, Instant};
 
 use crate::support::{Number, Outbox, Proxy, Record, RunningRelay, SOON, Work};
-use aftercommit::admin;
 use aftercommit::config::{NatsConfig, PostgresConfig};
+use aftercommit::operator;
 use aftercommit::reconciler::{Drift, ItemError, Mode, Outcome, Reconciler, Runner, Scope};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, Postgres};
@@ -276,7 +276,7 @@ async fn no_time_that_a_table_can_hold_stops_anybody() {
         let runner = Runner::new(outbox.postgres.clone()).reconciler(Idle);
         let summary = runner.run_now("idle", Scope::Full, Mode::Repair).await.unwrap();
         assert_eq!(summary.outcome, Outcome::Ran, "{time}: {summary:?}");
-        assert!(admin::status::status(&outbox.postgres, &nats, &outbox.naming).await.is_ok());
+        assert!(operator::status::status(&outbox.postgres, &nats, &outbox.naming).await.is_ok());
         relay.stop().await.unwrap();
     }
 }

@@ -6,8 +6,8 @@ use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
 
 use crate::support::{Database, Directory, Outbox, RelayProcess, SOON, standby_from_files, succeeded};
-use aftercommit::admin;
 use aftercommit::config::PostgresConfig;
+use aftercommit::operator;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
@@ -91,7 +91,7 @@ async fn a_server_is_reached_over_ipv6() {
     }
     let server = server(&[("listen_addresses", "127.0.0.1, ::1")]).await;
     let url = server.url("postgres").replace("127.0.0.1", "[::1]");
-    admin::migrate(&PostgresConfig::new(url)).await.unwrap();
+    operator::migrate(&PostgresConfig::new(url)).await.unwrap();
     assert!(is_migrated(&server).await);
 }
 
@@ -102,7 +102,7 @@ async fn servers_are_tried_in_turn_until_one_is_wanted() {
     let url = format!("postgres://postgres@{nobody},{},{}/postgres", place(&reader), place(&writer));
     let status = |attribute: &str| {
         let url = PostgresConfig::new(format!("{url}?target_session_attrs={attribute}"));
-        async move { admin::migrate(&url).await.map_err(|error| error.report()) }
+        async move { operator::migrate(&url).await.map_err(|error| error.report()) }
     };
     // Nothing that is not wanted is written to.
     let no_standby = status("standby").await.unwrap_err();
@@ -115,7 +115,7 @@ async fn servers_are_tried_in_turn_until_one_is_wanted() {
     assert!(status("any").await.unwrap_err().contains("read-only transaction"), "the first that answers");
     assert!(!is_migrated(&writer).await);
     // With several servers one that takes writes is looked for.
-    admin::migrate(&PostgresConfig::new(url.clone())).await.unwrap();
+    operator::migrate(&PostgresConfig::new(url.clone())).await.unwrap();
     assert!(is_migrated(&writer).await);
     assert!(status("read-write").await.is_ok_and(|applied| applied.is_empty()));
 }

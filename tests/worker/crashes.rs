@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::support::{Act, Number, Random, Record, SOON, Work, child_worker};
-use aftercommit::admin::dead::{self, Filter};
+use aftercommit::operator::dead::{self, Filter};
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
 use sqlx::PgTransaction;

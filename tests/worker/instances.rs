@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::support::{Act, Number, Record, RunningWorker, SOON, Work, WorkerProcess};
-use aftercommit::admin::dead::{self, Filter};
+use aftercommit::operator::dead::{self, Filter};
 use aftercommit::testing::eventually;
 use aftercommit::worker::{BatchError, BatchHandler, Delivery, Subscriber};
 use sqlx::PgTransaction;

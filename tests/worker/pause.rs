@@ -5,8 +5,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::support::{Act, Number, Record, RunningWorker, SOON, Work};
-use aftercommit::admin::Pausing;
-use aftercommit::admin::worker::{Which, pause, resume};
+use aftercommit::operator::Pausing;
+use aftercommit::operator::worker::{Which, pause, resume};
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Subscriber, Worker};
 

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::support::{Act, Number, Record, SOON, Work};
-use aftercommit::admin::dead::{self, Filter};
-use aftercommit::admin::worker::{Which, pause, resume};
 use aftercommit::backoff::Backoff;
 use aftercommit::envelope::Envelope;
+use aftercommit::operator::dead::{self, Filter};
+use aftercommit::operator::worker::{Which, pause, resume};
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Delivery, HandlerError, Subscriber};
 use async_nats::HeaderMap;

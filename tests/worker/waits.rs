@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::support::{Act, Number, Record, RunningWorker, SOON, Work};
-use aftercommit::admin::worker::{Which, pause, resume};
 use aftercommit::backoff::Backoff;
+use aftercommit::operator::worker::{Which, pause, resume};
 use aftercommit::testing::eventually;
 use aftercommit::worker::{Delivery, FailurePolicy, HandlerError, Subscriber};
 

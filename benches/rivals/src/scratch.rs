@@ -1,6 +1,6 @@
 //! A database and a stream of one measurement.
 
-use aftercommit::admin;
+use aftercommit::operator;
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit::subject::SubjectPrefix;
 use async_nats::jetstream;
@@ -45,7 +45,7 @@ impl Scratch {
             server: servers.database_url.clone(),
         };
         let _ = scratch.context.delete_stream(scratch.stream()).await;
-        admin::provision(&scratch.nats(), &scratch.naming()?).await?;
+        operator::provision(&scratch.nats(), &scratch.naming()?).await?;
         kind.migrate(&scratch).await?;
         Ok(scratch)
     }

@@ -1,4 +1,4 @@
-//! The leading relay, after `src/relay/leader.rs`, `chain.rs` and `resume.rs`.
+//! The leading relay, after `crates/relay/src/leader.rs`, `chain.rs` and `resume.rs`.
 
 use crate::snapshot::Mark;
 

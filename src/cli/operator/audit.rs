@@ -6,10 +6,10 @@ use uuid::Uuid;
 use super::as_json;
 use super::terminal::{plain, time};
 use super::time::when;
-use crate::admin::When;
-use crate::admin::audit::{self, AuditEntry, AuditFilter};
 use crate::cli::PostgresArgs;
-use crate::error::Error;
+use aftercommit_core::error::Error;
+use aftercommit_operator::When;
+use aftercommit_operator::audit::{self, AuditEntry, AuditFilter};
 
 #[derive(Args)]
 pub(super) struct Audit {

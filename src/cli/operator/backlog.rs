@@ -7,9 +7,9 @@ use serde_json::json;
 
 use super::as_json;
 use super::terminal::{plain, table};
-use crate::admin::status::{Status, status};
 use crate::cli::servers::Servers;
-use crate::error::Error;
+use aftercommit_core::error::Error;
+use aftercommit_operator::status::{Status, status};
 
 #[derive(Args)]
 pub(super) struct Backlog {

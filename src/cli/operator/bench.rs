@@ -9,8 +9,8 @@ use super::as_json;
 use crate::bench::{self, Arm, BenchConfig, FIGURES};
 use crate::cli::servers::{NatsArgs, PostgresArgs, Servers};
 use crate::cli::signal;
-use crate::config::NatsConfig;
-use crate::error::Error;
+use aftercommit_core::config::NatsConfig;
+use aftercommit_core::error::Error;
 
 #[derive(Args)]
 pub(super) struct Bench {
@@ -110,14 +110,18 @@ impl Bench {
 #[derive(Default)]
 struct OwnServers {
     #[cfg(all(unix, feature = "testing"))]
-    _own: Option<(crate::testing::servers::Postgres, crate::testing::servers::Nats, crate::testing::servers::Nats)>,
+    _own: Option<(
+        aftercommit_testing::servers::Postgres,
+        aftercommit_testing::servers::Nats,
+        aftercommit_testing::servers::Nats,
+    )>,
 }
 
 #[cfg(all(unix, feature = "testing"))]
 impl OwnServers {
     async fn start() -> Result<(BenchConfig, Self), Error> {
-        use crate::config::PostgresConfig;
-        use crate::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
+        use aftercommit_core::config::PostgresConfig;
+        use aftercommit_testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
 
         let postgres = Postgres::start(PostgresOptions::default()).await?;
         let nats = Nats::start(NatsOptions::default()).await?;

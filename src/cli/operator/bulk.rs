@@ -10,10 +10,10 @@ use super::as_json;
 use super::selection::Selected;
 use super::terminal::counted;
 use super::who::WhoArgs;
-use crate::admin::Filter;
 use crate::cli::PostgresArgs;
-use crate::config::PostgresConfig;
-use crate::error::{Error, ErrorKind};
+use aftercommit_core::config::PostgresConfig;
+use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_operator::Filter;
 
 /// Rows that a dry run shows.
 pub(super) const PREVIEW: i64 = 10;

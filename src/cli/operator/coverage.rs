@@ -7,11 +7,11 @@ use clap::Args;
 
 use super::as_json;
 use super::terminal::plain;
-use crate::admin::coverage::{self, Unserved};
 use crate::cli::NamingArgs;
 use crate::cli::servers::NatsArgs;
-use crate::error::Error;
-use crate::worker::{Registry, read_file};
+use aftercommit_core::error::Error;
+use aftercommit_operator::coverage::{self, Unserved};
+use aftercommit_worker::{Registry, read_file};
 
 #[derive(Args)]
 pub(super) struct Coverage {
@@ -36,7 +36,7 @@ pub(super) async fn run(command: Coverage) -> Result<(String, ExitCode), Error> 
     for file in &command.config {
         declared.extend(read_file(file)?);
     }
-    let found = coverage::coverage(&nats, &naming, &Registry::from(declared)).await?;
+    let found = coverage::coverage(&nats, &naming, &Registry::from(declared).subscriptions(&naming)?).await?;
     let exit = if command.check && !found.is_complete() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     if command.json {
         return Ok((as_json(&found)?, exit));

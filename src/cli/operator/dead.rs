@@ -11,10 +11,10 @@ use super::selection::{LetterArgs, SelectedLetters};
 use super::terminal::{cut, payload, payload_member, plain, table, time};
 use super::who::WhoArgs;
 use super::{as_json, given_payload, header};
-use crate::admin::dead::{self, DeadLetter, Edit, Edited, Filter, Group, OpenedLetter};
 use crate::cli::PostgresArgs;
-use crate::config::PostgresConfig;
-use crate::error::{Error, ErrorKind};
+use aftercommit_core::config::PostgresConfig;
+use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_operator::dead::{self, DeadLetter, Edit, Edited, Filter, Group, OpenedLetter};
 
 #[derive(Subcommand)]
 pub(super) enum Dead {

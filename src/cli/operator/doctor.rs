@@ -5,10 +5,10 @@ use std::time::Duration;
 use clap::Args;
 
 use super::as_json;
-use crate::admin::doctor::{DoctorConfig, Role, Severity, doctor};
 use crate::cli::relay::{Writers, days};
 use crate::cli::servers::Servers;
-use crate::error::Error;
+use aftercommit_core::error::Error;
+use aftercommit_operator::doctor::{DoctorConfig, Role, Severity, doctor};
 
 /// What the relay was given too has the same names here, so that one environment serves both.
 #[derive(Args)]

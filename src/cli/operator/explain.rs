@@ -6,10 +6,10 @@ use uuid::Uuid;
 
 use super::as_json;
 use super::terminal::{payload, payload_member, plain, time};
-use crate::admin::explain::{self, ExplainConfig, Explanation, Standing};
 use crate::cli::servers::Servers;
-use crate::config::PostgresConfig;
-use crate::error::{Error, ErrorKind};
+use aftercommit_core::config::PostgresConfig;
+use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_operator::explain::{self, ExplainConfig, Explanation, Standing};
 
 #[derive(Args)]
 pub(super) struct Explain {

@@ -4,9 +4,9 @@ use clap::Args;
 
 use super::as_json;
 use super::terminal::{plain, time};
-use crate::admin::reconciler::{self, Finding, FindingFilter, ReconcileRun};
 use crate::cli::PostgresArgs;
-use crate::error::Error;
+use aftercommit_core::error::Error;
+use aftercommit_operator::reconciler::{self, Finding, FindingFilter, ReconcileRun};
 
 #[derive(Args)]
 pub(super) struct Findings {

@@ -9,11 +9,11 @@ use super::as_json;
 use super::bulk::{self, Act, Acted, Bulk, PREVIEW};
 use super::selection::SelectedParked;
 use super::terminal::{cut, plain, time};
-use crate::admin::Filter;
-use crate::admin::parked::{self, ParkedEvent};
 use crate::cli::PostgresArgs;
-use crate::config::PostgresConfig;
-use crate::error::Error;
+use aftercommit_core::config::PostgresConfig;
+use aftercommit_core::error::Error;
+use aftercommit_operator::Filter;
+use aftercommit_operator::parked::{self, ParkedEvent};
 
 #[derive(Subcommand)]
 pub(super) enum Parked {

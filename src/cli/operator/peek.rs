@@ -6,9 +6,9 @@ use serde_json::Value;
 
 use super::as_json;
 use super::terminal::{counted, cut, payload, payload_member, plain, table, time};
-use crate::admin::peek::{self, Waiting};
 use crate::cli::servers::Servers;
-use crate::error::{Error, ErrorKind};
+use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_operator::peek::{self, Waiting};
 
 #[derive(Args)]
 pub(super) struct Peek {

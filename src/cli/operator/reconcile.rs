@@ -9,16 +9,16 @@ use serde_json::json;
 use super::as_json;
 use super::subscribers::SubscriberArgs;
 use super::who::WhoArgs;
-use crate::admin::audit;
 use crate::cli::http::{self, HttpArgs};
 use crate::cli::reconciling::is_well;
 use crate::cli::relay::Writers;
 use crate::cli::run_role;
 use crate::cli::servers::Servers;
-use crate::error::Error;
-use crate::reconciler::{ConsumerLeg, InboxLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
-use crate::relay;
-use crate::text::plain;
+use aftercommit_core::error::Error;
+use aftercommit_core::runner::{Mode, Outcome, Runner, Scope, Summary};
+use aftercommit_core::text::plain;
+use aftercommit_operator::audit;
+use aftercommit_reconciler::{ConsumerLeg, InboxLeg, OutboxLeg};
 
 /// What the relay was given too has the same names here, so that one environment serves both.
 #[derive(Args)]
@@ -93,9 +93,9 @@ impl Reconcile {
         };
         for leg in self.legs() {
             if *leg == Leg::Outbox {
-                let shared = relay::Mode::from(self.mode) == relay::Mode::Shared;
+                let shared = aftercommit_core::relay::Mode::from(self.mode) == aftercommit_core::relay::Mode::Shared;
                 let leg = OutboxLeg { shared, mode, ..OutboxLeg::new(nats.clone(), naming.clone()) };
-                runner = runner.outbox(OutboxLeg { interval: self.every.unwrap_or(leg.interval), ..leg });
+                runner = runner.comparison(OutboxLeg { interval: self.every.unwrap_or(leg.interval), ..leg });
                 names.push("outbox".into());
             }
         }
@@ -105,13 +105,13 @@ impl Reconcile {
                 // Whoever has the rights to that shall make the consumer, too.
                 let leg = ConsumerLeg::new(nats.clone(), subscription.clone());
                 let interval = self.every.unwrap_or(leg.interval);
-                runner = runner.consumer(ConsumerLeg { provision: true, mode, interval, ..leg });
+                runner = runner.comparison(ConsumerLeg { provision: true, mode, interval, ..leg });
                 names.push(format!("consumer:{subscriber}"));
             }
             if self.legs().contains(&Leg::Inbox) {
                 let leg = InboxLeg::new(nats.clone(), subscription);
                 let interval = self.every.unwrap_or(leg.interval);
-                runner = runner.inbox(InboxLeg { mode, interval, ..leg });
+                runner = runner.comparison(InboxLeg { mode, interval, ..leg });
                 names.push(format!("inbox:{subscriber}"));
             }
         }

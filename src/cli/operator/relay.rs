@@ -5,9 +5,9 @@ use serde_json::json;
 
 use super::as_json;
 use super::who::WhoArgs;
-use crate::admin::{self, Pausing};
 use crate::cli::PostgresArgs;
-use crate::error::Error;
+use aftercommit_core::error::Error;
+use aftercommit_operator::{self, Pausing};
 
 #[derive(Subcommand)]
 pub(super) enum Relay {
@@ -41,11 +41,12 @@ pub(super) enum Relay {
 pub(super) async fn run(command: Relay) -> Result<String, Error> {
     match command {
         Relay::Pause { reason, json, who, postgres } => {
-            let pausing = admin::relay::pause(&postgres.config()?, &who.name(), reason.as_deref()).await?;
+            let pausing =
+                aftercommit_operator::relay::pause(&postgres.config()?, &who.name(), reason.as_deref()).await?;
             tell_paused(pausing, "aftercommit relay resume", json)
         }
         Relay::Resume { json, who, postgres } => {
-            let resumed = admin::relay::resume(&postgres.config()?, &who.name()).await?;
+            let resumed = aftercommit_operator::relay::resume(&postgres.config()?, &who.name()).await?;
             if json {
                 return as_json(&json!({ "changed": resumed }));
             }

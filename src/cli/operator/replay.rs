@@ -13,10 +13,10 @@ use super::terminal::{counted, cut, plain, table, time};
 use super::time::when;
 use super::who::WhoArgs;
 use crate::EventId;
-use crate::admin::When;
-use crate::admin::replay::{Filter, Found, Replayed, replay};
 use crate::cli::servers::{OutboxArgs, Servers};
-use crate::error::{Error, ErrorKind};
+use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_operator::When;
+use aftercommit_operator::replay::{Filter, Found, Replayed, replay};
 
 #[derive(Args)]
 pub(super) struct Replay {
@@ -72,7 +72,7 @@ pub(super) async fn run(command: Replay) -> Result<(String, ExitCode), Error> {
     let [subscription] = subscriptions.as_slice() else {
         return Err(Error::new(ErrorKind::Config, "which subscriber shall get the events? Name it with --subscriber"));
     };
-    let wanted = crate::admin::replay::Replay {
+    let wanted = aftercommit_operator::replay::Replay {
         filter: Filter {
             ids,
             event_type: command.event_type.clone(),
@@ -87,7 +87,7 @@ pub(super) async fn run(command: Replay) -> Result<(String, ExitCode), Error> {
     };
     let who = command.who.name();
     if !command.dry_run && !command.yes && !named {
-        let look = crate::admin::replay::Replay { dry_run: true, ..wanted.clone() };
+        let look = aftercommit_operator::replay::Replay { dry_run: true, ..wanted.clone() };
         let events = counted(replay(&postgres, &nats, subscription, &who, &look).await?.events, "event");
         let problem = format!(
             "nothing was done: {events} would be sent to {}. See which with --dry-run, then say --yes",

@@ -5,7 +5,7 @@ use clap::builder::NonEmptyStringValueParser;
 use uuid::Uuid;
 
 use super::time::{said, when};
-use crate::admin::{Filter, When};
+use aftercommit_operator::{Filter, When};
 
 /// What they can be found by.
 #[derive(Args)]

@@ -8,15 +8,14 @@ use serde_json::json;
 
 use super::who::WhoArgs;
 use super::{as_json, given_payload, header};
-use crate::admin;
 use crate::cli::servers::{NatsArgs, PostgresArgs};
 use crate::cli::{NamingArgs, start_logging};
-use crate::config::PostgresConfig;
-use crate::envelope::is_json;
-use crate::error::{Error, ErrorKind};
-use crate::outbox::RawEvent;
-use crate::text::plain;
-use crate::worker::{Provisioning, Start, provision as provision_all};
+use aftercommit_core::config::PostgresConfig;
+use aftercommit_core::envelope::is_json;
+use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_core::text::plain;
+use aftercommit_outbox::RawEvent;
+use aftercommit_worker::{Provisioning, Start, provision as provision_all};
 
 #[derive(Args)]
 pub(super) struct Migrate {
@@ -85,12 +84,12 @@ pub(super) struct Publish {
 
 pub(super) async fn migrate(command: Migrate) -> Result<String, Error> {
     if command.print {
-        return Ok(admin::migrations_sql());
+        return Ok(aftercommit_operator::migrations_sql());
     }
     start_logging();
     let config = command.postgres.config()?;
-    let applied = admin::migrate(&config).await?;
-    let corrected = admin::correct_ids(&config).await?;
+    let applied = aftercommit_operator::migrate(&config).await?;
+    let corrected = aftercommit_operator::correct_ids(&config).await?;
     if command.json {
         return as_json(&json!({ "applied": applied, "corrected": corrected }));
     }
@@ -102,11 +101,11 @@ pub(super) async fn migrate(command: Migrate) -> Result<String, Error> {
 }
 
 pub(super) async fn provision(command: Provision) -> Result<String, Error> {
-    let subscribers = command.config.as_deref().map(crate::worker::read_file).transpose()?;
+    let subscribers = command.config.as_deref().map(aftercommit_worker::read_file).transpose()?;
     let (nats, naming, postgres) = (command.nats.config()?, command.naming.config()?, command.postgres.config()?);
-    let mut changes = admin::provision(&nats, &naming).await?;
+    let mut changes = aftercommit_operator::provision(&nats, &naming).await?;
     if command.advisories {
-        changes.extend(admin::provision_advisories(&nats, &naming).await?);
+        changes.extend(aftercommit_operator::provision_advisories(&nats, &naming).await?);
     }
     if let Some(subscribers) = subscribers {
         let database = Some(&postgres).filter(|postgres| !postgres.url.is_empty());
@@ -131,7 +130,7 @@ async fn record(postgres: &PostgresConfig, who: &str, stream: &str, changes: &[S
     if postgres.url.is_empty() {
         return;
     }
-    if let Err(error) = admin::audit::provisioned(postgres, who, stream, changes).await {
+    if let Err(error) = aftercommit_operator::audit::provisioned(postgres, who, stream, changes).await {
         eprintln!("aftercommit: the audit trail has no entry of this: {}", plain(&error.report()));
     }
 }
@@ -151,6 +150,6 @@ pub(super) async fn publish(command: Publish) -> Result<String, Error> {
     for (name, value) in command.headers {
         event = event.header(name, value);
     }
-    let id = admin::publish(&command.postgres.config()?, event).await?;
+    let id = aftercommit_operator::publish(&command.postgres.config()?, event).await?;
     if command.json { as_json(&json!({ "event_id": id })) } else { Ok(format!("{id}\n")) }
 }

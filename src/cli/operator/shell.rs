@@ -8,7 +8,7 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 
 use crate::cli::{relay, worker};
-use crate::error::{Error, ErrorKind};
+use aftercommit_core::error::{Error, ErrorKind};
 
 #[derive(Args)]
 pub(super) struct Completions {

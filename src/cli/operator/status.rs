@@ -7,9 +7,9 @@ use std::time::Duration;
 use clap::Args;
 
 use super::as_json;
-use crate::admin::status::{Paint, screen, status};
 use crate::cli::servers::Servers;
-use crate::error::Error;
+use aftercommit_core::error::Error;
+use aftercommit_operator::status::{Paint, screen, status};
 
 /// Moves to the top of a terminal and clears what is below.
 const CLEAR: &str = "\u{1b}[H\u{1b}[2J";
@@ -39,7 +39,7 @@ pub(super) async fn run(command: Status) -> Result<(String, ExitCode), Error> {
         let text = match status(&postgres, &nats, &naming).await {
             Ok(status) => screen(&status, paint),
             // It may come back.
-            Err(error) => format!("{}\n", crate::text::plain(&error.report())),
+            Err(error) => format!("{}\n", aftercommit_core::text::plain(&error.report())),
         };
         let clear = if terminal { CLEAR } else { "" };
         if write!(std::io::stdout(), "{clear}{text}").and_then(|()| std::io::stdout().flush()).is_err() {

@@ -3,9 +3,9 @@
 use clap::{Args, Subcommand};
 
 use super::who::WhoArgs;
-use crate::admin::subscriber;
 use crate::cli::PostgresArgs;
-use crate::error::{Error, ErrorKind};
+use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_operator::subscriber;
 
 #[derive(Subcommand)]
 pub(super) enum Subscriber {

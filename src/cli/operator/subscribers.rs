@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::config::{Naming, NatsConfig};
-use crate::error::{Error, ErrorKind};
-use crate::reconciler::Subscription;
-use crate::worker::{Registry, read_file};
+use aftercommit_core::config::{Naming, NatsConfig};
+use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_core::subscription::Subscription;
+use aftercommit_worker::{Registry, read_file};
 
 /// Subscribers by name or by their definition.
 #[derive(Args)]

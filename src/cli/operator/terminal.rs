@@ -4,8 +4,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use chrono::{DateTime, Utc};
 
-use crate::text::is_harmless;
-pub(super) use crate::text::{counted, cut, plain};
+use aftercommit_core::text::is_harmless;
+pub(super) use aftercommit_core::text::{counted, cut, plain};
 
 /// A payload: text as it is, the rest in Base64.
 pub(super) fn payload(bytes: &[u8]) -> String {

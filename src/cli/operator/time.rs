@@ -3,7 +3,7 @@
 use chrono::{DateTime, NaiveDate, NaiveTime, SecondsFormat, Utc};
 use humantime::format_duration;
 
-use crate::admin::When;
+use aftercommit_operator::When;
 
 /// Reads `90m`, `2026-03-01T12:00:00Z` or `2026-03-01`, the last one as its first moment in UTC.
 pub(super) fn when(text: &str) -> Result<When, String> {

@@ -6,9 +6,9 @@ use super::as_json;
 use super::relay::tell_paused;
 use super::terminal::plain;
 use super::who::WhoArgs;
-use crate::admin::worker::{self, Resumed, Which};
 use crate::cli::PostgresArgs;
-use crate::error::Error;
+use aftercommit_core::error::Error;
+use aftercommit_operator::worker::{self, Resumed, Which};
 
 #[derive(Subcommand)]
 pub(super) enum Worker {

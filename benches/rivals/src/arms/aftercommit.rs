@@ -1,6 +1,6 @@
 //! aftercommit with its defaults.
 
-use aftercommit::admin;
+use aftercommit::operator;
 use aftercommit::relay::{Relay, RelayConfig};
 use tokio_util::sync::CancellationToken;
 
@@ -11,7 +11,7 @@ pub const INSERT: &str = "insert into aftercommit.outbox (event_id, type, key, p
      select gen_random_uuid(), 'bench', key, convert_to(payload::text, 'utf8'), 'application/json' from events";
 
 pub async fn migrate(scratch: &Scratch) -> anyhow::Result<()> {
-    admin::migrate(&scratch.postgres()).await?;
+    operator::migrate(&scratch.postgres()).await?;
     Ok(())
 }
 

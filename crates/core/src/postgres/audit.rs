@@ -1,0 +1,95 @@
+//! What operators did.
+
+use chrono::{DateTime, Utc};
+use serde_json::Value;
+use sqlx::Row;
+use sqlx::types::Json;
+use uuid::Uuid;
+
+use super::session::{Session, Tx};
+use super::time;
+
+/// Something that an operator does.
+#[derive(Debug, Clone)]
+pub struct Entry<'a> {
+    /// As the operator's tool was told, or found out.
+    pub who: &'a str,
+    /// Such as `relay pause`.
+    pub action: &'a str,
+    pub subscriber: Option<&'a str>,
+    pub event_id: Option<Uuid>,
+    /// An object; no payload that is still elsewhere.
+    pub detail: Value,
+}
+
+/// Writes it down, in the transaction that does it.
+pub async fn write(tx: &mut Tx<'_>, entry: &Entry<'_>) -> Result<(), sqlx::Error> {
+    sqlx::query("insert into aftercommit.audit (who, action, subscriber, event_id, detail) values ($1, $2, $3, $4, $5)")
+        .bind(entry.who)
+        .bind(entry.action)
+        .bind(entry.subscriber)
+        .bind(entry.event_id)
+        .bind(Json(&entry.detail))
+        .execute(tx)
+        .await
+        .map(drop)
+}
+
+/// Which rows are wanted; what is none does not matter.
+#[derive(Debug, Clone, Default)]
+pub struct Wanted<'a> {
+    pub event_id: Option<Uuid>,
+    pub subscriber: Option<&'a str>,
+    /// Those of the last so many seconds.
+    pub since: Option<f64>,
+    /// Those from this time on.
+    pub from: Option<DateTime<Utc>>,
+}
+
+/// Something that an operator did.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Done {
+    pub at: DateTime<Utc>,
+    pub who: String,
+    pub role: String,
+    pub action: String,
+    pub subscriber: Option<String>,
+    pub event_id: Option<Uuid>,
+    pub detail: Value,
+}
+
+/// The last `limit` of the wanted rows, the oldest first. What an event held is in the table only, never here.
+pub async fn list(connection: &mut Session, wanted: &Wanted<'_>, limit: i64) -> Result<Vec<Done>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select at, who, role, action, subscriber, event_id, detail
+           from (select id, at, who, role, action, subscriber, event_id,
+                        detail - 'payload_base64' - 'headers' as detail
+                   from aftercommit.audit
+                  where ($1::uuid is null or event_id = $1)
+                    and ($2::text is null or subscriber = $2)
+                    and ($3::float8 is null or at >= clock_timestamp() - make_interval(secs => $3))
+                    and ($5::timestamptz is null or at >= $5)
+                  order by id desc limit $4) as last
+          order by id",
+    )
+    .bind(wanted.event_id)
+    .bind(wanted.subscriber)
+    .bind(wanted.since)
+    .bind(limit)
+    .bind(wanted.from)
+    .fetch_all(connection)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Done {
+                at: time::at(row, 0)?,
+                who: row.try_get(1)?,
+                role: row.try_get(2)?,
+                action: row.try_get(3)?,
+                subscriber: row.try_get(4)?,
+                event_id: row.try_get(5)?,
+                detail: row.try_get(6)?,
+            })
+        })
+        .collect()
+}

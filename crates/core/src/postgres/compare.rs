@@ -1,0 +1,270 @@
+//! What a comparison of the outbox with its stream asks of the database.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+use uuid::Uuid;
+
+use super::session::Session;
+use super::snapshot::Mark;
+use super::time;
+use super::window;
+
+/// A row of the outbox that a message says it was made of.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Original {
+    pub event_id: Uuid,
+    pub event_type: String,
+    pub version: i32,
+    pub key: Option<String>,
+    pub content_type: String,
+    pub created_at: DateTime<Utc>,
+    pub headers: BTreeMap<String, String>,
+    /// None when it has another length than the message's.
+    pub payload: Option<Bytes>,
+}
+
+/// The rows with these ids, one for each, in the order of the question. Payloads are read only when they are as long as
+/// `lengths` says, so that what comes back is no larger than the messages.
+pub async fn originals(
+    connection: &mut Session,
+    ids: &[i64],
+    lengths: &[i32],
+) -> Result<Vec<Option<Original>>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select t.n, o.event_id, o.type, o.version, o.key, o.content_type, o.created_at,
+                case when o.headers <> '{}' then o.headers::text end,
+                case when octet_length(o.payload) = t.length then o.payload end
+           from unnest($1::bigint[], $2::integer[]) with ordinality as t(id, length, n)
+           join aftercommit.outbox o on o.id = t.id",
+    )
+    .bind(ids)
+    .bind(lengths)
+    .fetch_all(connection)
+    .await?;
+    let mut originals = vec![None; ids.len()];
+    for row in &rows {
+        let n = usize::try_from(row.try_get::<i64, _>(0)? - 1).unwrap_or_default();
+        if let Some(place) = originals.get_mut(n) {
+            *place = Some(original(row)?);
+        }
+    }
+    Ok(originals)
+}
+
+fn original(row: &PgRow) -> Result<Original, sqlx::Error> {
+    Ok(Original {
+        event_id: row.try_get(1)?,
+        event_type: row.try_get(2)?,
+        version: row.try_get(3)?,
+        key: row.try_get(4)?,
+        content_type: row.try_get(5)?,
+        created_at: time::at(row, 6)?,
+        headers: window::read_headers(row.try_get(7)?)?,
+        payload: row.try_get::<Option<Vec<u8>>, _>(8)?.map(Bytes::from),
+    })
+}
+
+/// What lies before it may have been removed from the outbox because it was old.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Horizon {
+    /// Id and time of the first row that is there by its age; none when the outbox is empty.
+    pub first: Option<(i64, DateTime<Utc>)>,
+    /// The last id that was given out.
+    pub last_id: i64,
+}
+
+/// Read after a row was not found.
+pub async fn horizon(connection: &mut Session) -> Result<Horizon, sqlx::Error> {
+    let first: Option<(i64, time::Time)> = sqlx::query_as(
+        "select id, created_at from aftercommit.outbox o
+          where not exists (select from aftercommit.parked p where p.outbox_id = o.id and p.state in ('parked', 'released'))
+            and not exists (select from aftercommit.repair r where r.outbox_id = o.id and r.state = 'queued')
+          order by id limit 1",
+    )
+    .fetch_optional(&mut *connection)
+    .await?;
+    let last_id =
+        sqlx::query_scalar("select case when is_called then last_value else 0 end from aftercommit.outbox_id_seq")
+            .fetch_one(connection)
+            .await?;
+    Ok(Horizon { first: first.map(|(id, time)| (id, time.0)), last_id })
+}
+
+/// A row of the outbox that was not found in the stream where it should be.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Absent {
+    pub id: i64,
+    pub event_id: Uuid,
+    pub event_type: String,
+    pub key: Option<String>,
+    pub age: Duration,
+    /// What became of it when it was parked, and where it is then.
+    pub parked: Option<(String, Option<u64>)>,
+    /// The same of its repair.
+    pub repair: Option<(String, Option<u64>)>,
+}
+
+/// What is known of these rows, in the order of ids.
+pub async fn absent(connection: &mut Session, ids: &[i64]) -> Result<Vec<Absent>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select o.id, o.event_id, o.type, o.key,
+                greatest(extract(epoch from clock_timestamp()) - extract(epoch from o.created_at), 0)::float8,
+                p.state, p.sequence, r.state, r.sequence
+           from unnest($1::bigint[]) as t(id)
+           join aftercommit.outbox o on o.id = t.id
+           left join aftercommit.parked p on p.outbox_id = o.id
+           left join aftercommit.repair r on r.outbox_id = o.id
+          order by o.id",
+    )
+    .bind(ids)
+    .fetch_all(connection)
+    .await?;
+    let place = |row: &PgRow, at: usize| -> Result<_, sqlx::Error> {
+        let Some(state) = row.try_get::<Option<String>, _>(at)? else { return Ok(None) };
+        Ok(Some((state, row.try_get::<Option<i64>, _>(at + 1)?.map(i64::cast_unsigned))))
+    };
+    rows.iter()
+        .map(|row| {
+            Ok(Absent {
+                id: row.try_get(0)?,
+                event_id: row.try_get(1)?,
+                event_type: row.try_get(2)?,
+                key: row.try_get(3)?,
+                age: time::span(row.try_get(4)?),
+                parked: place(row, 5)?,
+                repair: place(row, 7)?,
+            })
+        })
+        .collect()
+}
+
+/// The ids of the outbox behind `after` and up to `to`, `limit` at most, whatever the relay's marks say of them.
+pub async fn listed(connection: &mut Session, after: i64, to: i64, limit: i64) -> Result<Vec<i64>, sqlx::Error> {
+    sqlx::query_scalar("select id from aftercommit.outbox where id > $1 and id <= $2 order by id limit $3")
+        .bind(after)
+        .bind(to)
+        .bind(limit)
+        .fetch_all(connection)
+        .await
+}
+
+/// Those behind `after` that a mark counts as settled, `limit` at most.
+pub async fn held(connection: &mut Session, mark: &Mark, after: i64, limit: i64) -> Result<Vec<i64>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select id from aftercommit.outbox
+          where id > $1 and id <= $2 and (id <= $5 or pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot)))
+          order by id limit $4",
+    )
+    .bind(after)
+    .bind(mark.last_id)
+    .bind(mark.snapshot.to_string())
+    .bind(limit)
+    .bind(mark.floor)
+    .fetch_all(connection)
+    .await
+}
+
+/// Those of these ids that a mark counts as settled.
+pub async fn held_of(connection: &mut Session, mark: &Mark, ids: &[i64]) -> Result<Vec<i64>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select id from aftercommit.outbox
+          where id = any($1) and id <= $2 and (id <= $4 or pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot)))
+          order by id",
+    )
+    .bind(ids)
+    .bind(mark.last_id)
+    .bind(mark.snapshot.to_string())
+    .bind(mark.floor)
+    .fetch_all(connection)
+    .await
+}
+
+/// The next ids behind `after` of events that were published out of the outbox's order between two sequences, as far as
+/// the outbox still has them.
+pub async fn placed(
+    connection: &mut Session,
+    behind: u64,
+    up_to: u64,
+    after: i64,
+    limit: i64,
+) -> Result<Vec<(i64, Uuid)>, sqlx::Error> {
+    sqlx::query_as(
+        "select o.id, o.event_id
+           from (select outbox_id from aftercommit.repair
+                  where state = 'published' and sequence > $1 and sequence <= $2
+                 union
+                 select outbox_id from aftercommit.parked p
+                  where state = 'published' and sequence > $1 and sequence <= $2
+                    and not exists (select from aftercommit.repair r where r.outbox_id = p.outbox_id)) as placed
+           join aftercommit.outbox o on o.id = placed.outbox_id
+          where o.id > $3 order by o.id limit $4",
+    )
+    .bind(behind.cast_signed())
+    .bind(up_to.cast_signed())
+    .bind(after)
+    .bind(limit)
+    .fetch_all(connection)
+    .await
+}
+
+/// Settles the open findings of a kind about events that `mark` does not hold: what they say has to be looked at again.
+pub async fn forget_behind(
+    connection: &mut Session,
+    reconciler: &str,
+    kind: &str,
+    mark: &Mark,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update aftercommit.finding f set state = 'gone', settled_at = clock_timestamp()
+           from aftercommit.outbox o
+          where f.name = $1 and f.kind = $2 and f.state = 'open' and o.id = f.outbox_id and o.id > $3
+            and (o.id > $4 or not pg_visible_in_snapshot(o.xid, $5::text::pg_snapshot))",
+    )
+    .bind(reconciler)
+    .bind(kind)
+    .bind(mark.floor)
+    .bind(mark.last_id)
+    .bind(mark.snapshot.to_string())
+    .execute(connection)
+    .await
+    .map(drop)
+}
+
+/// An event that has been parked for long.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LongParked {
+    pub outbox_id: i64,
+    pub event_id: Uuid,
+    pub key: Option<String>,
+    pub reason: String,
+    pub for_seconds: f64,
+}
+
+/// The events that have been parked for longer than `limit`, the first thousand.
+pub async fn parked_longer(connection: &mut Session, limit: Duration) -> Result<Vec<LongParked>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select outbox_id, event_id, key, reason, (extract(epoch from clock_timestamp()) - extract(epoch from parked_at))::float8
+           from aftercommit.parked
+          where state = 'parked' and code is not null and parked_at < clock_timestamp() - make_interval(secs => $1)
+          order by outbox_id limit 1000",
+    )
+    .bind(limit.as_secs_f64())
+    .fetch_all(connection)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(LongParked {
+                outbox_id: row.try_get(0)?,
+                event_id: row.try_get(1)?,
+                key: row.try_get(2)?,
+                reason: row.try_get(3)?,
+                for_seconds: row.try_get(4)?,
+            })
+        })
+        .collect()
+}

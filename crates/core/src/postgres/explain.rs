@@ -1,0 +1,316 @@
+//! What a database knows of one event.
+
+use std::collections::{HashMap, HashSet};
+
+use chrono::{DateTime, Utc};
+use sqlx::Row;
+use uuid::Uuid;
+
+use super::session::Session;
+use super::time;
+
+/// An event as the outbox has it, without its payload.
+#[derive(Debug, Clone)]
+pub struct Written {
+    pub id: i64,
+    pub xid: u64,
+    pub event_type: String,
+    pub version: i32,
+    pub key: Option<String>,
+    pub content_type: String,
+    pub payload_bytes: i32,
+    pub created_at: DateTime<Utc>,
+}
+
+/// The event's row in the outbox; none when it was never committed, or was removed.
+pub async fn written(connection: &mut Session, event: Uuid) -> Result<Option<Written>, sqlx::Error> {
+    let row = sqlx::query(
+        "select id, xid::text, type, version, key, content_type, octet_length(payload), created_at
+           from aftercommit.outbox where event_id = $1",
+    )
+    .bind(event)
+    .fetch_optional(connection)
+    .await?;
+    row.map(|row| {
+        Ok(Written {
+            id: row.try_get(0)?,
+            xid: row.try_get::<&str, _>(1)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
+            event_type: row.try_get(2)?,
+            version: row.try_get(3)?,
+            key: row.try_get(4)?,
+            content_type: row.try_get(5)?,
+            payload_bytes: row.try_get(6)?,
+            created_at: time::at(&row, 7)?,
+        })
+    })
+    .transpose()
+}
+
+/// The payload in the outbox.
+pub async fn payload(connection: &mut Session, event: Uuid) -> Result<Option<Vec<u8>>, sqlx::Error> {
+    sqlx::query_scalar("select payload from aftercommit.outbox where event_id = $1")
+        .bind(event)
+        .fetch_optional(connection)
+        .await
+}
+
+/// An event that was set aside, whatever became of it.
+#[derive(Debug, Clone)]
+pub struct Aside {
+    pub reason: String,
+    pub state: String,
+    pub parked_at: DateTime<Utc>,
+    pub changed_at: DateTime<Utc>,
+    /// Where it was published in the end.
+    pub sequence: Option<i64>,
+}
+
+/// Whether the event was set aside.
+pub async fn aside(connection: &mut Session, event: Uuid) -> Result<Option<Aside>, sqlx::Error> {
+    let row = sqlx::query(
+        "select reason, state, parked_at, changed_at, sequence from aftercommit.parked where event_id = $1",
+    )
+    .bind(event)
+    .fetch_optional(connection)
+    .await?;
+    row.map(|row| {
+        Ok(Aside {
+            reason: row.try_get(0)?,
+            state: row.try_get(1)?,
+            parked_at: time::at(&row, 2)?,
+            changed_at: time::at(&row, 3)?,
+            sequence: row.try_get(4)?,
+        })
+    })
+    .transpose()
+}
+
+/// An event that a reconciler found missing in the stream.
+#[derive(Debug, Clone)]
+pub struct Repair {
+    pub state: String,
+    pub queued_at: DateTime<Utc>,
+    pub published_at: Option<DateTime<Utc>>,
+    /// Where it is in the stream now.
+    pub sequence: Option<i64>,
+    /// Why the stream does not take it.
+    pub reason: Option<String>,
+}
+
+/// Whether the event was found missing in the stream, and what became of that.
+pub async fn repair(connection: &mut Session, event: Uuid) -> Result<Option<Repair>, sqlx::Error> {
+    let row = sqlx::query(
+        "select state, queued_at, published_at, sequence, reason from aftercommit.repair
+          where outbox_id = (select id from aftercommit.outbox where event_id = $1)",
+    )
+    .bind(event)
+    .fetch_optional(connection)
+    .await?;
+    row.map(|row| {
+        Ok(Repair {
+            state: row.try_get(0)?,
+            queued_at: time::at(&row, 1)?,
+            published_at: time::maybe_at(&row, 2)?,
+            sequence: row.try_get(3)?,
+            reason: row.try_get(4)?,
+        })
+    })
+    .transpose()
+}
+
+/// What subscribers have, or will run, of the event: their dead letters' and redriven rows' payloads.
+pub async fn held_payloads(connection: &mut Session, event: Uuid) -> Result<Vec<(String, Vec<u8>)>, sqlx::Error> {
+    sqlx::query_as(
+        "select subscriber, payload from aftercommit.dead_letter where event_id = $1
+         union all
+         select subscriber, payload from aftercommit.redrive where event_id = $1",
+    )
+    .bind(event)
+    .fetch_all(connection)
+    .await
+}
+
+/// Where the relay's log says that an event lies in `stream`: behind the first sequence, and not behind the second one
+/// once it is settled.
+pub async fn bounds(
+    connection: &mut Session,
+    stream: &str,
+    written: &Written,
+) -> Result<(Option<i64>, Option<i64>), sqlx::Error> {
+    sqlx::query_as(
+        "with state as (
+            select seq, base_sequence,
+                   $2 <= settled_floor
+                   or ($2 <= settled_id and pg_visible_in_snapshot($3::text::xid8, settled)) as settled
+              from aftercommit.relay_log where stream = $1)
+         select (select base_sequence from state where not settled order by seq desc limit 1),
+                (select base_sequence from state where settled order by seq limit 1)",
+    )
+    .bind(stream)
+    .bind(written.id)
+    .bind(written.xid.to_string())
+    .fetch_one(connection)
+    .await
+}
+
+/// What a subscriber's database knows of the event at one subscriber.
+#[derive(Debug, Clone)]
+pub struct AtSubscriber {
+    pub subscriber: String,
+    pub done: Option<Done>,
+    pub failing: Option<Failing>,
+    pub letter: Option<Letter>,
+    /// When an operator sent it back, and who; it has not run since.
+    pub redrive: Option<(DateTime<Utc>, String)>,
+    /// The active worker runs it at present.
+    pub running: bool,
+}
+
+/// The subscriber is done with the event.
+#[derive(Debug, Clone)]
+pub struct Done {
+    pub outcome: String,
+    pub at: DateTime<Utc>,
+    pub stream_seq: i64,
+}
+
+/// Attempts have failed, and there will be more.
+#[derive(Debug, Clone)]
+pub struct Failing {
+    pub attempts: i32,
+    pub crashes: i32,
+    pub last_error: String,
+    pub first_failed_at: DateTime<Utc>,
+    pub last_failed_at: DateTime<Utc>,
+    /// When the next attempt begins; none when that is not on record.
+    pub retry_at: Option<DateTime<Utc>>,
+}
+
+/// The subscriber gave up.
+#[derive(Debug, Clone)]
+pub struct Letter {
+    pub id: i64,
+    pub reason: String,
+    pub attempts: i32,
+    pub first_failed_at: DateTime<Utc>,
+    pub dead_at: DateTime<Utc>,
+    pub stream: String,
+    pub stream_seq: i64,
+}
+
+/// What this database knows of the event, by subscriber.
+pub async fn at_subscribers(connection: &mut Session, event: Uuid) -> Result<Vec<AtSubscriber>, sqlx::Error> {
+    let rows = sqlx::query(
+        "with running as (
+            select r.subscriber from aftercommit.running r
+              join aftercommit.lease l on l.name = 'subscriber:' || r.subscriber and l.epoch = r.epoch
+             where $1 = any(r.events) and l.expires_at > clock_timestamp()),
+         attempt as (
+            select * from aftercommit.attempt
+             where event_id = $1 and attempts + crashes + sessions_lost + database_crashes > 0),
+         name as (
+            select subscriber from aftercommit.inbox where event_id = $1
+             union select subscriber from attempt
+             union select subscriber from aftercommit.dead_letter where event_id = $1
+             union select subscriber from aftercommit.redrive where event_id = $1
+             union select subscriber from running)
+         select name.subscriber, i.outcome, i.handled_at, i.stream_seq,
+                a.attempts, a.crashes, a.last_error, a.first_failed_at, a.last_failed_at,
+                d.id, d.reason, d.attempts, d.first_failed_at, d.dead_at, d.stream, d.stream_seq,
+                r.requested_at, r.requested_by, exists (select from running where running.subscriber = name.subscriber),
+                (select f.retry_at from aftercommit.failure f
+                  where f.subscriber = name.subscriber and f.event_id = $1 and f.attempt = a.attempts
+                  order by f.at desc limit 1)
+           from name
+           left join aftercommit.inbox i on i.subscriber = name.subscriber and i.event_id = $1
+           left join attempt a on a.subscriber = name.subscriber
+           left join aftercommit.dead_letter d on d.subscriber = name.subscriber and d.event_id = $1
+           left join aftercommit.redrive r on r.subscriber = name.subscriber and r.event_id = $1
+          order by 1",
+    )
+    .bind(event)
+    .fetch_all(connection)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            let done = match row.try_get(1)? {
+                Some(outcome) => Some(Done { outcome, at: time::at(row, 2)?, stream_seq: row.try_get(3)? }),
+                None => None,
+            };
+            let failing = match row.try_get(4)? {
+                Some(attempts) => Some(Failing {
+                    attempts,
+                    crashes: row.try_get(5)?,
+                    last_error: row.try_get(6)?,
+                    first_failed_at: time::at(row, 7)?,
+                    last_failed_at: time::at(row, 8)?,
+                    retry_at: time::maybe_at(row, 19)?,
+                }),
+                None => None,
+            };
+            let letter = match row.try_get(9)? {
+                Some(id) => Some(Letter {
+                    id,
+                    reason: row.try_get(10)?,
+                    attempts: row.try_get(11)?,
+                    first_failed_at: time::at(row, 12)?,
+                    dead_at: time::at(row, 13)?,
+                    stream: row.try_get(14)?,
+                    stream_seq: row.try_get(15)?,
+                }),
+                None => None,
+            };
+            let redrive = match time::maybe_at(row, 16)? {
+                Some(at) => Some((at, row.try_get(17)?)),
+                None => None,
+            };
+            Ok(AtSubscriber { subscriber: row.try_get(0)?, done, failing, letter, redrive, running: row.try_get(18)? })
+        })
+        .collect()
+}
+
+/// What a subscriber's database knows of some events.
+#[derive(Debug, Clone, Default)]
+pub struct Known {
+    /// The subscriber is done with these.
+    pub done: HashSet<Uuid>,
+    /// Of these attempts have failed.
+    pub failing: HashMap<Uuid, KnownFailing>,
+}
+
+/// What is known of an event whose attempts have failed.
+#[derive(Debug, Clone)]
+pub struct KnownFailing {
+    pub attempts: i32,
+    pub last_error: String,
+    /// When the next attempt begins; none when that is not on record.
+    pub retry_at: Option<DateTime<Utc>>,
+}
+
+/// What a subscriber is done with of `events`, and what fails.
+pub async fn known(connection: &mut Session, subscriber: &str, events: &[Uuid]) -> Result<Known, sqlx::Error> {
+    let rows = sqlx::query(
+        "select e.event_id, i.event_id is not null, a.attempts, a.last_error,
+                (select f.retry_at from aftercommit.failure f
+                  where f.subscriber = $1 and f.event_id = e.event_id and f.attempt = a.attempts
+                  order by f.at desc limit 1)
+           from unnest($2::uuid[]) as e(event_id)
+           left join aftercommit.inbox i on i.subscriber = $1 and i.event_id = e.event_id
+           left join aftercommit.attempt a on a.subscriber = $1 and a.event_id = e.event_id and a.attempts > 0",
+    )
+    .bind(subscriber)
+    .bind(events)
+    .fetch_all(connection)
+    .await?;
+    let mut known = Known::default();
+    for row in &rows {
+        let event = row.try_get(0)?;
+        if row.try_get(1)? {
+            known.done.insert(event);
+        }
+        if let (Some(attempts), Some(last_error)) = (row.try_get(2)?, row.try_get(3)?) {
+            known.failing.insert(event, KnownFailing { attempts, last_error, retry_at: time::maybe_at(row, 4)? });
+        }
+    }
+    Ok(known)
+}

@@ -1,0 +1,81 @@
+//! What operators have switched off.
+
+use chrono::{DateTime, Utc};
+use sqlx::postgres::PgRow;
+use sqlx::{PgExecutor, Row};
+
+use super::session::{Session, Tx};
+use super::time;
+
+/// Whether any of these names is paused.
+pub async fn is_paused(connection: &mut Session, names: &[&str]) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("select exists (select from aftercommit.pause where name = any($1))")
+        .bind(names)
+        .fetch_one(connection)
+        .await
+}
+
+/// Pauses, and returns the pause that was there already. With a reason, that one gets it, and who gave it.
+pub async fn pause(tx: &mut Tx<'_>, name: &str, who: &str, reason: Option<&str>) -> Result<Option<Pause>, sqlx::Error> {
+    let new = sqlx::query("insert into aftercommit.pause (name, reason) values ($1, $2) on conflict do nothing")
+        .bind(name)
+        .bind(reason)
+        .execute(&mut *tx)
+        .await?
+        .rows_affected()
+        == 1;
+    let before =
+        sqlx::query("select name, paused_at, paused_by, reason from aftercommit.pause where name = $1 for update")
+            .bind(name)
+            .fetch_optional(&mut *tx)
+            .await?;
+    sqlx::query(
+        "update aftercommit.pause set paused_by = $2, reason = $3
+          where name = $1 and ($4 or ($3 is not null and reason is distinct from $3))",
+    )
+    .bind(name)
+    .bind(who)
+    .bind(reason)
+    .bind(new)
+    .execute(tx)
+    .await?;
+    before.as_ref().filter(|_| !new).map(read).transpose()
+}
+
+/// Resumes. False when it was not paused.
+pub async fn resume(connection: impl PgExecutor<'_>, name: &str) -> Result<bool, sqlx::Error> {
+    let done = sqlx::query("delete from aftercommit.pause where name = $1").bind(name).execute(connection).await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Something that is switched off.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pause {
+    pub name: String,
+    pub since: DateTime<Utc>,
+    pub by: String,
+    pub reason: Option<String>,
+}
+
+/// The first of these names that is paused.
+pub async fn first(connection: &mut Session, names: &[&str]) -> Result<Option<Pause>, sqlx::Error> {
+    let row = sqlx::query(
+        "select name, paused_at, paused_by, reason from aftercommit.pause where name = any($1) order by name limit 1",
+    )
+    .bind(names)
+    .fetch_optional(connection)
+    .await?;
+    row.as_ref().map(read).transpose()
+}
+
+/// All that is switched off, by name.
+pub async fn list(connection: impl PgExecutor<'_>) -> Result<Vec<Pause>, sqlx::Error> {
+    let rows = sqlx::query("select name, paused_at, paused_by, reason from aftercommit.pause order by name")
+        .fetch_all(connection)
+        .await?;
+    rows.iter().map(read).collect()
+}
+
+fn read(row: &PgRow) -> Result<Pause, sqlx::Error> {
+    Ok(Pause { name: row.try_get(0)?, since: time::at(row, 1)?, by: row.try_get(2)?, reason: row.try_get(3)? })
+}

@@ -1,0 +1,109 @@
+//! Events that an operator sent back to a subscriber: they run from their rows here, not from the stream.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+use sqlx::postgres::PgRow;
+use sqlx::types::Json;
+use sqlx::{Row, query, query_scalar};
+use uuid::Uuid;
+
+use crate::envelope::Envelope;
+
+use super::session::{Session, Tx};
+use super::time;
+
+/// A row that waits, without its event.
+#[derive(Debug)]
+pub struct Waiting {
+    pub id: i64,
+    pub event_id: Uuid,
+    pub key: Option<String>,
+}
+
+/// The event of a row.
+#[derive(Debug)]
+pub struct Redriven {
+    pub id: i64,
+    /// None when the rows before it were too large together for it to be read too.
+    pub event: Option<Envelope>,
+    pub stream: String,
+    pub stream_seq: i64,
+}
+
+/// The first rows of a subscriber behind the row `after`, by their ids.
+pub async fn waiting(
+    connection: &mut Session,
+    subscriber: &str,
+    after: i64,
+    limit: i64,
+) -> Result<Vec<Waiting>, sqlx::Error> {
+    let rows = query(
+        "select id, event_id, key from aftercommit.redrive where subscriber = $1 and id > $2 order by id limit $3",
+    )
+    .bind(subscriber)
+    .bind(after)
+    .bind(limit)
+    .fetch_all(connection)
+    .await?;
+    rows.iter()
+        .map(|row| Ok(Waiting { id: row.try_get(0)?, event_id: row.try_get(1)?, key: row.try_get(2)? }))
+        .collect()
+}
+
+/// Reads the events of rows, by their ids: at least one, and as many as begin within `max_bytes` of payload. Rows that
+/// are gone are left out.
+pub async fn read(connection: &mut Session, ids: &[i64], max_bytes: usize) -> Result<Vec<Redriven>, sqlx::Error> {
+    let rows = query(
+        "select id, event_id, type, version, key, source, time, sequence, headers,
+                case when bytes_before < $2 then payload end, content_type, stream, stream_seq
+           from (select *, sum(octet_length(payload)) over (order by id) - octet_length(payload) as bytes_before
+                   from aftercommit.redrive where id = any($1)) as wanted
+          order by id",
+    )
+    .bind(ids)
+    .bind(i64::try_from(max_bytes).unwrap_or(i64::MAX))
+    .fetch_all(connection)
+    .await?;
+    rows.iter().map(redriven).collect()
+}
+
+fn redriven(row: &PgRow) -> Result<Redriven, sqlx::Error> {
+    let payload: Option<Vec<u8>> = row.try_get(9)?;
+    let event = match payload {
+        Some(payload) => Some(Envelope {
+            id: row.try_get::<Uuid, _>(1)?.into(),
+            event_type: row.try_get(2)?,
+            version: row.try_get::<i32, _>(3)?.try_into().unwrap_or(0),
+            key: row.try_get(4)?,
+            source: row.try_get(5)?,
+            time: time::at(row, 6)?,
+            sequence: row.try_get::<Option<i64>, _>(7)?.unwrap_or(0),
+            headers: headers(row.try_get::<Json<Value>, _>(8)?.0),
+            content_type: row.try_get(10)?,
+            payload: payload.into(),
+            replaces: Vec::new(),
+        }),
+        None => None,
+    };
+    Ok(Redriven { id: row.try_get(0)?, event, stream: row.try_get(11)?, stream_seq: row.try_get(12)? })
+}
+
+/// Headers are text; whatever else an operator's edit made of one is shown as JSON, so that no row is unreadable.
+fn headers(value: Value) -> BTreeMap<String, String> {
+    let Value::Object(headers) = value else { return BTreeMap::new() };
+    let text = |value| match value {
+        Value::String(text) => text,
+        other => other.to_string(),
+    };
+    headers.into_iter().map(|(name, value)| (name, text(value))).collect()
+}
+
+/// Removes rows and returns the ids of those that were still there; only their events may run in this transaction.
+/// Waits for another transaction that is doing the same.
+pub async fn take(tx: &mut Tx<'_>, ids: &[i64]) -> Result<Vec<i64>, sqlx::Error> {
+    query_scalar("delete from aftercommit.redrive where id operator(pg_catalog.=) any($1) returning id")
+        .bind(ids)
+        .fetch_all(tx)
+        .await
+}

@@ -1,0 +1,251 @@
+//! Reading the outbox: is there anything new, and single events. [`Walk`] reads the rows of a window.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+use uuid::Uuid;
+
+use super::session::Session;
+use super::snapshot::{Mark, xids};
+use super::time;
+use super::walk::Walk;
+use crate::digest::{Contents, Digest};
+use crate::envelope::Envelope;
+
+/// Rows of new transactions that a look goes through for low ids. More ids than that move the mark.
+const LATE: i64 = 2000;
+
+/// An event of the outbox.
+#[derive(Clone)]
+pub struct OutboxEvent {
+    pub id: i64,
+    pub event_id: Uuid,
+    pub event_type: String,
+    pub version: i32,
+    pub key: Option<String>,
+    pub content_type: String,
+    pub created_at: DateTime<Utc>,
+    /// Headers and payload; none when they are so large that they are read one by one, see [`body`].
+    pub body: Option<Body>,
+}
+
+/// The part of an event that can be large.
+#[derive(Clone)]
+pub struct Body {
+    pub headers: BTreeMap<String, String>,
+    pub payload: Bytes,
+}
+
+/// What a look at the outbox found.
+#[derive(Debug)]
+pub struct Look {
+    /// A row that the mark does not hold can be read.
+    pub news: bool,
+    /// The last id that was handed out.
+    pub last_id: i64,
+    /// Whether ids are handed out one by one, each higher than the last.
+    pub orderly: bool,
+}
+
+/// Looks for rows that a mark does not hold, at a cost that depends on what is new since the last look.
+#[derive(Debug)]
+pub struct Watch {
+    mark: Mark,
+    /// The transactions of which low ids may still come to light.
+    running: Vec<String>,
+}
+
+impl Watch {
+    pub fn new(mark: &Mark) -> Self {
+        Self { mark: mark.clone(), running: xids(mark.running()) }
+    }
+
+    /// Whether it looks behind this mark.
+    pub fn is_of(&self, mark: &Mark) -> bool {
+        self.mark == *mark
+    }
+
+    /// Looks. Each branch is written so that just one index can serve it, and that reads one row of it, whatever plan is
+    /// made: the limit and the order rule out reading everything.
+    pub async fn look(&mut self, connection: &mut Session) -> Result<Look, sqlx::Error> {
+        let row = sqlx::query(
+            "with ended as materialized (
+                 select xid from unnest($2::text[]::xid8[]) as t(xid)
+                  where pg_visible_in_snapshot(t.xid, pg_current_snapshot())
+             )
+             select exists (select from (select from aftercommit.outbox where id > $1 order by id limit 1) as new)
+                 or exists (
+                    select from ended t
+                     where exists (select from (
+                            select from aftercommit.outbox o
+                             where (o.xid, o.id) > (t.xid, $3) and (o.xid, o.id) <= (t.xid, $1)
+                             order by o.xid, o.id limit 1) as straggler))
+                 or exists (
+                    select from (
+                            select o.id from aftercommit.outbox o where (o.xid, o.id) > ($4::text::xid8, $3)
+                             order by o.xid, o.id limit $5) as late
+                     where id > $3 and id <= $1),
+                    (select case when is_called then last_value else 0 end from aftercommit.outbox_id_seq),
+                    (select seqcache = 1 and seqincrement = 1 and not seqcycle from pg_sequence
+                      where seqrelid = 'aftercommit.outbox_id_seq'::regclass),
+                    array(select xid::text from ended)",
+        )
+        .bind(self.mark.last_id)
+        .bind(&self.running)
+        .bind(self.mark.floor)
+        .bind(self.mark.next_xid.to_string())
+        .bind(LATE)
+        .fetch_one(connection)
+        .await?;
+        let look = Look { news: row.try_get(0)?, last_id: row.try_get(1)?, orderly: row.try_get(2)? };
+        let ended: Vec<String> = row.try_get(3)?;
+        if !look.news && !ended.is_empty() {
+            // They wrote nothing, and will not.
+            let ended: HashSet<String> = ended.into_iter().collect();
+            self.running.retain(|xid| !ended.contains(xid));
+        }
+        Ok(look)
+    }
+}
+
+/// The ids of a window's rows behind `after`, `limit` at most, without reading more of them.
+pub async fn ids(
+    connection: &mut Session,
+    settled: &Mark,
+    target: &Mark,
+    after: i64,
+    limit: i64,
+) -> Result<Vec<i64>, sqlx::Error> {
+    let limit = usize::try_from(limit).unwrap_or_default();
+    Walk::new(settled.clone(), target.clone(), after).next(connection, limit).await
+}
+
+/// These events, in the order of their ids; those that are there.
+pub async fn some(connection: &mut Session, ids: &[i64]) -> Result<Vec<OutboxEvent>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select id, event_id, type, version, key, content_type, created_at,
+                case when not large and headers <> '{}' then headers::text end, case when not large then payload end
+           from (select *, octet_length(payload) + pg_column_size(headers) > 4096 as large
+                   from aftercommit.outbox where id = any($1)) as picked
+          order by id",
+    )
+    .bind(ids)
+    .fetch_all(connection)
+    .await?;
+    rows.iter().map(event).collect()
+}
+
+/// Headers and payload of a large event.
+pub async fn body(connection: &mut Session, id: i64) -> Result<Body, sqlx::Error> {
+    let row = sqlx::query("select headers::text, payload from aftercommit.outbox where id = $1")
+        .bind(id)
+        .fetch_one(connection)
+        .await?;
+    read_body(row.try_get(0)?, row.try_get(1)?)
+}
+
+/// The event as it travels; headers and payload of a large one are read here.
+pub async fn envelope(connection: &mut Session, row: OutboxEvent, source: &str) -> Result<Envelope, sqlx::Error> {
+    let body = match row.body {
+        Some(body) => body,
+        None => self::body(connection, row.id).await?,
+    };
+    Ok(Envelope {
+        id: row.event_id.into(),
+        event_type: row.event_type,
+        version: row.version.unsigned_abs(),
+        key: row.key,
+        source: source.to_string(),
+        time: row.created_at,
+        sequence: row.id,
+        headers: body.headers,
+        content_type: row.content_type,
+        payload: body.payload,
+        replaces: Vec::new(),
+    })
+}
+
+/// A row of the outbox that a message of the stream was made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Known {
+    pub id: i64,
+    pub xid: u64,
+    /// Of what the event is made of: a message with its ids and another digest is a forgery.
+    pub digest: Digest,
+}
+
+/// Which of these events the outbox has, each with the outbox id that is given for it.
+pub async fn known(
+    connection: &mut Session,
+    event_ids: &[Uuid],
+    ids: &[i64],
+) -> Result<HashMap<(Uuid, i64), Known>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select o.event_id, o.id, o.xid::text, o.type, o.version, o.key, o.content_type, o.created_at,
+                case when o.headers <> '{}' then o.headers::text end, sha256(o.payload)
+           from unnest($1::uuid[], $2::bigint[]) as t(event_id, id)
+           join aftercommit.outbox o on o.id = t.id and o.event_id = t.event_id
+          where aftercommit.reads_up_to(pg_current_snapshot())",
+    )
+    .bind(event_ids)
+    .bind(ids)
+    .fetch_all(connection)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            let (event_id, id): (Uuid, i64) = (row.try_get(0)?, row.try_get(1)?);
+            let xid = row.try_get::<&str, _>(2)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
+            let digest = Digest::of(&Contents {
+                event_type: row.try_get(3)?,
+                version: row.try_get::<i32, _>(4)?.unsigned_abs(),
+                key: row.try_get(5)?,
+                content_type: row.try_get(6)?,
+                time: row.try_get(7)?,
+                headers: &read_headers(row.try_get(8)?)?,
+                payload: row.try_get(9)?,
+            });
+            Ok(((event_id, id), Known { id, xid, digest }))
+        })
+        .collect()
+}
+
+/// The outbox's first id and when it was written; what came before has been removed.
+pub async fn first(connection: &mut Session) -> Result<Option<(i64, DateTime<Utc>)>, sqlx::Error> {
+    let first: Option<(i64, time::Time)> =
+        sqlx::query_as("select id, created_at from aftercommit.outbox order by id limit 1")
+            .fetch_optional(connection)
+            .await?;
+    Ok(first.map(|(id, time)| (id, time.0)))
+}
+
+pub(super) fn event(row: &PgRow) -> Result<OutboxEvent, sqlx::Error> {
+    let payload: Option<Vec<u8>> = row.try_get(8)?;
+    let body = match payload {
+        Some(payload) => Some(read_body(row.try_get(7)?, payload)?),
+        None => None,
+    };
+    Ok(OutboxEvent {
+        id: row.try_get(0)?,
+        event_id: row.try_get(1)?,
+        event_type: row.try_get(2)?,
+        version: row.try_get(3)?,
+        key: row.try_get(4)?,
+        content_type: row.try_get(5)?,
+        created_at: time::at(row, 6)?,
+        body,
+    })
+}
+
+fn read_body(headers: Option<&str>, payload: Vec<u8>) -> Result<Body, sqlx::Error> {
+    Ok(Body { headers: read_headers(headers)?, payload: payload.into() })
+}
+
+/// Headers as they were read; none stand for an empty object.
+pub(super) fn read_headers(headers: Option<&str>) -> Result<BTreeMap<String, String>, sqlx::Error> {
+    headers.map_or(Ok(BTreeMap::new()), |headers| {
+        serde_json::from_str(headers).map_err(|error| sqlx::Error::Decode(Box::new(error)))
+    })
+}

@@ -1,0 +1,91 @@
+//! What each process says of the subscribers that it serves, for operators.
+
+use chrono::{DateTime, Utc};
+use serde_json::Value;
+use sqlx::Row;
+use sqlx::types::Json;
+
+use super::session::Session;
+use super::time;
+
+/// What a process says of one of its subscribers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Said {
+    pub subscriber: String,
+    pub instance: String,
+    pub active: bool,
+    pub phase: String,
+    /// Whether nothing keeps it from working.
+    pub ready: bool,
+    /// What it does or waits for.
+    pub state: String,
+    pub max_attempts: i64,
+    /// See [`crate::told`]: single events that wait, or run for long.
+    pub notes: Value,
+}
+
+/// Writes it down. What was said a day ago by processes that are gone is forgotten.
+pub async fn write(connection: &mut Session, said: &Said) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "with forgotten as (
+            delete from aftercommit.worker_status
+             where subscriber = $1 and instance <> $2 and seen_at < clock_timestamp() - interval '1 day')
+         insert into aftercommit.worker_status as s
+                (subscriber, instance, active, phase, ready, state, max_attempts, notes)
+         values ($1, $2, $3, $4, $5, $6, $7, $8)
+         on conflict (subscriber, instance) do update
+            set since = case when s.active = excluded.active then s.since else excluded.since end,
+                active = excluded.active, phase = excluded.phase, ready = excluded.ready, state = excluded.state,
+                max_attempts = excluded.max_attempts, notes = excluded.notes, seen_at = excluded.seen_at",
+    )
+    .bind(&said.subscriber)
+    .bind(&said.instance)
+    .bind(said.active)
+    .bind(&said.phase)
+    .bind(said.ready)
+    .bind(super::clip(&said.state))
+    .bind(said.max_attempts)
+    .bind(Json(&said.notes))
+    .execute(connection)
+    .await
+    .map(drop)
+}
+
+/// What was said, and when.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Heard {
+    pub said: Said,
+    /// Since when it is active, or not.
+    pub since: DateTime<Utc>,
+    pub seen_at: DateTime<Utc>,
+    /// How long ago that was, in seconds.
+    pub age: f64,
+}
+
+/// What every process has said last, of one subscriber or of all, the newest first.
+pub async fn list(connection: &mut Session, subscriber: Option<&str>) -> Result<Vec<Heard>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select subscriber, instance, active, phase, ready, state, max_attempts, notes, since, seen_at,
+                (extract(epoch from clock_timestamp()) - extract(epoch from seen_at))::float8
+           from aftercommit.worker_status where $1::text is null or subscriber = $1
+          order by subscriber, seen_at desc",
+    )
+    .bind(subscriber)
+    .fetch_all(connection)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            let said = Said {
+                subscriber: row.try_get(0)?,
+                instance: row.try_get(1)?,
+                active: row.try_get(2)?,
+                phase: row.try_get(3)?,
+                ready: row.try_get(4)?,
+                state: row.try_get(5)?,
+                max_attempts: row.try_get(6)?,
+                notes: row.try_get::<Json<Value>, _>(7)?.0,
+            };
+            Ok(Heard { said, since: time::at(row, 8)?, seen_at: time::at(row, 9)?, age: row.try_get(10)? })
+        })
+        .collect()
+}
