@@ -24,7 +24,8 @@ pub struct Sequence {
 const RESERVE: i64 = 1 << 32;
 
 impl Sequence {
-    #[cfg(test)]
+    /// One with these settings, for tests.
+    #[cfg(any(test, feature = "testing"))]
     pub fn of(cache: i64, increment: i64, cycle: bool, last_id: i64, highest: i64) -> Self {
         Self { cache, increment, cycle, last_id, highest, subscription: None }
     }
