@@ -7,7 +7,6 @@
 mod strict;
 
 use serde::Serialize;
-use serde::de::IgnoredAny;
 use serde_path_to_error::{Path, Segment};
 
 use crate::error::Problem;
@@ -16,7 +15,8 @@ use crate::event::Event;
 /// The payload of a value that only others read: what its type would make of it is not asked.
 pub fn written(value: &impl Serialize) -> Result<Vec<u8>, Problem> {
     let payload = to_vec(value)?;
-    if serde_json::from_slice::<IgnoredAny>(&payload).is_err() {
+    // As a value, because readers that skip what they do not want know no limit.
+    if serde_json::from_slice::<serde_json::Value>(&payload).is_err() {
         return Err(Problem::new(field([]), "is JSON that readers refuse, such as for being nested too deeply"));
     }
     Ok(payload)
