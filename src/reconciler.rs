@@ -6,10 +6,10 @@
 //! the next, which goes on where it was. Runs on demand do not wait for the interval.
 //!
 //! A service writes its own with [`Reconciler`], for state that it derives from other state, and runs them with
-//! [`Runner`]. The comparisons of aftercommit itself are [`OutboxLeg`], [`ConsumerLeg`] and [`InboxLeg`].
+//! [`Runner`]. The comparisons of aftercommit itself are [`OutboxComparison`], [`ConsumerComparison`] and [`InboxComparison`].
 
 pub use aftercommit_core::runner::{
     Drift, Failure, ItemError, Mode, Monitor, Outcome, Reconciler, Runner, Scope, Summary,
 };
 pub use aftercommit_core::subscription::Subscription;
-pub use aftercommit_reconciler::{ConsumerLeg, InboxLeg, OutboxLeg, with_comparisons};
+pub use aftercommit_reconciler::{ConsumerComparison, InboxComparison, OutboxComparison, with_comparisons};

@@ -131,14 +131,14 @@ grant select, delete,
     update (stream_seq, detail, state, last_run, settled_at)
     on aftercommit.finding to :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler";
 
--- aftercommit-relay --reconcile-every and `aftercommit reconcile --leg outbox`, beside the relay's.
+-- aftercommit-relay --reconcile-every and `aftercommit reconcile --comparison outbox`, beside the relay's.
 grant select on aftercommit.outbox, aftercommit.relay_log, aftercommit.parked to :"outbox_reconciler";
 grant select on sequence aftercommit.outbox_id_seq to :"outbox_reconciler";
 grant select, insert, update (event_id, key, state, times, queued_at, published_at, sequence, reason) on aftercommit.repair
     to :"outbox_reconciler";
 grant execute on function aftercommit.reads_up_to to :"outbox_reconciler";
 
--- aftercommit-worker --reconcile-every and `aftercommit reconcile --leg consumer` and `--leg inbox`.
+-- aftercommit-worker --reconcile-every and `aftercommit reconcile --comparison consumer` and `--comparison inbox`.
 grant select on aftercommit.inbox, aftercommit.inbox_pruned, aftercommit.subscriber_start, aftercommit.dead_letter,
     aftercommit.reached to :"inbox_reconciler";
 grant select, delete,

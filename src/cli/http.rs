@@ -47,7 +47,7 @@ pub(super) struct HttpArgs {
     /// Serve /healthz, /readyz and /metrics here, as host:port; off when not given
     #[arg(long, env = "AFTERCOMMIT_HTTP", value_name = "ADDR")]
     http: Option<String>,
-    /// Unhealthy is who gets on with nothing for so long while events wait
+    /// Report unhealthy after this long without progress while events wait
     #[arg(long, env = "AFTERCOMMIT_UNHEALTHY_AFTER", value_name = "DURATION", default_value = "30s")]
     #[arg(value_parser = humantime::parse_duration)]
     pub(super) unhealthy_after: Duration,

@@ -17,12 +17,12 @@ use aftercommit_core::runner::{Mode, Monitor, Outcome, Runner, Scope, Summary};
 #[derive(Args)]
 #[command(next_help_heading = "Reconciliation")]
 pub(super) struct ReconcileArgs {
-    /// Compare so often, in the processes that have this, one at a time: the relay outbox and stream, the worker stream,
-    /// consumers, inbox and outbox
+    /// Interval between comparisons, by one process at a time: a relay compares outbox and stream, a worker stream,
+    /// consumers, inbox and outbox; no comparisons when not given
     #[arg(long, env = "AFTERCOMMIT_RECONCILE_EVERY", value_name = "DURATION", value_parser = humantime::parse_duration)]
     reconcile_every: Option<Duration>,
-    /// Put right what is found: the relay publishes again what is missing in the stream, the worker runs what is missing in
-    /// the inbox
+    /// Repair what is found: a relay publishes again what is missing in the stream, a worker runs what is missing in the
+    /// inbox
     #[arg(long, env = "AFTERCOMMIT_RECONCILE_REPAIR", requires = "reconcile_every")]
     reconcile_repair: bool,
 }

@@ -14,7 +14,7 @@ use super::{fail, parse, run_role};
 use aftercommit_core::error::Error;
 use aftercommit_core::relay::Mode;
 use aftercommit_core::runner::Runner;
-use aftercommit_reconciler::OutboxLeg;
+use aftercommit_reconciler::OutboxComparison;
 use aftercommit_relay::{ParkPolicy, PublishMethod, Relay, RelayConfig};
 
 const NAME: &str = "aftercommit-relay";
@@ -128,11 +128,11 @@ pub(crate) fn config_of(arguments: &[&str]) -> Option<RelayConfig> {
 impl Cli {
     fn reconciler(&self, config: &RelayConfig) -> Option<Runner> {
         let (interval, mode) = self.reconcile.schedule()?;
-        let leg = OutboxLeg {
+        let leg = OutboxComparison {
             interval,
             mode,
             shared: config.mode == Mode::Shared,
-            ..OutboxLeg::new(config.nats.clone(), config.naming.clone())
+            ..OutboxComparison::new(config.nats.clone(), config.naming.clone())
         };
         Some(Runner::new(config.postgres.clone()).comparison(leg))
     }

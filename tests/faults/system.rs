@@ -176,7 +176,7 @@ impl System {
         }
         if plan.reconciled {
             let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit"));
-            command.args(["reconcile", "--leg", "outbox", "--repair", "--every", "2s"]);
+            command.args(["reconcile", "--comparison", "outbox", "--repair", "--every", "2s"]);
             let part = self.part("reconciler-0".into(), command, &self.publisher_config).await;
             self.reconcilers.push(part);
         }

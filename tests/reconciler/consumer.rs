@@ -1,11 +1,11 @@
-//! Leg B of the reconciler: what a consumer counts as acked and its subscriber has not handled is found, named, and run
+//! The consumer comparison: what a consumer counts as acked and its subscriber has not handled is found, named, and run
 //! once, in the order of its key, whatever happened to consumer, stream and database.
 
 use std::process::Command;
 use std::time::Duration;
 
 use crate::support::{Act, Dump, Number, Outbox, Record, SOON, Work};
-use aftercommit::reconciler::{ConsumerLeg, Mode, Outcome, Runner, Scope, Summary};
+use aftercommit::reconciler::{ConsumerComparison, Mode, Outcome, Runner, Scope, Summary};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::Postgres;
 use aftercommit::worker::Subscriber;
@@ -18,11 +18,11 @@ fn subscriber() -> Subscriber {
     Subscriber::new("back").on::<Number>(Record::good())
 }
 
-fn leg(outbox: &Outbox) -> ConsumerLeg {
-    ConsumerLeg::new(outbox.nats.clone(), subscriber().subscription(&outbox.naming))
+fn leg(outbox: &Outbox) -> ConsumerComparison {
+    ConsumerComparison::new(outbox.nats.clone(), subscriber().subscription(&outbox.naming))
 }
 
-async fn run_leg(outbox: &Outbox, leg: ConsumerLeg, scope: Scope, mode: Mode) -> Summary {
+async fn run_leg(outbox: &Outbox, leg: ConsumerComparison, scope: Scope, mode: Mode) -> Summary {
     Runner::new(outbox.postgres.clone()).comparison(leg).run_now("consumer:back", scope, mode).await.unwrap()
 }
 
@@ -185,7 +185,7 @@ async fn a_consumer_that_was_made_anew_at_the_end_loses_nothing() {
     let began = work.consumer("back").await.cached_info().ack_floor.stream_sequence;
     let behind = if began == 0 { 0 } else { 40 };
     assert_eq!(seen.found, 2 + behind, "made anew, its settings, and the events");
-    let operator = ConsumerLeg { provision: true, ..leg(&work.outbox) };
+    let operator = ConsumerComparison { provision: true, ..leg(&work.outbox) };
     let summary = run_leg(&work.outbox, operator, Scope::New, Mode::Repair).await;
     assert_eq!(summary.outcome, Outcome::Ran, "{summary}");
     assert_eq!(work.consumer("back").await.cached_info().config.deliver_policy, DeliverPolicy::All);
@@ -219,7 +219,7 @@ async fn what_else_is_odd_is_named() {
     work.worker_with(subscriber()).provision().await.unwrap();
     send(&work, 1..=1).await;
     let impatient =
-        |outbox: &Outbox| ConsumerLeg { stuck_limit: Duration::ZERO, dead_limit: Duration::ZERO, ..leg(outbox) };
+        |outbox: &Outbox| ConsumerComparison { stuck_limit: Duration::ZERO, dead_limit: Duration::ZERO, ..leg(outbox) };
     let kinds = async || -> Vec<(String, String)> {
         let summary = run_leg(&work.outbox, impatient(&work.outbox), Scope::Full, Mode::Report).await;
         assert_eq!(summary.outcome, Outcome::Ran, "{summary}");
@@ -271,7 +271,7 @@ async fn a_type_that_a_subscriber_takes_on_later_is_compared_from_then_on() {
     run_until(&work, 8).await;
     assert_eq!(ran(&work.outbox, Scope::Full, Mode::Report).await.found, 0);
     let both = Subscriber::sql("back", "f", ["test.number", "test.other"]).unwrap();
-    let leg = || ConsumerLeg::new(work.outbox.nats.clone(), both.subscription(&work.outbox.naming));
+    let leg = || ConsumerComparison::new(work.outbox.nats.clone(), both.subscription(&work.outbox.naming));
     for _ in 0..2 {
         let summary = run_leg(&work.outbox, leg(), Scope::Full, Mode::Report).await;
         assert_eq!((summary.outcome.clone(), summary.found), (Outcome::Ran, 1), "{summary}: its settings only");
@@ -286,7 +286,7 @@ fn reconcile(work: &Work, leg: &str, arguments: &[&str]) -> Command {
     let file = std::env::temp_dir().join(format!("{}-reconcile.toml", work.outbox.naming.stream));
     std::fs::write(&file, TOML).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit"));
-    command.args(["reconcile", "--leg", leg, "--repair", "--config"]).arg(file).args(arguments);
+    command.args(["reconcile", "--comparison", leg, "--repair", "--config"]).arg(file).args(arguments);
     command
         .env("DATABASE_URL", &work.outbox.postgres.url)
         .env("NATS_URL", &work.outbox.nats.url)
@@ -473,7 +473,7 @@ async fn a_subscriber_can_be_named_without_its_definition() {
     steal(&work, 3).await;
     let run = |arguments: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit"));
-        command.args(["reconcile", "--leg", "consumer"]).args(arguments);
+        command.args(["reconcile", "--comparison", "consumer"]).args(arguments);
         command
             .env("DATABASE_URL", &work.outbox.postgres.url)
             .env("NATS_URL", &work.outbox.nats.url)

@@ -1,4 +1,4 @@
-//! Leg C of the reconciler: what the publisher's outbox has and a subscriber's inbox has not, although its consumer has
+//! The inbox comparison: what the publisher's outbox has and a subscriber's inbox has not, although its consumer has
 //! passed it, runs at the subscriber once and in order, from the outbox and whatever became of the stream. Publisher and
 //! subscriber have databases of their own.
 
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::support::{Act, Copy, Database, Dump, Number, Outbox, Record, Roles, SOON, Work};
 use aftercommit::config::NatsConfig;
-use aftercommit::reconciler::{ConsumerLeg, InboxLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
+use aftercommit::reconciler::{ConsumerComparison, InboxComparison, Mode, OutboxComparison, Outcome, Runner, Scope, Summary};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
 use aftercommit::worker::Subscriber;
@@ -67,7 +67,7 @@ impl Apart {
 
     /// Compares outbox and stream, in the publisher's database.
     async fn repair_stream(&self) -> Summary {
-        let leg = OutboxLeg::new(self.publisher.nats.clone(), self.publisher.naming.clone());
+        let leg = OutboxComparison::new(self.publisher.nats.clone(), self.publisher.naming.clone());
         let runner = Runner::new(self.publisher.postgres.clone()).comparison(leg);
         runner.run_now("outbox", Scope::Full, Mode::Repair).await.unwrap()
     }
@@ -92,11 +92,11 @@ pub async fn rows_left(work: &Work) -> i64 {
 pub fn runner(outbox: &Outbox, nats: &NatsConfig) -> Runner {
     let subscription = subscriber().subscription(&outbox.naming);
     Runner::new(outbox.postgres.clone())
-        .comparison(ConsumerLeg::new(nats.clone(), subscription.clone()))
-        .comparison(InboxLeg::new(nats.clone(), subscription))
+        .comparison(ConsumerComparison::new(nats.clone(), subscription.clone()))
+        .comparison(InboxComparison::new(nats.clone(), subscription))
 }
 
-/// A run of leg C that must come to its end.
+/// A run of the inbox comparison that must come to its end.
 pub async fn ran(work: &Work, scope: Scope, mode: Mode) -> Summary {
     let summary = runner(&work.outbox, &work.outbox.nats).run_now("inbox:back", scope, mode).await.unwrap();
     assert_eq!(summary.outcome, Outcome::Ran, "{summary}");
@@ -142,7 +142,7 @@ async fn what_the_stream_has_removed_before_it_was_handled_runs_from_the_outbox(
     relay.stop().await.unwrap();
 }
 
-/// The stream has lost messages that the restored inbox lacks, too: both legs together bring back all in order.
+/// The stream has lost messages that the restored inbox lacks, too: both comparisons together bring back all in order.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_goes_back_behind_a_stream_with_holes() {
     let apart = Apart::shared().await;
@@ -390,7 +390,7 @@ async fn a_range_that_differs_for_good_is_gone_through_once() {
 pub fn reconcile_command(work: &Work, fault: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit"));
     command
-        .args(["reconcile", "--leg", "inbox", "--repair", "--subscriber", "back"])
+        .args(["reconcile", "--comparison", "inbox", "--repair", "--subscriber", "back"])
         .env("DATABASE_URL", &work.outbox.postgres.url)
         .env("NATS_URL", &work.outbox.nats.url)
         .env("AFTERCOMMIT_STREAM", &work.outbox.naming.stream)

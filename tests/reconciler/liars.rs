@@ -1,4 +1,4 @@
-//! Whoever answers in place of the publisher's relay, broken or forged: leg C and `replay` refuse what is none to their
+//! Whoever answers in place of the publisher's relay, broken or forged: the inbox comparison and `replay` refuse what is none to their
 //! question with an error that says so. Nothing is stored or run that was not asked for, and nothing goes on for ever.
 
 use std::sync::{Arc, Mutex};

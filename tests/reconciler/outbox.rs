@@ -1,4 +1,4 @@
-//! Leg A of the reconciler: what the outbox has and its stream has not, or the other way round, is found, named and
+//! The outbox comparison: what the outbox has and its stream has not, or the other way round, is found, named and
 //! repaired.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::support::{Message, Outbox, Random, RelayProcess, RunningRelay, SOON};
 use aftercommit::config::Naming;
 use aftercommit::operator;
-use aftercommit::reconciler::{Mode, OutboxLeg, Outcome, Runner, Scope, Summary};
+use aftercommit::reconciler::{Mode, OutboxComparison, Outcome, Runner, Scope, Summary};
 use aftercommit::relay::RelayConfig;
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
@@ -25,8 +25,8 @@ pub async fn private() -> (Nats, Outbox) {
     (nats, outbox)
 }
 
-pub fn leg(outbox: &Outbox) -> OutboxLeg {
-    OutboxLeg::new(outbox.nats.clone(), outbox.naming.clone())
+pub fn leg(outbox: &Outbox) -> OutboxComparison {
+    OutboxComparison::new(outbox.nats.clone(), outbox.naming.clone())
 }
 
 pub async fn run(outbox: &Outbox, scope: Scope, mode: Mode) -> Summary {
@@ -252,7 +252,7 @@ async fn what_is_old_pruned_or_parked_is_not_missed() {
     assert_eq!(ran(&outbox, Scope::Full, Mode::Repair).await.repaired, 1);
     assert_eq!(outbox.stored().await, 11);
     // Parked for long is a finding.
-    let long = OutboxLeg { parked_limit: Duration::ZERO, ..leg(&outbox) };
+    let long = OutboxComparison { parked_limit: Duration::ZERO, ..leg(&outbox) };
     let runner = Runner::new(outbox.postgres.clone()).comparison(long);
     assert_eq!(runner.run_now("outbox", Scope::New, Mode::Report).await.unwrap().found, 1);
     // Older than the stream keeps its messages.
@@ -300,7 +300,7 @@ async fn in_a_shared_stream_each_outbox_looks_for_its_own() {
     let victims: Vec<Message> = victims.collect();
     delete(&one, victims.iter().map(|message| message.sequence)).await;
     let reconcile = async |outbox: &Outbox| {
-        let leg = OutboxLeg { shared: true, ..leg(outbox) };
+        let leg = OutboxComparison { shared: true, ..leg(outbox) };
         let runner = Runner::new(outbox.postgres.clone()).comparison(leg);
         let summary = runner.run_now("outbox", Scope::Full, Mode::Repair).await.unwrap();
         assert_eq!(summary.outcome, Outcome::Ran, "{summary}");
@@ -428,7 +428,7 @@ async fn a_million_events_of_which_a_hundred_are_missing() {
     outbox.settled().await;
     println!("published {events} events in {:.1} s", began.elapsed().as_secs_f64());
     let sweep = async |what: &str| {
-        let child = reconcile_command(&outbox, &["--leg", "outbox", "--full", "--json"])
+        let child = reconcile_command(&outbox, &["--comparison", "outbox", "--full", "--json"])
             .stdout(std::process::Stdio::piped())
             .spawn()
             .unwrap();

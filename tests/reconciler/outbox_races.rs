@@ -1,4 +1,4 @@
-//! Leg A of the reconciler beside relays, writers and other runs, some of which are killed: it accuses nobody of what is
+//! The outbox comparison beside relays, writers and other runs, some of which are killed: it accuses nobody of what is
 //! still on its way, and repairs nothing twice.
 
 use std::collections::BTreeSet;
@@ -8,7 +8,7 @@ use super::outbox::{
     delete, finding, findings, leg, private, publish, published, ran, reconcile_command, run, shared, times,
 };
 use crate::support::{Copy, Message, Outbox, Random, RelayProcess, SOON, Writers};
-use aftercommit::reconciler::{Mode, OutboxLeg, Outcome, Runner, Scope};
+use aftercommit::reconciler::{Mode, OutboxComparison, Outcome, Runner, Scope};
 use aftercommit::testing::eventually;
 
 /// No false findings at the edges of windows, while eight writers write and a transaction that began long ago commits
@@ -79,7 +79,7 @@ async fn killed_at_every_step_and_raced() {
             outbox.dies_at(fault).await;
             relay = Some(outbox.relay_process());
         } else {
-            let mut command = reconcile_command(&outbox, &["--leg", "outbox", "--full"]);
+            let mut command = reconcile_command(&outbox, &["--comparison", "outbox", "--full"]);
             let status = command.env("AFTERCOMMIT_FAULT", fault).env("RUST_LOG", "off").status().unwrap();
             assert!(!status.success(), "it was to die at {fault}");
             outbox.expire_leases().await;
@@ -122,7 +122,7 @@ async fn everything_is_settled(outbox: &Outbox) {
 
 /// Queues what is missing while no relay leads.
 async fn ran_without_relay(outbox: &Outbox) {
-    let job = Runner::new(outbox.postgres.clone()).comparison(OutboxLeg {
+    let job = Runner::new(outbox.postgres.clone()).comparison(OutboxComparison {
         interval: Duration::from_millis(1),
         full_every: Some(Duration::from_millis(1)),
         mode: Mode::Repair,
@@ -224,7 +224,7 @@ async fn killed_at_any_moment() {
             (0..5).map(|_| messages[random.below(messages.len() as u64 - 1) as usize].sequence).collect();
         delete(&outbox, victims).await;
         let start = || {
-            let mut command = reconcile_command(&outbox, &["--leg", "outbox", "--full"]);
+            let mut command = reconcile_command(&outbox, &["--comparison", "outbox", "--full"]);
             RelayProcess(command.env("RUST_LOG", "off").stdout(std::process::Stdio::null()).spawn().unwrap())
         };
         let mut processes = [start(), start()];

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use crate::support::{Outbox, RunningRelay, SOON};
-use aftercommit::reconciler::{Mode, OutboxLeg, Runner, Scope};
+use aftercommit::reconciler::{Mode, OutboxComparison, Runner, Scope};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
 use async_nats::{Client, Message};
@@ -154,7 +154,7 @@ async fn events_that_were_missing_are_told() {
     let stream = outbox.js().await.get_stream(&outbox.naming.stream).await.unwrap();
     stream.delete_message(4).await.unwrap();
     let runner =
-        Runner::new(outbox.postgres.clone()).comparison(OutboxLeg::new(outbox.nats.clone(), outbox.naming.clone()));
+        Runner::new(outbox.postgres.clone()).comparison(OutboxComparison::new(outbox.nats.clone(), outbox.naming.clone()));
     runner.run_now("outbox", Scope::Full, Mode::Repair).await.unwrap();
     let mut answer = Value::Null;
     eventually(SOON, "it is told", async || {
@@ -224,7 +224,7 @@ async fn asking_takes_a_permission_of_its_own() {
     // The same rights suffice to compare and repair.
     let stream = outbox.js().await.get_stream(&outbox.naming.stream).await.unwrap();
     stream.delete_message(2).await.unwrap();
-    let runner = Runner::new(outbox.postgres.clone()).comparison(OutboxLeg::new(config.nats, config.naming));
+    let runner = Runner::new(outbox.postgres.clone()).comparison(OutboxComparison::new(config.nats, config.naming));
     let summary = runner.run_now("outbox", Scope::Full, Mode::Repair).await.unwrap();
     assert_eq!((summary.found, summary.repaired), (1, 1), "{summary}");
     relay.stop().await.unwrap();
@@ -246,7 +246,7 @@ async fn pages_fit_into_the_messages_of_a_server_that_takes_only_small_ones() {
     for sequence in 1..=300 {
         stream.delete_message(sequence).await.unwrap();
     }
-    let leg = OutboxLeg::new(outbox.nats.clone(), outbox.naming.clone());
+    let leg = OutboxComparison::new(outbox.nats.clone(), outbox.naming.clone());
     let runner = Runner::new(outbox.postgres.clone()).comparison(leg);
     runner.run_now("outbox", Scope::Full, Mode::Repair).await.unwrap();
     let (mut moved, mut after) = (0, Value::Null);

@@ -2,7 +2,7 @@
 //! single messages, and proxies that send reads elsewhere.
 
 use crate::support::{Message, Number, Outbox, Record, RunningRelay, SOON, Split, Work, has_caught_up, standby_of};
-use aftercommit::reconciler::{self, OutboxLeg, Runner, Scope};
+use aftercommit::reconciler::{self, OutboxComparison, Runner, Scope};
 use aftercommit::relay::{Mode, PublishMethod, RelayConfig};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres, PostgresOptions};
@@ -76,7 +76,7 @@ async fn a_forged_copy_does_not_pass_for_the_event(mode: Mode, message_id: bool)
     if mode == Mode::Shared && !message_id {
         // Nobody has noticed on the way. The reconciler does, once.
         outbox.settled().await;
-        let leg = OutboxLeg { shared: true, ..OutboxLeg::new(outbox.nats.clone(), outbox.naming.clone()) };
+        let leg = OutboxComparison { shared: true, ..OutboxComparison::new(outbox.nats.clone(), outbox.naming.clone()) };
         let runner = Runner::new(outbox.postgres.clone()).comparison(leg);
         let runs = [(1, 1), (1, 0)];
         for (found, repaired) in runs {

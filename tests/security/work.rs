@@ -86,9 +86,9 @@ pub async fn every_process_works(stage: &Stage) {
     let stream = outbox.js().await.get_stream("EVENTS").await.unwrap();
     stream.delete_message(5).await.unwrap();
     let leg = |login, user, leg| {
-        let arguments = ["reconcile", "--leg", leg, "--config", &toml, "--full", "--repair"];
+        let arguments = ["reconcile", "--comparison", leg, "--config", &toml, "--full", "--repair"];
         let arguments =
-            if leg == "outbox" { &["reconcile", "--leg", leg, "--full", "--repair"] } else { &arguments[..] };
+            if leg == "outbox" { &["reconcile", "--comparison", leg, "--full", "--repair"] } else { &arguments[..] };
         succeeded(&stage.run("aftercommit", login, user, arguments));
     };
     leg("outbox_reconciler", "outbox_reconciler", "outbox");
@@ -99,7 +99,7 @@ pub async fn every_process_works(stage: &Stage) {
     leg("inbox_reconciler", "receipts_reconciler", "consumer");
     leg("inbox_reconciler", "receipts_reconciler", "inbox");
     wait_for(&outbox, before + 2).await;
-    // Both legs have run beside their processes, too.
+    // Both comparisons have run beside their processes, too.
     eventually(SOON, "all reconcilers have run by themselves", async || {
         let names: i64 = sqlx::query_scalar(
             "select count(distinct name) from aftercommit.reconcile_run where cause = 'scheduled' and result = 'ok'",

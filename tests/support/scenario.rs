@@ -9,7 +9,7 @@ use std::time::Duration;
 use aftercommit::config::PostgresConfig;
 use aftercommit::operator;
 use aftercommit::reconciler::{
-    ConsumerLeg, InboxLeg, Mode, OutboxLeg, Outcome, Runner, Scope, Summary, with_comparisons,
+    ConsumerComparison, InboxComparison, Mode, OutboxComparison, Outcome, Runner, Scope, Summary, with_comparisons,
 };
 use aftercommit::relay::{PublishMethod, RelayConfig};
 use aftercommit::testing::eventually;
@@ -100,7 +100,7 @@ impl Scenario {
     pub fn reconcile_command(&self) -> Command {
         let mut command = self.command(env!("CARGO_BIN_EXE_aftercommit"), &self.outbox.postgres);
         command
-            .args(["reconcile", "--leg", "outbox", "--repair", "--full"])
+            .args(["reconcile", "--comparison", "outbox", "--repair", "--full"])
             .env("RUST_LOG", "warn,aftercommit::reconciler=off")
             .stdout(Stdio::null());
         command
@@ -300,15 +300,15 @@ impl Scenario {
     }
 
     pub fn outbox_runner(&self) -> Runner {
-        let leg = OutboxLeg::new(self.outbox.nats.clone(), self.outbox.naming.clone());
+        let leg = OutboxComparison::new(self.outbox.nats.clone(), self.outbox.naming.clone());
         Runner::new(self.outbox.postgres.clone()).comparison(leg)
     }
 
     /// All reconcilers, which repair every second.
     pub fn reconcilers(&self) -> [Runner; 2] {
         let every = Duration::from_secs(1);
-        let leg = OutboxLeg::new(self.outbox.nats.clone(), self.outbox.naming.clone());
-        let leg = OutboxLeg { interval: every, mode: Mode::Repair, ..leg };
+        let leg = OutboxComparison::new(self.outbox.nats.clone(), self.outbox.naming.clone());
+        let leg = OutboxComparison { interval: every, mode: Mode::Repair, ..leg };
         let worker = self.worker();
         let (own, subscriptions) = (worker.own_reconcilers(), worker.subscriptions());
         let beside = with_comparisons(own, &self.outbox.nats, subscriptions, every, Mode::Repair);
@@ -318,8 +318,8 @@ impl Scenario {
     fn books_runner(&self) -> Runner {
         let nats = &self.outbox.nats;
         let subscription = Self::subscriber().subscription(&self.outbox.naming);
-        let consumer = ConsumerLeg { provision: true, ..ConsumerLeg::new(nats.clone(), subscription.clone()) };
-        Runner::new(self.database.clone()).comparison(consumer).comparison(InboxLeg::new(nats.clone(), subscription))
+        let consumer = ConsumerComparison { provision: true, ..ConsumerComparison::new(nats.clone(), subscription.clone()) };
+        Runner::new(self.database.clone()).comparison(consumer).comparison(InboxComparison::new(nats.clone(), subscription))
     }
 
     /// Compares all of the outbox with the stream, and repairs that.

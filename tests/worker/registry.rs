@@ -102,7 +102,7 @@ async fn the_program_refuses_queues_that_nobody_uses_and_serves_those_that_it_is
     for (arguments, named) in [
         (&["--queue", "hevy"][..], "\"hevy\"; there are: default, heavy"),
         (&["--except-queue", "hevy"], "\"hevy\"; there are: default, heavy"),
-        (&["--except-queue", "heavy,default"], "serves nothing"),
+        (&["--except-queue", "heavy,default"], "no subscriber matches"),
         (&["--queue", "heavy", "--except-queue", "default"], "both set"),
     ] {
         let (status, said) = end(work.command(FILE).args(arguments));

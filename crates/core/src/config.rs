@@ -63,7 +63,7 @@ pub struct NatsConfig {
     /// One or more `nats://` or `tls://` URLs, separated by commas. One `tls://` makes TLS a must for all of them.
     /// It may hold a password, so it is never printed. Defaults to `nats://127.0.0.1:4222`.
     pub url: String,
-    /// Who connects. Defaults to whoever the URL names.
+    /// How to log in. Defaults to the user that the URL names.
     pub auth: NatsAuth,
     /// What makes the connection secret and the server trusted. Any of its settings makes TLS a must. Defaults to the
     /// system's certificates, when URL or server ask for TLS.
@@ -103,7 +103,7 @@ impl fmt::Debug for NatsConfig {
 /// Who connects to NATS. Files are read anew for each connection, so that secrets can be changed while a process runs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum NatsAuth {
-    /// Whoever the URL names, as `user:password@` or `token@`; nobody when it names none.
+    /// The user or token of the URL, `user:password@` or `token@`; no login when it has none.
     #[default]
     Url,
     /// The user of a credentials file (JWT and seed).
@@ -124,7 +124,7 @@ pub enum NatsAuth {
 /// TLS with NATS.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NatsTls {
-    /// Certificates (PEM) of those whom to trust instead of the system's. Defaults to none.
+    /// CA certificates (PEM) to trust instead of the system's. Defaults to none.
     pub ca: Option<PathBuf>,
     /// What to show to a server that wants to see a certificate. Defaults to none.
     pub certificate: Option<ClientCertificate>,

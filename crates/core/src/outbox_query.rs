@@ -85,7 +85,7 @@ enum Refusal {
     Database(sqlx::Error),
 }
 
-const FOREIGN: Refusal = Refusal::Told("the token is none of this outbox");
+const FOREIGN: Refusal = Refusal::Told("the token was not issued by this outbox");
 
 impl From<Refusal> for Error {
     fn from(refusal: Refusal) -> Self {

@@ -28,7 +28,7 @@ pub enum PublishErrorKind {
     ///
     /// Also when there is no transaction to publish in, where the driver's types do not rule that out.
     Invalid,
-    /// An event with this id is in the outbox. Roll back: what the caller wanted to tell has been told.
+    /// An event with this id is in the outbox. Roll back: the event was already published.
     Duplicate,
     /// PostgreSQL undid the transaction because of others that ran beside it. Run it again from its beginning.
     Conflict,

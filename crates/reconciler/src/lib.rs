@@ -5,5 +5,5 @@
 mod outbox;
 mod subscriber;
 
-pub use outbox::OutboxLeg;
-pub use subscriber::{ConsumerLeg, InboxLeg, with_comparisons};
+pub use outbox::OutboxComparison;
+pub use subscriber::{ConsumerComparison, InboxComparison, with_comparisons};

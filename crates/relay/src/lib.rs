@@ -103,7 +103,7 @@ pub struct RelayConfig {
     /// How long events stay in the outbox after they were written, for replay and proof; what is not in the stream yet
     /// stays longer. Defaults to 7 days.
     pub retention: Duration,
-    /// How long the relay may get on with nothing, while events wait, until it counts as unhealthy. Defaults to 30
+    /// Report unhealthy after this long without progress while events wait. Defaults to 30
     /// seconds.
     pub unhealthy_after: Duration,
 }
@@ -383,7 +383,8 @@ impl Relay {
                 Ok(Ok(Some(pause))) => {
                     renewed = tokio::time::Instant::now();
                     if paused.send_if_modified(|paused| std::mem::replace(paused, pause) != pause) {
-                        tracing::info!(paused = pause, "told by the operator");
+                        let told = if pause { "publishing paused by operator" } else { "publishing resumed by operator" };
+                        tracing::info!(paused = pause, "{told}");
                     }
                 }
                 Ok(Ok(None)) => return Error::new(ErrorKind::Fenced, "the lease has passed to another relay"),

@@ -169,7 +169,7 @@ impl Worker {
         self
     }
 
-    /// How long a subscriber may get on with nothing, while events wait, until it counts as unhealthy. Defaults to 30
+    /// Report a subscriber unhealthy after this long without progress while events wait. Defaults to 30
     /// seconds.
     #[must_use]
     pub fn unhealthy_after(mut self, patience: Duration) -> Self {

@@ -209,7 +209,7 @@ impl Registry {
             ));
         }
         if !self.subscribers.iter().any(|subscriber| queues.have(subscriber)) {
-            return config(format!("the worker serves nothing: {queues:?} leaves no subscriber"));
+            return config(format!("no subscriber matches the selected queues: {queues:?}"));
         }
         Ok(self.subscribers.into_iter().filter(|subscriber| queues.have(subscriber)).collect())
     }

@@ -19,7 +19,7 @@ pub(super) struct Audit {
     /// Only what concerns this subscriber
     #[arg(long, value_name = "NAME")]
     subscriber: Option<String>,
-    /// Only since this time, or within the last so long, such as 2026-03-01T12:00:00Z or 1d
+    /// Only entries since this time or within this duration, such as 2026-03-01T12:00:00Z or 1d
     #[arg(long, value_name = "TIME", value_parser = when)]
     since: Option<When>,
     /// Maximum number to show, the latest

@@ -18,14 +18,14 @@ use aftercommit_core::error::Error;
 use aftercommit_core::runner::{Mode, Outcome, Runner, Scope, Summary};
 use aftercommit_core::text::plain;
 use aftercommit_operator::audit;
-use aftercommit_reconciler::{ConsumerLeg, InboxLeg, OutboxLeg};
+use aftercommit_reconciler::{ConsumerComparison, InboxComparison, OutboxComparison};
 
 /// What the relay was given too has the same names here, so that one environment serves both.
 #[derive(Args)]
 pub(super) struct Reconcile {
     /// What to compare. Without it the outbox with its stream; with --subscriber or --config what belongs to subscribers
-    #[arg(long, value_enum)]
-    leg: Option<Leg>,
+    #[arg(long, alias = "leg", value_enum)]
+    comparison: Option<Comparison>,
     /// Repair what is found
     #[arg(long)]
     repair: bool,
@@ -53,7 +53,7 @@ pub(super) struct Reconcile {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
-enum Leg {
+enum Comparison {
     /// The outbox with its stream, in the publisher's database
     Outbox,
     /// The stream, a subscriber's consumer and its inbox, in the subscriber's database
@@ -68,13 +68,13 @@ impl Reconcile {
         self.every.is_some()
     }
 
-    fn legs(&self) -> &[Leg] {
-        match self.leg {
-            Some(Leg::Outbox) => &[Leg::Outbox],
-            Some(Leg::Consumer) => &[Leg::Consumer],
-            Some(Leg::Inbox) => &[Leg::Inbox],
-            None if self.subscribers.any() => &[Leg::Consumer, Leg::Inbox],
-            None => &[Leg::Outbox],
+    fn comparisons(&self) -> &[Comparison] {
+        match self.comparison {
+            Some(Comparison::Outbox) => &[Comparison::Outbox],
+            Some(Comparison::Consumer) => &[Comparison::Consumer],
+            Some(Comparison::Inbox) => &[Comparison::Inbox],
+            None if self.subscribers.any() => &[Comparison::Consumer, Comparison::Inbox],
+            None => &[Comparison::Outbox],
         }
     }
 
@@ -87,31 +87,31 @@ impl Reconcile {
         let (postgres, nats, naming) = self.servers.config()?;
         let (mut runner, mut names) = (Runner::new(postgres), Vec::new());
         let mode = self.mode();
-        let subscriptions = match self.legs() {
-            [Leg::Outbox] => Vec::new(),
+        let subscriptions = match self.comparisons() {
+            [Comparison::Outbox] => Vec::new(),
             _ => self.subscribers.subscriptions(&nats, &naming).await?,
         };
-        for leg in self.legs() {
-            if *leg == Leg::Outbox {
+        for comparison in self.comparisons() {
+            if *comparison == Comparison::Outbox {
                 let shared = aftercommit_core::relay::Mode::from(self.mode) == aftercommit_core::relay::Mode::Shared;
-                let leg = OutboxLeg { shared, mode, ..OutboxLeg::new(nats.clone(), naming.clone()) };
-                runner = runner.comparison(OutboxLeg { interval: self.every.unwrap_or(leg.interval), ..leg });
+                let leg = OutboxComparison { shared, mode, ..OutboxComparison::new(nats.clone(), naming.clone()) };
+                runner = runner.comparison(OutboxComparison { interval: self.every.unwrap_or(leg.interval), ..leg });
                 names.push("outbox".into());
             }
         }
         for subscription in subscriptions {
             let subscriber = subscription.name().to_string();
-            if self.legs().contains(&Leg::Consumer) {
+            if self.comparisons().contains(&Comparison::Consumer) {
                 // Whoever has the rights to that shall make the consumer, too.
-                let leg = ConsumerLeg::new(nats.clone(), subscription.clone());
+                let leg = ConsumerComparison::new(nats.clone(), subscription.clone());
                 let interval = self.every.unwrap_or(leg.interval);
-                runner = runner.comparison(ConsumerLeg { provision: true, mode, interval, ..leg });
+                runner = runner.comparison(ConsumerComparison { provision: true, mode, interval, ..leg });
                 names.push(format!("consumer:{subscriber}"));
             }
-            if self.legs().contains(&Leg::Inbox) {
-                let leg = InboxLeg::new(nats.clone(), subscription);
+            if self.comparisons().contains(&Comparison::Inbox) {
+                let leg = InboxComparison::new(nats.clone(), subscription);
                 let interval = self.every.unwrap_or(leg.interval);
-                runner = runner.comparison(InboxLeg { mode, interval, ..leg });
+                runner = runner.comparison(InboxComparison { mode, interval, ..leg });
                 names.push(format!("inbox:{subscriber}"));
             }
         }

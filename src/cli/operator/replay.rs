@@ -34,10 +34,10 @@ pub(super) struct Replay {
     /// Only events with this key
     #[arg(long, value_name = "KEY", value_parser = NonEmptyStringValueParser::new())]
     key: Option<String>,
-    /// Only events written since this time, or within the last so long, such as 2026-03-01T00:00:00Z or 2h
+    /// Only events written since this time or within this duration, such as 2026-03-01T00:00:00Z or 2h
     #[arg(long, value_name = "TIME", value_parser = when)]
     since: Option<When>,
-    /// Only events written before this time, or longer ago than that
+    /// Only events written before this time or longer ago than this duration
     #[arg(long, value_name = "TIME", value_parser = when)]
     until: Option<When>,
     /// Run also those once more that the subscriber has handled

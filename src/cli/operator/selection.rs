@@ -20,10 +20,10 @@ pub(super) struct DescribedArgs {
     /// Only those whose reason contains this text
     #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
     error: Option<String>,
-    /// Only those given up or parked at least so long ago, or before this time, such as 1h or 2026-03-01T12:00:00Z
+    /// Only those given up or parked before this time or longer ago than this duration, such as 2026-03-01T12:00:00Z or 1h
     #[arg(long, value_name = "TIME", value_parser = when)]
     older_than: Option<When>,
-    /// Only those given up or parked within the last so long, or since this time
+    /// Only those given up or parked since this time or within this duration
     #[arg(long, value_name = "TIME", value_parser = when)]
     newer_than: Option<When>,
 }

@@ -9,7 +9,7 @@ use aftercommit_operator::subscriber;
 
 #[derive(Subcommand)]
 pub(super) enum Subscriber {
-    /// Remove all that this database knows of a subscriber that is no more: inbox, attempts, lease, pause, findings
+    /// Remove everything that this database has of a removed subscriber: inbox, attempts, lease, pause, findings
     #[command(after_help = "Example:\n  aftercommit subscriber forget receipts --yes")]
     Forget(Forget),
 }

@@ -25,7 +25,7 @@ pub enum NoAnswer {
     #[error("{0}")]
     Refused(String),
     /// It is none to this question.
-    #[error("it is none to what was asked: {0}")]
+    #[error("the answer does not match the question: {0}")]
     Wrong(String),
 }
 

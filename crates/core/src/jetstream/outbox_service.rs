@@ -150,7 +150,7 @@ impl Questions {
             let reply = Reply { connection: self.connection.clone(), subject: reply };
             match serde_json::from_slice(&payload) {
                 Ok(question) => return Some((question, reply)),
-                Err(error) => reply.refuse(&format!("this is no question: {error}")).await,
+                Err(error) => reply.refuse(&format!("invalid request: {error}")).await,
             }
         }
     }

@@ -93,7 +93,7 @@ impl Stored {
 
 /// The way out of [`Stored::misplaced`].
 pub const UNMAP: &str = "subscribers miss such events: take the `mappings` of these subjects out of nats-server's \
-     configuration, or out of the account, then run `aftercommit reconcile --leg outbox --full --repair`";
+     configuration, or out of the account, then run `aftercommit reconcile --comparison outbox --full --repair`";
 
 /// Where a consumer stands.
 #[derive(Debug, Clone, PartialEq, Eq)]

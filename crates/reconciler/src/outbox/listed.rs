@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::chunk::{Page, judge};
 use super::seen::Seen;
-use super::{Leg, Sweep, report_page};
+use super::{Comparing, Sweep, report_page};
 use aftercommit_core::error::Error;
 use aftercommit_core::postgres::compare;
 use aftercommit_core::postgres::place::Place;
@@ -42,7 +42,7 @@ impl Listed {
     }
 }
 
-impl Leg<'_> {
+impl Comparing<'_> {
     pub(super) async fn begin_sweep(&mut self, first: Place) -> Result<Sweep, Error> {
         let place = self.skip_old(first).await?;
         let first = self.ask(async |session| compare::listed(session, 0, i64::MAX, 1).await).await?;
@@ -99,7 +99,7 @@ impl Leg<'_> {
         }
         for ids in listed.open.chunks(ROWS) {
             let page = self.unlisted(ids, place).await?;
-            report_page(self.run, &self.leg.naming.stream, place, page, &mut self.queued).await?;
+            report_page(self.run, &self.comparison.naming.stream, place, page, &mut self.queued).await?;
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Leg A: the outbox and its stream. It runs beside the relay, in the publisher's database.
+//! The outbox comparison: the outbox and its stream. It runs beside the relay, in the publisher's database.
 //!
 //! It works between two places of the relay's log, so that what it compares is exactly the same on both sides, whatever
 //! the relay does meanwhile. What the relay will put right by itself it leaves alone: everything behind the log's base,
@@ -43,7 +43,7 @@ use chunk::{Chunk, DIFFERS, FOREIGN, GHOST, MISSING, Missing, Page};
 use listed::Listed;
 use seen::Seen;
 
-/// The name of this leg's reconciler.
+/// The name of this comparison's reconciler.
 pub const NAME: &str = "outbox";
 
 /// So many messages lie between two saved positions, unless the relay's log has none so near.
@@ -68,7 +68,7 @@ const RETRY: Backoff = Backoff { first: Duration::from_secs(2), max: Duration::f
 /// [`Runner`](aftercommit_core::runner::Runner) on the publisher's database with
 /// [`Runner::comparison`](aftercommit_core::runner::Runner::comparison).
 #[derive(Debug, Clone)]
-pub struct OutboxLeg {
+pub struct OutboxComparison {
     /// From the end of a sweep over everything to the next; none for never. Defaults to a day. The other runs look at
     /// what is new.
     pub full_every: Option<Duration>,
@@ -80,13 +80,13 @@ pub struct OutboxLeg {
     pub naming: Naming,
     /// The NATS servers.
     pub nats: NatsConfig,
-    /// Parked events are a finding after so long. Defaults to an hour.
+    /// How long an event may be parked before it is a finding. Defaults to an hour.
     pub parked_limit: Duration,
     /// Whether others write to the stream, too. Defaults to false.
     pub shared: bool,
 }
 
-impl OutboxLeg {
+impl OutboxComparison {
     /// The defaults for an outbox and its stream.
     pub fn new(nats: NatsConfig, naming: Naming) -> Self {
         Self {
@@ -101,7 +101,7 @@ impl OutboxLeg {
     }
 }
 
-impl OutboxLeg {
+impl OutboxComparison {
     /// The name of the consumer with which it reads the stream. Outboxes that share a stream have one each.
     fn consumer(&self) -> String {
         let mut name = String::from("aftercommit-reconciler");
@@ -119,13 +119,13 @@ impl OutboxLeg {
 }
 
 /// Its name is `outbox`.
-impl From<OutboxLeg> for Definition {
-    fn from(leg: OutboxLeg) -> Self {
-        Self::job(leg)
+impl From<OutboxComparison> for Definition {
+    fn from(comparison: OutboxComparison) -> Self {
+        Self::job(comparison)
     }
 }
 
-impl Job for OutboxLeg {
+impl Job for OutboxComparison {
     fn name(&self) -> &str {
         NAME
     }
@@ -166,11 +166,11 @@ impl Position {
     }
 }
 
-impl OutboxLeg {
+impl OutboxComparison {
     async fn compare(&self, run: &mut Run) -> Result<Done, Error> {
         let nats = jetstream::connect(&self.nats, "aftercommit-reconciler", "_INBOX_relay").await?;
-        let mut leg = Leg {
-            leg: self,
+        let mut comparison = Comparing {
+            comparison: self,
             stream: StreamReader::new(&nats, &self.naming.stream),
             history: History::new(&nats, &self.naming.stream).await?,
             position: Position::of(run, &self.naming.stream),
@@ -178,7 +178,7 @@ impl OutboxLeg {
             queued: 0,
             run,
         };
-        leg.work().await
+        comparison.work().await
     }
 }
 
@@ -191,8 +191,8 @@ struct Odd {
 }
 
 /// A run.
-struct Leg<'a> {
-    leg: &'a OutboxLeg,
+struct Comparing<'a> {
+    comparison: &'a OutboxComparison,
     run: &'a mut Run,
     stream: StreamReader,
     history: History,
@@ -202,9 +202,9 @@ struct Leg<'a> {
     queued: u64,
 }
 
-impl Leg<'_> {
+impl Comparing<'_> {
     async fn work(&mut self) -> Result<Done, Error> {
-        let stream = &self.leg.naming.stream;
+        let stream = &self.comparison.naming.stream;
         let Some(first) = self.ask(async |session| place::first(session, stream).await).await? else {
             // Nothing has been published yet.
             return Ok(Done::default());
@@ -240,7 +240,7 @@ impl Leg<'_> {
 
     /// Compares everything up to the newest state of the relay's log, and returns that place.
     async fn advance(&mut self, sweeping: bool) -> Result<Place, Error> {
-        let stream = self.leg.naming.stream.clone();
+        let stream = self.comparison.naming.stream.clone();
         let newest = self.ask(async |session| relay_log::newest(session).await).await?;
         if let Some(base) = newest.base.as_ref().filter(|base| base.stream == stream) {
             self.as_the_log_says(base).await?;
@@ -294,9 +294,9 @@ impl Leg<'_> {
         let chunk = Arc::new(Chunk {
             connections: Arc::clone(&self.run.connections),
             history: self.history.clone(),
-            consumer: self.leg.consumer(),
-            naming: self.leg.naming.clone(),
-            exclusive: !self.leg.shared,
+            consumer: self.comparison.consumer(),
+            naming: self.comparison.naming.clone(),
+            exclusive: !self.comparison.shared,
             max_age,
             from: from.clone(),
             to: to.clone(),
@@ -318,12 +318,12 @@ impl Leg<'_> {
             return Err(lost_its_end());
         }
         // It may have published that again meanwhile, some of it behind our back; then it has gone back in its log before.
-        if self.ask(async |session| place::gone_back(session, &self.leg.naming.stream, to).await).await?.is_some() {
+        if self.ask(async |session| place::gone_back(session, &self.comparison.naming.stream, to).await).await?.is_some() {
             return Err(lost_its_end());
         }
         fault::point("reconciler-outbox-compared");
         let (run, queued) = (&mut *self.run, &mut self.queued);
-        let stream = &self.leg.naming.stream;
+        let stream = &self.comparison.naming.stream;
         let (mut next, mut judged) = (Some(0), Vec::new());
         while let Some(after) = next {
             let mut page = chunk.rows(&seen, after).await?;
@@ -353,7 +353,7 @@ impl Leg<'_> {
     }
 
     fn messages(&self, from: &Place, to: &Place, stream: Extent) -> RangeInclusive<u64> {
-        match self.leg.shared {
+        match self.comparison.shared {
             false => stream.first.max(from.sequence + 1)..=to.sequence,
             true => {
                 let first = (from.sequence + 1).saturating_sub(MARGIN);
@@ -383,7 +383,7 @@ impl Leg<'_> {
         for sequence in (begin..=end).rev().take(NEAR) {
             if let Some(message) = self.history.one(sequence).await?
                 && let Ok(event) = stored::event(&message)
-                && event.source == self.leg.naming.source
+                && event.source == self.comparison.naming.source
             {
                 return Ok(Some(event.sequence));
             }
@@ -424,7 +424,7 @@ impl Leg<'_> {
             let rows = rows.into_iter().filter(|row| row.repair.is_none());
             let missing = rows.map(|row| Missing { row, seen: None }).collect();
             let page = Page { missing, ..Page::default() };
-            report_page(self.run, &self.leg.naming.stream, at, page, &mut self.queued).await?;
+            report_page(self.run, &self.comparison.naming.stream, at, page, &mut self.queued).await?;
         }
     }
 
@@ -453,7 +453,7 @@ impl Leg<'_> {
     }
 
     async fn report_parked(&mut self) -> Result<(), Error> {
-        let limit = self.leg.parked_limit;
+        let limit = self.comparison.parked_limit;
         let parked = self.ask(async |session| compare::parked_longer(session, limit).await).await?;
         let findings: Vec<Finding> = parked
             .into_iter()

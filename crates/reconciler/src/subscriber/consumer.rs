@@ -1,4 +1,4 @@
-//! Leg B: the stream, a subscriber's consumer, and its inbox.
+//! The consumer comparison: the stream, a subscriber's consumer, and its inbox.
 //!
 //! What the consumer counts as acked must be in the inbox, because acks follow the commit. The run keeps its place in the
 //! subscriber's own database: when that is restored to an earlier time, the place goes back together with the inbox.
@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::earlier::{self, Earlier};
 use super::messages::{Messages, event_for};
 use super::outstanding::{Outstanding, Place};
-use super::{Compare, LegJob, RETRY, Since, Subscription, ask, is_ours, passed, started, unhandled};
+use super::{Compare, ComparisonJob, RETRY, Since, Subscription, ask, is_ours, passed, started, unhandled};
 use aftercommit_core::config::NatsConfig;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::fault;
@@ -49,8 +49,8 @@ const SAVE_EVERY: u32 = 20;
 /// the subscriber what it has not handled. It also looks at the consumer itself. Give it to a
 /// [`Runner`](aftercommit_core::runner::Runner) on the subscriber's database with [`Runner::comparison`](aftercommit_core::runner::Runner::comparison).
 #[derive(Debug, Clone)]
-pub struct ConsumerLeg {
-    /// Dead letters are a finding after so long. Defaults to a day.
+pub struct ConsumerComparison {
+    /// How old a dead letter may be before it is a finding. Defaults to a day.
     pub dead_limit: Duration,
     /// From the end of a sweep over everything to the next; none for never. Defaults to a day. The other runs look at
     /// what is new.
@@ -64,13 +64,13 @@ pub struct ConsumerLeg {
     /// Whether a repair also makes the consumer anew or corrects it, for which the NATS user needs the rights to create and
     /// delete consumers. Defaults to false.
     pub provision: bool,
-    /// Messages that nobody fetches are a finding after so long. Defaults to 5 minutes.
+    /// How long messages may wait unfetched before that is a finding. Defaults to 5 minutes.
     pub stuck_limit: Duration,
     /// The subscriber.
     pub subscription: Subscription,
 }
 
-impl ConsumerLeg {
+impl ConsumerComparison {
     /// The defaults for a subscriber.
     pub fn new(nats: NatsConfig, subscription: Subscription) -> Self {
         Self {
@@ -87,24 +87,24 @@ impl ConsumerLeg {
 }
 
 /// Its name is `consumer:` and the subscriber's name.
-impl From<ConsumerLeg> for Definition {
-    fn from(leg: ConsumerLeg) -> Self {
-        let ConsumerLeg { interval, full_every, mode, .. } = leg;
-        let name = format!("consumer:{}", leg.subscription.name());
-        Self::job(LegJob { name, schedule: Schedule { interval, full_every, mode, retry: RETRY }, leg })
+impl From<ConsumerComparison> for Definition {
+    fn from(comparison: ConsumerComparison) -> Self {
+        let ConsumerComparison { interval, full_every, mode, .. } = comparison;
+        let name = format!("consumer:{}", comparison.subscription.name());
+        Self::job(ComparisonJob { name, schedule: Schedule { interval, full_every, mode, retry: RETRY }, comparison })
     }
 }
 
-impl Compare for ConsumerLeg {
+impl Compare for ConsumerComparison {
     async fn compare(&self, run: &mut Run) -> Result<Done, Error> {
         let started = started(run, &self.subscription.spec).await?;
-        let mut leg = self.clone();
-        leg.subscription.spec.start = started.map(|started| started.sequence);
+        let mut comparison = self.clone();
+        comparison.subscription.spec.start = started.map(|started| started.sequence);
         let nats = self.subscription.connect(&self.nats).await?;
         let stream = &self.subscription.spec.stream;
         let reader = StreamReader::new(&nats, stream);
-        let leg = Leg {
-            leg: &leg,
+        let comparison = Comparing {
+            comparison: &comparison,
             started,
             // Before the consumer: what that says may be about a stream that was written anew meanwhile.
             moment: reader.moment().await?,
@@ -115,7 +115,7 @@ impl Compare for ConsumerLeg {
             nats,
             run,
         };
-        leg.work().await
+        comparison.work().await
     }
 }
 
@@ -144,8 +144,8 @@ impl Position {
 }
 
 /// A run.
-struct Leg<'a> {
-    leg: &'a ConsumerLeg,
+struct Comparing<'a> {
+    comparison: &'a ConsumerComparison,
     /// Where the subscriber starts.
     started: Option<Started>,
     run: &'a mut Run,
@@ -180,12 +180,12 @@ struct Page {
     next: Option<u64>,
 }
 
-impl Leg<'_> {
+impl Comparing<'_> {
     async fn work(mut self) -> Result<Done, Error> {
         // This process's own clock may be wrong by days.
         let started = ask(self.run, async |session| place::now(session).await).await?;
         let context = self.nats.jetstream();
-        let spec = &self.leg.subscription.spec;
+        let spec = &self.comparison.subscription.spec;
         // The consumer first: what it has seen lies in the stream as it is afterwards.
         let survey = consumer::survey(&context, spec).await?;
         is_ours(self.run, spec, survey.as_ref().and_then(|survey| survey.position.owner.as_ref())).await?;
@@ -218,8 +218,8 @@ impl Leg<'_> {
         extent: Extent,
         now: DateTime<Utc>,
     ) -> Result<Option<Survey>, Error> {
-        let problems = problems(self.leg, survey.as_ref(), &self.position, extent, now);
-        let item = self.leg.subscription.name().to_string();
+        let problems = problems(self.comparison, survey.as_ref(), &self.position, extent, now);
+        let item = self.comparison.subscription.name().to_string();
         for kind in STATES.iter().filter(|kind| problems.iter().all(|(found, _)| found != *kind)) {
             self.run.settle(kind, std::slice::from_ref(&item), State::Gone).await?;
         }
@@ -240,7 +240,7 @@ impl Leg<'_> {
         let done = findings.iter().filter(|finding| finding.state == State::Repaired).count();
         self.run.repaired(done as u64);
         match repaired {
-            true => consumer::survey(&self.nats.jetstream(), &self.leg.subscription.spec).await,
+            true => consumer::survey(&self.nats.jetstream(), &self.comparison.subscription.spec).await,
             false => Ok(survey),
         }
     }
@@ -248,7 +248,7 @@ impl Leg<'_> {
     /// Makes the consumer what it should be, if that is wanted and would cure any of this, and returns whether it did.
     async fn put_right(&self, findings: &mut [Finding], anew: bool) -> Result<bool, Error> {
         let curable = |finding: &Finding| [AHEAD, ABSENT, SETTINGS].contains(&finding.kind);
-        if !findings.iter().any(curable) || !self.leg.provision || self.run.mode != Mode::Repair {
+        if !findings.iter().any(curable) || !self.comparison.provision || self.run.mode != Mode::Repair {
             return Ok(false);
         }
         let made = self.make(anew).await;
@@ -269,7 +269,7 @@ impl Leg<'_> {
 
     /// Makes the consumer what the subscriber needs, from the beginning when `anew`.
     async fn make(&self, anew: bool) -> Result<(), Error> {
-        let (context, spec) = (self.nats.jetstream(), &self.leg.subscription.spec);
+        let (context, spec) = (self.nats.jetstream(), &self.comparison.subscription.spec);
         let owner = ask(self.run, async |session| identity::owner(session).await).await?;
         if anew {
             consumer::delete(&context, spec).await?;
@@ -278,7 +278,7 @@ impl Leg<'_> {
     }
 
     async fn dead_letters(&mut self) -> Result<(), Error> {
-        let (subscriber, limit) = (self.leg.subscription.name(), self.leg.dead_limit);
+        let (subscriber, limit) = (self.comparison.subscription.name(), self.comparison.dead_limit);
         let letters = ask(self.run, async |session| resend::dead_longer(session, subscriber, limit).await).await?;
         let findings: Vec<Finding> = letters
             .into_iter()
@@ -297,7 +297,7 @@ impl Leg<'_> {
 
     /// What this run has to look at.
     async fn range(&mut self, survey: &Survey, extent: Extent) -> Result<Range, Error> {
-        let (subscription, moment) = (&self.leg.subscription, &self.moment);
+        let (subscription, moment) = (&self.comparison.subscription, &self.moment);
         let to = passed(self.run, &self.stream, &subscription.spec, &survey.position, moment).await?;
         self.passed = to;
         if !self.is_the_same(extent).await? {
@@ -384,15 +384,15 @@ impl Leg<'_> {
             if !outstanding.is_empty() {
                 self.stream.is_as_at(&self.moment).await?;
             }
-            let Leg { leg, run, history, position, moment, .. } = &mut *self;
+            let Comparing { comparison, run, history, position, moment, .. } = &mut *self;
             let source = Messages {
                 history,
                 subjects: &position.subjects,
-                subscription: &leg.subscription,
+                subscription: &comparison.subscription,
                 last: moment.last,
                 relay: relay.then_some(&client),
             };
-            let sent = outstanding.send(run, &leg.subscription, MISSED, &source).await?;
+            let sent = outstanding.send(run, &comparison.subscription, MISSED, &source).await?;
             if whole || sent == 0 {
                 return Ok(());
             }
@@ -405,7 +405,7 @@ impl Leg<'_> {
         if outstanding.keys().is_empty() {
             return Ok(!outstanding.is_empty());
         }
-        let subscription = &self.leg.subscription;
+        let subscription = &self.comparison.subscription;
         let horizon = earlier::horizon(self.run, subscription).await?;
         let earlier = Earlier { client, subscription, floor: self.passed, horizon };
         match earlier.add(self.run, outstanding).await {
@@ -427,11 +427,11 @@ impl Leg<'_> {
         let mut events = Vec::new();
         for message in &batch.messages {
             page.anchor = Some(Witness::of(message));
-            events.extend(event_for(message, &self.leg.subscription, &self.position.subjects));
+            events.extend(event_for(message, &self.comparison.subscription, &self.position.subjects));
         }
         self.run.scanned(events.len());
         let ids: Vec<Uuid> = events.iter().map(|event| event.event.id.as_uuid()).collect();
-        let mut known = unhandled(self.run, self.leg.subscription.name(), &ids).await?;
+        let mut known = unhandled(self.run, self.comparison.subscription.name(), &ids).await?;
         fault::point("reconciler-consumer-page");
         if known.is_empty() {
             return Ok(page);
@@ -476,13 +476,13 @@ fn twice(event: &Event, times: i64) -> Finding {
 
 /// What is wrong with the consumer, by kind.
 fn problems(
-    leg: &ConsumerLeg,
+    comparison: &ConsumerComparison,
     survey: Option<&Survey>,
     position: &Position,
     extent: Extent,
     now: DateTime<Utc>,
 ) -> Vec<(&'static str, String)> {
-    let Subscription { spec, remedy, .. } = &leg.subscription;
+    let Subscription { spec, remedy, .. } = &comparison.subscription;
     let delete = format!("`nats consumer rm {} {}`", spec.stream, spec.name);
     let harmless = "what it delivers again is in the inbox and runs no second time";
     let Some(survey) = survey else {
@@ -508,7 +508,7 @@ fn problems(
     } else if !survey.differences.is_empty() {
         found.push((SETTINGS, format!("{}: {remedy}", survey.differences.join(", "))));
     }
-    let limit = TimeDelta::from_std(leg.stuck_limit).unwrap_or(TimeDelta::MAX);
+    let limit = TimeDelta::from_std(comparison.stuck_limit).unwrap_or(TimeDelta::MAX);
     let idle = now - survey.delivered_at.unwrap_or(extent.created);
     if survey.pending > 0 && (survey.paused || idle > limit) {
         let why = match (survey.paused, survey.requests) {

@@ -3,7 +3,7 @@
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::inbox::{Leg, MISSED};
+use super::inbox::{Comparing, MISSED};
 use super::outstanding::{Outstanding, Place};
 use super::unhandled;
 use aftercommit_core::error::Error;
@@ -11,7 +11,7 @@ use aftercommit_core::jetstream::outbox_service::Moved;
 use aftercommit_core::postgres::finding::Finding;
 use aftercommit_core::postgres::resend::Known;
 
-impl Leg<'_> {
+impl Comparing<'_> {
     /// Adds the events that were missing in the stream and that the subscriber has not handled: they run from here in
     /// their order, and their copies in the stream find them done. Returns up to where that goes.
     pub(super) async fn out_of_order(
@@ -41,12 +41,12 @@ impl Leg<'_> {
     /// Those of them that the subscriber has not handled and that are for it.
     async fn not_handled(&mut self, events: Vec<Moved>) -> Result<Vec<Displaced>, Error> {
         let ids: Vec<Uuid> = events.iter().map(|event| event.event_id).collect();
-        let known = unhandled(self.run, self.leg.subscription.name(), &ids).await?;
+        let known = unhandled(self.run, self.comparison.subscription.name(), &ids).await?;
         let open: Vec<Uuid> = ids.into_iter().filter(|id| known.get(id) == Some(&Known::Not)).collect();
         if open.is_empty() {
             return Ok(Vec::new());
         }
-        let types = &self.leg.subscription.types;
+        let types = &self.comparison.subscription.types;
         // What the outbox no longer has cannot be sent from there.
         let events = self.client.events(&open).await?.into_iter();
         let events = events.filter(|event| types.is_empty() || types.contains(&event.event_type));

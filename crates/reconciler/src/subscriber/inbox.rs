@@ -1,4 +1,4 @@
-//! Leg C: the publisher's outbox and a subscriber's inbox, whatever became of the stream between them.
+//! The inbox comparison: the publisher's outbox and a subscriber's inbox, whatever became of the stream between them.
 //!
 //! The two are in different databases. The leading relay tells what of the outbox lies at or before the consumer's ack
 //! floor, in ranges with a digest of the ids, and only where the inbox has another digest the ids themselves. What is not
@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::earlier::{self, Earlier};
 use super::outstanding::{Item, Outstanding, Place, Source};
-use super::{Compare, LegJob, RETRY, Since, Subscription, ask, is_ours, passed, unhandled};
+use super::{Compare, ComparisonJob, RETRY, Since, Subscription, ask, is_ours, passed, unhandled};
 use aftercommit_core::config::NatsConfig;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::fault;
@@ -42,7 +42,7 @@ const EVENTS: usize = 100;
 /// acked, and sends back to the subscriber what it has not handled. Give it to a [`Runner`](aftercommit_core::runner::Runner) on the
 /// subscriber's database with [`Runner::comparison`](aftercommit_core::runner::Runner::comparison). The publisher's relay must run, and the NATS user may ask it; see docs/reconciliation.md.
 #[derive(Debug, Clone)]
-pub struct InboxLeg {
+pub struct InboxComparison {
     /// From the end of a sweep over everything to the next; none for never. Defaults to a day. The other runs look at
     /// what is new.
     pub full_every: Option<Duration>,
@@ -56,7 +56,7 @@ pub struct InboxLeg {
     pub subscription: Subscription,
 }
 
-impl InboxLeg {
+impl InboxComparison {
     /// The defaults for a subscriber.
     pub fn new(nats: NatsConfig, subscription: Subscription) -> Self {
         Self {
@@ -70,11 +70,11 @@ impl InboxLeg {
 }
 
 /// Its name is `inbox:` and the subscriber's name.
-impl From<InboxLeg> for Definition {
-    fn from(leg: InboxLeg) -> Self {
-        let InboxLeg { interval, full_every, mode, .. } = leg;
-        let name = format!("inbox:{}", leg.subscription.name());
-        Self::job(LegJob { name, schedule: Schedule { interval, full_every, mode, retry: RETRY }, leg })
+impl From<InboxComparison> for Definition {
+    fn from(comparison: InboxComparison) -> Self {
+        let InboxComparison { interval, full_every, mode, .. } = comparison;
+        let name = format!("inbox:{}", comparison.subscription.name());
+        Self::job(ComparisonJob { name, schedule: Schedule { interval, full_every, mode, retry: RETRY }, comparison })
     }
 }
 
@@ -95,7 +95,7 @@ pub(super) struct Position {
     sweep: Option<(i64, Option<Value>)>,
 }
 
-impl Compare for InboxLeg {
+impl Compare for InboxComparison {
     async fn compare(&self, run: &mut Run) -> Result<Done, Error> {
         let Subscription { spec, types, .. } = &self.subscription;
         let nats = self.subscription.connect(&self.nats).await?;
@@ -119,8 +119,8 @@ impl Compare for InboxLeg {
         let begins = run.scope == Scope::Full || position.compared.is_none();
         let sweep = position.sweep.take().or_else(|| begins.then_some((run.id, None)));
         let token = sweep.as_ref().map_or_else(|| position.compared.clone(), |(_, token)| token.clone());
-        let mut leg = Leg {
-            leg: self,
+        let mut comparison = Comparing {
+            comparison: self,
             client: OutboxClient::new(&nats, &spec.stream),
             history: History::new(&nats, &spec.stream).await?,
             stream,
@@ -139,8 +139,8 @@ impl Compare for InboxLeg {
             position,
             run,
         };
-        leg.pending().await?;
-        leg.work().await
+        comparison.pending().await?;
+        comparison.work().await
     }
 }
 
@@ -155,8 +155,8 @@ enum Stage {
 }
 
 /// A run.
-pub(super) struct Leg<'a> {
-    pub(super) leg: &'a InboxLeg,
+pub(super) struct Comparing<'a> {
+    pub(super) comparison: &'a InboxComparison,
     pub(super) run: &'a mut Run,
     pub(super) client: OutboxClient,
     stream: StreamReader,
@@ -204,7 +204,7 @@ struct Page {
     rest: bool,
 }
 
-impl Leg<'_> {
+impl Comparing<'_> {
     async fn work(mut self) -> Result<Done, Error> {
         while let Some(page) = self.next().await? {
             if !page.findings.is_empty() {
@@ -248,16 +248,16 @@ impl Leg<'_> {
             let displaced = self.out_of_order(&mut outstanding, again).await?;
             fault::point("reconciler-inbox-repair");
             let (floor, horizon) = (self.floor, self.horizon);
-            let Leg { leg, run, client, stream, moment, .. } = &mut *self;
-            let earlier = Earlier { client, subscription: &leg.subscription, floor, horizon };
+            let Comparing { comparison, run, client, stream, moment, .. } = &mut *self;
+            let earlier = Earlier { client, subscription: &comparison.subscription, floor, horizon };
             earlier.add(run, &mut outstanding).await?;
             let whole = outstanding.is_whole();
             if !outstanding.is_empty() {
                 // What lies before the floor was compared, what lies behind it was asked for: both of the same stream.
                 stream.is_as_at(moment).await?;
             }
-            let source = Rows { client, types: &leg.subscription.types };
-            let sent = outstanding.send(run, &leg.subscription, MISSED, &source).await?;
+            let source = Rows { client, types: &comparison.subscription.types };
+            let sent = outstanding.send(run, &comparison.subscription, MISSED, &source).await?;
             if whole || sent == 0 {
                 return Ok(displaced);
             }
@@ -285,7 +285,7 @@ impl Leg<'_> {
 
     /// The next range whose digest is as it should be, or the next page of another one.
     async fn range(&mut self) -> Result<Option<Page>, Error> {
-        let types = &self.leg.subscription.types;
+        let types = &self.comparison.subscription.types;
         if self.range.is_none() {
             let range = self.client.page(self.floor, self.token.clone(), types, true).await?;
             if !range.more {
@@ -330,13 +330,13 @@ impl Leg<'_> {
     }
 
     async fn ours(&self, range: &Range) -> Result<(u64, u128), Error> {
-        let (subscriber, behind, to) = (self.leg.subscription.name(), range.behind, range.to);
+        let (subscriber, behind, to) = (self.comparison.subscription.name(), range.behind, range.to);
         ask(self.run, async |session| resend::digest(session, subscriber, behind, to).await).await
     }
 
     /// What both sides of a range come to, and what else decides about what counts.
     fn look(&self, range: &Range, ours: (u64, u128)) -> u64 {
-        let retention = self.leg.subscription.inbox_retention;
+        let retention = self.comparison.subscription.inbox_retention;
         let hasher = BuildHasherDefault::<DefaultHasher>::default();
         hasher.hash_one((range.behind, &range.theirs, ours, retention, &self.position.types))
     }
@@ -356,7 +356,7 @@ impl Leg<'_> {
     /// The next page of the range that the ack floor lies in. Of its events the stream must have those that are not handled.
     /// It is looked at by each run, until the floor has passed it.
     async fn edge(&mut self) -> Result<Option<Page>, Error> {
-        let types = &self.leg.subscription.types;
+        let types = &self.comparison.subscription.types;
         let (token, end) = match self.edge.take() {
             Some(edge) => edge,
             None => {
@@ -414,7 +414,7 @@ impl Leg<'_> {
         let (due, old): (Vec<Listed>, Vec<Listed>) = due.partition(|event| event.time >= self.horizon);
         self.too_old += old.len() as u64;
         let ids: Vec<Uuid> = due.iter().map(|event| event.event_id).collect();
-        let known = unhandled(self.run, self.leg.subscription.name(), &ids).await?;
+        let known = unhandled(self.run, self.comparison.subscription.name(), &ids).await?;
         if let Some(range) = self.range.as_mut().filter(|_| !known.is_empty()) {
             range.handled = false;
         }

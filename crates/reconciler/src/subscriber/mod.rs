@@ -1,5 +1,5 @@
-//! What reconcilers look at beside a worker, in the subscriber's database: the stream and the consumer (leg B), and the
-//! outbox of the publisher (leg C). What a subscriber has not handled is sent back to it alone.
+//! What reconcilers look at beside a worker, in the subscriber's database: the stream and the consumer (consumer comparison), and the
+//! outbox of the publisher (inbox comparison). What a subscriber has not handled is sent back to it alone.
 
 mod consumer;
 mod displaced;
@@ -32,11 +32,11 @@ use aftercommit_core::runner::job::{Done, Job, Run, Schedule};
 use aftercommit_core::runner::{Mode, Runner};
 use aftercommit_core::subscription::Subscription;
 
-pub use consumer::ConsumerLeg;
-pub use inbox::InboxLeg;
+pub use consumer::ConsumerComparison;
+pub use inbox::InboxComparison;
 
 /// Adds to a runner on a subscribers' database the comparisons of these subscribers: of each inbox with its stream, and with
-/// the publisher's outbox. They run `every` so long, and only [`Mode::Repair`] changes anything.
+/// the publisher's outbox. `every` is the interval between their runs; only [`Mode::Repair`] changes anything.
 ///
 /// Beside a worker: `with_comparisons(worker.own_reconcilers(), &nats, worker.subscriptions(), every, mode)`.
 pub fn with_comparisons(
@@ -47,9 +47,9 @@ pub fn with_comparisons(
     mode: Mode,
 ) -> Runner {
     subscriptions.into_iter().fold(runner, |runner, subscription| {
-        let consumer = ConsumerLeg::new(nats.clone(), subscription.clone());
-        let inbox = InboxLeg::new(nats.clone(), subscription);
-        runner.comparison(ConsumerLeg { interval: every, mode, ..consumer }).comparison(InboxLeg {
+        let consumer = ConsumerComparison::new(nats.clone(), subscription.clone());
+        let inbox = InboxComparison::new(nats.clone(), subscription);
+        runner.comparison(ConsumerComparison { interval: every, mode, ..consumer }).comparison(InboxComparison {
             interval: every,
             mode,
             ..inbox
@@ -59,19 +59,19 @@ pub fn with_comparisons(
 
 const RETRY: Backoff = Backoff { first: Duration::from_secs(2), max: Duration::from_mins(1) };
 
-/// What a leg does in a run.
+/// What a comparison does in a run.
 trait Compare: Send + Sync + 'static {
     fn compare(&self, run: &mut Run) -> impl Future<Output = Result<Done, Error>> + Send;
 }
 
-/// A leg as the runner sees it.
-struct LegJob<L> {
+/// A comparison as the runner sees it.
+struct ComparisonJob<L> {
     name: String,
     schedule: Schedule,
-    leg: L,
+    comparison: L,
 }
 
-impl<L: Compare> Job for LegJob<L> {
+impl<L: Compare> Job for ComparisonJob<L> {
     fn name(&self) -> &str {
         &self.name
     }
@@ -81,7 +81,7 @@ impl<L: Compare> Job for LegJob<L> {
     }
 
     fn run<'a>(&'a self, run: &'a mut Run) -> BoxFuture<'a, Result<Done, Error>> {
-        self.leg.compare(run).boxed()
+        self.comparison.compare(run).boxed()
     }
 }
 
