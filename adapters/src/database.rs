@@ -12,13 +12,16 @@ pub struct Database {
     pub url: String,
 }
 
+/// What is the same for every publish of one event: `type`, `version`, `key`, `headers`, `content_type`.
+pub type Columns = (String, i32, Option<String>, String, String);
+
 /// What a publisher writes of an event.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Written {
     /// Column `event_id`.
     pub event_id: Uuid,
-    /// What is the same for every publish of one event: `type`, `version`, `key`, `headers`, `content_type`.
-    pub columns: (String, i32, Option<String>, String, String),
+    /// The other columns, without `payload`.
+    pub columns: Columns,
     /// Column `payload`.
     pub payload: Vec<u8>,
 }

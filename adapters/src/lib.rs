@@ -5,8 +5,8 @@
 pub mod database;
 pub mod drivers;
 
-use aftercommit::outbox::{EventId, PublishError, RawEvent};
 use aftercommit::Event;
+use aftercommit::outbox::{EventId, PublishError, RawEvent};
 use serde::{Deserialize, Serialize};
 
 /// A connection to PostgreSQL through one driver.

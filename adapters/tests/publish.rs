@@ -4,7 +4,7 @@ use std::error::Error;
 use std::fmt::Write;
 
 use aftercommit::outbox::{EventId, PublishError, PublishErrorKind, RawEvent};
-use aftercommit_adapters::database::{Database, Written};
+use aftercommit_adapters::database::{Columns, Database, Written};
 use aftercommit_adapters::{Connection, Placed, Transaction, drivers};
 use sqlx::Connection as _;
 use uuid::Uuid;
@@ -77,7 +77,7 @@ async fn a_typed_event_is_the_row_that_sqlx09_writes<C: Connection>() {
     for event in &events {
         ids.push(tx.publish(event).await.unwrap());
     }
-    tx.commit().await;
+    tx.commit().await.unwrap();
 
     let written = database.written().await;
     assert_eq!(written.iter().map(|row| row.event_id).collect::<Vec<_>>(), uuids(&ids));
@@ -152,7 +152,7 @@ async fn several_events_keep_their_order<C: Connection>() {
     let mut connection = drivers::Sqlx09::connect(&database.url).await;
     let mut tx = connection.begin().await;
     tx.publish_all(&events).await.unwrap();
-    tx.commit().await;
+    tx.commit().await.unwrap();
 
     let written = database.written().await;
     let (mine, reference) = written.split_at(events.len());
@@ -335,7 +335,7 @@ fn everything(error: &PublishError) -> String {
 }
 
 /// What does not differ between two publishes of one event.
-fn bytes(written: &[Written]) -> Vec<(&(String, i32, Option<String>, String, String), &[u8])> {
+fn bytes(written: &[Written]) -> Vec<(&Columns, &[u8])> {
     written.iter().map(|row| (&row.columns, row.payload.as_slice())).collect()
 }
 

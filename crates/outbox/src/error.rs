@@ -122,6 +122,7 @@ pub struct Refusal<'a> {
 
 /// Whether an error of the server with this code, from this routine of its source, tells of a prepared statement that
 /// no longer fits its tables. Other errors have the same code.
+#[cfg(any(feature = "sqlx08", feature = "sqlx09", feature = "tokio-postgres"))]
 pub(crate) fn tells_of_stale_plan(code: &str, routine: Option<&str>) -> bool {
     code == "0A000" && routine == Some("RevalidateCachedQuery")
 }

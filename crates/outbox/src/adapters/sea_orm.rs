@@ -16,7 +16,19 @@
 //! # }
 //! ```
 //!
-//! Neither a late publish compiles, nor one without a transaction:
+//! Neither a late publish compiles, nor one without a transaction. The first of these compiles, the others differ from
+//! it in one thing each:
+//!
+//! ```no_run
+//! # use aftercommit_outbox::{RawEvent, sea_orm as outbox};
+//! # use sea_orm::TransactionTrait;
+//! # async fn in_time(db: sea_orm::DatabaseConnection) -> Result<(), Box<dyn std::error::Error>> {
+//! let tx = db.begin().await?;
+//! outbox::publish_raw(&tx, RawEvent::new("a", "text/plain", "")).await?;
+//! tx.commit().await?;
+//! # Ok(())
+//! # }
+//! ```
 //!
 //! ```compile_fail,E0382
 //! # use aftercommit_outbox::{RawEvent, sea_orm as outbox};

@@ -16,7 +16,19 @@
 //! # }
 //! ```
 //!
-//! Neither a late publish compiles, nor one without a transaction, nor one past an open savepoint:
+//! Neither a late publish compiles, nor one without a transaction, nor one past an open savepoint. The first of these
+//! compiles, the others differ from it in one thing each:
+//!
+//! ```no_run
+//! # use aftercommit_outbox::{RawEvent, sqlx08 as outbox};
+//! # use sqlx08 as sqlx;
+//! # async fn in_time(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+//! let mut tx = pool.begin().await?;
+//! outbox::publish_raw(&mut tx, RawEvent::new("a", "text/plain", "")).await?;
+//! tx.commit().await?;
+//! # Ok(())
+//! # }
+//! ```
 //!
 //! ```compile_fail,E0382
 //! # use aftercommit_outbox::{RawEvent, sqlx08 as outbox};

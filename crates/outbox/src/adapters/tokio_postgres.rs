@@ -25,8 +25,18 @@
 //! tx.commit().await?;
 //! ```
 //!
-//! Neither a late publish compiles, nor one without a transaction, nor one past an open savepoint. Each of these
-//! differs from the first example in one thing:
+//! Neither a late publish compiles, nor one without a transaction, nor one past an open savepoint. The first of these
+//! compiles, the others differ from it in one thing each:
+//!
+//! ```no_run
+//! # use aftercommit_outbox::{RawEvent, tokio_postgres as outbox};
+//! # async fn in_time(mut client: tokio_postgres::Client) -> Result<(), Box<dyn std::error::Error>> {
+//! let tx = client.transaction().await?;
+//! outbox::publish_raw(&tx, RawEvent::new("a", "text/plain", "")).await?;
+//! tx.commit().await?;
+//! # Ok(())
+//! # }
+//! ```
 //!
 //! ```compile_fail,E0382
 //! # use aftercommit_outbox::{RawEvent, tokio_postgres as outbox};
