@@ -19,7 +19,7 @@ one program name:
 # Check formatting and lints
 lint:
     cargo fmt --check
-    cargo clippy --workspace --all-targets --all-features -- -D warnings
+    cargo clippy --workspace --all-targets --features cli,testing -- -D warnings
 
 # Send pgbench's transactions through the whole chain, with processes killed on the way
 demo *arguments:
@@ -39,7 +39,7 @@ model:
 
 # Build the documentation of the code; warnings are errors
 docs:
-    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --all-features --no-deps
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --features cli,testing --no-deps
 
 # Feed the parsers with random input, such as: just fuzz url --minutes 1 (needs a nightly compiler)
 fuzz *arguments:
