@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use crate::support::{Act, Copy, Database, Dump, Number, Outbox, Record, Roles, SOON, Work};
 use aftercommit::config::NatsConfig;
-use aftercommit::reconciler::{ConsumerComparison, InboxComparison, Mode, OutboxComparison, Outcome, Runner, Scope, Summary};
+use aftercommit::reconciler::{
+    ConsumerComparison, InboxComparison, Mode, OutboxComparison, Outcome, Runner, Scope, Summary,
+};
 use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
 use aftercommit::worker::Subscriber;

@@ -153,8 +153,8 @@ async fn events_that_were_missing_are_told() {
     let token = displaced(Value::Null).await["next"].clone();
     let stream = outbox.js().await.get_stream(&outbox.naming.stream).await.unwrap();
     stream.delete_message(4).await.unwrap();
-    let runner =
-        Runner::new(outbox.postgres.clone()).comparison(OutboxComparison::new(outbox.nats.clone(), outbox.naming.clone()));
+    let runner = Runner::new(outbox.postgres.clone())
+        .comparison(OutboxComparison::new(outbox.nats.clone(), outbox.naming.clone()));
     runner.run_now("outbox", Scope::Full, Mode::Repair).await.unwrap();
     let mut answer = Value::Null;
     eventually(SOON, "it is told", async || {

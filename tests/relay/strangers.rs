@@ -76,7 +76,8 @@ async fn a_forged_copy_does_not_pass_for_the_event(mode: Mode, message_id: bool)
     if mode == Mode::Shared && !message_id {
         // Nobody has noticed on the way. The reconciler does, once.
         outbox.settled().await;
-        let leg = OutboxComparison { shared: true, ..OutboxComparison::new(outbox.nats.clone(), outbox.naming.clone()) };
+        let leg =
+            OutboxComparison { shared: true, ..OutboxComparison::new(outbox.nats.clone(), outbox.naming.clone()) };
         let runner = Runner::new(outbox.postgres.clone()).comparison(leg);
         let runs = [(1, 1), (1, 0)];
         for (found, repaired) in runs {

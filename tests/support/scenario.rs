@@ -318,8 +318,11 @@ impl Scenario {
     fn books_runner(&self) -> Runner {
         let nats = &self.outbox.nats;
         let subscription = Self::subscriber().subscription(&self.outbox.naming);
-        let consumer = ConsumerComparison { provision: true, ..ConsumerComparison::new(nats.clone(), subscription.clone()) };
-        Runner::new(self.database.clone()).comparison(consumer).comparison(InboxComparison::new(nats.clone(), subscription))
+        let consumer =
+            ConsumerComparison { provision: true, ..ConsumerComparison::new(nats.clone(), subscription.clone()) };
+        Runner::new(self.database.clone())
+            .comparison(consumer)
+            .comparison(InboxComparison::new(nats.clone(), subscription))
     }
 
     /// Compares all of the outbox with the stream, and repairs that.

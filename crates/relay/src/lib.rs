@@ -383,7 +383,8 @@ impl Relay {
                 Ok(Ok(Some(pause))) => {
                     renewed = tokio::time::Instant::now();
                     if paused.send_if_modified(|paused| std::mem::replace(paused, pause) != pause) {
-                        let told = if pause { "publishing paused by operator" } else { "publishing resumed by operator" };
+                        let told =
+                            if pause { "publishing paused by operator" } else { "publishing resumed by operator" };
                         tracing::info!(paused = pause, "{told}");
                     }
                 }

@@ -35,7 +35,10 @@ pub(super) struct Doctor {
 
 fn role(name: &str) -> Result<Role, String> {
     let known = || Role::ALL.map(Role::name).join(", ");
-    Role::ALL.into_iter().find(|role| role.name() == name).ok_or_else(|| format!("unknown role: use one of {}", known()))
+    Role::ALL
+        .into_iter()
+        .find(|role| role.name() == name)
+        .ok_or_else(|| format!("unknown role: use one of {}", known()))
 }
 
 /// The report, and whether nothing in it fails.

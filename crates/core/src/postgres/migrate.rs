@@ -227,7 +227,9 @@ fn missing(known: &Migrator, applied: &BTreeMap<i64, Vec<u8>>) -> Result<Vec<Mig
     if let Some(Migration { version, .. }) = known.iter().find(changed) {
         return Err(Error::new(
             ErrorKind::Integrity,
-            format!("migration {version} in the database differs from this version's copy: it was edited after it was applied"),
+            format!(
+                "migration {version} in the database differs from this version's copy: it was edited after it was applied"
+            ),
         ));
     }
     let missing: Vec<Migration> =

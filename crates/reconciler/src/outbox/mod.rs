@@ -318,7 +318,11 @@ impl Comparing<'_> {
             return Err(lost_its_end());
         }
         // It may have published that again meanwhile, some of it behind our back; then it has gone back in its log before.
-        if self.ask(async |session| place::gone_back(session, &self.comparison.naming.stream, to).await).await?.is_some() {
+        if self
+            .ask(async |session| place::gone_back(session, &self.comparison.naming.stream, to).await)
+            .await?
+            .is_some()
+        {
             return Err(lost_its_end());
         }
         fault::point("reconciler-outbox-compared");
