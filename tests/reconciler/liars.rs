@@ -1,4 +1,4 @@
-//! Whoever answers in place of the publisher's relay, broken or forged: the inbox comparison and `replay` refuse what is none to their
+//! Whoever answers in place of the publisher's relay, broken or forged: the inbox comparison and `replay` refuse what does not answer their
 //! question with an error that says so. Nothing is stored or run that was not asked for, and nothing goes on for ever.
 
 use std::sync::{Arc, Mutex};
@@ -125,7 +125,7 @@ const NO_PAGE: &str = "nothing of what is in it";
 const LIES: &[(&str, Lie, &str)] = &[
     ("digest", |_| vec![(HeaderMap::new(), vec![0xff, 0, 7, b'{'])], "expected value"),
     ("digest", |_| vec![(HeaderMap::new(), Vec::new())], "EOF"),
-    ("digest", |_| one(json!([])), "none to what was asked"),
+    ("digest", |_| one(json!([])), "does not match the question"),
     ("digest", |_| one(json!({ "more": true })), "missing field"),
     ("digest", |_| one(json!({ "events": [], "next": [0, 0], "more": true })), "missing field"),
     ("digest", |parts| json_of(parts, |page| page["digest"] = Value::Null), "instead of a digest"),
@@ -144,13 +144,13 @@ const LIES: &[(&str, Lie, &str)] = &[
     ("page", |parts| json_of(parts, |page| page["events"][0]["key"] = json!("\0")), "a key with a NUL"),
     ("page", |parts| json_of(parts, |page| page["events"][0]["event_id"] = json!("x")), "UUID"),
     ("page", |_| one(json!({ "behind": 40, "to": 40, "next": "end", "more": false })), NO_PAGE),
-    ("displaced", |_| one(json!(null)), "none to what was asked"),
+    ("displaced", |_| one(json!(null)), "does not match the question"),
     ("displaced", |parts| json_of(parts, |told| told["next"] = json!("\0")), "a token with a NUL"),
-    ("keys", |_| one(json!({ "left_out": 7 })), "none to what was asked"),
+    ("keys", |_| one(json!({ "left_out": 7 })), "does not match the question"),
     ("keys", |parts| header_of(parts, "ce-partitionkey", "other"), "of another key"),
     ("keys", |parts| [&parts[..1], &parts[..]].concat(), "or twice"),
     ("keys", |parts| json_of(parts, |rest| rest["next"] = json!(1)), "going on from"),
-    ("events", |_| one(json!({ "left_out": 7 })), "none to what was asked"),
+    ("events", |_| one(json!({ "left_out": 7 })), "does not match the question"),
     ("events", |parts| header_of(parts, "ce-id", "7"), "ce-id"),
     ("events", |parts| header_of(parts, "ce-id", "01a1fbb7-bafe-75ab-a111-dc3a330bc524"), "or that one twice"),
     ("events", |parts| [&parts[..1], &parts[..]].concat(), "more than"),
