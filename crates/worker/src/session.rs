@@ -345,21 +345,9 @@ impl Session {
                 None => self.scheduler.ready().div_ceil(lanes - self.lanes.len()),
             };
             let places = self.scheduler.take(heads, self.batch_limit());
-            if let [single] = places.as_slice()
-                && self.pending.get(single).is_some_and(|pending| self.elsewhere.runs(pending.id))
+            if let [single] = *places.as_slice()
+                && self.waits_elsewhere(single)
             {
-                self.scheduler.hold(*single, Instant::now() + elsewhere::LOOK);
-                admitted = Some(permit);
-                continue;
-            }
-            if let [single] = places.as_slice()
-                && let Some(pending) = self.pending.get_mut(single)
-                && let Some(left) = self.elsewhere.left(pending.id)
-                && left.crashes > pending.record.crashes
-            {
-                pending.record = left;
-                self.scheduler.put_back(*single);
-                self.scheduler.bears(*single, doubt::company(&pending.record));
                 admitted = Some(permit);
                 continue;
             }
@@ -388,6 +376,24 @@ impl Session {
             });
         }
         self.admission = None;
+    }
+
+    /// Puts an event back that still runs at a predecessor, or that must run in other company since it has ended there.
+    fn waits_elsewhere(&mut self, place: Place) -> bool {
+        let Some(pending) = self.pending.get_mut(&place) else { return false };
+        if self.elsewhere.runs(pending.id) {
+            self.scheduler.hold(place, Instant::now() + elsewhere::LOOK);
+            return true;
+        }
+        match self.elsewhere.left(pending.id).filter(|left| left.crashes > pending.record.crashes) {
+            Some(left) => {
+                pending.record = left;
+                self.scheduler.put_back(place);
+                self.scheduler.bears(place, doubt::company(&pending.record));
+                true
+            }
+            None => false,
+        }
     }
 
     fn new_lane(&mut self) -> (i64, Lane) {
