@@ -1,6 +1,11 @@
 //! The worker, to be run within a program: what `aftercommit-worker` runs, with handlers in Rust.
 
-pub use aftercommit_worker::*;
+#[cfg(feature = "cli")]
+pub use aftercommit_worker::read_file;
+pub use aftercommit_worker::{
+    BatchError, BatchHandler, Delivery, FailedModule, FailurePolicy, Handler, HandlerError, Module, Monitor, Queues,
+    Registry, Start, StartError, Subscriber, SubscriberReport, Worker, WorkerReport, set_span_parent,
+};
 
 /// The `main` of a service whose handlers are written in Rust: reads the command line and the environment as
 /// `aftercommit-worker` does, without `--config`, and runs until a signal ends it. It takes a [`Registry`], or a list of

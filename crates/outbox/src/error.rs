@@ -39,13 +39,13 @@ pub enum PublishErrorKind {
 }
 
 /// A refused field and why.
-pub struct Problem {
-    pub field: String,
-    pub why: String,
+pub(crate) struct Problem {
+    pub(crate) field: String,
+    pub(crate) why: String,
 }
 
 impl Problem {
-    pub fn new(field: impl Into<String>, why: impl Into<String>) -> Self {
+    pub(crate) fn new(field: impl Into<String>, why: impl Into<String>) -> Self {
         Self { field: field.into(), why: why.into() }
     }
 }
@@ -63,7 +63,7 @@ impl PublishError {
     }
 
     /// PostgreSQL refused the statement.
-    pub fn refused(event_type: &str, refusal: &Refusal<'_>) -> Self {
+    pub(crate) fn refused(event_type: &str, refusal: &Refusal<'_>) -> Self {
         let Refusal { code, message, constraint, stale_plan } = refusal;
         let kind = match code {
             code if sqlstate::is_outage(code) => PublishErrorKind::Unavailable,
@@ -80,7 +80,7 @@ impl PublishError {
     }
 
     /// The driver failed before PostgreSQL said anything. Its error must not show what a row holds.
-    pub fn driver(
+    pub(crate) fn driver(
         event_type: &str,
         kind: PublishErrorKind,
         source: impl Into<Box<dyn StdError + Send + Sync>>,
@@ -111,11 +111,11 @@ fn not_written(event_type: &str) -> String {
 }
 
 /// An error of the server, in the words of any driver.
-pub struct Refusal<'a> {
+pub(crate) struct Refusal<'a> {
     /// SQLSTATE; empty when the driver does not tell.
-    pub code: &'a str,
-    pub message: &'a str,
-    pub constraint: Option<&'a str>,
+    pub(crate) code: &'a str,
+    pub(crate) message: &'a str,
+    pub(crate) constraint: Option<&'a str>,
     /// Whether a prepared statement of the session no longer fits its tables. In another session it will.
     pub(crate) stale_plan: bool,
 }
@@ -128,7 +128,7 @@ pub(crate) fn tells_of_stale_plan(code: &str, routine: Option<&str>) -> bool {
 }
 
 /// A text that may be anything, short and on one line.
-pub fn shown(text: &str) -> String {
+pub(crate) fn shown(text: &str) -> String {
     let mut start: String = text.chars().take(64).collect();
     if start.len() < text.len() {
         start.push('…');

@@ -13,7 +13,7 @@ use crate::error::Problem;
 use crate::event::Event;
 
 /// The payload of a value that only others read: what its type would make of it is not asked.
-pub fn written(value: &impl Serialize) -> Result<Vec<u8>, Problem> {
+pub(crate) fn written(value: &impl Serialize) -> Result<Vec<u8>, Problem> {
     let payload = to_vec(value)?;
     // As a value, because readers that skip what they do not want know no limit.
     if serde_json::from_slice::<serde_json::Value>(&payload).is_err() {
@@ -23,7 +23,7 @@ pub fn written(value: &impl Serialize) -> Result<Vec<u8>, Problem> {
 }
 
 /// The payload of `event`.
-pub fn payload<E: Event>(event: &E) -> Result<Vec<u8>, Problem> {
+pub(crate) fn payload<E: Event>(event: &E) -> Result<Vec<u8>, Problem> {
     let payload = to_vec(event)?;
     if serde_json::from_slice::<E>(&payload).is_err() {
         return Err(Problem::new(

@@ -65,7 +65,7 @@ mod lane;
 mod load;
 mod loss;
 mod monitor;
-pub mod notes;
+mod notes;
 mod pace;
 mod progress;
 mod pruner;

@@ -25,7 +25,7 @@ const DIED: &str = "the worker's process died or lost its lease while this event
 
 impl Marker<'_> {
     /// The subscriber's name, checked once more for statements that are text.
-    pub(super) fn name(&self) -> Result<&str, sqlx::Error> {
+    fn name(&self) -> Result<&str, sqlx::Error> {
         if !self.subscriber.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-') {
             return Err(sqlx::Error::Configuration(format!("{:?} is not a subscriber name", self.subscriber).into()));
         }

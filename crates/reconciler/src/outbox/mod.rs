@@ -44,7 +44,7 @@ use listed::Listed;
 use seen::Seen;
 
 /// The name of this comparison's reconciler.
-pub const NAME: &str = "outbox";
+const NAME: &str = "outbox";
 
 /// So many messages lie between two saved positions, unless the relay's log has none so near.
 const CHUNK: u64 = 1_000_000;
