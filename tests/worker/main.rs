@@ -7,6 +7,7 @@ mod handover;
 mod http;
 mod instances;
 mod many;
+mod memory;
 mod once;
 mod operations;
 mod order;

@@ -1,6 +1,7 @@
 //! The main loop of a subscriber's active instance: takes messages from the feed, gives events to lanes, answers.
 
 mod ending;
+mod room;
 mod settling;
 
 use std::collections::{BTreeSet, HashMap};
@@ -37,6 +38,7 @@ use super::redrive::Redrives;
 use super::scheduler::{Company, Place, Scheduler};
 use super::subscriber::{FailurePolicy, MAX_WAIT};
 use super::verdict::Report;
+use room::Room;
 
 /// The most payload bytes in memory, beside what is on its way.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
@@ -80,6 +82,7 @@ pub(super) struct Session {
     account: Account,
     gate: Gate,
     pace: Pace,
+    room: Room,
     /// Waits until one more batch may run in this process, and what it got.
     admission: Option<BoxFuture<'static, Option<OwnedSemaphorePermit>>>,
     admitted: Option<OwnedSemaphorePermit>,
@@ -134,6 +137,7 @@ impl Session {
             account,
             gate: Gate::default(),
             pace: Pace::default(),
+            room: Room::default(),
             admission: None,
             admitted: None,
             interrupted: 0,
@@ -153,9 +157,11 @@ impl Session {
         signs.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut writes = tokio::time::interval(reached::EVERY);
         writes.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        // All that has arrived is taken in before lanes get anything, so that they get much at a time.
         let mut fed = Vec::new();
         let end = loop {
+            if let Some(end) = self.catch_up(&mut feed, &mut fed) {
+                break end;
+            }
             self.give_out();
             self.make_room();
             let wake = self.next_wake();
@@ -201,11 +207,24 @@ impl Session {
         }
     }
 
+    /// Takes in all that has happened, before lanes get anything: so they get much at a time. Says when the session cannot go
+    /// on.
+    fn catch_up(&mut self, feed: &mut mpsc::UnboundedReceiver<Fed>, fed: &mut Vec<Fed>) -> Option<End> {
+        while let Some(report) = self.lanes.try_join_next() {
+            if let Some(end) = self.settle(report) {
+                return Some(end);
+            }
+        }
+        feed.recv_many(fed, MAX_FED).now_or_never()?;
+        self.take_in_all(fed).err().map(End::Broken)
+    }
+
     /// Takes in what the feed has, and says when that is its end.
     fn take_in_all(&mut self, fed: &mut Vec<Fed>) -> Result<(), String> {
         if fed.is_empty() {
             return Err("the feed ended".into());
         }
+        let ready = self.scheduler.ready();
         for fed in fed.drain(..) {
             match fed {
                 Fed::Message(incoming) => self.take_in(*incoming)?,
@@ -213,6 +232,9 @@ impl Session {
                 Fed::Refused(problem) => self.lane.progress.delivery(problem),
                 Fed::Ended(reason) => return Err(reason),
             }
+        }
+        if self.scheduler.ready() > ready {
+            self.room.paid();
         }
         Ok(())
     }
@@ -302,13 +324,15 @@ impl Session {
         Some(record)
     }
 
-    /// When the memory is full of events that cannot run now and lanes have nothing to do: keeps the places of those
-    /// events and lets their payloads go, so that others can come in. Lanes read them again when their time comes.
+    /// When the memory is full of events that cannot run now and lanes have had nothing to do for a while: keeps the places
+    /// of those events and lets their payloads go, so that others can come in. Lanes read them again when their time comes.
     fn make_room(&mut self) {
-        let busy = self.lanes.len() >= self.lane.subscriber.settings.concurrency;
-        if busy || !self.budget.is_full() || self.scheduler.any_ready() {
+        let (busy, now) = (self.lanes.len() >= self.lane.subscriber.settings.concurrency, Instant::now());
+        self.room.idle(!busy && !self.scheduler.any_ready(), now);
+        if !self.budget.is_full() || self.room.due().is_none_or(|due| due > now) {
             return;
         }
+        self.room.made(now);
         for place in self.scheduler.idle() {
             let Some(pending) = self.pending.get_mut(&place) else { continue };
             if pending.event.take().is_some() && pending.alive {
@@ -424,7 +448,8 @@ impl Session {
     fn next_wake(&self) -> Option<Instant> {
         let lost = !self.losses.is_empty() && !self.looking;
         let waits_for_gate = lost || (self.lanes.is_empty() && self.scheduler.ready() > 0);
-        self.gate.next_look(waits_for_gate).into_iter().chain(self.scheduler.next_wake()).min()
+        let room = self.room.due().filter(|_| self.budget.is_full());
+        self.gate.next_look(waits_for_gate).into_iter().chain(self.scheduler.next_wake()).chain(room).min()
     }
 
     fn send_signs(&self) {
