@@ -2,6 +2,7 @@
 --
 --   psql --no-psqlrc --file roles.sql --dbname shop                          roles aftercommit_relay, aftercommit_worker, …
 --   psql --no-psqlrc --file roles.sql --dbname shop --set prefix=shop_       roles shop_relay, shop_worker, …
+--   psql --no-psqlrc --file roles.sql --dbname shop --set schema=events      for a schema of another name
 --
 -- Run it as a superuser, or as the database's owner with CREATEROLE, in the publisher's database and in each subscriber's.
 -- The roles cannot log in: make a login for each process and grant it the role of its work.
@@ -17,6 +18,10 @@
 \if :{?prefix}
 \else
     \set prefix aftercommit_
+\endif
+\if :{?schema}
+\else
+    \set schema aftercommit
 \endif
 \set owner :prefix owner
 \set publisher :prefix publisher
@@ -46,55 +51,55 @@ select format('grant %I to current_user', :'owner') where not pg_has_role(curren
 select format('grant create on database %I to %I', current_database(), :'owner')
 \gexec
 
-select exists (select from pg_namespace where nspname = 'aftercommit') as migrated
+select exists (select from pg_namespace where nspname = :'schema') as migrated
 \gset
 \if :migrated
 
-grant usage, create on schema aftercommit to :"owner";
-alter schema aftercommit owner to :"owner";
-select format('alter %s aftercommit.%I owner to %I', case relkind when 'v' then 'view' else 'table' end, relname, :'owner')
+grant usage, create on schema :"schema" to :"owner";
+alter schema :"schema" owner to :"owner";
+select format('alter %s %I.%I owner to %I', case relkind when 'v' then 'view' else 'table' end, :'schema', relname, :'owner')
   from pg_class
- where relnamespace = 'aftercommit'::regnamespace and relkind in ('r', 'p', 'v')
+ where relnamespace = :'schema'::regnamespace and relkind in ('r', 'p', 'v')
    and relowner <> (select oid from pg_roles where rolname = :'owner')
 \gexec
 select format('alter function %s owner to %I', oid::regprocedure, :'owner')
   from pg_proc
- where pronamespace = 'aftercommit'::regnamespace
+ where pronamespace = :'schema'::regnamespace
    and proowner <> (select oid from pg_roles where rolname = :'owner')
 \gexec
 
-revoke all on schema aftercommit from public;
-revoke all on all functions in schema aftercommit from public;
-revoke all on schema aftercommit from
+revoke all on schema :"schema" from public;
+revoke all on all functions in schema :"schema" from public;
+revoke all on schema :"schema" from
     :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"reader", :"operator";
-revoke all on all tables in schema aftercommit from
+revoke all on all tables in schema :"schema" from
     public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"reader", :"operator";
-revoke all on all sequences in schema aftercommit from
+revoke all on all sequences in schema :"schema" from
     public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"reader", :"operator";
-revoke all on all functions in schema aftercommit from
+revoke all on all functions in schema :"schema" from
     :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"reader", :"operator";
 
-grant usage on schema aftercommit to
+grant usage on schema :"schema" to
     :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"reader", :"operator";
 -- Which version the schema has, for `aftercommit doctor`.
-grant select on aftercommit.migrations to :"relay", :"worker", :"reader", :"operator";
+grant select on :"schema".migrations to :"relay", :"worker", :"reader", :"operator";
 
 -- The publishing service. It cannot read what it wrote, and it gives neither `id` nor `xid`.
-grant insert (event_id, type, version, key, headers, payload, content_type) on aftercommit.outbox to :"publisher";
-grant execute on function aftercommit.publish, aftercommit.new_event_id to :"publisher";
+grant insert (event_id, type, version, key, headers, payload, content_type) on :"schema".outbox to :"publisher";
+grant execute on function :"schema".publish, :"schema".new_event_id to :"publisher";
 -- For the trigger that asks which role may publish what; it is off until somebody switches it on.
-grant select on aftercommit.allowed_type to :"publisher";
+grant select on :"schema".allowed_type to :"publisher";
 
 -- aftercommit-relay. It deletes what is published and old, and stamps rows anew after a restore: `update (xid)`.
-grant select, delete, update (xid) on aftercommit.outbox to :"relay";
-grant select, update on sequence aftercommit.outbox_id_seq to :"relay";
-grant select, insert, update (holder, epoch, expires_at) on aftercommit.lease to :"relay";
-grant select, insert, delete on aftercommit.relay_log to :"relay";
-grant select, insert, update on aftercommit.relay_status to :"relay";
-grant select, insert, update, delete on aftercommit.parked to :"relay";
-grant select, update, delete on aftercommit.repair to :"relay";
-grant select on aftercommit.pause to :"relay";
-grant execute on function aftercommit.timeline, aftercommit.reads_up_to to :"relay";
+grant select, delete, update (xid) on :"schema".outbox to :"relay";
+grant select, update on sequence :"schema".outbox_id_seq to :"relay";
+grant select, insert, update (holder, epoch, expires_at) on :"schema".lease to :"relay";
+grant select, insert, delete on :"schema".relay_log to :"relay";
+grant select, insert, update on :"schema".relay_status to :"relay";
+grant select, insert, update, delete on :"schema".parked to :"relay";
+grant select, update, delete on :"schema".repair to :"relay";
+grant select on :"schema".pause to :"relay";
+grant execute on function :"schema".timeline, :"schema".reads_up_to to :"relay";
 -- Everybody may call it, unless somebody has taken that away.
 select format('grant execute on function pg_control_system() to %I', :'relay')
  where (select rolsuper from pg_roles where rolname = current_user)
@@ -102,101 +107,101 @@ select format('grant execute on function pg_control_system() to %I', :'relay')
 
 -- aftercommit-worker, beside what its handlers do themselves. Columns, because who may update all of a table may lock it,
 -- and because an id that somebody chooses would be in the way of the next one.
-grant select, insert, update (holder, epoch, expires_at) on aftercommit.lease to :"worker";
-grant select, insert, delete on aftercommit.inbox to :"worker";
-grant select, insert, update, delete on aftercommit.attempt, aftercommit.running to :"worker";
+grant select, insert, update (holder, epoch, expires_at) on :"schema".lease to :"worker";
+grant select, insert, delete on :"schema".inbox to :"worker";
+grant select, insert, update, delete on :"schema".attempt, :"schema".running to :"worker";
 grant select, update (attempts, reason, dead_at),
     insert (subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type, stream,
             stream_seq, attempts, reason, first_failed_at)
-    on aftercommit.dead_letter to :"worker";
-grant select, delete on aftercommit.redrive to :"worker";
-grant select on aftercommit.pause to :"worker";
-grant select, insert, update, delete on aftercommit.worker_status to :"worker";
-grant select, insert, delete on aftercommit.failure to :"worker";
-grant select, insert, delete on aftercommit.reached to :"worker";
-grant select, insert, update (pruned_to) on aftercommit.inbox_pruned to :"worker";
+    on :"schema".dead_letter to :"worker";
+grant select, delete on :"schema".redrive to :"worker";
+grant select on :"schema".pause to :"worker";
+grant select, insert, update, delete on :"schema".worker_status to :"worker";
+grant select, insert, delete on :"schema".failure to :"worker";
+grant select, insert, delete on :"schema".reached to :"worker";
+grant select, insert, update (pruned_to) on :"schema".inbox_pruned to :"worker";
 -- aftercommit provision, and aftercommit-worker --provision.
-grant select, insert, update (stream, stream_created, sequence, starts_at, asked, recorded_at) on aftercommit.subscriber_start
+grant select, insert, update (stream, stream_created, sequence, starts_at, asked, recorded_at) on :"schema".subscriber_start
     to :"worker", :"operator";
 
 -- All reconcilers keep their runs and findings.
 grant select, insert (name),
     update (last_attempt_at, last_success_at, failures, retry_at, reconciled_up_to, full_sweep_at, position, repaired_total)
-    on aftercommit.reconciler to :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler";
+    on :"schema".reconciler to :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler";
 grant select, delete, insert (name, cause, mode, scope, holder, alive_until),
     update (alive_until, ended_at, result, error, scanned, found, repaired, failed, detail)
-    on aftercommit.reconcile_run to :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler";
+    on :"schema".reconcile_run to :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler";
 grant select, delete,
     insert (name, kind, item, event_id, outbox_id, key, stream_seq, detail, state, first_run, last_run, settled_at),
     update (stream_seq, detail, state, last_run, settled_at)
-    on aftercommit.finding to :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler";
+    on :"schema".finding to :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler";
 
 -- aftercommit-relay --reconcile-every and `aftercommit reconcile --comparison outbox`, beside the relay's.
-grant select on aftercommit.outbox, aftercommit.relay_log, aftercommit.parked to :"outbox_reconciler";
-grant select on sequence aftercommit.outbox_id_seq to :"outbox_reconciler";
-grant select, insert, update (event_id, key, state, times, queued_at, published_at, sequence, reason) on aftercommit.repair
+grant select on :"schema".outbox, :"schema".relay_log, :"schema".parked to :"outbox_reconciler";
+grant select on sequence :"schema".outbox_id_seq to :"outbox_reconciler";
+grant select, insert, update (event_id, key, state, times, queued_at, published_at, sequence, reason) on :"schema".repair
     to :"outbox_reconciler";
-grant execute on function aftercommit.reads_up_to to :"outbox_reconciler";
+grant execute on function :"schema".reads_up_to to :"outbox_reconciler";
 
 -- aftercommit-worker --reconcile-every and `aftercommit reconcile --comparison consumer` and `--comparison inbox`.
-grant select on aftercommit.inbox, aftercommit.inbox_pruned, aftercommit.subscriber_start, aftercommit.dead_letter,
-    aftercommit.reached to :"inbox_reconciler";
+grant select on :"schema".inbox, :"schema".inbox_pruned, :"schema".subscriber_start, :"schema".dead_letter,
+    :"schema".reached to :"inbox_reconciler";
 grant select, delete,
     insert (subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type, stream,
             stream_seq, requested_at, requested_by)
-    on aftercommit.redrive to :"inbox_reconciler";
-grant insert (who, action, subscriber, event_id, detail) on aftercommit.audit to :"outbox_reconciler", :"inbox_reconciler";
+    on :"schema".redrive to :"inbox_reconciler";
+grant insert (who, action, subscriber, event_id, detail) on :"schema".audit to :"outbox_reconciler", :"inbox_reconciler";
 
 -- A service's own reconcilers need nothing more, beside what they do themselves.
 
 -- Operators who look: status, explain, peek, audit, findings, runs, dead list and show, parked list. They see payloads.
 grant select on
-    aftercommit.outbox, aftercommit.events, aftercommit.parked, aftercommit.relay_log, aftercommit.relay_status, aftercommit.repair,
-    aftercommit.inbox, aftercommit.attempt, aftercommit.running, aftercommit.dead_letter, aftercommit.redrive,
-    aftercommit.reached, aftercommit.inbox_pruned, aftercommit.subscriber_start, aftercommit.worker_status, aftercommit.failure,
-    aftercommit.reconciler, aftercommit.reconcile_run, aftercommit.finding,
-    aftercommit.lease, aftercommit.pause, aftercommit.audit, aftercommit.allowed_type
+    :"schema".outbox, :"schema".events, :"schema".parked, :"schema".relay_log, :"schema".relay_status, :"schema".repair,
+    :"schema".inbox, :"schema".attempt, :"schema".running, :"schema".dead_letter, :"schema".redrive,
+    :"schema".reached, :"schema".inbox_pruned, :"schema".subscriber_start, :"schema".worker_status, :"schema".failure,
+    :"schema".reconciler, :"schema".reconcile_run, :"schema".finding,
+    :"schema".lease, :"schema".pause, :"schema".audit, :"schema".allowed_type
     to :"reader", :"operator";
-grant select on sequence aftercommit.outbox_id_seq to :"reader", :"operator";
-grant execute on function aftercommit.payload_json, aftercommit.reads_up_to to :"reader", :"operator";
+grant select on sequence :"schema".outbox_id_seq to :"reader", :"operator";
+grant execute on function :"schema".payload_json, :"schema".reads_up_to to :"reader", :"operator";
 
 -- Operators who act: besides, dead retry, edit and discard, relay and worker pause and resume, parked release and discard,
 -- replay. The audit trail only grows; role, time and number of an entry are PostgreSQL's. What is done to dead letters and
 -- to events that were sent back, triggers write there.
-grant delete, update (headers, payload) on aftercommit.dead_letter to :"operator";
-grant execute on function aftercommit.tell to :"operator";
+grant delete, update (headers, payload) on :"schema".dead_letter to :"operator";
+grant execute on function :"schema".tell to :"operator";
 grant delete, insert (subscriber, event_id, stream_seq, sequence, outcome), update (outcome, handled_at)
-    on aftercommit.inbox to :"operator";
+    on :"schema".inbox to :"operator";
 grant delete, update (headers, payload, requested_by),
     insert (subscriber, event_id, type, version, key, source, time, sequence, headers, payload, content_type, stream,
             stream_seq, requested_at, requested_by)
-    on aftercommit.redrive to :"operator";
-grant delete, insert (name, reason), update (paused_by, reason) on aftercommit.pause to :"operator";
-grant update (state, changed_at) on aftercommit.parked to :"operator";
-grant insert (who, action, subscriber, event_id, detail) on aftercommit.audit to :"operator";
+    on :"schema".redrive to :"operator";
+grant delete, insert (name, reason), update (paused_by, reason) on :"schema".pause to :"operator";
+grant update (state, changed_at) on :"schema".parked to :"operator";
+grant insert (who, action, subscriber, event_id, detail) on :"schema".audit to :"operator";
 
 -- Some tables have rows of several of them, where one database is publisher and subscriber at once: a worker cannot take
 -- the relay's lease, nor hold up the other's reconcilers. The owner sees all rows; roles that are not named here see none.
-alter table aftercommit.lease enable row level security;
-alter table aftercommit.reconciler enable row level security;
-alter table aftercommit.reconcile_run enable row level security;
-alter table aftercommit.finding enable row level security;
+alter table :"schema".lease enable row level security;
+alter table :"schema".reconciler enable row level security;
+alter table :"schema".reconcile_run enable row level security;
+alter table :"schema".finding enable row level security;
 
-drop policy if exists :"relay" on aftercommit.lease;
-create policy :"relay" on aftercommit.lease to :"relay" using (name = 'relay');
-drop policy if exists :"worker" on aftercommit.lease;
-create policy :"worker" on aftercommit.lease to :"worker" using (name like 'subscriber:%');
+drop policy if exists :"relay" on :"schema".lease;
+create policy :"relay" on :"schema".lease to :"relay" using (name = 'relay');
+drop policy if exists :"worker" on :"schema".lease;
+create policy :"worker" on :"schema".lease to :"worker" using (name like 'subscriber:%');
 
 \set own_name 'name <> ''outbox'' and name not like ''consumer:%'' and name not like ''inbox:%'''
-select format('drop policy if exists %1$I on aftercommit.%2$I', role, relation),
-       format('create policy %1$I on aftercommit.%2$I to %1$I using (%3$s)', role, relation, rows)
+select format('drop policy if exists %1$I on %3$I.%2$I', role, relation, :'schema'),
+       format('create policy %1$I on %4$I.%2$I to %1$I using (%3$s)', role, relation, rows, :'schema')
   from unnest(array['reconciler', 'reconcile_run', 'finding']) as relation
  cross join (values (:'outbox_reconciler', 'name = ''outbox'''),
                     (:'inbox_reconciler', 'name like ''consumer:%'' or name like ''inbox:%'''),
                     (:'own_reconciler', :'own_name')) as p (role, rows)
 \gexec
-select format('drop policy if exists %1$I on aftercommit.%2$I', role, relation),
-       format('create policy %1$I on aftercommit.%2$I for select to %1$I using (true)', role, relation)
+select format('drop policy if exists %1$I on %3$I.%2$I', role, relation, :'schema'),
+       format('create policy %1$I on %3$I.%2$I for select to %1$I using (true)', role, relation, :'schema')
   from unnest(array['lease', 'reconciler', 'reconcile_run', 'finding']) as relation
  cross join unnest(array[:'reader', :'operator']) as role
 \gexec
@@ -210,14 +215,14 @@ select format('drop policy if exists %I on %s', :'grants', c.oid::regclass),
  cross join (select string_agg(format('%I', role), ', ') as list
                from unnest(array[:'owner', :'publisher', :'relay', :'worker', :'outbox_reconciler', :'inbox_reconciler',
                                  :'own_reconciler', :'reader', :'operator']) as role) as roles
- where c.relnamespace = 'aftercommit'::regnamespace and c.relkind in ('r', 'p') and c.relrowsecurity
+ where c.relnamespace = :'schema'::regnamespace and c.relkind in ('r', 'p') and c.relrowsecurity
    and c.relname not in ('lease', 'reconciler', 'reconcile_run', 'finding')
 \gexec
 -- Where it is forced, the owner would see no row of the others either.
 select format('drop policy if exists %I on %s', :'owner', c.oid::regclass),
        format('create policy %I on %s to %I using (true) with check (true)', :'owner', c.oid::regclass, :'owner')
   from pg_class c
- where c.relnamespace = 'aftercommit'::regnamespace and c.relforcerowsecurity
+ where c.relnamespace = :'schema'::regnamespace and c.relforcerowsecurity
    and c.relname in ('lease', 'reconciler', 'reconcile_run', 'finding')
 \gexec
 

@@ -60,10 +60,8 @@ impl Bench {
         work: impl AsyncFnOnce(&Scratch) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let name = format!("aftercommit_bench_{}", Uuid::now_v7().simple());
-        let postgres = PostgresConfig {
-            url: with_database(&self.config.postgres.url, &name),
-            pooled: self.config.postgres.pooled,
-        };
+        let postgres =
+            PostgresConfig { url: with_database(&self.config.postgres.url, &name), ..self.config.postgres.clone() };
         let mut server = postgres::connect(&self.config.postgres, "aftercommit-bench").await?;
         postgres::database::copy(&mut server, template, &name).await?;
         let working = async { work(&Scratch::make(postgres, nats, &name).await?).await };

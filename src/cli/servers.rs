@@ -9,7 +9,9 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::NamingArgs;
-use aftercommit_core::config::{ClientCertificate, Naming, NatsAuth, NatsConfig, NatsTls, PostgresConfig, Secret};
+use aftercommit_core::config::{
+    ClientCertificate, Naming, NatsAuth, NatsConfig, NatsTls, PostgresConfig, Schema, Secret,
+};
 use aftercommit_core::error::{Error, ErrorKind};
 
 /// Where PostgreSQL is.
@@ -25,13 +27,21 @@ pub(super) struct PostgresArgs {
     /// PgBouncer, or another pooler, stands in between in transaction mode
     #[arg(long, env = "AFTERCOMMIT_PGBOUNCER")]
     pgbouncer: bool,
+    /// The schema with the tables and functions of aftercommit
+    #[arg(long, env = "AFTERCOMMIT_SCHEMA", value_name = "NAME", default_value_t)]
+    schema: Schema,
 }
 
 impl PostgresArgs {
     pub(super) fn config(&self) -> Result<PostgresConfig, Error> {
         let names = ("DATABASE_URL (--database-url)", "DATABASE_URL_FILE (--database-url-file)");
         let url = url(&self.database_url, &self.database_url_file, names)?;
-        Ok(PostgresConfig { url, pooled: self.pgbouncer })
+        // What handlers publish goes there as well.
+        if self.schema != Schema::default() {
+            aftercommit_outbox::set_schema(self.schema.name())
+                .map_err(|error| Error::with_source(ErrorKind::Config, "--schema cannot be used", error))?;
+        }
+        Ok(PostgresConfig { url, pooled: self.pgbouncer, schema: self.schema.clone() })
     }
 }
 
@@ -53,14 +63,18 @@ pub(super) struct OutboxArgs {
     /// A file with the URL instead
     #[arg(long, env = "OUTBOX_DATABASE_URL_FILE", value_name = "FILE")]
     outbox_database_file: Option<PathBuf>,
+    /// The schema of aftercommit there. Defaults to --schema
+    #[arg(long, env = "OUTBOX_SCHEMA", value_name = "NAME")]
+    outbox_schema: Option<Schema>,
 }
 
 impl OutboxArgs {
-    /// None when nothing is given. The pooler stands in front of both databases or of none.
-    pub(super) fn config(&self, pooled: bool) -> Result<Option<PostgresConfig>, Error> {
+    /// None when nothing is given; `own` is the database in which somebody works. The pooler stands in front of both databases or of none.
+    pub(super) fn config(&self, own: &PostgresConfig) -> Result<Option<PostgresConfig>, Error> {
         let names = ("OUTBOX_DATABASE_URL (--outbox-database)", "OUTBOX_DATABASE_URL_FILE (--outbox-database-file)");
         let url = url(&self.outbox_database, &self.outbox_database_file, names)?;
-        Ok(Some(PostgresConfig { url, pooled }).filter(|config| !config.url.is_empty()))
+        let schema = self.outbox_schema.clone().unwrap_or_else(|| own.schema.clone());
+        Ok(Some(PostgresConfig { url, schema, ..own.clone() }).filter(|config| !config.url.is_empty()))
     }
 }
 

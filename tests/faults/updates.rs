@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use aftercommit::config::Schema;
 use aftercommit::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit::operator;
 use aftercommit::subject::SubjectPrefix;
@@ -89,7 +90,7 @@ async fn all_processes_are_replaced_twice_under_load() {
 
 /// The schema as the version before the last migration made it.
 async fn older_schema(url: &str, up_to: &str) -> PgPool {
-    let script = operator::migrations_sql();
+    let script = operator::migrations_sql(&Schema::default());
     let end = script.find(up_to).unwrap();
     let pool = PgPoolOptions::new().max_connections(40).acquire_timeout(SOON).connect(url).await.unwrap();
     sqlx::raw_sql(AssertSqlSafe(script[..end].to_string())).execute(&pool).await.unwrap();
@@ -98,7 +99,7 @@ async fn older_schema(url: &str, up_to: &str) -> PgPool {
 
 /// The beginning of the last migration in the printed script.
 fn last_migration() -> String {
-    let script = operator::migrations_sql();
+    let script = operator::migrations_sql(&Schema::default());
     let headings = script.lines().filter_map(|line| line.strip_prefix("-- "));
     let number = |heading: &str| heading.split_once(' ')?.0.parse::<u32>().ok();
     let last = headings.filter_map(number).max().unwrap();

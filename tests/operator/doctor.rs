@@ -89,12 +89,12 @@ async fn a_fresh_set_up_passes_and_each_part_can_be_missing() {
     let (_, server) = outbox.postgres.url.split_once('@').unwrap();
     let (server, database) = server.split_once('/').unwrap();
     let proxy = Proxy::to(server).await;
-    let through = PostgresConfig { url: format!("postgres://postgres@{}/{database}", proxy.address), pooled: false };
+    let through = PostgresConfig::new(format!("postgres://postgres@{}/{database}", proxy.address));
     let report = look(DoctorConfig { postgres: through, ..config(&outbox) }).await;
     assert!(found(&report, Severity::Warn, "pooler")[0].finding.contains("in between"), "{report}");
 
     // Without a schema; the rest is looked at.
-    let bare = PostgresConfig { url: postgres.create_database().await.unwrap(), pooled: false };
+    let bare = PostgresConfig::new(postgres.create_database().await.unwrap());
     let report = look(DoctorConfig { postgres: bare, ..config(&outbox) }).await;
     assert_eq!(with(&report, Severity::Fail), ["schema"], "{report}");
     let remedy = found(&report, Severity::Fail, "schema")[0].remedy.clone().unwrap();
@@ -120,7 +120,7 @@ async fn a_fresh_set_up_passes_and_each_part_can_be_missing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_postgresql_the_stream_is_looked_at() {
     let outbox = shared().await;
-    let nowhere = PostgresConfig { url: format!("postgres://me:hunter2@{}/db", free_address()), pooled: false };
+    let nowhere = PostgresConfig::new(format!("postgres://me:hunter2@{}/db", free_address()));
     let report = look(DoctorConfig { postgres: nowhere, ..config(&outbox) }).await;
     assert_eq!(with(&report, Severity::Fail), ["postgres"], "{report}");
     assert!(found(&report, Severity::Fail, "postgres")[0].finding.contains("refused"), "{report}");
@@ -135,8 +135,7 @@ async fn the_grants_it_names_are_those_that_a_relay_needs() {
     let role = unique_name("relay");
     let execute = async |sql: String| sqlx::raw_sql(AssertSqlSafe(sql)).execute(&outbox.pool).await.map(drop).unwrap();
     execute(format!("create role {role} login; revoke execute on function pg_control_system() from public")).await;
-    let limited =
-        PostgresConfig { url: outbox.postgres.url.replace("//postgres@", &format!("//{role}@")), pooled: false };
+    let limited = PostgresConfig::new(outbox.postgres.url.replace("//postgres@", &format!("//{role}@")));
     assert_ne!(limited.url, outbox.postgres.url);
     let config = DoctorConfig { postgres: limited.clone(), ..config(&outbox) };
     let report = look(config.clone()).await;

@@ -240,7 +240,7 @@ async fn a_grant_is_missing() {
     database.execute(&format!("grant insert on effect to {login}; grant usage on schema public to {login}")).await;
     database.execute(&format!("revoke insert on aftercommit.inbox from {}worker", roles.0)).await;
     work.worker_with(mails(Record::good())).provision().await.unwrap();
-    let limited = PostgresConfig { url: database.url_of(&login), pooled: false };
+    let limited = PostgresConfig::new(database.url_of(&login));
     let worker = Worker::new(limited.clone(), outbox.nats.clone(), outbox.naming.clone());
     let _worker = RunningWorker::start(worker.subscriber(mails(Record::good())));
     outbox.written("a", 1).await;

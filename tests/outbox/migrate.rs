@@ -4,6 +4,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::support::{Database, SOON, succeeded};
+use aftercommit::config::Schema;
 use aftercommit::testing::{eventually, unique_name};
 use aftercommit::{ErrorKind, operator};
 use futures_util::future::join_all;
@@ -96,9 +97,9 @@ async fn the_printed_script_makes_the_same_schema_and_migrate_goes_on_from_it() 
 #[tokio::test]
 async fn the_printed_script_is_all_or_nothing_when_run_again() {
     let database = Database::empty().await;
-    succeeded(database.psql(&operator::migrations_sql()));
+    succeeded(database.psql(&operator::migrations_sql(&Schema::default())));
     let before = database.pg_dump(&[]);
-    assert!(!database.psql(&operator::migrations_sql()).status.success());
+    assert!(!database.psql(&operator::migrations_sql(&Schema::default())).status.success());
     assert_eq!(database.pg_dump(&[]), before);
 }
 
@@ -182,7 +183,7 @@ fn help_shows_no_credentials() {
 /// A database as the version before had it: everything up to the sixth migration.
 async fn of_an_older_version() -> Database {
     let database = Database::empty().await;
-    let script = operator::migrations_sql();
+    let script = operator::migrations_sql(&Schema::default());
     let end = script.match_indices("\n-- 00").map(|(at, _)| at).nth(6).expect("there are newer ones");
     succeeded(database.psql(&script[..end]));
     database
@@ -285,7 +286,7 @@ async fn an_owner_without_create_on_the_database_migrates() {
     assert_eq!(operator::migrate(&config).await.unwrap(), Vec::<String>::new());
     let printed = Database::empty().await;
     printed.execute(&format!("create schema aftercommit authorization {owner}")).await;
-    let script = format!("set role {owner};\n{}", operator::migrations_sql());
+    let script = format!("set role {owner};\n{}", operator::migrations_sql(&Schema::default()));
     succeeded(printed.psql(&script));
     config.url = printed.url_of(&owner);
     assert_eq!(operator::migrate(&config).await.unwrap(), Vec::<String>::new());
@@ -297,7 +298,7 @@ async fn the_printed_script_keeps_the_search_path() {
     let database = Database::empty().await;
     let script = format!(
         "set search_path = other, public;\n{}\ncreate table public.seen as select current_setting('search_path') as path;",
-        operator::migrations_sql()
+        operator::migrations_sql(&Schema::default())
     );
     succeeded(database.psql(&script));
     let mut connection = PgConnection::connect(&database.config.url).await.unwrap();

@@ -1,6 +1,7 @@
 //! Whoever may create something in a schema of the search path plants functions, operators, types and relations with the names of
 //! PostgreSQL's own, and a search path that finds them first. None of them is ever run with the rights of another role.
 
+use aftercommit::config::Schema;
 use aftercommit::operator;
 use sqlx::PgPool;
 
@@ -144,9 +145,10 @@ async fn no_look_alike_is_run_by_any_process_nor_by_what_an_administrator_runs()
 #[tokio::test(flavor = "multi_thread")]
 async fn no_look_alike_is_run_by_the_printed_script() {
     let database = planted().await;
-    succeeded(
-        database.psql(&format!("set search_path = planted, pg_catalog, public;\n{}", operator::migrations_sql())),
-    );
+    succeeded(database.psql(&format!(
+        "set search_path = planted, pg_catalog, public;\n{}",
+        operator::migrations_sql(&Schema::default())
+    )));
     assert!(!caught(&database.pool().await).await, "a look-alike was run");
     assert_eq!(operator::migrate(&database.config).await.unwrap(), Vec::<String>::new());
 }

@@ -27,7 +27,11 @@ pub struct Outbox {
 impl Outbox {
     /// In this database and on this server.
     pub async fn new(database_url: String, nats_url: String) -> Self {
-        let postgres = PostgresConfig::new(database_url.clone());
+        Self::of(PostgresConfig::new(database_url), nats_url).await
+    }
+
+    /// The same, perhaps in another schema than `aftercommit`.
+    pub async fn of(postgres: PostgresConfig, nats_url: String) -> Self {
         let nats = NatsConfig { url: nats_url, ..NatsConfig::default() };
         let name = unique_name("t");
         let naming = Naming {
@@ -37,19 +41,14 @@ impl Outbox {
         };
         operator::migrate(&postgres).await.unwrap();
         operator::provision(&nats, &naming).await.unwrap();
-        let pool = PgPoolOptions::new().max_connections(40).acquire_timeout(SOON).connect(&database_url).await.unwrap();
+        let pool = PgPoolOptions::new().max_connections(40).acquire_timeout(SOON).connect(&postgres.url).await.unwrap();
         Self { postgres, nats, naming, pool }
     }
 
     /// The same outbox after a restore into another database.
     pub async fn moved_to(&self, database_url: String) -> Self {
         let pool = PgPoolOptions::new().max_connections(40).acquire_timeout(SOON).connect(&database_url).await.unwrap();
-        Self {
-            postgres: PostgresConfig { url: database_url, pooled: false },
-            nats: self.nats.clone(),
-            naming: self.naming.clone(),
-            pool,
-        }
+        Self { postgres: PostgresConfig::new(database_url), nats: self.nats.clone(), naming: self.naming.clone(), pool }
     }
 
     /// Lets the server forget after a tenth of a second which ids it has seen, so that it hides no repeat of ours.
@@ -84,6 +83,7 @@ impl Outbox {
         command
             .env("DATABASE_URL", &self.postgres.url)
             .env("AFTERCOMMIT_PGBOUNCER", self.postgres.pooled.to_string())
+            .env("AFTERCOMMIT_SCHEMA", self.postgres.schema.name())
             .env("NATS_URL", &self.nats.url)
             .env("AFTERCOMMIT_STREAM", &self.naming.stream)
             .env("AFTERCOMMIT_SUBJECT_PREFIX", self.naming.prefix.to_string())
@@ -100,6 +100,7 @@ impl Outbox {
         command
             .args(arguments)
             .env("DATABASE_URL", &self.postgres.url)
+            .env("AFTERCOMMIT_SCHEMA", self.postgres.schema.name())
             .env("NATS_URL", &self.nats.url)
             .env("AFTERCOMMIT_STREAM", &self.naming.stream)
             .env("AFTERCOMMIT_SUBJECT_PREFIX", self.naming.prefix.to_string())

@@ -8,6 +8,7 @@ mod guides;
 mod pgbouncer;
 mod ping;
 mod quiet;
+mod schema;
 mod silence;
 mod stats_debounce;
 mod stewardship;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::{fmt, fs};
 
 use crate::error::{Error, ErrorKind};
+pub use aftercommit_outbox::schema::{Schema, SchemaError};
 use aftercommit_outbox::subject::SubjectPrefix;
 
 /// The names under which one outbox is published.
@@ -42,18 +43,23 @@ pub struct PostgresConfig {
     /// Whether PgBouncer, or another pooler, stands in between in transaction mode: each statement then takes a
     /// transaction of its own and leaves nothing in the server's session, which costs round trips. Defaults to false.
     pub pooled: bool,
+    /// The schema with the tables and functions of aftercommit. Defaults to `aftercommit`.
+    pub schema: Schema,
 }
 
 impl PostgresConfig {
     /// PostgreSQL at this URL, with nothing in between.
     pub fn new(url: impl Into<String>) -> Self {
-        Self { url: url.into(), pooled: false }
+        Self { url: url.into(), pooled: false, schema: Schema::default() }
     }
 }
 
 impl fmt::Debug for PostgresConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PostgresConfig").field("pooled", &self.pooled).finish_non_exhaustive()
+        f.debug_struct("PostgresConfig")
+            .field("pooled", &self.pooled)
+            .field("schema", &self.schema)
+            .finish_non_exhaustive()
     }
 }
 

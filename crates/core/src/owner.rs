@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use aftercommit_outbox::schema::Schema;
+
 /// A database, by what tells it from a copy of it: the cluster and the number that it has there. Its name is for people.
 #[derive(Debug, Clone)]
 pub struct Owner {
@@ -11,6 +13,8 @@ pub struct Owner {
     /// The database's oid.
     pub database: u32,
     pub name: String,
+    /// The schema in it that has the inbox.
+    pub schema: Schema,
 }
 
 /// A text that names no owner.
@@ -21,16 +25,20 @@ pub struct OwnerError(String);
 impl PartialEq for Owner {
     /// A database that was renamed is the same.
     fn eq(&self, other: &Self) -> bool {
-        (&self.cluster, self.database) == (&other.cluster, other.database)
+        (&self.cluster, self.database, &self.schema) == (&other.cluster, other.database, &other.schema)
     }
 }
 
 impl Eq for Owner {}
 
 impl Owner {
-    /// As it is written into the consumer's metadata: cluster, oid and name.
+    /// As it is written into the consumer's metadata: cluster, oid, the schema if it is not `aftercommit`, and name.
     pub(crate) fn stamp(&self) -> String {
-        format!("{}/{}/{}", self.cluster, self.database, self.name)
+        let Self { cluster, database, name, schema } = self;
+        match *schema == Schema::default() {
+            true => format!("{cluster}/{database}/{name}"),
+            false => format!("{cluster}/{database}.{schema}/{name}"),
+        }
     }
 }
 
@@ -42,13 +50,22 @@ impl FromStr for Owner {
         let mut parts = stamp.splitn(3, '/');
         let mut part = || parts.next().filter(|part| !part.is_empty()).ok_or_else(refuse);
         let (cluster, database, name) = (part()?.to_string(), part()?, part()?.to_string());
-        Ok(Self { cluster, database: database.parse().map_err(|_| refuse())?, name })
+        let (database, schema) = match database.split_once('.') {
+            Some((database, schema)) => (database, schema.parse().map_err(|_| refuse())?),
+            None => (database, Schema::default()),
+        };
+        Ok(Self { cluster, database: database.parse().map_err(|_| refuse())?, name, schema })
     }
 }
 
 impl fmt::Display for Owner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "database {} (oid {} of cluster {})", crate::text::plain(&self.name), self.database, self.cluster)
+        let Self { cluster, database, name, schema } = self;
+        let name = crate::text::plain(name);
+        match *schema == Schema::default() {
+            true => write!(f, "database {name} (oid {database} of cluster {cluster})"),
+            false => write!(f, "database {name}, schema {schema} (oid {database} of cluster {cluster})"),
+        }
     }
 }
 

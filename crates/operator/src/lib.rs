@@ -23,7 +23,7 @@ pub mod worker;
 pub use filter::{Filter, When};
 pub use pause::Pausing;
 
-use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig};
+use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig, Schema};
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::jetstream::advisories;
 use aftercommit_core::jetstream::topology::{self, StreamSettings};
@@ -58,10 +58,10 @@ pub async fn correct_ids(config: &PostgresConfig) -> Result<Vec<String>, Error> 
     postgres::sequence::heal(&mut session).await
 }
 
-/// The SQL of [`migrate`] as one script, for another migration tool. It writes the same record, so that [`migrate`]
+/// The SQL of [`migrate`] for this schema as one script, for another migration tool. It writes the same record, so that [`migrate`]
 /// goes on from there.
-pub fn migrations_sql() -> String {
-    postgres::migrate::sql()
+pub fn migrations_sql(schema: &Schema) -> String {
+    postgres::migrate::sql(schema)
 }
 
 /// Creates the stream of an outbox, or corrects settings of it that would lose events. Returns what was changed, in
@@ -90,9 +90,12 @@ pub async fn provision_advisories(nats: &NatsConfig, naming: &Naming) -> Result<
 /// Writes one event in a transaction of its own.
 ///
 /// # Errors
-/// When the database cannot be reached or refuses the event; [`ErrorKind::Config`] when the event itself is illegal.
+/// When the database cannot be reached or refuses the event; [`ErrorKind::Config`] when the event itself is illegal, or when
+/// this process publishes into another schema ([`set_schema`](aftercommit_outbox::set_schema)).
 pub async fn publish(config: &PostgresConfig, event: RawEvent) -> Result<EventId, Error> {
     let failed = |error| postgres::database_error("writing the event failed", error);
+    aftercommit_outbox::set_schema(config.schema.name())
+        .map_err(|error| Error::with_source(ErrorKind::Config, "nothing was published", error))?;
     let mut session = postgres::connect(config, "aftercommit-publish").await?;
     let mut tx = session.begin().await.map_err(failed)?;
     let id = aftercommit_outbox::sqlx09::publish_through(config.pooled, tx.for_others(), event)

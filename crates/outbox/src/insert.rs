@@ -8,19 +8,22 @@ use crate::check::{self, NewEvent};
 use crate::error::PublishError;
 use crate::event::{Event, EventId};
 use crate::raw::RawEvent;
+use crate::schema::Statement;
 
 /// One event: the usual case. For one row, arrays take PostgreSQL a tenth longer than plain parameters.
-pub(crate) const ONE: &str =
+pub(crate) static ONE: Statement = Statement::new(
     "insert into aftercommit.outbox (event_id, type, version, key, headers, payload, content_type)
-         values ($1, $2, $3, $4, $5, $6, $7)";
+         values ($1, $2, $3, $4, $5, $6, $7)",
+);
 
 /// Any number of events, as arrays, so that their number never meets the limit on bind parameters. `unnest` keeps their
 /// order, and the outbox ids follow it. It runs in the service's transaction, so it names the schema of each type; an
 /// `unnest` of several arrays is always PostgreSQL's own.
-pub(crate) const MANY: &str =
+pub(crate) static MANY: Statement = Statement::new(
     "insert into aftercommit.outbox (event_id, type, version, key, headers, payload, content_type)
          select * from unnest($1::pg_catalog.uuid[], $2::pg_catalog.text[], $3::integer[], $4::pg_catalog.text[],
-                              $5::pg_catalog.jsonb[], $6::pg_catalog.bytea[], $7::pg_catalog.text[])";
+                              $5::pg_catalog.jsonb[], $6::pg_catalog.bytea[], $7::pg_catalog.text[])",
+);
 
 /// The payload bytes that go into one statement. PostgreSQL takes up to 1 GB in one value; far less keeps the memory
 /// of both sides small and costs no time.

@@ -91,6 +91,9 @@
 //! The database role needs `usage` on the schema `aftercommit` and `insert` on seven columns of its `outbox`; see
 //! `docs/sql-contract.md`.
 //!
+//! # Another schema
+//! Where the outbox is in another schema than `aftercommit`, call [`set_schema`] once.
+//!
 //! # PgBouncer
 //! Behind PgBouncer in transaction mode call [`set_pooled`] once, unless it tracks prepared statements. What that
 //! changes differs by driver.
@@ -152,6 +155,7 @@ mod insert;
 mod json;
 mod publisher;
 mod raw;
+pub mod schema;
 pub mod sqlstate;
 pub mod subject;
 mod trace;
@@ -163,6 +167,7 @@ pub use error::{PublishError, PublishErrorKind};
 pub use event::{Event, EventId};
 pub use publisher::Publisher;
 pub use raw::RawEvent;
+pub use schema::set_schema;
 #[cfg(feature = "sqlx09")]
 pub use sqlx09::{publish, publish_all, publish_raw};
 pub use trace::{TRACEPARENT, is_traceparent, set_traceparent_source};

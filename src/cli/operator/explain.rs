@@ -31,10 +31,9 @@ pub(super) struct Explain {
 
 pub(super) async fn run(command: Explain) -> Result<String, Error> {
     let (publisher, nats, naming) = command.servers.config()?;
-    let pooled = publisher.pooled;
     let urls = command.subscriber_database.into_iter().filter(|url| !url.is_empty());
     let config = ExplainConfig {
-        subscribers: urls.map(|url| PostgresConfig { url, pooled }).collect(),
+        subscribers: urls.map(|url| PostgresConfig { url, ..publisher.clone() }).collect(),
         payload: command.payload,
         ..ExplainConfig::new(publisher, nats, naming)
     };

@@ -81,7 +81,7 @@ pub(super) async fn run(command: Replay) -> Result<(String, ExitCode), Error> {
             until: command.until.map(|when| when.resolve(now)),
         },
         again: command.again,
-        outbox: command.outbox.config(postgres.pooled)?.map(|outbox| (outbox, naming.clone())),
+        outbox: command.outbox.config(&postgres)?.map(|outbox| (outbox, naming.clone())),
         stream_only: command.stream_only,
         dry_run: command.dry_run,
     };

@@ -84,7 +84,7 @@ pub(super) struct Publish {
 
 pub(super) async fn migrate(command: Migrate) -> Result<String, Error> {
     if command.print {
-        return Ok(aftercommit_operator::migrations_sql());
+        return Ok(aftercommit_operator::migrations_sql(&command.postgres.config()?.schema));
     }
     start_logging();
     let config = command.postgres.config()?;
@@ -94,7 +94,7 @@ pub(super) async fn migrate(command: Migrate) -> Result<String, Error> {
         return as_json(&json!({ "applied": applied, "corrected": corrected }));
     }
     if applied.is_empty() && corrected.is_empty() {
-        return Ok("the schema aftercommit is up to date\n".into());
+        return Ok(format!("the schema {} is up to date\n", config.schema));
     }
     let applied = applied.iter().map(|name| format!("applied {name}\n"));
     Ok(applied.chain(corrected.iter().map(|what| format!("{what}\n"))).collect())

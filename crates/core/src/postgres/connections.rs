@@ -18,6 +18,7 @@ use super::servers::Servers;
 use super::session::Session;
 use crate::config::PostgresConfig;
 use crate::error::Error;
+use aftercommit_outbox::schema::Schema;
 
 /// How long a connection that nobody uses is kept.
 const KEPT: Duration = Duration::from_mins(1);
@@ -143,20 +144,20 @@ impl Pool {
 
 impl Connections {
     pub fn new(config: &PostgresConfig, application: &str) -> Result<Self, Error> {
-        Ok(Self::with(super::options(config, application)?, config.pooled, None))
+        Ok(Self::with(super::options(config, application)?, (config.pooled, config.schema.clone()), None))
     }
 
     /// `most` at a time, but for a few moments' more.
     pub fn bounded(config: &PostgresConfig, application: &str, most: NonZeroU32) -> Result<Self, Error> {
-        Ok(Self::with(super::options(config, application)?, config.pooled, Some(most)))
+        Ok(Self::with(super::options(config, application)?, (config.pooled, config.schema.clone()), Some(most)))
     }
 
-    fn with(servers: Servers, pooled: bool, most: Option<NonZeroU32>) -> Self {
+    fn with(servers: Servers, (pooled, schema): (bool, Schema), most: Option<NonZeroU32>) -> Self {
         let most = most.and_then(|most| usize::try_from(most.get()).ok()).unwrap_or(Semaphore::MAX_PERMITS);
         let (share, least, greatest) = OURS;
         let ours = (most / share).clamp(least, if most == Semaphore::MAX_PERMITS { most } else { greatest });
         let (leases, handlers) = ((ours / 3).max(1), most.saturating_sub(ours).max(1));
-        let pool = |whose, most| Pool::new(Way::new(servers.clone(), pooled, whose), most);
+        let pool = |whose, most| Pool::new(Way::new(servers.clone(), (pooled, schema.clone()), whose), most);
         Self {
             ours: pool(Whose::Ours, ours),
             others: pool(Whose::Others, handlers),
@@ -184,10 +185,14 @@ impl Connections {
         self.others.way.pooled
     }
 
-    /// Connections of one's own to the database of a pool, which is not asked for any.
+    /// Connections of one's own to the database of a pool, which is not asked for any, and to the schema `aftercommit`.
     #[cfg(feature = "testing")]
     pub fn beside(pool: &sqlx::PgPool, application: &str) -> Self {
-        Self::with(pool.connect_options().as_ref().clone().application_name(application).into(), false, None)
+        Self::with(
+            pool.connect_options().as_ref().clone().application_name(application).into(),
+            (false, Schema::default()),
+            None,
+        )
     }
 
     /// How many transactions with handlers may run at a time.

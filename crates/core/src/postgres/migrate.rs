@@ -17,6 +17,7 @@ use sqlx::{AssertSqlSafe, Executor, Row};
 
 use super::session::{Session, Tx};
 use crate::error::{Error, ErrorKind};
+use aftercommit_outbox::schema::Schema;
 
 /// Where applied migrations are recorded.
 const TABLE: &str = "aftercommit.migrations";
@@ -280,7 +281,7 @@ pub async fn difference(session: &mut Session) -> Result<Difference, sqlx::Error
 }
 
 /// All migrations with their record as one script, for other migration tools.
-pub fn sql() -> String {
+pub fn sql(schema: &Schema) -> String {
     let mut script = format!(
         "-- The schema of aftercommit {}. Run it in one transaction: psql --single-transaction -v ON_ERROR_STOP=1\n\
          -- Each part ends with its record, by which `aftercommit migrate` knows that it is there. A newer version\n\
@@ -293,7 +294,7 @@ pub fn sql() -> String {
         // A String takes everything that is written to it.
         let _ = write!(script, "\n-- {version:04} {description}\n{PIN}{}{UNPIN}", with_record(migration));
     }
-    script
+    schema.sql(&script).into_owned()
 }
 
 /// A migration's SQL, and behind it what records it. The schema is there by then.

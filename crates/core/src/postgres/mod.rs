@@ -59,6 +59,7 @@ use sqlx::{ConnectOptions, PgConnection};
 
 use crate::config::PostgresConfig;
 use crate::error::{Error, ErrorKind, causes, on_one_line};
+use aftercommit_outbox::schema::Schema;
 use aftercommit_outbox::sqlstate::{self, POOLED, ROW_SECURITY};
 use aftercommit_outbox::sqlx09::is_stale_plan as is_stale;
 use pins::Whose;
@@ -97,11 +98,16 @@ pub struct Way {
     /// Whether a pooler in transaction mode may stand in between.
     pooled: bool,
     whose: Whose,
+    schema: Schema,
 }
 
 impl Way {
-    fn new(servers: Servers, pooled: bool, whose: Whose) -> Self {
-        Self { servers: servers.map(|options| pins::at_startup(options, whose, pooled)), pooled, whose }
+    fn new(servers: Servers, (pooled, schema): (bool, Schema), whose: Whose) -> Self {
+        Self { servers: servers.map(|options| pins::at_startup(options, whose, pooled)), pooled, whose, schema }
+    }
+
+    fn of(config: &PostgresConfig, application: &str) -> Result<Self, Error> {
+        Ok(Self::new(options(config, application)?, (config.pooled, config.schema.clone()), Whose::Ours))
     }
 
     /// The same for sessions that keep one plan for each statement. A pooler keeps none.
@@ -138,13 +144,13 @@ struct Opened {
 
 /// Opens one connection for a relay, whose statements keep their plans.
 pub async fn connect_relay(config: &PostgresConfig, application: &str) -> Result<Session, Error> {
-    let way = Way::new(options(config, application)?, config.pooled, Whose::Ours).keeping_plans();
+    let way = Way::of(config, application)?.keeping_plans();
     Session::open(Arc::new(way)).await.map_err(|error| database_error("cannot connect to PostgreSQL", error))
 }
 
 /// Opens one connection.
 pub async fn connect(config: &PostgresConfig, application: &str) -> Result<Session, Error> {
-    Session::open(Arc::new(Way::new(options(config, application)?, config.pooled, Whose::Ours)))
+    Session::open(Arc::new(Way::of(config, application)?))
         .await
         .map_err(|error| database_error("cannot connect to PostgreSQL", error))
 }

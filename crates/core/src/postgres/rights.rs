@@ -11,7 +11,7 @@ const SCRIPT: &str = include_str!("../../roles.sql");
 pub struct Right {
     /// `schema`, `table`, `sequence` or `function`.
     kind: &'static str,
-    /// Without the schema's name.
+    /// Without the schema's name, so empty for the schema itself.
     object: String,
     privilege: String,
     column: Option<String>,
@@ -20,7 +20,8 @@ pub struct Right {
 /// What the script grants to these roles, named as in the script.
 pub fn of(roles: &[&str]) -> Vec<Right> {
     // A command of psql ends the statement before it.
-    let lines = SCRIPT.lines().filter(|line| !line.starts_with("--"));
+    let script = SCRIPT.replace(":\"schema\"", "aftercommit");
+    let lines = script.lines().filter(|line| !line.starts_with("--"));
     let sql: String =
         lines.flat_map(|line| if line.starts_with('\\') { [";", ""] } else { [line.trim(), " "] }).collect();
     let mut rights = Vec::new();
@@ -45,6 +46,7 @@ fn granted(privileges: &str, objects: &str) -> Vec<Right> {
     let mut rights = Vec::new();
     for object in objects.split(',').map(|object| object.trim().trim_start_matches("aftercommit.")) {
         for (privilege, columns) in privileges_of(privileges) {
+            let object = if kind == "schema" { "" } else { object };
             let right = |column| Right { kind, object: object.into(), privilege: privilege.into(), column };
             match columns {
                 None => rights.push(right(None)),
@@ -89,10 +91,10 @@ pub async fn difference(connection: &mut Session, rights: &[Right]) -> Result<Di
         "with needed (kind, object, privilege, col) as (
              select * from unnest($1::text[], $2::text[], $3::text[], $4::text[])
          ), object (kind, oid, object, name) as (
-             select 'schema', oid, nspname::text, 'schema aftercommit' from pg_namespace where nspname = 'aftercommit'
+             select 'schema', oid, '', 'schema aftercommit' from pg_namespace where nspname = 'aftercommit'
              union all
              select case relkind when 'S' then 'sequence' else 'table' end, oid, relname::text,
-                    format('%saftercommit.%I', case relkind when 'S' then 'sequence ' end, relname)
+                    case relkind when 'S' then 'sequence ' else '' end || format('aftercommit.%I', relname)
                from pg_class
               where relkind in ('r', 'p', 'v', 'S')
                 and relnamespace = (select oid from pg_namespace where nspname = 'aftercommit')
@@ -173,9 +175,8 @@ mod tests {
         let functions: Vec<&str> =
             publisher.iter().filter(|right| right.kind == "function").map(|right| right.object.as_str()).collect();
         assert_eq!(functions, ["publish", "new_event_id"]);
-        let usage = |right: &Right| {
-            (right.kind, right.object.as_str(), right.privilege.as_str()) == ("schema", "aftercommit", "usage")
-        };
+        let usage =
+            |right: &Right| (right.kind, right.object.as_str(), right.privilege.as_str()) == ("schema", "", "usage");
         for role in [
             "publisher",
             "relay",

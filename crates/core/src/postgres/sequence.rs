@@ -61,7 +61,7 @@ impl Sequence {
         (self.last_id.max(self.highest) > i64::MAX - RESERVE).then(|| {
             format!(
                 "the ids of the outbox have come to {}, and there are none behind: remove the rows with such ids once they \
-                 are published, and set the sequence aftercommit.outbox_id_seq back",
+                 are published, and set the sequence outbox_id_seq back",
                 self.last_id.max(self.highest)
             )
         })
@@ -76,7 +76,7 @@ impl Sequence {
         Err(Error::new(
             ErrorKind::NotReady,
             format!(
-                "the sequence aftercommit.outbox_id_seq has {settings}: ids would not follow the commits of a key. It must \
+                "the sequence outbox_id_seq has {settings}: ids would not follow the commits of a key. It must \
                  have CACHE 1, INCREMENT 1 and NO CYCLE: run `aftercommit migrate` as its owner, which sets that"
             ),
         ))
@@ -125,7 +125,7 @@ const TRIES: u32 = 30;
 
 /// Puts right whatever is wrong. Only the sequence's owner may. Returns what was done, in words.
 pub async fn heal(connection: &mut Session) -> Result<Vec<String>, Error> {
-    let failed = |error| super::database_error("putting the sequence aftercommit.outbox_id_seq right failed", error);
+    let failed = |error| super::database_error("putting the sequence outbox_id_seq right failed", error);
     let found = read(connection).await.map_err(failed)?;
     let mut done = Vec::new();
     if let Some(settings) = found.settings() {
@@ -138,12 +138,10 @@ pub async fn heal(connection: &mut Session) -> Result<Vec<String>, Error> {
             tries += 1;
             tokio::time::sleep(std::time::Duration::from_millis(500)).await;
         }
-        done.push(format!(
-            "the sequence aftercommit.outbox_id_seq had {settings}: it has CACHE 1, INCREMENT 1 and NO CYCLE now"
-        ));
+        done.push(format!("the sequence outbox_id_seq had {settings}: it has CACHE 1, INCREMENT 1 and NO CYCLE now"));
     } else if let Some(now) = catch_up(connection).await.map_err(failed)? {
         done.push(format!(
-            "the sequence aftercommit.outbox_id_seq stood at {}, behind ids that were given out: it stands at {now} now",
+            "the sequence outbox_id_seq stood at {}, behind ids that were given out: it stands at {now} now",
             found.last_id
         ));
     }

@@ -14,6 +14,7 @@
 //! still there, and takes another one to the same server when no answer comes at once. Nothing is lost with the old one:
 //! no state of a session is relied upon.
 
+use std::borrow::Cow;
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -26,13 +27,14 @@ use futures_util::{Stream, StreamExt, TryFutureExt, TryStreamExt};
 use sqlx::postgres::{PgArguments, PgQueryResult, PgRow, PgStatement, PgTypeInfo};
 use sqlx::{
     AssertSqlSafe, Connection, Describe, Either, Error, Execute, Executor, PgConnection, PgTransaction, Postgres,
-    SqlStr,
+    SqlSafeStr, SqlStr,
 };
 use tokio::time::{Instant, Sleep};
 
 use super::connections::InUse;
 use super::pins::{self, Server};
 use super::{Opened, Way, handling};
+use aftercommit_outbox::schema::Schema;
 
 /// How long a process that must go on waits for a statement to be answered, or for the next row.
 const SILENCE: Duration = Duration::from_secs(60);
@@ -104,6 +106,11 @@ impl Session {
     /// Where it leads.
     pub fn server(&self) -> &Server {
         &self.server
+    }
+
+    /// The schema that its statements are for.
+    pub fn schema(&self) -> &Schema {
+        &self.way.schema
     }
 
     /// What it began with. None behind a pooler, where the sessions of the server change.
@@ -183,8 +190,8 @@ impl Session {
     pub async fn begin_with(&mut self, begin: String) -> Result<Tx<'_>, Error> {
         self.wake().await?;
         let (pooled, patience) = (self.way.pooled, self.patience);
-        let begun = self.connection.begin_with(AssertSqlSafe(begin));
-        Ok(Tx { tx: heard(patience, begun).await?, pooled, patience })
+        let begun = self.connection.begin_with(AssertSqlSafe(self.way.schema.sql(&begin).into_owned()));
+        Ok(Tx { tx: heard(patience, begun).await?, pooled, patience, schema: self.way.schema.clone() })
     }
 
     /// Runs a statement in a transaction of its own.
@@ -223,7 +230,8 @@ impl<'c> Executor<'c> for &'c mut Session {
         if !self.way.pooled {
             let answer = async {
                 self.wake().await?;
-                Ok(heard_out(self.patience, self.connection.fetch_many(query)))
+                let statement = Statement { query, pooled: false, schema: self.way.schema.clone() };
+                Ok(heard_out(self.patience, self.connection.fetch_many(statement)))
             };
             return Box::pin(answer.try_flatten_stream());
         }
@@ -239,7 +247,8 @@ impl<'c> Executor<'c> for &'c mut Session {
         if !self.way.pooled {
             return Box::pin(async {
                 self.wake().await?;
-                heard(self.patience, self.connection.fetch_optional(query)).await
+                let statement = Statement { query, pooled: false, schema: self.way.schema.clone() };
+                heard(self.patience, self.connection.fetch_optional(statement)).await
             });
         }
         let answer = self.run_pooled(query);
@@ -267,6 +276,7 @@ pub struct Tx<'s> {
     tx: PgTransaction<'s>,
     pooled: bool,
     patience: Option<Duration>,
+    schema: Schema,
 }
 
 impl<'s> Tx<'s> {
@@ -302,7 +312,8 @@ impl<'c, 's> Executor<'c> for &'c mut Tx<'s> {
         'c: 'e,
         E: 'q + Execute<'q, Postgres>,
     {
-        heard_out(self.patience, self.tx.fetch_many(Statement { query, pooled: self.pooled }))
+        let statement = Statement { query, pooled: self.pooled, schema: self.schema.clone() };
+        heard_out(self.patience, self.tx.fetch_many(statement))
     }
 
     fn fetch_optional<'e, 'q: 'e, E>(self, query: E) -> BoxFuture<'e, Result<Option<PgRow>, Error>>
@@ -310,7 +321,8 @@ impl<'c, 's> Executor<'c> for &'c mut Tx<'s> {
         'c: 'e,
         E: 'q + Execute<'q, Postgres>,
     {
-        Box::pin(heard(self.patience, self.tx.fetch_optional(Statement { query, pooled: self.pooled })))
+        let statement = Statement { query, pooled: self.pooled, schema: self.schema.clone() };
+        Box::pin(heard(self.patience, self.tx.fetch_optional(statement)))
     }
 
     fn prepare_with<'e>(self, sql: SqlStr, parameters: &'e [PgTypeInfo]) -> BoxFuture<'e, Result<PgStatement, Error>>
@@ -391,15 +403,21 @@ impl<T> Stream for HeardOut<'_, Result<T, Error>> {
     }
 }
 
-/// A query whose prepared statement has no name behind a pooler, so that it is gone when the next one comes.
+/// A query for the schema that the session is for. Its prepared statement has no name behind a pooler, so that it is gone when
+/// the next one comes.
 struct Statement<E> {
     query: E,
     pooled: bool,
+    schema: Schema,
 }
 
 impl<'q, E: Execute<'q, Postgres>> Execute<'q, Postgres> for Statement<E> {
     fn sql(self) -> SqlStr {
-        self.query.sql()
+        let sql = self.query.sql();
+        match self.schema.sql(sql.as_str()) {
+            Cow::Borrowed(_) => sql,
+            Cow::Owned(other) => AssertSqlSafe(other).into_sql_str(),
+        }
     }
 
     fn statement(&self) -> Option<&PgStatement> {

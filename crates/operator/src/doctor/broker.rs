@@ -236,7 +236,7 @@ mod tests {
     use aftercommit_core::jetstream::settings::{Findings, Problem};
 
     fn config() -> DoctorConfig {
-        let postgres = aftercommit_core::config::PostgresConfig { url: "postgres://".into(), pooled: false };
+        let postgres = aftercommit_core::config::PostgresConfig::new("postgres://");
         DoctorConfig::new(postgres, Default::default(), Default::default())
     }
 

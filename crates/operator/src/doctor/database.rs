@@ -402,7 +402,7 @@ mod tests {
     }
 
     fn judged(work: &Work) -> Vec<(&'static str, Severity)> {
-        let postgres = aftercommit_core::config::PostgresConfig { url: "postgres://".into(), pooled: false };
+        let postgres = aftercommit_core::config::PostgresConfig::new("postgres://");
         let checks = super::work(work, &DoctorConfig::new(postgres, Default::default(), Default::default()));
         checks.iter().filter(|check| check.status != Fine).map(|check| (check.name, check.status)).collect()
     }

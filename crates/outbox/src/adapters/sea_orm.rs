@@ -67,16 +67,19 @@ use crate::error::{Problem, PublishError, PublishErrorKind};
 use crate::event::{Event, EventId};
 use crate::insert::{Columns, ONE, admitted, statements, written};
 use crate::raw::RawEvent;
+use crate::schema::Statement;
 use crate::sqlx09;
 
 /// Any number of events, as [`MANY`](crate::insert::MANY) has them. An array of SeaORM cannot hold nulls, so an event
 /// without a key comes with an empty one, which none may have.
-const MANY: &str = "insert into aftercommit.outbox (event_id, type, version, key, headers, payload, content_type)
+static MANY: Statement = Statement::new(
+    "insert into aftercommit.outbox (event_id, type, version, key, headers, payload, content_type)
          select event_id, type, version, case when key operator(pg_catalog.<>) '' then key end,
                 headers, payload, content_type
            from unnest($1::pg_catalog.uuid[], $2::pg_catalog.text[], $3::integer[], $4::pg_catalog.text[],
                        $5::pg_catalog.jsonb[], $6::pg_catalog.bytea[], $7::pg_catalog.text[])
-                as event (event_id, type, version, key, headers, payload, content_type)";
+                as event (event_id, type, version, key, headers, payload, content_type)",
+);
 
 /// Writes one event in the caller's transaction. Its payload is the event's JSON.
 ///
@@ -122,10 +125,10 @@ async fn write(tx: &DatabaseTransaction, events: &[NewEvent]) -> Result<Vec<Even
 
 async fn insert(tx: &DatabaseTransaction, events: &[NewEvent]) -> Result<(), DbErr> {
     if let [event] = events {
-        return execute(tx, ONE, one(event)).await;
+        return execute(tx, ONE.sql(), one(event)).await;
     }
     for events in statements(events) {
-        execute(tx, MANY, many(events)).await?;
+        execute(tx, MANY.sql(), many(events)).await?;
     }
     Ok(())
 }

@@ -84,7 +84,7 @@ macro_rules! adapter {
         }
 
         async fn insert_one(tx: &mut Transaction<'_, Postgres>, pooled: bool, event: &NewEvent) -> Result<(), Error> {
-            ::$sqlx::query(ONE)
+            ::$sqlx::query(ONE.sql())
                 .bind(event.event_id)
                 .bind(&event.event_type)
                 .bind(event.version)
@@ -104,7 +104,7 @@ macro_rules! adapter {
             events: &[NewEvent],
         ) -> Result<(), Error> {
             let Columns { event_ids, types, versions, keys, headers, payloads, content_types } = Columns::of(events);
-            ::$sqlx::query(MANY)
+            ::$sqlx::query(MANY.sql())
                 .bind(event_ids)
                 .bind(types)
                 .bind(versions)

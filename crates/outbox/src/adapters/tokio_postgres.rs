@@ -138,7 +138,7 @@ async fn insert_one(tx: &Transaction<'_>, event: &NewEvent) -> Result<(), Error>
         (&event.payload, Type::BYTEA),
         (&event.content_type, Type::TEXT),
     ];
-    tx.query_typed(ONE, &parameters).await?;
+    tx.query_typed(ONE.sql(), &parameters).await?;
     Ok(())
 }
 
@@ -154,7 +154,7 @@ async fn insert_many(tx: &Transaction<'_>, events: &[NewEvent]) -> Result<(), Er
         (&payloads, Type::BYTEA_ARRAY),
         (&content_types, Type::TEXT_ARRAY),
     ];
-    tx.query_typed(MANY, &parameters).await?;
+    tx.query_typed(MANY.sql(), &parameters).await?;
     Ok(())
 }
 
