@@ -6,8 +6,9 @@ use uuid::Uuid;
 use aftercommit_core::config::{NatsConfig, PostgresConfig};
 use aftercommit_core::envelope::Envelope;
 use aftercommit_core::error::Error;
-use aftercommit_core::jetstream::outbox_service::{Displaced, Page, Question, Rest};
-use aftercommit_core::jetstream::{monitoring, outbox_answer, publisher};
+use aftercommit_core::jetstream::{monitoring, publisher};
+use aftercommit_core::outbox_query::validate;
+use aftercommit_core::outbox_query::wire::{Displaced, Page, Query, Rest};
 use aftercommit_core::postgres::place::Place;
 use aftercommit_outbox::check::{self, NewEvent};
 use aftercommit_outbox::subject::SubjectPrefix;
@@ -22,9 +23,9 @@ pub fn stored_under(answer: &[u8]) -> Option<u64> {
     }
 }
 
-/// A question to the relay, as it is written again.
-pub fn question(text: &[u8]) -> Option<Value> {
-    serde_json::to_value(serde_json::from_slice::<Question>(text).ok()?).ok()
+/// A query to the relay, as it is written again.
+pub fn query(text: &[u8]) -> Option<Value> {
+    serde_json::to_value(serde_json::from_slice::<Query>(text).ok()?).ok()
 }
 
 /// A place within a token, as it is written again.
@@ -34,29 +35,29 @@ pub fn place(text: &[u8]) -> Option<Value> {
 
 /// The outbox ids of a page that is taken for an answer, and how the next page is asked for.
 pub fn page(answer: &[u8], after: Option<&Value>, types: &[String], digest: bool) -> Option<(Vec<i64>, Value, bool)> {
-    let page: Page = outbox_answer::last(answer).ok()?;
-    outbox_answer::page(&page, after, types, digest).ok()?;
+    let page: Page = validate::last(answer).ok()?;
+    validate::page(&page, after, types, digest).ok()?;
     Some((page.events.iter().map(|event| event.id).collect(), page.next, page.more))
 }
 
 /// Where an answer about displaced events that is taken for one leads on to, and whether it has any.
 pub fn displaced(answer: &[u8], after: Option<&Value>) -> Option<(Value, bool)> {
-    let displaced: Displaced = outbox_answer::last(answer).ok()?;
-    outbox_answer::displaced(&displaced, after).ok()?;
+    let displaced: Displaced = validate::last(answer).ok()?;
+    validate::displaced(&displaced, after).ok()?;
     Some((displaced.next, displaced.more && !displaced.events.is_empty()))
 }
 
-/// What is to be asked again when this is taken for an answer to a question for whole events.
+/// What is to be asked again when this is taken for an answer to a query for whole events.
 pub fn events(ids: &[Uuid], events: &[Envelope], last: &[u8]) -> Option<Vec<Uuid>> {
-    let rest: Rest = outbox_answer::last(last).ok()?;
-    outbox_answer::events(ids, events, &rest).ok()?;
+    let rest: Rest = validate::last(last).ok()?;
+    validate::events(ids, events, &rest).ok()?;
     Some(rest.left_out)
 }
 
-/// Where to go on when this is taken for an answer to a question for the events of some keys.
+/// Where to go on when this is taken for an answer to a query for the events of some keys.
 pub fn of_keys(keys: &[String], from: i64, events: &[Envelope], last: &[u8]) -> Option<Option<i64>> {
-    let rest: Rest = outbox_answer::last(last).ok()?;
-    outbox_answer::of_keys(keys, from, events, &rest).ok()?;
+    let rest: Rest = validate::last(last).ok()?;
+    validate::of_keys(keys, from, events, &rest).ok()?;
     Some(rest.next)
 }
 

@@ -18,7 +18,7 @@ use aftercommit_core::postgres;
 
 /// Connections of the service.
 const CONNECTIONS: u64 = 8;
-const WAYS: [Way; 3] = [Way::Library, Way::ByHand, Way::PlainTable];
+const WAYS: [Way; 3] = [Way::OutboxReader, Way::ByHand, Way::PlainTable];
 
 /// Figure 7: one event in each transaction, and a hundred.
 pub(super) async fn publish(bench: &Bench) -> Result<Vec<Row>, Error> {

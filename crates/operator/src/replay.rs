@@ -12,11 +12,11 @@ use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit_core::envelope::Envelope;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::jetstream::history::History;
-use aftercommit_core::jetstream::outbox_client::OutboxClient;
-use aftercommit_core::jetstream::outbox_service::{Listed, Page};
 use aftercommit_core::jetstream::stream::{Extent, StreamReader};
 use aftercommit_core::jetstream::{consumer, stored};
-use aftercommit_core::outbox_query::Library;
+use aftercommit_core::outbox_query::client::OutboxClient;
+use aftercommit_core::outbox_query::reader::OutboxReader;
+use aftercommit_core::outbox_query::wire::{Listed, Page};
 use aftercommit_core::postgres::resend::{self, Event, Known, Order};
 use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::{self, database_error};
@@ -153,7 +153,9 @@ pub async fn replay(
     if !replay.stream_only && first == extent.first && extent.first > 1 {
         let mut outbox = match &replay.outbox {
             None => Outbox::Relay(Box::new(OutboxClient::new(&nats, &spec.stream))),
-            Some((postgres, naming)) => Outbox::Database(Library::open(postgres, naming).await.map_err(at_the_outbox)?),
+            Some((postgres, naming)) => {
+                Outbox::Database(OutboxReader::open(postgres, naming).await.map_err(at_the_outbox)?)
+            }
         };
         work.outbox(&mut outbox, extent, to).await?;
     }
@@ -167,7 +169,7 @@ pub async fn replay(
 /// Who tells of the outbox.
 enum Outbox {
     Relay(Box<OutboxClient>),
-    Database(Library),
+    Database(OutboxReader),
 }
 
 impl Outbox {

@@ -308,7 +308,7 @@ impl Relay {
         let (paused, told_paused) = watch::channel(was_paused);
         let (unfit, told_unfit) = watch::channel(false);
         let guarding = self.guard(&stream).watch(unfit, self.progress.subscribe());
-        let answering = outbox_query::answer(self.config.postgres.clone(), nats.clone(), self.naming.clone());
+        let answering = outbox_query::server::answer(self.config.postgres.clone(), nats.clone(), self.naming.clone());
         let _answering = AbortOnDropHandle::new(tokio::spawn(answering));
         let heartbeat = self.heartbeat(epoch, self.progress.subscribe(), paused);
         let leading = async {

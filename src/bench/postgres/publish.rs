@@ -22,7 +22,7 @@ pub(crate) const ACCOUNTS: i64 = 1000;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
     /// With `outbox::publish`, or `outbox::publish_all` for several.
-    Library,
+    OutboxReader,
     /// With an INSERT into the outbox, written by hand.
     ByHand,
     /// With the same INSERT into a table of the same columns that has a primary key and nothing else to keep.
@@ -85,8 +85,8 @@ impl Service {
             .await
             .map_err(failed)?;
         let ids = match (way, events) {
-            (Way::Library, [event]) => vec![outbox::publish(&mut tx, event).await.map_err(refused)?.as_uuid()],
-            (Way::Library, events) => {
+            (Way::OutboxReader, [event]) => vec![outbox::publish(&mut tx, event).await.map_err(refused)?.as_uuid()],
+            (Way::OutboxReader, events) => {
                 let ids = outbox::publish_all(&mut tx, events).await.map_err(refused)?;
                 ids.into_iter().map(EventId::as_uuid).collect()
             }

@@ -98,7 +98,7 @@ pub fn server_answer(input: &[u8]) {
 
 /// A question to the relay, or a place in a token: read as it was written.
 pub fn question(input: &[u8]) {
-    for read in [parsers::question, parsers::place] {
+    for read in [parsers::query, parsers::place] {
         let Some(value) = read(input) else { continue };
         assert_eq!(read(value.to_string().as_bytes()), Some(value));
     }

@@ -143,7 +143,7 @@ fn nanoseconds(duration: Duration) -> u64 {
 
 /// Whether an answer may go there: `_INBOX.…`, an inbox with a prefix such as `_INBOX_operator`, or what stands for an inbox
 /// of another account, `_R_.…`. No client can name the latter: the server does, when an account imports this service.
-pub(super) fn is_inbox(reply: &Subject) -> bool {
+pub(crate) fn is_inbox(reply: &Subject) -> bool {
     reply.starts_with("_INBOX") || reply.starts_with("_R_.")
 }
 

@@ -8,10 +8,10 @@ pub use async_nats::jetstream::message::StreamMessage;
 use chrono::{DateTime, Utc};
 use futures_util::future::try_join_all;
 
-use super::outbox_client::OutboxClient;
 use super::{Connection, api};
 use crate::envelope::{Envelope, EnvelopeError};
 use crate::error::{Error, ErrorKind};
+use crate::outbox_query::client::OutboxClient;
 use aftercommit_outbox::event::EventId;
 use aftercommit_outbox::subject;
 

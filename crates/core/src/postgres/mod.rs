@@ -23,7 +23,6 @@ pub mod pause;
 pub mod pins;
 pub mod place;
 pub mod prune;
-pub mod questions;
 pub mod reached;
 pub mod reconcile;
 pub mod reconcile_status;

@@ -7,7 +7,7 @@ use super::inbox::{Comparing, MISSED};
 use super::outstanding::{Outstanding, Place};
 use super::unhandled;
 use aftercommit_core::error::Error;
-use aftercommit_core::jetstream::outbox_service::Moved;
+use aftercommit_core::outbox_query::wire::Moved;
 use aftercommit_core::postgres::finding::Finding;
 use aftercommit_core::postgres::resend::Known;
 

@@ -10,7 +10,7 @@ use super::outstanding::{Outstanding, Place};
 use super::{Subscription, ask, started, unhandled};
 use aftercommit_core::envelope::Envelope;
 use aftercommit_core::error::Error;
-use aftercommit_core::jetstream::outbox_client::OutboxClient;
+use aftercommit_core::outbox_query::client::OutboxClient;
 use aftercommit_core::postgres::resend::Known;
 use aftercommit_core::postgres::{place, prune};
 use aftercommit_core::runner::job::Run;

@@ -9,8 +9,8 @@ use super::outstanding::{Item, Place, Source};
 use super::{Since, Subscription};
 use aftercommit_core::error::Error;
 use aftercommit_core::jetstream::history::History;
-use aftercommit_core::jetstream::outbox_client::OutboxClient;
 use aftercommit_core::jetstream::stored;
+use aftercommit_core::outbox_query::client::OutboxClient;
 use aftercommit_core::postgres::resend::Event;
 use aftercommit_outbox::subject;
 

@@ -1,4 +1,4 @@
-//! Asks the outbox of a stream, which its leading relay serves: see [`super::outbox_service`].
+//! Asks the outbox of a stream, which its leading relay serves: see [`super::server`].
 
 use std::time::{Duration, Instant};
 
@@ -8,15 +8,15 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::Connection;
-use super::outbox_answer::{self as answer, NoAnswer};
-use super::outbox_service::{Displaced, END, Page, Question, Rest, subject};
+use super::validate::{self, InvalidAnswer};
+use super::wire::{Displaced, END, Page, Query, Rest, subject};
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind};
+use crate::jetstream::{self, Connection};
 
 /// How long the next message of an answer may take, and what is announced for it.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How often a question is asked that nobody answers: relays may be about to take over.
+/// How often a query is asked that nobody answers: relays may be about to take over.
 const TRIES: u32 = 5;
 const BETWEEN_TRIES: Duration = Duration::from_secs(1);
 /// Between two looks for what the relay does not tell yet.
@@ -45,12 +45,12 @@ impl OutboxClient {
     /// as long as there is `more`.
     pub async fn page(&self, up_to: u64, after: Option<Value>, types: &[String], digest: bool) -> Result<Page, Error> {
         let (token, names) = (after.clone(), types.to_vec());
-        let question = match digest {
-            true => Question::Digest { up_to, after, types: names },
-            false => Question::Page { up_to, after, types: names },
+        let query = match digest {
+            true => Query::Digest { up_to, after, types: names },
+            false => Query::Page { up_to, after, types: names },
         };
-        let (_, page) = self.ask(&question, 0).await?;
-        answer::page(&page, token.as_ref(), types, digest).map_err(|error| self.refused(error))?;
+        let (_, page) = self.ask(&query, 0).await?;
+        validate::page(&page, token.as_ref(), types, digest).map_err(|error| self.refused(error))?;
         Ok(page)
     }
 
@@ -59,13 +59,15 @@ impl OutboxClient {
     pub async fn displaced(&self, after: Option<Value>) -> Result<Displaced, Error> {
         let begun = Instant::now();
         loop {
-            let (_, displaced): (_, Displaced) = self.ask(&Question::Displaced { after: after.clone() }, 0).await?;
-            answer::displaced(&displaced, after.as_ref()).map_err(|error| self.refused(error))?;
+            let (_, displaced): (_, Displaced) = self.ask(&Query::Displaced { after: after.clone() }, 0).await?;
+            validate::displaced(&displaced, after.as_ref()).map_err(|error| self.refused(error))?;
             if !displaced.more || !displaced.events.is_empty() {
                 return Ok(displaced);
             }
             if begun.elapsed() > self.patience {
-                return Err(self.refused(NoAnswer::Refused("more is announced again and again, and never told".into())));
+                return Err(
+                    self.refused(InvalidAnswer::Refused("more is announced again and again, and never told".into()))
+                );
             }
             tokio::time::sleep(LATELY).await;
         }
@@ -75,8 +77,8 @@ impl OutboxClient {
     pub async fn events(&self, ids: &[Uuid]) -> Result<Vec<Envelope>, Error> {
         let (mut events, mut left) = (Vec::new(), ids.to_vec());
         while !left.is_empty() {
-            let (found, rest) = self.several(&Question::Events { ids: left.clone() }, left.len()).await?;
-            answer::events(&left, &found, &rest).map_err(|error| self.refused(error))?;
+            let (found, rest) = self.several(&Query::Events { ids: left.clone() }, left.len()).await?;
+            validate::events(&left, &found, &rest).map_err(|error| self.refused(error))?;
             if found.is_empty() && !rest.left_out.is_empty() {
                 return Err(Error::new(ErrorKind::Broker, "an event of the outbox is larger than the server takes"));
             }
@@ -95,24 +97,24 @@ impl OutboxClient {
         from: i64,
         behind: u64,
     ) -> Result<(Vec<Envelope>, Option<i64>), Error> {
-        let question = Question::Keys { keys: keys.to_vec(), from, behind };
-        let (events, rest) = self.several(&question, answer::MOST_EVENTS).await?;
-        answer::of_keys(keys, from, &events, &rest).map_err(|error| self.refused(error))?;
+        let query = Query::Keys { keys: keys.to_vec(), from, behind };
+        let (events, rest) = self.several(&query, validate::MOST_EVENTS).await?;
+        validate::of_keys(keys, from, &events, &rest).map_err(|error| self.refused(error))?;
         Ok((events, rest.next))
     }
 
-    async fn several(&self, question: &Question, most: usize) -> Result<(Vec<Envelope>, Rest), Error> {
-        let (messages, rest) = self.ask(question, most).await?;
-        let events = messages.into_iter().map(|message| super::envelope(message.headers.as_ref(), message.payload));
+    async fn several(&self, query: &Query, most: usize) -> Result<(Vec<Envelope>, Rest), Error> {
+        let (messages, rest) = self.ask(query, most).await?;
+        let events = messages.into_iter().map(|message| jetstream::envelope(message.headers.as_ref(), message.payload));
         let events = events.collect::<Result<_, _>>();
-        Ok((events.map_err(|error| self.refused(NoAnswer::Wrong(error.to_string())))?, rest))
+        Ok((events.map_err(|error| self.refused(InvalidAnswer::Wrong(error.to_string())))?, rest))
     }
 
     /// Events that come, `most` at most, and what stands behind them.
-    async fn ask<T: DeserializeOwned>(&self, question: &Question, most: usize) -> Result<(Vec<Message>, T), Error> {
+    async fn ask<T: DeserializeOwned>(&self, query: &Query, most: usize) -> Result<(Vec<Message>, T), Error> {
         let mut tries = 1;
         loop {
-            match self.ask_once(question, most).await {
+            match self.ask_once(query, most).await {
                 Err(error) if error.kind() == ErrorKind::Broker && tries < self.tries => {
                     tracing::debug!(error = error.report(), tries, "asking the outbox again");
                     tries += 1;
@@ -123,19 +125,15 @@ impl OutboxClient {
         }
     }
 
-    async fn ask_once<T: DeserializeOwned>(
-        &self,
-        question: &Question,
-        most: usize,
-    ) -> Result<(Vec<Message>, T), Error> {
+    async fn ask_once<T: DeserializeOwned>(&self, query: &Query, most: usize) -> Result<(Vec<Message>, T), Error> {
         let subject = &self.subject;
         let failed = |why: String| Error::new(ErrorKind::Broker, format!("{subject}: {why}"));
         let client = &self.connection.client;
         let inbox = client.new_inbox();
         let mut answers = client.subscribe(inbox.clone()).await.map_err(|error| failed(error.to_string()))?;
-        let question = json!(question).to_string();
+        let query = json!(query).to_string();
         client
-            .publish_with_reply(subject.clone(), inbox, question.into())
+            .publish_with_reply(subject.clone(), inbox, query.into())
             .await
             .map_err(|error| failed(error.to_string()))?;
         let mut events = Vec::new();
@@ -151,20 +149,20 @@ impl OutboxClient {
             let header = |name: &str| message.headers.as_ref().is_some_and(|headers| headers.get(name).is_some());
             if header(crate::envelope::CE_ID) && !header(END) {
                 if events.len() == most {
-                    return Err(self.refused(NoAnswer::Wrong(format!("more than {most} events"))));
+                    return Err(self.refused(InvalidAnswer::Wrong(format!("more than {most} events"))));
                 }
                 events.push(message);
                 continue;
             }
-            return Ok((events, answer::last(&message.payload).map_err(|error| self.refused(error))?));
+            return Ok((events, validate::last(&message.payload).map_err(|error| self.refused(error))?));
         }
     }
 
-    fn refused(&self, error: NoAnswer) -> Error {
+    fn refused(&self, error: InvalidAnswer) -> Error {
         let subject = &self.subject;
         match error {
-            NoAnswer::Refused(why) => Error::new(ErrorKind::NotReady, format!("{subject}: {why}")),
-            NoAnswer::Wrong(_) => {
+            InvalidAnswer::Refused(why) => Error::new(ErrorKind::NotReady, format!("{subject}: {why}")),
+            InvalidAnswer::Wrong(_) => {
                 let problem = format!("an answer on {subject} is refused: only this stream's relays may answer there");
                 Error::with_source(ErrorKind::Integrity, problem, error)
             }
@@ -178,7 +176,8 @@ mod tests {
 
     use super::*;
     use crate::config::NatsConfig;
-    use crate::jetstream::outbox_service::{Answer, Listed, Moved, Questions};
+    use crate::outbox_query::server::Queries;
+    use crate::outbox_query::wire::{Answer, Listed, Moved};
     use aftercommit_testing::servers::{Nats, NatsOptions};
 
     fn event(n: u128) -> Envelope {
@@ -202,7 +201,7 @@ mod tests {
         Listed { id: 1, event_id: Uuid::from_u128(1), event_type, key: None, time }
     }
 
-    fn answer(question: Question) -> Answer {
+    fn answer(query: Query) -> Answer {
         let page = |count: Option<u64>, digest| Page {
             behind: 1,
             to: 2,
@@ -214,22 +213,22 @@ mod tests {
             complete_to: None,
         };
         let send = |ids: &[u128], rest| Answer::Events(ids.iter().map(|n| ("e.a".into(), event(*n))).collect(), rest);
-        match question {
-            Question::Page { up_to: 7, after: None, types } if types == ["a"] => Answer::One(json!(page(None, None))),
-            Question::Digest { after: Some(_), .. } => Answer::One(json!(page(Some(1), Some("5".into())))),
-            Question::Displaced { .. } => {
+        match query {
+            Query::Page { up_to: 7, after: None, types } if types == ["a"] => Answer::One(json!(page(None, None))),
+            Query::Digest { after: Some(_), .. } => Answer::One(json!(page(Some(1), Some("5".into())))),
+            Query::Displaced { .. } => {
                 let moved =
                     Moved { id: 1, event_id: Uuid::nil(), key: None, state: "queued".into(), sequence: Some(4) };
                 Answer::One(json!(Displaced { events: vec![moved], next: json!([1, 2]), more: true }))
             }
             // One at a time, in the order of the outbox.
-            Question::Events { ids } => {
+            Query::Events { ids } => {
                 let mut numbers: Vec<u128> = ids.iter().map(Uuid::as_u128).collect();
                 numbers.sort_unstable();
                 let left_out = numbers[1..].iter().map(|n| Uuid::from_u128(*n)).collect();
                 send(&numbers[..1], Rest { next: None, left_out })
             }
-            Question::Keys { from: 5, .. } => send(&[5, 6], Rest { next: Some(7), left_out: vec![] }),
+            Query::Keys { from: 5, .. } => send(&[5, 6], Rest { next: Some(7), left_out: vec![] }),
             other => Answer::One(json!({ "error": format!("{other:?}") })),
         }
     }
@@ -243,10 +242,10 @@ mod tests {
         // Nobody answers yet; it asks again.
         let early = tokio::spawn(async move { (client.displaced(None).await, client) });
         tokio::time::sleep(Duration::from_millis(100)).await;
-        let mut questions = Questions::subscribe(&connect("relay").await, "S").await.unwrap();
+        let mut queries = Queries::subscribe(&connect("relay").await, "S").await.unwrap();
         tokio::spawn(async move {
-            while let Some((question, reply)) = questions.next().await {
-                reply.send(answer(question)).await;
+            while let Some((query, reply)) = queries.next().await {
+                reply.send(answer(query)).await;
             }
         });
         let (displaced, client) = early.await.unwrap();
@@ -271,17 +270,17 @@ mod tests {
         let connect = async |name: &str| crate::jetstream::connect(&config, name, "_INBOX_test").await.unwrap();
         let patience = Duration::from_millis(50);
         let client = OutboxClient { patience, ..OutboxClient::new(&connect("asker").await, "S") };
-        let mut questions = Questions::subscribe(&connect("relay").await, "S").await.unwrap();
+        let mut queries = Queries::subscribe(&connect("relay").await, "S").await.unwrap();
         let answering = tokio::spawn(async move {
             let mut asked = 0;
-            while let Some((question, reply)) = questions.next().await {
+            while let Some((query, reply)) = queries.next().await {
                 asked += 1;
-                match question {
-                    Question::Displaced { after } => {
+                match query {
+                    Query::Displaced { after } => {
                         let never = Displaced { events: vec![], next: json!(after), more: true };
                         reply.send(Answer::One(json!(never))).await;
                     }
-                    Question::Keys { .. } => break,
+                    Query::Keys { .. } => break,
                     _ => {}
                 }
             }

@@ -1,20 +1,11 @@
-//! The questions that subscribers' reconcilers ask of a publisher's outbox over NATS, and how they are served.
-//! `docs/reconciliation.md` describes what goes over the wire.
-//!
-//! The asker names the subject of the answer, and it is published with the rights of the relay: so answers go to inboxes
-//! only.
+//! What goes over the wire: queries and their answers. `docs/reconciliation.md` describes them.
 
-use async_nats::{HeaderMap, HeaderValue, Message};
 use chrono::{DateTime, Utc};
-use futures_util::StreamExt;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 use uuid::Uuid;
 
-use super::Connection;
-use super::service::is_inbox;
 use crate::envelope::Envelope;
-use crate::error::{Error, ErrorKind};
 
 /// On the last message of an answer in several messages.
 pub(super) const END: &str = "Aftercommit-End";
@@ -24,10 +15,10 @@ pub fn subject(stream: &str) -> String {
     format!("aftercommit.outbox.{stream}")
 }
 
-/// What can be asked. Tokens are opaque to the asker.
+/// What can be asked of an outbox. Tokens are opaque to the asker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Question {
+pub enum Query {
     /// The events that lie in the stream at or before `up_to`, behind the token.
     Page {
         up_to: u64,
@@ -124,73 +115,4 @@ pub enum Answer {
     One(Value),
     /// Whole events, each a message as it is in the stream, and what stands behind them.
     Events(Vec<(String, Envelope)>, Rest),
-}
-
-/// Takes the questions for one stream. Of several processes that serve it each question goes to one.
-pub struct Questions {
-    connection: Connection,
-    subscription: async_nats::Subscriber,
-}
-
-impl Questions {
-    pub async fn subscribe(connection: &Connection, stream: &str) -> Result<Self, Error> {
-        let subject = subject(stream);
-        let subscription =
-            connection.client.queue_subscribe(subject.clone(), "relay".into()).await.map_err(|error| {
-                Error::with_source(ErrorKind::Broker, format!("cannot subscribe to {subject}"), error)
-            })?;
-        Ok(Self { connection: connection.clone(), subscription })
-    }
-
-    /// The next question that can be answered, and where the answer goes. None when the client is closed.
-    pub async fn next(&mut self) -> Option<(Question, Reply)> {
-        loop {
-            let Message { reply, payload, .. } = self.subscription.next().await?;
-            let Some(reply) = reply.filter(is_inbox) else { continue };
-            let reply = Reply { connection: self.connection.clone(), subject: reply };
-            match serde_json::from_slice(&payload) {
-                Ok(question) => return Some((question, reply)),
-                Err(error) => reply.refuse(&format!("invalid request: {error}")).await,
-            }
-        }
-    }
-}
-
-/// Where an answer goes.
-pub struct Reply {
-    connection: Connection,
-    subject: async_nats::Subject,
-}
-
-impl Reply {
-    /// How many bytes a message of an answer may have.
-    pub fn room(&self) -> usize {
-        self.connection.client.server_info().max_payload
-    }
-
-    pub async fn refuse(&self, why: &str) {
-        self.send(Answer::One(json!({ "error": why }))).await;
-    }
-
-    /// Sends an answer. One that does not arrive is asked for again.
-    pub async fn send(&self, answer: Answer) {
-        let client = &self.connection.client;
-        let (events, last, headers) = match answer {
-            Answer::One(value) => (Vec::new(), value, HeaderMap::new()),
-            Answer::Events(events, rest) => {
-                let mut end = HeaderMap::new();
-                end.insert(END, "1");
-                (events, json!(rest), end)
-            }
-        };
-        for (subject, event) in events {
-            let mut headers = HeaderMap::new();
-            for (name, value) in event.to_headers() {
-                headers.append(name.as_ref(), HeaderValue::from(value.as_ref()));
-            }
-            headers.insert("Aftercommit-Subject", subject);
-            _ = client.publish_with_headers(self.subject.clone(), headers, event.payload).await;
-        }
-        _ = client.publish_with_headers(self.subject.clone(), headers, last.to_string().into()).await;
-    }
 }

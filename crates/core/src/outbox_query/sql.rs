@@ -4,9 +4,9 @@ use chrono::{DateTime, Utc};
 use sqlx::Row;
 use uuid::Uuid;
 
-use super::session::Session;
-use super::snapshot::{Mark, xids};
-use super::time;
+use crate::postgres::session::Session;
+use crate::postgres::snapshot::{Mark, xids};
+use crate::postgres::time;
 
 /// An event without its payload.
 #[derive(Debug, Clone, PartialEq)]
@@ -77,7 +77,7 @@ pub(crate) async fn repaired_lately(connection: &mut Session) -> Result<bool, sq
 }
 
 /// The next events that were missing in the stream, in the order in which that was found, behind a time and an id.
-/// What was found this second is left for the next question, because transactions may still commit before it.
+/// What was found this second is left for the next query, because transactions may still commit before it.
 pub async fn repaired(
     connection: &mut Session,
     after: (DateTime<Utc>, i64),
