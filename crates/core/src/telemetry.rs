@@ -41,371 +41,109 @@ impl fmt::Display for Metric {
     }
 }
 
-const STREAM: &[&str] = &["stream"];
-const SUBSCRIBER: &[&str] = &["subscriber"];
+/// One constant for each row, documented by what it says, and all of them in this order, which is that of the documentation.
+macro_rules! metrics {
+    ($($constant:ident, $kind:ident, $name:literal, [$($label:literal),+]: $meaning:literal;)+) => {
+        $(
+            #[doc = $meaning]
+            pub const $constant: Metric =
+                Metric { name: $name, kind: Kind::$kind, labels: &[$($label),+], meaning: $meaning };
+        )+
 
-/// Events that are committed and not in the stream.
-pub const RELAY_BACKLOG_EVENTS: Metric = Metric {
-    name: "aftercommit_relay_backlog_events",
-    kind: Kind::Gauge,
-    labels: STREAM,
-    meaning: "Events that are committed and not in the stream, counted up to a million every few seconds by every \
-              relay, whether it leads or not. `NaN` while the database does not answer.",
-};
+        /// All of them.
+        pub const METRICS: &[Metric] = &[$($constant),+];
+    };
+}
 
-/// The age of the oldest event of the backlog.
-pub const RELAY_BACKLOG_OLDEST_SECONDS: Metric = Metric {
-    name: "aftercommit_relay_backlog_oldest_seconds",
-    kind: Kind::Gauge,
-    labels: STREAM,
-    meaning: "How long ago the oldest of them was written, by the database's clock; 0 without a backlog, `NaN` as above.",
-};
-
-/// Events stored in the stream.
-pub const RELAY_PUBLISHED_TOTAL: Metric = Metric {
-    name: "aftercommit_relay_published_total",
-    kind: Kind::Counter,
-    labels: STREAM,
-    meaning: "Events that the stream has acknowledged to this process.",
-};
-
-/// From sending a message to its acknowledgement.
-pub const RELAY_ACK_SECONDS: Metric = Metric {
-    name: "aftercommit_relay_ack_seconds",
-    kind: Kind::Histogram,
-    labels: STREAM,
-    meaning: "From handing a message to the connection until it and all before it are acknowledged.",
-};
-
-/// From writing an event to its acknowledgement.
-pub const RELAY_LATENCY_SECONDS: Metric = Metric {
-    name: "aftercommit_relay_latency_seconds",
-    kind: Kind::Histogram,
-    labels: STREAM,
-    meaning: "From the event's `created_at` until the same; it holds the rest of the publisher's transaction, and the \
-              difference between the database's clock and the relay's.",
-};
-
-/// Messages that are sent and not acknowledged.
-pub const RELAY_UNDER_WAY: Metric = Metric {
-    name: "aftercommit_relay_under_way",
-    kind: Kind::Gauge,
-    labels: STREAM,
-    meaning: "Messages that are sent and not acknowledged.",
-};
-
-/// How many messages may be under way.
-pub const RELAY_UNDER_WAY_LIMIT: Metric = Metric {
-    name: "aftercommit_relay_under_way_limit",
-    kind: Kind::Gauge,
-    labels: STREAM,
-    meaning: "How many messages may be under way.",
-};
-
-/// Events per window.
-pub const RELAY_WINDOW_EVENTS: Metric = Metric {
-    name: "aftercommit_relay_window_events",
-    kind: Kind::Histogram,
-    labels: STREAM,
-    meaning: "Events per window, when the window is in the stream. Many large windows mean that the relay is behind.",
-};
-
-/// Interruptions of publishing.
-pub const RELAY_INTERRUPTIONS_TOTAL: Metric = Metric {
-    name: "aftercommit_relay_interruptions_total",
-    kind: Kind::Counter,
-    labels: &["stream", "class"],
-    meaning: "How often publishing was interrupted and what is stored had to be read from the stream, by class.",
-};
-
-/// Parked events.
-pub const RELAY_PARKED: Metric = Metric {
-    name: "aftercommit_relay_parked",
-    kind: Kind::Gauge,
-    labels: STREAM,
-    meaning: "Events that are set aside because the stream will never take them, and those that wait behind them, \
-              until an operator decides (`aftercommit parked list`). `NaN` while the database does not answer.",
-};
-
-/// Whether this relay leads.
-pub const RELAY_LEADER: Metric = Metric {
-    name: "aftercommit_relay_leader",
-    kind: Kind::Gauge,
-    labels: STREAM,
-    meaning: "1 for the relay that leads, 0 for one that stands by or connects.",
-};
-
-/// The epoch of this relay's lead.
-pub const RELAY_EPOCH: Metric = Metric {
-    name: "aftercommit_relay_epoch",
-    kind: Kind::Gauge,
-    labels: STREAM,
-    meaning: "The epoch in which this relay leads or last led; it grows with every change of leader.",
-};
-
-/// Whether the relay is paused.
-pub const RELAY_PAUSED: Metric = Metric {
-    name: "aftercommit_relay_paused",
-    kind: Kind::Gauge,
-    labels: STREAM,
-    meaning: "1 while an operator has paused the relay.",
-};
-
-/// Since the relay last got on.
-pub const RELAY_SECONDS_SINCE_PROGRESS: Metric = Metric {
-    name: "aftercommit_relay_seconds_since_progress",
-    kind: Kind::Gauge,
-    labels: STREAM,
-    meaning: "Since this relay last published something, found nothing to publish, or found another one leading. \
-              `/healthz` goes by it.",
-};
-
-/// The longest open transaction.
-pub const RELAY_OLDEST_TRANSACTION_SECONDS: Metric = Metric {
-    name: "aftercommit_relay_oldest_transaction_seconds",
-    kind: Kind::Gauge,
-    labels: STREAM,
-    meaning: "The age of the longest open transaction of the outbox's database, prepared ones included; 0 without one. \
-              `NaN` when the relay's role may not see other roles' transactions (`grant pg_read_all_stats`).",
-};
-
-/// What became of events.
-pub const WORKER_EVENTS_TOTAL: Metric = Metric {
-    name: "aftercommit_worker_events_total",
-    kind: Kind::Counter,
-    labels: &["subscriber", "outcome"],
-    meaning: "What became of events at this process, by outcome.",
-};
-
-/// How long handlers take.
-pub const WORKER_HANDLER_SECONDS: Metric = Metric {
-    name: "aftercommit_worker_handler_seconds",
-    kind: Kind::Histogram,
-    labels: SUBSCRIBER,
-    meaning: "How long a handler ran, whatever came of it; of an SQL function, one call for all events of a \
-              transaction.",
-};
-
-/// Events per transaction.
-pub const WORKER_BATCH_EVENTS: Metric = Metric {
-    name: "aftercommit_worker_batch_events",
-    kind: Kind::Histogram,
-    labels: SUBSCRIBER,
-    meaning: "Events per committed transaction.",
-};
-
-/// From writing an event to its effect.
-pub const WORKER_LATENCY_SECONDS: Metric = Metric {
-    name: "aftercommit_worker_latency_seconds",
-    kind: Kind::Histogram,
-    labels: SUBSCRIBER,
-    meaning: "From the time at which the event was written (`ce-time`) until its effects were committed here; it \
-              holds the difference between the clocks of the publisher's database and of the worker.",
-};
-
-/// Messages that came once more.
-pub const WORKER_REDELIVERED_TOTAL: Metric = Metric {
-    name: "aftercommit_worker_redelivered_total",
-    kind: Kind::Counter,
-    labels: SUBSCRIBER,
-    meaning: "Messages that JetStream delivered to this process and not for the first time.",
-};
-
-/// Events that were not delivered yet.
-pub const WORKER_PENDING: Metric = Metric {
-    name: "aftercommit_worker_pending",
-    kind: Kind::Gauge,
-    labels: SUBSCRIBER,
-    meaning: "Events that JetStream has not delivered yet, looked at every few seconds by every instance, active \
-              or not. `NaN` while NATS does not answer or the consumer is missing.",
-};
-
-/// Events that were delivered and not answered.
-pub const WORKER_IN_FLIGHT: Metric = Metric {
-    name: "aftercommit_worker_in_flight",
-    kind: Kind::Gauge,
-    labels: SUBSCRIBER,
-    meaning: "Events that were delivered and are not done: running, waiting for the next attempt, or waiting \
-              behind another event of their key. `NaN` as above.",
-};
-
-/// Events that wait for a point in time.
-pub const WORKER_HELD: Metric = Metric {
-    name: "aftercommit_worker_held",
-    kind: Kind::Gauge,
-    labels: SUBSCRIBER,
-    meaning: "Events that wait at this process for their next attempt, for the end of a snooze, or of an outage.",
-};
-
-/// Events whose attempts failed.
-pub const WORKER_FAILING: Metric = Metric {
-    name: "aftercommit_worker_failing",
-    kind: Kind::Gauge,
-    labels: SUBSCRIBER,
-    meaning: "Events with failed attempts that are still to be retried (`aftercommit.attempt`). `NaN` while the \
-              database does not answer.",
-};
-
-/// Dead letters.
-pub const WORKER_DEAD_LETTERS: Metric = Metric {
-    name: "aftercommit_worker_dead_letters",
-    kind: Kind::Gauge,
-    labels: SUBSCRIBER,
-    meaning: "Events that the subscriber gave up on (`aftercommit.dead_letter`), until an operator decides. \
-              `NaN` as above.",
-};
-
-/// Events that run again.
-pub const WORKER_REDRIVE: Metric = Metric {
-    name: "aftercommit_worker_redrive",
-    kind: Kind::Gauge,
-    labels: SUBSCRIBER,
-    meaning: "Events that an operator has sent back and that are not done yet (`aftercommit.redrive`). `NaN` as \
-              above.",
-};
-
-/// Whether this instance is active.
-pub const WORKER_ACTIVE: Metric = Metric {
-    name: "aftercommit_worker_active",
-    kind: Kind::Gauge,
-    labels: SUBSCRIBER,
-    meaning: "1 for the instance that is active for the subscriber, paused or not, 0 for one that stands by or \
-              connects.",
-};
-
-/// The epoch of this instance.
-pub const WORKER_EPOCH: Metric = Metric {
-    name: "aftercommit_worker_epoch",
-    kind: Kind::Gauge,
-    labels: SUBSCRIBER,
-    meaning: "The epoch in which this instance is active or last was; it grows with every change of hands.",
-};
-
-/// Whether the subscriber is paused.
-pub const WORKER_PAUSED: Metric = Metric {
-    name: "aftercommit_worker_paused",
-    kind: Kind::Gauge,
-    labels: SUBSCRIBER,
-    meaning: "1 at the active instance while an operator has paused the subscriber, or all of them.",
-};
-
-/// Since the subscriber last got on.
-pub const WORKER_SECONDS_SINCE_PROGRESS: Metric = Metric {
-    name: "aftercommit_worker_seconds_since_progress",
-    kind: Kind::Gauge,
-    labels: SUBSCRIBER,
-    meaning: "Since this instance last decided about an event, found nothing to do, or found another instance \
-              active. `/healthz` goes by it.",
-};
-
-const RECONCILER: &[&str] = &["reconciler"];
-
-/// Runs of reconcilers by result.
-pub const RECONCILER_RUNS_TOTAL: Metric = Metric {
-    name: "aftercommit_reconciler_runs_total",
-    kind: Kind::Counter,
-    labels: &["reconciler", "result"],
-    meaning: "Runs of a reconciler that this process has ended, by result: `ok`, `failed`, `stopped`.",
-};
-
-/// The age of the last success.
-pub const RECONCILER_LAST_SUCCESS_SECONDS: Metric = Metric {
-    name: "aftercommit_reconciler_last_success_seconds",
-    kind: Kind::Gauge,
-    labels: RECONCILER,
-    meaning: "How long ago a run of it last succeeded, in whatever process, by the database's clock; `NaN` when none ever \
-              did.",
-};
-
-/// Failures in a row.
-pub const RECONCILER_FAILURES: Metric = Metric {
-    name: "aftercommit_reconciler_failures",
-    kind: Kind::Gauge,
-    labels: RECONCILER,
-    meaning: "How many of its runs failed in a row, in whatever process. `/healthz` goes by it from 3 on.",
-};
-
-/// Until when everything is accounted for.
-pub const RECONCILER_UP_TO: Metric = Metric {
-    name: "aftercommit_reconciler_up_to_timestamp_seconds",
-    kind: Kind::Gauge,
-    labels: RECONCILER,
-    meaning: "Everything that was committed before this time, in seconds since 1970, is accounted for.",
-};
-
-/// Findings that are not settled.
-pub const RECONCILER_FINDINGS: Metric = Metric {
-    name: "aftercommit_reconciler_findings",
-    kind: Kind::Gauge,
-    labels: &["reconciler", "kind"],
-    meaning: "What it found and what is not settled, by kind.",
-};
-
-/// Differences that runs found.
-pub const RECONCILER_DRIFT_TOTAL: Metric = Metric {
-    name: "aftercommit_reconciler_drift_total",
-    kind: Kind::Counter,
-    labels: RECONCILER,
-    meaning: "Differences that runs in this process found.",
-};
-
-/// Differences that runs repaired.
-pub const RECONCILER_REPAIRED_TOTAL: Metric = Metric {
-    name: "aftercommit_reconciler_repaired_total",
-    kind: Kind::Counter,
-    labels: RECONCILER,
-    meaning: "Those of them that were repaired, or whose repair was queued.",
-};
-
-/// Items that could not be reconciled.
-pub const RECONCILER_FAILED_ITEMS_TOTAL: Metric = Metric {
-    name: "aftercommit_reconciler_failed_items_total",
-    kind: Kind::Counter,
-    labels: RECONCILER,
-    meaning: "Items that runs in this process could not reconcile.",
-};
-
-/// All of them, in the order of the documentation.
-pub const METRICS: &[Metric] = &[
-    RELAY_BACKLOG_EVENTS,
-    RELAY_BACKLOG_OLDEST_SECONDS,
-    RELAY_PUBLISHED_TOTAL,
-    RELAY_ACK_SECONDS,
-    RELAY_LATENCY_SECONDS,
-    RELAY_UNDER_WAY,
-    RELAY_UNDER_WAY_LIMIT,
-    RELAY_WINDOW_EVENTS,
-    RELAY_INTERRUPTIONS_TOTAL,
-    RELAY_PARKED,
-    RELAY_LEADER,
-    RELAY_EPOCH,
-    RELAY_PAUSED,
-    RELAY_SECONDS_SINCE_PROGRESS,
-    RELAY_OLDEST_TRANSACTION_SECONDS,
-    RECONCILER_RUNS_TOTAL,
-    RECONCILER_LAST_SUCCESS_SECONDS,
-    RECONCILER_FAILURES,
-    RECONCILER_UP_TO,
-    RECONCILER_FINDINGS,
-    RECONCILER_DRIFT_TOTAL,
-    RECONCILER_REPAIRED_TOTAL,
-    RECONCILER_FAILED_ITEMS_TOTAL,
-    WORKER_EVENTS_TOTAL,
-    WORKER_HANDLER_SECONDS,
-    WORKER_BATCH_EVENTS,
-    WORKER_LATENCY_SECONDS,
-    WORKER_REDELIVERED_TOTAL,
-    WORKER_PENDING,
-    WORKER_IN_FLIGHT,
-    WORKER_HELD,
-    WORKER_FAILING,
-    WORKER_DEAD_LETTERS,
-    WORKER_REDRIVE,
-    WORKER_ACTIVE,
-    WORKER_EPOCH,
-    WORKER_PAUSED,
-    WORKER_SECONDS_SINCE_PROGRESS,
-];
+metrics! {
+    RELAY_BACKLOG_EVENTS, Gauge, "aftercommit_relay_backlog_events", ["stream"]:
+        "Events that are committed and not in the stream, counted up to a million every few seconds by every \
+         relay, whether it leads or not. `NaN` while the database does not answer.";
+    RELAY_BACKLOG_OLDEST_SECONDS, Gauge, "aftercommit_relay_backlog_oldest_seconds", ["stream"]:
+        "How long ago the oldest of them was written, by the database's clock; 0 without a backlog, `NaN` as above.";
+    RELAY_PUBLISHED_TOTAL, Counter, "aftercommit_relay_published_total", ["stream"]:
+        "Events that the stream has acknowledged to this process.";
+    RELAY_ACK_SECONDS, Histogram, "aftercommit_relay_ack_seconds", ["stream"]:
+        "From handing a message to the connection until it and all before it are acknowledged.";
+    RELAY_LATENCY_SECONDS, Histogram, "aftercommit_relay_latency_seconds", ["stream"]:
+        "From the event's `created_at` until the same; it holds the rest of the publisher's transaction, and the \
+         difference between the database's clock and the relay's.";
+    RELAY_UNDER_WAY, Gauge, "aftercommit_relay_under_way", ["stream"]:
+        "Messages that are sent and not acknowledged.";
+    RELAY_UNDER_WAY_LIMIT, Gauge, "aftercommit_relay_under_way_limit", ["stream"]:
+        "How many messages may be under way.";
+    RELAY_WINDOW_EVENTS, Histogram, "aftercommit_relay_window_events", ["stream"]:
+        "Events per window, when the window is in the stream. Many large windows mean that the relay is behind.";
+    RELAY_INTERRUPTIONS_TOTAL, Counter, "aftercommit_relay_interruptions_total", ["stream", "class"]:
+        "How often publishing was interrupted and what is stored had to be read from the stream, by class.";
+    RELAY_PARKED, Gauge, "aftercommit_relay_parked", ["stream"]:
+        "Events that are set aside because the stream will never take them, and those that wait behind them, \
+         until an operator decides (`aftercommit parked list`). `NaN` while the database does not answer.";
+    RELAY_LEADER, Gauge, "aftercommit_relay_leader", ["stream"]:
+        "1 for the relay that leads, 0 for one that stands by or connects.";
+    RELAY_EPOCH, Gauge, "aftercommit_relay_epoch", ["stream"]:
+        "The epoch in which this relay leads or last led; it grows with every change of leader.";
+    RELAY_PAUSED, Gauge, "aftercommit_relay_paused", ["stream"]:
+        "1 while an operator has paused the relay.";
+    RELAY_SECONDS_SINCE_PROGRESS, Gauge, "aftercommit_relay_seconds_since_progress", ["stream"]:
+        "Since this relay last published something, found nothing to publish, or found another one leading. \
+         `/healthz` goes by it.";
+    RELAY_OLDEST_TRANSACTION_SECONDS, Gauge, "aftercommit_relay_oldest_transaction_seconds", ["stream"]:
+        "The age of the longest open transaction of the outbox's database, prepared ones included; 0 without one. \
+         `NaN` when the relay's role may not see other roles' transactions (`grant pg_read_all_stats`).";
+    RECONCILER_RUNS_TOTAL, Counter, "aftercommit_reconciler_runs_total", ["reconciler", "result"]:
+        "Runs of a reconciler that this process has ended, by result: `ok`, `failed`, `stopped`.";
+    RECONCILER_LAST_SUCCESS_SECONDS, Gauge, "aftercommit_reconciler_last_success_seconds", ["reconciler"]:
+        "How long ago a run of it last succeeded, in whatever process, by the database's clock; `NaN` when none \
+         ever did.";
+    RECONCILER_FAILURES, Gauge, "aftercommit_reconciler_failures", ["reconciler"]:
+        "How many of its runs failed in a row, in whatever process. `/healthz` goes by it from 3 on.";
+    RECONCILER_UP_TO, Gauge, "aftercommit_reconciler_up_to_timestamp_seconds", ["reconciler"]:
+        "Everything that was committed before this time, in seconds since 1970, is accounted for.";
+    RECONCILER_FINDINGS, Gauge, "aftercommit_reconciler_findings", ["reconciler", "kind"]:
+        "What it found and what is not settled, by kind.";
+    RECONCILER_DRIFT_TOTAL, Counter, "aftercommit_reconciler_drift_total", ["reconciler"]:
+        "Differences that runs in this process found.";
+    RECONCILER_REPAIRED_TOTAL, Counter, "aftercommit_reconciler_repaired_total", ["reconciler"]:
+        "Those of them that were repaired, or whose repair was queued.";
+    RECONCILER_FAILED_ITEMS_TOTAL, Counter, "aftercommit_reconciler_failed_items_total", ["reconciler"]:
+        "Items that runs in this process could not reconcile.";
+    WORKER_EVENTS_TOTAL, Counter, "aftercommit_worker_events_total", ["subscriber", "outcome"]:
+        "What became of events at this process, by outcome.";
+    WORKER_HANDLER_SECONDS, Histogram, "aftercommit_worker_handler_seconds", ["subscriber"]:
+        "How long a handler ran, whatever came of it; of an SQL function, one call for all events of a transaction.";
+    WORKER_BATCH_EVENTS, Histogram, "aftercommit_worker_batch_events", ["subscriber"]:
+        "Events per committed transaction.";
+    WORKER_LATENCY_SECONDS, Histogram, "aftercommit_worker_latency_seconds", ["subscriber"]:
+        "From the time at which the event was written (`ce-time`) until its effects were committed here; it holds \
+         the difference between the clocks of the publisher's database and of the worker.";
+    WORKER_REDELIVERED_TOTAL, Counter, "aftercommit_worker_redelivered_total", ["subscriber"]:
+        "Messages that JetStream delivered to this process and not for the first time.";
+    WORKER_PENDING, Gauge, "aftercommit_worker_pending", ["subscriber"]:
+        "Events that JetStream has not delivered yet, looked at every few seconds by every instance, active or \
+         not. `NaN` while NATS does not answer or the consumer is missing.";
+    WORKER_IN_FLIGHT, Gauge, "aftercommit_worker_in_flight", ["subscriber"]:
+        "Events that were delivered and are not done: running, waiting for the next attempt, or waiting behind \
+         another event of their key. `NaN` as above.";
+    WORKER_HELD, Gauge, "aftercommit_worker_held", ["subscriber"]:
+        "Events that wait at this process for their next attempt, for the end of a snooze, or of an outage.";
+    WORKER_FAILING, Gauge, "aftercommit_worker_failing", ["subscriber"]:
+        "Events with failed attempts that are still to be retried (`aftercommit.attempt`). `NaN` while the \
+         database does not answer.";
+    WORKER_DEAD_LETTERS, Gauge, "aftercommit_worker_dead_letters", ["subscriber"]:
+        "Events that the subscriber gave up on (`aftercommit.dead_letter`), until an operator decides. `NaN` as above.";
+    WORKER_REDRIVE, Gauge, "aftercommit_worker_redrive", ["subscriber"]:
+        "Events that an operator has sent back and that are not done yet (`aftercommit.redrive`). `NaN` as above.";
+    WORKER_ACTIVE, Gauge, "aftercommit_worker_active", ["subscriber"]:
+        "1 for the instance that is active for the subscriber, paused or not, 0 for one that stands by or connects.";
+    WORKER_EPOCH, Gauge, "aftercommit_worker_epoch", ["subscriber"]:
+        "The epoch in which this instance is active or last was; it grows with every change of hands.";
+    WORKER_PAUSED, Gauge, "aftercommit_worker_paused", ["subscriber"]:
+        "1 at the active instance while an operator has paused the subscriber, or all of them.";
+    WORKER_SECONDS_SINCE_PROGRESS, Gauge, "aftercommit_worker_seconds_since_progress", ["subscriber"]:
+        "Since this instance last decided about an event, found nothing to do, or found another instance active. \
+         `/healthz` goes by it.";
+}
 
 /// Gives the installed recorder the meaning of every metric.
 pub fn describe() {
