@@ -1,7 +1,8 @@
 //! What aftercommit's relay, worker, reconciler and tools share. It is internal: use the crate `aftercommit`, or
 //! `aftercommit-outbox` in a service that only publishes.
 //!
-//! All SQL is below [`postgres`], all of NATS below [`jetstream`].
+//! All SQL is below [`postgres`], all of NATS below [`jetstream`]; what both carry, the queries of an outbox, has its SQL and its
+//! NATS in files of its own in [`outbox_query`].
 #![warn(clippy::unwrap_used, clippy::expect_used)]
 #![allow(missing_docs)]
 
