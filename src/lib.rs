@@ -16,8 +16,6 @@
 #![warn(clippy::unwrap_used, clippy::expect_used)]
 
 #[cfg(feature = "cli")]
-pub mod bench;
-#[cfg(feature = "cli")]
 pub mod cli;
 #[cfg(all(feature = "cli", feature = "testing"))]
 #[doc(hidden)]

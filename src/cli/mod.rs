@@ -4,7 +4,9 @@ mod http;
 pub mod operator;
 mod reconciling;
 pub mod relay;
-mod servers;
+// Public for the bench, a program of the workspace that is given the same servers. So are `parse`, `signal` and `fail`.
+#[doc(hidden)]
+pub mod servers;
 pub mod worker;
 
 use std::env;
@@ -56,7 +58,8 @@ impl NamingArgs {
 }
 
 /// Reads a command line; ends the process when it cannot be read, or asks for help.
-fn parse<C: Parser>(arguments: impl IntoIterator<Item = OsString>) -> C {
+#[doc(hidden)]
+pub fn parse<C: Parser>(arguments: impl IntoIterator<Item = OsString>) -> C {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
     let read = without_empty_variables(C::command(), &|name| env::var_os(name)).try_get_matches_from(&arguments);
     read.and_then(|matches| C::from_arg_matches(&matches)).unwrap_or_else(|error| {
@@ -155,8 +158,13 @@ async fn stop_hard(shutdown: CancellationToken) -> Error {
     }
 }
 
+/// Returns when the process is told to stop.
+///
+/// # Errors
+/// When signals cannot be received.
 #[cfg(unix)]
-async fn signal() -> Result<(), Error> {
+#[doc(hidden)]
+pub async fn signal() -> Result<(), Error> {
     use tokio::signal::unix::{SignalKind, signal};
     let failed = |error| Error::with_source(ErrorKind::Config, "signals cannot be received", error);
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
@@ -171,15 +179,21 @@ async fn signal() -> Result<(), Error> {
     Ok(())
 }
 
+/// Returns when the process is told to stop.
+///
+/// # Errors
+/// When signals cannot be received.
 #[cfg(not(unix))]
-async fn signal() -> Result<(), Error> {
+#[doc(hidden)]
+pub async fn signal() -> Result<(), Error> {
     tokio::signal::ctrl_c()
         .await
         .map_err(|error| Error::with_source(ErrorKind::Config, "signals cannot be received", error))
 }
 
 /// Prints the error and gives its exit status: 2 when the command line or a setting is at fault, else 1.
-fn fail(name: &str, error: &Error) -> ExitCode {
+#[doc(hidden)]
+pub fn fail(name: &str, error: &Error) -> ExitCode {
     // Each line by itself: some reports have several.
     let report: Vec<String> = error.report().lines().map(aftercommit_core::text::plain).collect();
     eprintln!("{name}: {}", report.join("\n"));

@@ -2,7 +2,6 @@
 
 mod audit;
 mod backlog;
-mod bench;
 mod bulk;
 mod coverage;
 mod dead;
@@ -54,13 +53,6 @@ enum Command {
     /// Show what waits where: in the outbox, parked, and for each subscriber
     #[command(after_help = "Example:\n  aftercommit backlog --json")]
     Backlog(Box<backlog::Backlog>),
-    /// Measure how fast everything is here, beside its floor in the same run; makes databases and streams of its own and
-    /// removes them
-    #[command(after_help = "Example:\n  aftercommit bench --quick")]
-    Bench(Box<bench::Bench>),
-    /// What `bench` starts
-    #[command(hide = true)]
-    BenchArm(Box<bench::BenchArm>),
     /// Print the completions of a shell
     #[command(after_help = "Example:\n  aftercommit completions bash > /etc/bash_completion.d/aftercommit")]
     Completions(shell::Completions),
@@ -126,7 +118,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
     ("Decide about events", &["dead", "parked", "replay"]),
     ("Stop and go on", &["relay", "worker"]),
     ("Set up", &["migrate", "provision", "publish", "subscriber"]),
-    ("Check and measure", &["reconcile", "bench", "completions", "man", "help"]),
+    ("Other", &["reconcile", "completions", "man", "help"]),
 ];
 
 /// The help with the commands under headings: clap itself knows only one heading for all of them.
@@ -166,12 +158,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<ExitCode, Error> {
-    let mut runtime = match cli.command {
-        // As relay and worker have it.
-        Command::Bench(_) | Command::BenchArm(_) => tokio::runtime::Builder::new_multi_thread(),
-        _ => tokio::runtime::Builder::new_current_thread(),
-    };
-    let runtime = runtime
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Error::with_source(ErrorKind::Config, "the runtime cannot start", error))?;
@@ -179,12 +166,6 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
     let text = match cli.command {
         Command::Audit(command) => runtime.block_on(audit::run(command))?,
         Command::Backlog(command) => runtime.block_on(backlog::run(*command))?,
-        Command::Bench(command) => {
-            let (text, status) = runtime.block_on(bench::run(*command))?;
-            exit = status;
-            text
-        }
-        Command::BenchArm(command) => runtime.block_on(bench::arm(*command))?,
         Command::Completions(command) => shell::completions(&command, Cli::command()),
         Command::Coverage(command) => {
             let (text, status) = runtime.block_on(coverage::run(*command))?;

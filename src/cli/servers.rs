@@ -17,7 +17,7 @@ use aftercommit_core::error::{Error, ErrorKind};
 /// Where PostgreSQL is.
 #[derive(Args)]
 #[command(next_help_heading = "PostgreSQL")]
-pub(super) struct PostgresArgs {
+pub struct PostgresArgs {
     /// The database, as postgres://user@host:5432/database; with a password better in the environment or a file
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, default_value = "", hide_default_value = true)]
     database_url: String,
@@ -33,7 +33,11 @@ pub(super) struct PostgresArgs {
 }
 
 impl PostgresArgs {
-    pub(super) fn config(&self) -> Result<PostgresConfig, Error> {
+    /// What they say.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or settings contradict each other.
+    pub fn config(&self) -> Result<PostgresConfig, Error> {
         let names = ("DATABASE_URL (--database-url)", "DATABASE_URL_FILE (--database-url-file)");
         let url = url(&self.database_url, &self.database_url_file, names)?;
         // What handlers publish goes there as well.
@@ -90,7 +94,7 @@ fn url(url: &str, file: &Option<PathBuf>, names: (&str, &str)) -> Result<String,
 /// Where NATS is.
 #[derive(Args)]
 #[command(next_help_heading = "NATS")]
-pub(super) struct NatsArgs {
+pub struct NatsArgs {
     /// The NATS servers, as nats://host:port or tls://host:port, separated by commas
     #[arg(long, env = "NATS_URL", hide_env_values = true, default_value = "nats://127.0.0.1:4222")]
     nats_url: String,
@@ -146,7 +150,11 @@ fn domain_prefix(domain: &str) -> Result<String, Error> {
 }
 
 impl NatsArgs {
-    pub(super) fn config(&self) -> Result<NatsConfig, Error> {
+    /// What they say.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or settings contradict each other.
+    pub fn config(&self) -> Result<NatsConfig, Error> {
         self.with(environment("NATS_TOKEN"), environment("NATS_PASSWORD"))
     }
 
@@ -207,7 +215,7 @@ impl NatsArgs {
 
 /// Where both are, and the names under which an outbox is published.
 #[derive(Args)]
-pub(super) struct Servers {
+pub struct Servers {
     #[command(flatten)]
     postgres: PostgresArgs,
     #[command(flatten)]
@@ -217,7 +225,11 @@ pub(super) struct Servers {
 }
 
 impl Servers {
-    pub(super) fn config(&self) -> Result<(PostgresConfig, NatsConfig, Naming), Error> {
+    /// What they say.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or settings contradict each other.
+    pub fn config(&self) -> Result<(PostgresConfig, NatsConfig, Naming), Error> {
         Ok((self.postgres.config()?, self.nats.config()?, self.naming.config()?))
     }
 }

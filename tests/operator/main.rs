@@ -1,6 +1,5 @@
 //! The programs and questions of operators.
 
-mod bench;
 mod dead;
 mod doctor;
 mod explain;

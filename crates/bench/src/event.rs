@@ -6,15 +6,15 @@ use aftercommit_outbox::event::Event;
 
 /// An event with a payload of 256 bytes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Measured {
+pub(crate) struct Measured {
     #[serde(skip)]
     key: Option<String>,
-    pub(super) number: u64,
+    pub(crate) number: u64,
     text: String,
 }
 
 impl Measured {
-    pub(super) fn new(number: u64, key: String) -> Self {
+    pub(crate) fn new(number: u64, key: String) -> Self {
         let frame = r#"{"number":,"text":""}"#.len() + number.to_string().len();
         Self { key: Some(key), number, text: "x".repeat(256 - frame) }
     }

@@ -7,12 +7,12 @@ use std::time::Instant;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use super::counts::{Counts, Place};
-use super::event::Measured;
-use super::figure::{Goal, Row, Series};
-use super::scratch::Scratch;
-use super::{Bench, ended};
-use crate::bench::postgres::publish::{self as bench_publish, ACCOUNTS, Service, Way};
+use crate::bench::{Bench, ended};
+use crate::counts::{Counts, Place};
+use crate::event::Measured;
+use crate::figure::{Goal, Row, Series};
+use crate::postgres::publish::{self as bench_publish, ACCOUNTS, Service, Way};
+use crate::scratch::Scratch;
 use aftercommit_core::error::Error;
 use aftercommit_core::postgres;
 
@@ -21,7 +21,7 @@ const CONNECTIONS: u64 = 8;
 const WAYS: [Way; 3] = [Way::OutboxReader, Way::ByHand, Way::PlainTable];
 
 /// Figure 7: one event in each transaction, and a hundred.
-pub(super) async fn publish(bench: &Bench) -> Result<Vec<Row>, Error> {
+pub(crate) async fn publish(bench: &Bench) -> Result<Vec<Row>, Error> {
     let mut rows = Vec::new();
     for (events, transactions, name) in [
         (1, bench.size(8000, 80), "transactions/s with outbox::publish ÷ with a plain INSERT"),
@@ -96,7 +96,7 @@ async fn transact(services: &mut Vec<Service>, way: Way, transactions: u64, even
 /// Whether the outbox has what was published, in its order.
 async fn written(scratch: &Scratch, published: &[Uuid]) -> Result<Counts, Error> {
     let mut session = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
-    let found = crate::bench::postgres::envelopes(&mut session, u64::MAX, "/bench").await?;
+    let found = crate::postgres::envelopes(&mut session, u64::MAX, "/bench").await?;
     let places: Vec<Place> = found
         .into_iter()
         .map(|event| Place { event_id: event.id.as_uuid(), outbox_id: event.sequence, key: event.key })

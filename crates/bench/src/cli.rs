@@ -1,19 +1,46 @@
-//! `aftercommit bench`.
+//! The command line.
 
+use std::env;
+use std::io::Write;
 use std::process::ExitCode;
 
-use clap::{ArgAction, Args};
+use clap::{ArgAction, Args, Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
 
-use super::as_json;
-use crate::bench::{self, Arm, BenchConfig, FIGURES};
-use crate::cli::servers::{NatsArgs, PostgresArgs, Servers};
-use crate::cli::signal;
+use crate::arm::{self, Arm};
+use crate::bench::BenchConfig;
+use crate::run::{self, FIGURES};
+use aftercommit::cli::servers::{NatsArgs, PostgresArgs, Servers};
+use aftercommit::cli::{fail, parse, signal};
 use aftercommit_core::config::NatsConfig;
-use aftercommit_core::error::Error;
+use aftercommit_core::error::{Error, ErrorKind};
+
+const NAME: &str = "aftercommit-bench";
+
+/// Measure how fast everything is here, beside its floor in the same run; makes databases and streams of its own and
+/// removes them
+#[derive(Parser)]
+#[command(name = NAME, version, args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
+#[command(
+    after_help = "Exit status: 0 when every figure was taken and no event went wrong, 1 when not, 2 when the command line \
+                        or a setting is wrong.\n\nExample:\n  aftercommit-bench --own-servers --quick"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    measure: Measure,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// What the bench starts
+    #[command(hide = true)]
+    Arm(Box<ArmArgs>),
+}
 
 #[derive(Args)]
-pub(super) struct Bench {
+struct Measure {
     /// Only see whether everything works: one round of few events, whose figures mean nothing
     #[arg(long)]
     quick: bool,
@@ -34,7 +61,7 @@ pub(super) struct Bench {
     #[arg(long)]
     markdown: bool,
     /// Start PostgreSQL and nats-server for the run, with the settings that they have by default
-    #[cfg(all(unix, feature = "testing"))]
+    #[cfg(unix)]
     #[arg(long, conflicts_with_all = ["database_url", "database_url_file", "nats_sync_url"])]
     own_servers: bool,
     /// A server with `sync_interval: always`, for the figures that need it; whoever connects is the same
@@ -48,7 +75,7 @@ pub(super) struct Bench {
 
 /// A process that a bench starts.
 #[derive(Args)]
-pub(super) struct BenchArm {
+struct ArmArgs {
     /// What to do
     arm: Arm,
     /// Events
@@ -58,8 +85,29 @@ pub(super) struct BenchArm {
     servers: Servers,
 }
 
+/// Runs the command line of this process. The exit status is 0 when every figure was taken and no event went wrong, 2
+/// when the command line or a setting is at fault, else 1.
+pub(crate) fn main() -> ExitCode {
+    start(parse(env::args_os())).unwrap_or_else(|error| fail(NAME, &error))
+}
+
+fn start(cli: Cli) -> Result<ExitCode, Error> {
+    // As relay and worker have it.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Error::with_source(ErrorKind::Config, "the runtime cannot start", error))?;
+    let (text, exit) = match cli.command {
+        Some(Command::Arm(command)) => (runtime.block_on(run_arm(*command))?, ExitCode::SUCCESS),
+        None => runtime.block_on(measure(cli.measure))?,
+    };
+    // A reader that went away early, such as `head`, has what it wanted.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    Ok(exit)
+}
+
 /// The report, and a failure when an event went wrong in any run.
-pub(super) async fn run(command: Bench) -> Result<(String, ExitCode), Error> {
+async fn measure(command: Measure) -> Result<(String, ExitCode), Error> {
     let (config, servers) = command.config().await?;
     let interrupted = CancellationToken::new();
     let token = interrupted.clone();
@@ -68,10 +116,15 @@ pub(super) async fn run(command: Bench) -> Result<(String, ExitCode), Error> {
             token.cancel();
         }
     });
-    let report = Box::pin(bench::run(config, interrupted)).await?;
+    let report = Box::pin(run::run(config, interrupted)).await?;
     drop(servers);
     let text = match (command.json, command.markdown) {
-        (true, _) => as_json(&report)?,
+        (true, _) => {
+            let json = serde_json::to_string_pretty(&report).map_err(|error| {
+                Error::with_source(ErrorKind::Integrity, "the report cannot be written as JSON", error)
+            })?;
+            json + "\n"
+        }
         (_, true) => report.to_markdown(),
         _ => report.to_string(),
     };
@@ -79,13 +132,13 @@ pub(super) async fn run(command: Bench) -> Result<(String, ExitCode), Error> {
 }
 
 /// What the process found, for the bench that started it.
-pub(super) async fn arm(command: BenchArm) -> Result<String, Error> {
-    let BenchArm { arm, events, servers } = command;
+async fn run_arm(command: ArmArgs) -> Result<String, Error> {
+    let ArmArgs { arm, events, servers } = command;
     let (postgres, nats, naming) = servers.config()?;
-    Box::pin(bench::run_arm(arm, events, postgres, nats, naming)).await
+    Box::pin(arm::run_arm(arm, events, postgres, nats, naming)).await
 }
 
-impl Bench {
+impl Measure {
     /// What is to be measured, and the servers that were started for it.
     async fn config(&self) -> Result<(BenchConfig, OwnServers), Error> {
         let (mut config, servers) = self.servers().await?;
@@ -95,7 +148,7 @@ impl Bench {
     }
 
     async fn servers(&self) -> Result<(BenchConfig, OwnServers), Error> {
-        #[cfg(all(unix, feature = "testing"))]
+        #[cfg(unix)]
         if self.own_servers {
             return OwnServers::start().await;
         }
@@ -106,10 +159,10 @@ impl Bench {
     }
 }
 
-/// OwnServers that end with this value.
+/// Servers that end with this value.
 #[derive(Default)]
 struct OwnServers {
-    #[cfg(all(unix, feature = "testing"))]
+    #[cfg(unix)]
     _own: Option<(
         aftercommit_testing::servers::Postgres,
         aftercommit_testing::servers::Nats,
@@ -117,7 +170,7 @@ struct OwnServers {
     )>,
 }
 
-#[cfg(all(unix, feature = "testing"))]
+#[cfg(unix)]
 impl OwnServers {
     async fn start() -> Result<(BenchConfig, Self), Error> {
         use aftercommit_core::config::PostgresConfig;
@@ -131,5 +184,17 @@ impl OwnServers {
         let mut config = BenchConfig::new(PostgresConfig::new(postgres.url("postgres")), at(&nats));
         config.nats_sync = Some(at(&sync));
         Ok((config, Self { _own: Some((postgres, nats, sync)) }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn verify_cli() {
+        Cli::command().debug_assert();
     }
 }

@@ -6,12 +6,12 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-use super::Bench;
-use super::child::Child;
-use super::counts::{Counts, Place};
-use super::figure::{Goal, Row, Series};
-use super::held::{RATE, at, latencies, write};
-use super::scratch::Scratch;
+use crate::bench::Bench;
+use crate::child::Child;
+use crate::counts::{Counts, Place};
+use crate::figure::{Goal, Row, Series};
+use crate::held::{RATE, at, latencies, write};
+use crate::scratch::Scratch;
 use aftercommit_core::error::Error;
 use aftercommit_core::postgres;
 
@@ -20,7 +20,7 @@ const ROWS: u64 = 1_000_000;
 
 /// From commit to stream beside a million events that are retained, and with an empty outbox: the same relay, started anew
 /// for each span.
-pub(super) async fn retained(bench: &Bench) -> Result<Vec<Row>, Error> {
+pub(crate) async fn retained(bench: &Bench) -> Result<Vec<Row>, Error> {
     let rows = bench.size(ROWS, 10_000);
     let length = bench.size(Duration::from_secs(10), Duration::from_secs(1));
     bench.say(&format!("retained events: writing {rows} events"));
@@ -29,7 +29,7 @@ pub(super) async fn retained(bench: &Bench) -> Result<Vec<Row>, Error> {
         .scratch(&bench.config.nats, async |full| {
             full.fill(rows).await?;
             let mut session = postgres::connect(&full.postgres, "aftercommit-bench").await?;
-            crate::bench::postgres::settle(&mut session).await?;
+            crate::postgres::settle(&mut session).await?;
             bench
                 .scratch(&bench.config.nats, async |empty| {
                     let arms = ["a million retained", "an empty outbox"];
@@ -65,9 +65,9 @@ async fn span(scratch: &Scratch, length: Duration) -> Result<(Vec<f64>, Counts),
     let mut session = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
     let before = scratch.stream.extent().await?.last;
     let warm = write(&mut session, length / 5).await?;
-    scratch.stored(before + warm.len() as u64, Some(&mut relay)).await?;
+    relay.until_stored(before + warm.len() as u64, scratch).await?;
     let committed = write(&mut session, length).await?;
-    scratch.stored(before + (warm.len() + committed.len()) as u64, Some(&mut relay)).await?;
+    relay.until_stored(before + (warm.len() + committed.len()) as u64, scratch).await?;
     relay.kill().await?;
     let of: HashMap<Uuid, DateTime<Utc>> = committed.iter().copied().collect();
     let (mut stored, mut places) = (HashMap::new(), Vec::new());

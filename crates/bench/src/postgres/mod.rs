@@ -1,7 +1,7 @@
 //! What only the bench asks: filling an outbox, and floors and controls beside which the product is measured.
 
-pub(super) mod publish;
-pub(super) mod work;
+pub(crate) mod publish;
+pub(crate) mod work;
 
 use std::ops::Range;
 
@@ -201,6 +201,6 @@ fn read_row(row: &sqlx::postgres::PgRow) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
-pub(super) fn failed(error: sqlx::Error) -> Error {
+pub(crate) fn failed(error: sqlx::Error) -> Error {
     database_error("the bench's statement failed", error)
 }

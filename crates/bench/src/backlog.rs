@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use super::Bench;
-use super::child::Child;
-use super::counts::Counts;
-use super::figure::{Goal, Row, Series};
-use super::scratch::Scratch;
-use super::wait_until;
+use crate::bench::Bench;
+use crate::bench::wait_until;
+use crate::child::Child;
+use crate::counts::Counts;
+use crate::figure::{Goal, Row, Series};
+use crate::scratch::Scratch;
 use aftercommit_core::error::Error;
 use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::snapshot::Mark;
@@ -24,7 +24,7 @@ const PAGES: i64 = 100;
 const MEBIBYTE: f64 = 1_048_576.0;
 
 /// Figures 3 and 12, on the same backlogs.
-pub(super) async fn backlog(bench: &Bench) -> Result<Vec<Row>, Error> {
+pub(crate) async fn backlog(bench: &Bench) -> Result<Vec<Row>, Error> {
     let large = bench.size(LARGE, 2 * SMALL);
     bench.say(&format!("backlog: writing {large} events"));
     bench
@@ -53,7 +53,7 @@ async fn pages(bench: &Bench, big: &Scratch, small: &Scratch) -> Result<Row, Err
         .rounds("pages", ["large backlog", "small backlog"], async |arm| {
             let scratch = if arm == 0 { big } else { small };
             let mut session = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
-            let target = crate::bench::postgres::whole(&mut session).await?;
+            let target = crate::postgres::whole(&mut session).await?;
             let last_start = target.last_id - PAGE_ROWS as i64;
             let mut took = Duration::ZERO;
             for page in 0..PAGES {
@@ -125,7 +125,7 @@ async fn memory(bench: &Bench, big: &Scratch, small: &Scratch) -> Result<Vec<Row
 /// The most memory that a relay held until so many messages were in the stream, in MiB.
 async fn peak(scratch: &Scratch, messages: u64) -> Result<Option<f64>, Error> {
     let mut relay = Child::start("aftercommit-relay", &[], scratch)?;
-    scratch.stored(messages, Some(&mut relay)).await?;
+    relay.until_stored(messages, scratch).await?;
     let memory = relay.memory();
     relay.kill().await?;
     settled(scratch).await?;

@@ -5,23 +5,23 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::figure::{Goal, Row, Spread, Verdict};
-use super::machine::Machine;
+use crate::figure::{Goal, Row, Spread, Verdict};
+use crate::machine::Machine;
 
 /// What a run of the bench found.
 #[derive(Debug, Clone, Serialize)]
-pub struct Report {
+pub(crate) struct Report {
     /// Where it was measured.
-    pub machine: Machine,
+    pub(crate) machine: Machine,
     /// How often each arm was measured.
-    pub rounds: usize,
+    pub(crate) rounds: usize,
     /// Whether it was a smoke run, whose figures mean nothing.
-    pub quick: bool,
+    pub(crate) quick: bool,
     /// How long the whole run took.
     #[serde(serialize_with = "seconds")]
-    pub took: Duration,
+    pub(crate) took: Duration,
     /// One or more per figure, by the figure's number.
-    pub rows: Vec<Row>,
+    pub(crate) rows: Vec<Row>,
 }
 
 fn seconds<S: serde::Serializer>(duration: &Duration, to: S) -> Result<S::Ok, S::Error> {
@@ -30,12 +30,12 @@ fn seconds<S: serde::Serializer>(duration: &Duration, to: S) -> Result<S::Ok, S:
 
 impl Report {
     /// Whether no event went wrong in any run. Goals that are missed do not count.
-    pub fn all_is_well(&self) -> bool {
+    pub(crate) fn all_is_well(&self) -> bool {
         self.rows.iter().all(|row| row.counts.all_is_well())
     }
 
     /// The figures as a table in Markdown, with machine and versions above it.
-    pub fn to_markdown(&self) -> String {
+    pub(crate) fn to_markdown(&self) -> String {
         let mut text = format!(
             "{}\n\n| # | figure | goal | result | verdict | measured |\n|---|---|---|---|---|---|\n",
             self.head()
@@ -134,7 +134,8 @@ fn number(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::{Counts, Series};
+    use crate::counts::Counts;
+    use crate::figure::Series;
 
     fn report(counts: Counts) -> Report {
         let series = |arm: &str, value| Series::new(arm, "events/s", vec![value]);

@@ -1,6 +1,6 @@
 //! What only the bench asks of NATS: floors beside which the product is measured, and what is in a stream.
 
-pub(super) mod delivery;
+pub(crate) mod delivery;
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -177,6 +177,6 @@ pub(crate) async fn delete(connection: &Connection, name: &str) -> Result<(), Er
     connection.jetstream().delete_stream(name).await.map(drop).map_err(|error| failed(error.into()))
 }
 
-pub(super) fn failed(error: Box<dyn std::error::Error + Send + Sync>) -> Error {
+pub(crate) fn failed(error: Box<dyn std::error::Error + Send + Sync>) -> Error {
     Error::with_source(ErrorKind::Broker, "the bench's request failed", error)
 }

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-use super::Bench;
-use super::child::Child;
-use super::counts::Counts;
-use super::figure::{Goal, Row, Series};
-use super::scratch::Scratch;
+use crate::bench::Bench;
+use crate::child::Child;
+use crate::counts::Counts;
+use crate::figure::{Goal, Row, Series};
+use crate::scratch::Scratch;
 use aftercommit_core::error::Error;
 use aftercommit_core::postgres;
 use aftercommit_core::postgres::session::Session;
@@ -26,7 +26,7 @@ const PAGE_ROWS: u64 = 1000;
 const PAGES: u64 = 50;
 
 /// Events a second while latency is measured.
-pub(super) const RATE: u32 = 200;
+pub(crate) const RATE: u32 = 200;
 /// The writing transaction is open for at least so long.
 const HELD: Duration = Duration::from_mins(1);
 const KEYS: u64 = 100;
@@ -38,7 +38,7 @@ struct Ends {
 }
 
 /// Figure 4.
-pub(super) async fn snapshot(bench: &Bench) -> Result<Vec<Row>, Error> {
+pub(crate) async fn snapshot(bench: &Bench) -> Result<Vec<Row>, Error> {
     let mut counts = Counts::default();
     let (rows, control_rows) = (bench.size(ROWS, 10_000), bench.size(CONTROL_ROWS, 10_000));
     let pages = bench.size(PAGES, 2);
@@ -86,11 +86,11 @@ pub(super) async fn snapshot(bench: &Bench) -> Result<Vec<Row>, Error> {
 
 async fn relay(scratch: &Scratch, rows: u64, pages: u64, counts: &mut Counts) -> Result<Ends, Error> {
     let mut session = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
-    let held = crate::bench::postgres::hold_snapshot(&mut session).await?;
+    let held = crate::postgres::hold_snapshot(&mut session).await?;
     let mut relay = Child::start("aftercommit-relay", &[], scratch)?;
-    scratch.stored(rows, Some(&mut relay)).await?;
+    relay.until_stored(rows, scratch).await?;
     relay.kill().await?;
-    crate::bench::postgres::commit(held).await?;
+    crate::postgres::commit(held).await?;
     counts.add(scratch.counts(rows).await?);
     let per_page = |seconds: f64| seconds * 1e3 / pages as f64;
     let span = pages * PAGE_ROWS;
@@ -103,24 +103,24 @@ async fn relay(scratch: &Scratch, rows: u64, pages: u64, counts: &mut Counts) ->
 async fn queue(scratch: &Scratch, rows: u64, pages: u64) -> Result<Ends, Error> {
     let mut holder = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
     let mut session = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
-    crate::bench::postgres::make_queue(&mut session, rows).await?;
-    let held = crate::bench::postgres::hold_snapshot(&mut holder).await?;
+    crate::postgres::make_queue(&mut session, rows).await?;
+    let held = crate::postgres::hold_snapshot(&mut holder).await?;
     let mut took = Vec::new();
     loop {
         let started = Instant::now();
-        if crate::bench::postgres::take_from_queue(&mut session).await? == 0 {
+        if crate::postgres::take_from_queue(&mut session).await? == 0 {
             break;
         }
         took.push(started.elapsed().as_secs_f64() * 1e3);
     }
-    crate::bench::postgres::commit(held).await?;
+    crate::postgres::commit(held).await?;
     let pages = usize::try_from(pages).unwrap_or(usize::MAX).min(took.len());
     let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
     Ok(Ends { first: mean(&took[..pages]), last: mean(&took[took.len() - pages..]) })
 }
 
 /// Figure 5: undisturbed, beside an open transaction, undisturbed again; each third in spans of equal length.
-pub(super) async fn writer(bench: &Bench) -> Result<Vec<Row>, Error> {
+pub(crate) async fn writer(bench: &Bench) -> Result<Vec<Row>, Error> {
     let spans = bench.config.rounds();
     let length =
         bench.size(Duration::from_secs(10).max(HELD / u32::try_from(spans).unwrap_or(1)), Duration::from_secs(1));
@@ -136,18 +136,18 @@ pub(super) async fn writer(bench: &Bench) -> Result<Vec<Row>, Error> {
                 bench.say(&format!("held transaction: undisturbed, span {} of {spans}", span + 1));
                 committed.push((false, write(&mut session, length).await?));
             }
-            let held = crate::bench::postgres::hold_writing(&mut holder).await?;
+            let held = crate::postgres::hold_writing(&mut holder).await?;
             for span in 0..spans {
                 bench.say(&format!("held transaction: beside it, span {} of {spans}", span + 1));
                 committed.push((true, write(&mut session, length).await?));
             }
-            crate::bench::postgres::commit(held).await?;
+            crate::postgres::commit(held).await?;
             for span in spans / 2..spans {
                 bench.say(&format!("held transaction: undisturbed, span {} of {spans}", span + 1));
                 committed.push((false, write(&mut session, length).await?));
             }
-            let all = crate::bench::postgres::event_ids(&mut session, u64::MAX).await?.len() as u64;
-            scratch.stored(all, Some(&mut relay)).await?;
+            let all = crate::postgres::event_ids(&mut session, u64::MAX).await?.len() as u64;
+            relay.until_stored(all, scratch).await?;
             relay.kill().await?;
             let stored: HashMap<Uuid, DateTime<Utc>> = scratch
                 .arrived()
@@ -177,13 +177,13 @@ pub(super) async fn writer(bench: &Bench) -> Result<Vec<Row>, Error> {
 }
 
 /// Commits events at a steady pace for so long; returns when each commit returned.
-pub(super) async fn write(session: &mut Session, length: Duration) -> Result<Vec<(Uuid, DateTime<Utc>)>, Error> {
+pub(crate) async fn write(session: &mut Session, length: Duration) -> Result<Vec<(Uuid, DateTime<Utc>)>, Error> {
     let mut pace = tokio::time::interval(Duration::from_secs(1) / RATE);
     let mut committed = Vec::new();
     let end = Instant::now() + length;
     while Instant::now() < end {
         pace.tick().await;
-        let id = crate::bench::postgres::publish(session, committed.len() as u64 % KEYS).await?;
+        let id = crate::postgres::publish(session, committed.len() as u64 % KEYS).await?;
         committed.push((id, Utc::now()));
     }
     Ok(committed)
@@ -191,7 +191,7 @@ pub(super) async fn write(session: &mut Session, length: Duration) -> Result<Vec
 
 /// From the return of each commit until the server stored the event, in milliseconds, sorted. The server may be the
 /// quicker one: then it is less than nothing.
-pub(super) fn latencies(committed: &[(Uuid, DateTime<Utc>)], stored: &HashMap<Uuid, DateTime<Utc>>) -> Vec<f64> {
+pub(crate) fn latencies(committed: &[(Uuid, DateTime<Utc>)], stored: &HashMap<Uuid, DateTime<Utc>>) -> Vec<f64> {
     let latency = |(id, commit): &(Uuid, DateTime<Utc>)| Some((*stored.get(id)? - *commit).as_seconds_f64() * 1e3);
     let mut latencies: Vec<f64> = committed.iter().filter_map(latency).collect();
     latencies.sort_by(f64::total_cmp);
@@ -199,6 +199,6 @@ pub(super) fn latencies(committed: &[(Uuid, DateTime<Utc>)], stored: &HashMap<Uu
 }
 
 /// The value below which this share of sorted values lies.
-pub(super) fn at(sorted: &[f64], share: f64) -> Option<f64> {
+pub(crate) fn at(sorted: &[f64], share: f64) -> Option<f64> {
     sorted.get((sorted.len().saturating_sub(1) as f64 * share).round() as usize).copied()
 }

@@ -2,12 +2,12 @@
 
 use serde::Serialize;
 
-use super::counts::Counts;
+use crate::counts::Counts;
 
 /// What a figure must be.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Goal {
+pub(crate) enum Goal {
     /// This or more.
     AtLeast(f64),
     /// This or less.
@@ -16,40 +16,40 @@ pub enum Goal {
 
 /// What one arm gave, round by round.
 #[derive(Debug, Clone, Serialize)]
-pub struct Series {
+pub(crate) struct Series {
     /// What was measured.
-    pub arm: String,
+    pub(crate) arm: String,
     /// In what, such as `events/s`.
-    pub unit: &'static str,
+    pub(crate) unit: &'static str,
     /// One value per round.
-    pub values: Vec<f64>,
+    pub(crate) values: Vec<f64>,
 }
 
 impl Series {
-    pub(super) fn new(arm: impl Into<String>, unit: &'static str, values: Vec<f64>) -> Self {
+    pub(crate) fn new(arm: impl Into<String>, unit: &'static str, values: Vec<f64>) -> Self {
         Self { arm: arm.into(), unit, values }
     }
 
     /// Its middle and its ends; none without values.
-    pub fn spread(&self) -> Option<Spread> {
+    pub(crate) fn spread(&self) -> Option<Spread> {
         Spread::of(&self.values)
     }
 }
 
 /// The middle of some values, and the ends between which they lie.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Spread {
+pub(crate) struct Spread {
     /// As many are above as below.
-    pub median: f64,
+    pub(crate) median: f64,
     /// The lowest.
-    pub low: f64,
+    pub(crate) low: f64,
     /// The highest.
-    pub high: f64,
+    pub(crate) high: f64,
 }
 
 impl Spread {
     /// None of no values.
-    pub(super) fn of(values: &[f64]) -> Option<Self> {
+    pub(crate) fn of(values: &[f64]) -> Option<Self> {
         let mut sorted = values.to_vec();
         sorted.sort_by(f64::total_cmp);
         let (low, high) = (*sorted.first()?, *sorted.last()?);
@@ -62,7 +62,7 @@ impl Spread {
 /// Whether a goal is reached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// It is.
     Reached,
     /// It is not.
@@ -75,41 +75,41 @@ pub enum Verdict {
 
 /// One line of the report.
 #[derive(Debug, Clone, Serialize)]
-pub struct Row {
+pub(crate) struct Row {
     /// The figure's number; some have several rows.
-    pub figure: u8,
+    pub(crate) figure: u8,
     /// What it says.
-    pub name: String,
+    pub(crate) name: String,
     /// What it must be; none for a line that is only told beside.
-    pub goal: Option<Goal>,
+    pub(crate) goal: Option<Goal>,
     /// The figure: the median of the ratios of each round, or of the values themselves.
-    pub result: Option<Spread>,
+    pub(crate) result: Option<Spread>,
     /// In what the figure is; empty for a ratio.
-    pub unit: &'static str,
+    pub(crate) unit: &'static str,
     /// The arms: what the figure is the ratio of, then controls.
-    pub arms: Vec<Series>,
+    pub(crate) arms: Vec<Series>,
     /// What became of the events of all rounds.
-    pub counts: Counts,
+    pub(crate) counts: Counts,
     /// Whether the goal is reached; none without a goal.
-    pub verdict: Option<Verdict>,
+    pub(crate) verdict: Option<Verdict>,
     /// What else must be known to read it.
-    pub note: Option<String>,
+    pub(crate) note: Option<String>,
 }
 
 impl Row {
     /// `over` divided by `under`, round by round.
-    pub(super) fn ratio(figure: u8, name: &str, goal: Option<Goal>, over: Series, under: Series) -> Self {
+    pub(crate) fn ratio(figure: u8, name: &str, goal: Option<Goal>, over: Series, under: Series) -> Self {
         let ratios: Vec<f64> = over.values.iter().zip(&under.values).map(|(over, under)| over / under).collect();
         Self::of(figure, name, goal, "", Spread::of(&ratios), vec![over, under])
     }
 
     /// What an arm gave, as it is.
-    pub(super) fn absolute(figure: u8, name: &str, goal: Option<Goal>, arm: Series) -> Self {
+    pub(crate) fn absolute(figure: u8, name: &str, goal: Option<Goal>, arm: Series) -> Self {
         Self::of(figure, name, goal, arm.unit, arm.spread(), vec![arm])
     }
 
     /// A figure that cannot be measured with what there is.
-    pub(super) fn not_measured(figure: u8, name: &str, goal: Option<Goal>, why: impl Into<String>) -> Self {
+    pub(crate) fn not_measured(figure: u8, name: &str, goal: Option<Goal>, why: impl Into<String>) -> Self {
         let row = Self::of(figure, name, goal, "", None, Vec::new());
         Self { verdict: Some(Verdict::NotMeasured(why.into())), ..row }
     }
@@ -133,13 +133,13 @@ impl Row {
     }
 
     /// Tells a further arm, which the figure does not depend on.
-    pub(super) fn beside(mut self, arm: Series) -> Self {
+    pub(crate) fn beside(mut self, arm: Series) -> Self {
         self.arms.push(arm);
         self
     }
 
     /// What became of the events. The figure is void when anything but all is well.
-    pub(super) fn counted(mut self, counts: Counts) -> Self {
+    pub(crate) fn counted(mut self, counts: Counts) -> Self {
         if !counts.all_is_well() {
             (self.result, self.verdict) = (None, Some(Verdict::Void));
         }
@@ -148,7 +148,7 @@ impl Row {
     }
 
     /// What else must be known to read it.
-    pub(super) fn note(mut self, note: impl Into<String>) -> Self {
+    pub(crate) fn note(mut self, note: impl Into<String>) -> Self {
         self.note = Some(note.into());
         self
     }

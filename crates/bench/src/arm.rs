@@ -1,10 +1,6 @@
 //! Floors that run in a process of their own, so that their cost can be told from that of measuring.
 
-use std::time::Duration;
-
-use serde::{Deserialize, Serialize};
-
-use super::child;
+use crate::cost::Clock;
 use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit_core::error::Error;
 use aftercommit_core::jetstream::publisher::Messages;
@@ -12,7 +8,7 @@ use aftercommit_core::{jetstream, postgres};
 
 /// What such a process does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Arm {
+pub(crate) enum Arm {
     /// Publish the events of an outbox, prepared in memory, many under way, each naming its predecessor
     PublishChained,
     /// Publish them in atomic batches, some of them under way
@@ -23,7 +19,7 @@ pub enum Arm {
 
 impl Arm {
     /// How the command line calls it.
-    pub(super) fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::PublishChained => "publish-chained",
             Self::PublishBatches => "publish-batches",
@@ -32,37 +28,11 @@ impl Arm {
     }
 }
 
-/// What an arm took for its events, without what it needed to get ready.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub(super) struct Cost {
-    pub(super) seconds: f64,
-    /// Of all its threads; none where the system does not tell.
-    pub(super) cpu_seconds: Option<f64>,
-}
-
-/// Takes the time from now on.
-struct Clock {
-    started: std::time::Instant,
-    cpu: Option<Duration>,
-}
-
-impl Clock {
-    fn start() -> Self {
-        Self { cpu: child::cpu("self"), started: std::time::Instant::now() }
-    }
-
-    fn stop(self) -> Cost {
-        let seconds = self.started.elapsed().as_secs_f64();
-        let cpu = self.cpu.zip(child::cpu("self")).map(|(before, now)| (now - before).as_secs_f64());
-        Cost { seconds, cpu_seconds: cpu }
-    }
-}
-
 /// Runs an arm in this process and returns what it cost, as JSON.
 ///
 /// # Errors
 /// When a server cannot be reached or refuses something.
-pub async fn run_arm(
+pub(crate) async fn run_arm(
     arm: Arm,
     events: u64,
     postgres: PostgresConfig,
@@ -73,23 +43,23 @@ pub async fn run_arm(
     let cost = match arm {
         Arm::Read => {
             let clock = Clock::start();
-            crate::bench::postgres::read(&mut session, events).await?;
+            crate::postgres::read(&mut session, events).await?;
             clock.stop()
         }
         Arm::PublishChained | Arm::PublishBatches => {
-            let envelopes = crate::bench::postgres::envelopes(&mut session, events, &naming.source).await?;
+            let envelopes = crate::postgres::envelopes(&mut session, events, &naming.source).await?;
             let mut make = Messages::new(naming.prefix.clone());
             let messages = envelopes.iter().map(|event| make.message(event));
             let connection = jetstream::connect(&nats, "aftercommit-bench", "_INBOX").await?;
             if arm == Arm::PublishChained {
-                let messages = crate::bench::jetstream::chained(messages);
+                let messages = crate::jetstream::chained(messages);
                 let clock = Clock::start();
-                crate::bench::jetstream::publish(&connection, messages).await?;
+                crate::jetstream::publish(&connection, messages).await?;
                 clock.stop()
             } else {
-                let messages = crate::bench::jetstream::batched(messages);
+                let messages = crate::jetstream::batched(messages);
                 let clock = Clock::start();
-                crate::bench::jetstream::publish_batches(&connection, messages).await?;
+                crate::jetstream::publish_batches(&connection, messages).await?;
                 clock.stop()
             }
         }

@@ -9,13 +9,13 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::counts::{Counts, Place};
-use super::event::Measured;
-use super::figure::{Goal, Row, Series};
-use super::scratch::Scratch;
-use super::{Bench, ended, wait_until};
-use crate::bench::jetstream::delivery::{self as bench_pull, Puller};
-use crate::bench::postgres::work::{self as bench_work, Effect};
+use crate::bench::{Bench, ended, wait_until};
+use crate::counts::{Counts, Place};
+use crate::event::Measured;
+use crate::figure::{Goal, Row, Series};
+use crate::jetstream::delivery::{self as bench_pull, Puller};
+use crate::postgres::work::{self as bench_work, Effect};
+use crate::scratch::Scratch;
 use aftercommit_core::config::PostgresConfig;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::jetstream;
@@ -52,7 +52,7 @@ impl BatchHandler<Measured> for ManyRows {
 }
 
 /// Figure 9: a handler with one statement per event, and beside it one with a statement per batch.
-pub(super) async fn inbox(bench: &Bench) -> Result<Vec<Row>, Error> {
+pub(crate) async fn inbox(bench: &Bench) -> Result<Vec<Row>, Error> {
     let events = bench.events().div_ceil(4);
     let mut rows = Vec::new();
     for (at_once, name, goal) in [
@@ -89,7 +89,7 @@ pub(super) async fn inbox(bench: &Bench) -> Result<Vec<Row>, Error> {
 }
 
 /// Figure 10: a handler that is an SQL function, with many events in a transaction and with one.
-pub(super) async fn function(bench: &Bench) -> Result<Vec<Row>, Error> {
+pub(crate) async fn function(bench: &Bench) -> Result<Vec<Row>, Error> {
     let mut counts = Counts::default();
     let (many, few) = (bench.events().div_ceil(4), bench.events().div_ceil(40));
     let batched = bench.scratch(&bench.config.nats, async |of_many| {
@@ -198,7 +198,7 @@ async fn rate(session: &mut Session) -> Result<f64, Error> {
 /// What took effect, compared with what was committed; the order only if it is promised.
 async fn effects(scratch: &Scratch, session: &mut Session, in_order: bool) -> Result<Counts, Error> {
     let mut outbox = postgres::connect(&scratch.postgres, "aftercommit-bench").await?;
-    let committed = crate::bench::postgres::event_ids(&mut outbox, u64::MAX).await?;
+    let committed = crate::postgres::event_ids(&mut outbox, u64::MAX).await?;
     let effects = bench_work::effects(session).await?.into_iter();
     let place = |(event_id, outbox_id, key): Effect| Place { event_id, outbox_id, key: key.filter(|_| in_order) };
     Ok(Counts::compare(&committed, &effects.map(place).collect::<Vec<_>>()))

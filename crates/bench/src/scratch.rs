@@ -1,13 +1,10 @@
 //! A database and a stream for one run of one arm.
 
-use std::time::Duration;
-
 use uuid::Uuid;
 
-use super::child::Child;
-use super::counts::{Counts, Place};
-use super::{Bench, wait_until};
-use crate::bench::jetstream::Arrival;
+use crate::bench::Bench;
+use crate::counts::{Counts, Place};
+use crate::jetstream::Arrival;
 use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit_core::envelope::Envelope;
 use aftercommit_core::error::{Error, ErrorKind};
@@ -21,21 +18,19 @@ const KEYS: u64 = 1000;
 /// Connections that fill an outbox, and rows that they write in a transaction.
 const WRITERS: u64 = 4;
 const FILL: u64 = 50_000;
-/// How long a run of an arm may take.
-const DEADLINE: Duration = Duration::from_mins(10);
 
 /// An outbox with a stream, both empty at first.
-pub(super) struct Scratch {
-    pub(super) postgres: PostgresConfig,
-    pub(super) nats: NatsConfig,
-    pub(super) naming: Naming,
+pub(crate) struct Scratch {
+    pub(crate) postgres: PostgresConfig,
+    pub(crate) nats: NatsConfig,
+    pub(crate) naming: Naming,
     connection: Connection,
-    pub(super) stream: StreamReader,
+    pub(crate) stream: StreamReader,
 }
 
 impl Bench {
     /// Does some work on a database and a stream that are removed afterwards, however it ends. The outbox is empty.
-    pub(super) async fn scratch<T>(
+    pub(crate) async fn scratch<T>(
         &self,
         nats: &NatsConfig,
         work: impl AsyncFnOnce(&Scratch) -> Result<T, Error>,
@@ -44,7 +39,7 @@ impl Bench {
     }
 
     /// The same with what is in another one's database, to which nobody may be connected.
-    pub(super) async fn copy<T>(
+    pub(crate) async fn copy<T>(
         &self,
         of: &Scratch,
         nats: &NatsConfig,
@@ -74,7 +69,7 @@ impl Bench {
         let removed = async {
             postgres::database::drop(&mut server, &name).await?;
             let connection = jetstream::connect(nats, "aftercommit-bench", "_INBOX").await?;
-            crate::bench::jetstream::delete(&connection, &name.to_uppercase()).await
+            crate::jetstream::delete(&connection, &name.to_uppercase()).await
         };
         match (result, removed.await) {
             (Ok(value), Ok(())) => Ok(value),
@@ -97,56 +92,45 @@ impl Scratch {
     }
 
     /// Commits so many events, from several connections.
-    pub(super) async fn fill(&self, events: u64) -> Result<(), Error> {
+    pub(crate) async fn fill(&self, events: u64) -> Result<(), Error> {
         let writers = (0..WRITERS).map(|writer| async move {
             let mut session = postgres::connect(&self.postgres, "aftercommit-bench").await?;
             let chunks = (0..events.div_ceil(FILL)).filter(|chunk| chunk % WRITERS == writer);
             for chunk in chunks {
                 let numbers = chunk * FILL..events.min((chunk + 1) * FILL);
-                crate::bench::postgres::fill(&mut session, writer, numbers, KEYS / WRITERS).await?;
+                crate::postgres::fill(&mut session, writer, numbers, KEYS / WRITERS).await?;
             }
             Ok::<_, Error>(())
         });
         futures_util::future::try_join_all(writers).await?;
         let mut session = postgres::connect(&self.postgres, "aftercommit-bench").await?;
-        crate::bench::postgres::come_to_rest(&mut session).await
-    }
-
-    /// Waits until so many messages are in the stream.
-    pub(super) async fn stored(&self, events: u64, mut child: Option<&mut Child>) -> Result<(), Error> {
-        wait_until("every event is in the stream", DEADLINE, async || {
-            if let Some(child) = &mut child {
-                child.check()?;
-            }
-            Ok(self.stream.extent().await?.last >= events)
-        })
-        .await
+        crate::postgres::come_to_rest(&mut session).await
     }
 
     /// Events per second from the first to the last message of the stream, by the clock of the server that stored them.
-    pub(super) async fn rate(&self) -> Result<f64, Error> {
+    pub(crate) async fn rate(&self) -> Result<f64, Error> {
         let extent = self.stream.extent().await?;
-        let took = crate::bench::jetstream::time_between(&self.stream, extent.first, extent.last).await?;
+        let took = crate::jetstream::time_between(&self.stream, extent.first, extent.last).await?;
         Ok((extent.last - extent.first) as f64 / took.as_secs_f64())
     }
 
     /// The seconds from one message of the stream to another.
-    pub(super) async fn seconds_between(&self, first: u64, last: u64) -> Result<f64, Error> {
-        Ok(crate::bench::jetstream::time_between(&self.stream, first, last).await?.as_secs_f64())
+    pub(crate) async fn seconds_between(&self, first: u64, last: u64) -> Result<f64, Error> {
+        Ok(crate::jetstream::time_between(&self.stream, first, last).await?.as_secs_f64())
     }
 
     /// Compares what was committed, up to so many events, with what is in the stream.
-    pub(super) async fn counts(&self, events: u64) -> Result<Counts, Error> {
+    pub(crate) async fn counts(&self, events: u64) -> Result<Counts, Error> {
         let mut session = postgres::connect(&self.postgres, "aftercommit-bench").await?;
-        let committed = crate::bench::postgres::event_ids(&mut session, events).await?;
+        let committed = crate::postgres::event_ids(&mut session, events).await?;
         let place = |event: Envelope| Place { event_id: event.id.as_uuid(), outbox_id: event.sequence, key: event.key };
         let arrived: Vec<Place> = self.arrived().await?.into_iter().map(|arrival| place(arrival.event)).collect();
         Ok(Counts::compare(&committed, &arrived))
     }
 
     /// What is in the stream, in order.
-    pub(super) async fn arrived(&self) -> Result<Vec<Arrival>, Error> {
-        crate::bench::jetstream::contents(&self.connection, &self.naming.stream).await
+    pub(crate) async fn arrived(&self) -> Result<Vec<Arrival>, Error> {
+        crate::jetstream::contents(&self.connection, &self.naming.stream).await
     }
 }
 

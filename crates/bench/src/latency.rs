@@ -11,14 +11,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
-use super::child::Child;
-use super::counts::{Counts, Place};
-use super::event::Measured;
-use super::figure::{Goal, Row, Series};
-use super::{Bench, ended, wait_until};
-use crate::bench::jetstream::delivery as bench_pull;
-use crate::bench::postgres::publish::Service;
-use crate::bench::postgres::work as bench_work;
+use crate::bench::{Bench, ended, wait_until};
+use crate::child::Child;
+use crate::counts::{Counts, Place};
+use crate::event::Measured;
+use crate::figure::{Goal, Row, Series};
+use crate::jetstream::delivery as bench_pull;
+use crate::postgres::publish::Service;
+use crate::postgres::work as bench_work;
 use aftercommit_core::error::Error;
 use aftercommit_core::jetstream::publisher::Messages;
 use aftercommit_core::{jetstream, postgres};
@@ -77,7 +77,7 @@ impl Taken {
 }
 
 /// Figure 6, at two rates, with the floor and what a durable commit takes beside it.
-pub(super) async fn latency(bench: &Bench) -> Result<Vec<Row>, Error> {
+pub(crate) async fn latency(bench: &Bench) -> Result<Vec<Row>, Error> {
     let mut counts = [Counts::default(); 2];
     let measured = bench.scratch(&bench.config.nats, async |scratch| {
         let seen = Arc::new(Seen::default());
@@ -189,7 +189,7 @@ async fn floor(bench: &Bench, poll_and_deliver: bool) -> Result<Taken, Error> {
         if !poll_and_deliver {
             return Ok(queries);
         }
-        let events = crate::bench::postgres::envelopes(&mut session, samples, &scratch.naming.source).await?;
+        let events = crate::postgres::envelopes(&mut session, samples, &scratch.naming.source).await?;
         let mut make = Messages::new(scratch.naming.prefix.clone());
         let messages = events.iter().map(|event| make.message(event));
         let publisher = jetstream::connect(&scratch.nats, "aftercommit-bench", "_INBOX").await?;

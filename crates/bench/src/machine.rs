@@ -5,31 +5,31 @@ use std::fs;
 
 use serde::Serialize;
 
-use super::BenchConfig;
+use crate::bench::BenchConfig;
 use aftercommit_core::error::Error;
 use aftercommit_core::{jetstream, postgres};
 
 /// The machine and the versions of what runs on it.
 #[derive(Debug, Clone, Default, Serialize)]
-pub struct Machine {
+pub(crate) struct Machine {
     /// The processor, as the system names it.
-    pub processor: String,
+    pub(crate) processor: String,
     /// Threads that run at the same time.
-    pub cores: usize,
+    pub(crate) cores: usize,
     /// Main memory in GiB.
-    pub memory_gib: u64,
+    pub(crate) memory_gib: u64,
     /// The system and its version.
-    pub system: String,
+    pub(crate) system: String,
     /// PostgreSQL's version.
-    pub postgres: String,
+    pub(crate) postgres: String,
     /// The version of nats-server.
-    pub nats: String,
+    pub(crate) nats: String,
     /// The version of this crate, and how it was built.
-    pub aftercommit: String,
+    pub(crate) aftercommit: String,
 }
 
 impl Machine {
-    pub(super) async fn look(config: &BenchConfig) -> Result<Self, Error> {
+    pub(crate) async fn look(config: &BenchConfig) -> Result<Self, Error> {
         let mut session = postgres::connect(&config.postgres, "aftercommit-bench").await?;
         let nats = jetstream::connect(&config.nats, "aftercommit-bench", "_INBOX").await?;
         let built = if cfg!(debug_assertions) { "debug build" } else { "release build" };
@@ -38,7 +38,7 @@ impl Machine {
             cores: std::thread::available_parallelism().map_or(0, usize::from),
             memory_gib: memory().unwrap_or_default(),
             system: system(),
-            postgres: crate::bench::postgres::version(&mut session).await?,
+            postgres: crate::postgres::version(&mut session).await?,
             nats: nats.client.server_info().version,
             aftercommit: format!("{}, {built}", env!("CARGO_PKG_VERSION")),
         })

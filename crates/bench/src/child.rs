@@ -8,30 +8,35 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use tokio::process::{Child as Process, Command};
 
-use super::arm::Arm;
-use super::scratch::Scratch;
+use crate::arm::Arm;
+use crate::bench::wait_until;
+use crate::cost;
+use crate::scratch::Scratch;
 use aftercommit_core::config::{NatsAuth, NatsConfig, Secret};
 use aftercommit_core::error::{Error, ErrorKind};
 
+/// How long a relay may take for what an arm gives it.
+const DEADLINE: Duration = Duration::from_mins(10);
+
 /// A process that is killed when this value is dropped.
 #[derive(Debug)]
-pub(super) struct Child {
+pub(crate) struct Child {
     process: Process,
     id: u32,
 }
 
 /// Memory of a process in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Memory {
+pub(crate) struct Memory {
     /// What it holds now.
-    pub(super) now: u64,
+    pub(crate) now: u64,
     /// What it held at most.
-    pub(super) peak: u64,
+    pub(crate) peak: u64,
 }
 
 impl Child {
     /// One of our programs beside this one, on a scratch outbox.
-    pub(super) fn start(program: &str, arguments: &[&str], scratch: &Scratch) -> Result<Self, Error> {
+    pub(crate) fn start(program: &str, arguments: &[&str], scratch: &Scratch) -> Result<Self, Error> {
         let mut command = command(program, scratch)?;
         let process = command.args(arguments).stdout(Stdio::null()).spawn().map_err(|error| cannot(program, error))?;
         let id = process.id().unwrap_or_default();
@@ -39,7 +44,7 @@ impl Child {
     }
 
     /// An error when it has ended.
-    pub(super) fn check(&mut self) -> Result<(), Error> {
+    pub(crate) fn check(&mut self) -> Result<(), Error> {
         match self.process.try_wait() {
             Ok(None) => Ok(()),
             Ok(Some(status)) => Err(Error::new(ErrorKind::NotReady, format!("a measured process ended: {status}"))),
@@ -47,13 +52,22 @@ impl Child {
         }
     }
 
+    /// Waits until so many messages are in the stream that it publishes to; an error when it ends before.
+    pub(crate) async fn until_stored(&mut self, messages: u64, scratch: &Scratch) -> Result<(), Error> {
+        wait_until("every event is in the stream", DEADLINE, async || {
+            self.check()?;
+            Ok(scratch.stream.extent().await?.last >= messages)
+        })
+        .await
+    }
+
     /// The processor time that it has taken; none where the system does not tell.
-    pub(super) fn cpu(&self) -> Option<Duration> {
-        cpu(&self.id.to_string())
+    pub(crate) fn cpu(&self) -> Option<Duration> {
+        cost::cpu(&self.id.to_string())
     }
 
     /// Its memory; none where the system does not tell.
-    pub(super) fn memory(&self) -> Option<Memory> {
+    pub(crate) fn memory(&self) -> Option<Memory> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id)).ok()?;
         let bytes = |name: &str| -> Option<u64> {
             let line = status.lines().find_map(|line| line.strip_prefix(name))?;
@@ -64,31 +78,21 @@ impl Child {
     }
 
     /// Kills it and waits until it has ended.
-    pub(super) async fn kill(mut self) -> Result<(), Error> {
+    pub(crate) async fn kill(mut self) -> Result<(), Error> {
         self.process.kill().await.map_err(|error| cannot("a measured process", error))
     }
 }
 
 /// Runs an arm in a process of its own and returns what it found.
-pub(super) async fn run_arm<T: DeserializeOwned>(arm: Arm, events: u64, scratch: &Scratch) -> Result<T, Error> {
-    let mut command = command("aftercommit", scratch)?;
-    command.args(["bench-arm", arm.name(), "--events", &events.to_string()]);
-    let output = command.stdout(Stdio::piped()).output().await.map_err(|error| cannot("aftercommit", error))?;
+pub(crate) async fn run_arm<T: DeserializeOwned>(arm: Arm, events: u64, scratch: &Scratch) -> Result<T, Error> {
+    let mut command = command("aftercommit-bench", scratch)?;
+    command.args(["arm", arm.name(), "--events", &events.to_string()]);
+    let output = command.stdout(Stdio::piped()).output().await.map_err(|error| cannot("aftercommit-bench", error))?;
     if !output.status.success() {
         return Err(Error::new(ErrorKind::NotReady, format!("the arm {} failed: {}", arm.name(), output.status)));
     }
     serde_json::from_slice(&output.stdout)
         .map_err(|error| Error::with_source(ErrorKind::Integrity, "an arm's answer cannot be read", error))
-}
-
-/// The processor time of a process, or of `self`; none where the system does not tell.
-pub(super) fn cpu(process: &str) -> Option<Duration> {
-    let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    // Behind the program's name, which is in brackets and may hold anything: user and system time are the 12th and 13th
-    // field, in hundredths of a second.
-    let mut fields = stat.rsplit(')').next()?.split_whitespace().skip(11);
-    let mut ticks = || fields.next()?.parse::<u64>().ok();
-    Some(Duration::from_millis((ticks()? + ticks()?) * 10))
 }
 
 fn cannot(program: &str, error: std::io::Error) -> Error {

@@ -7,17 +7,17 @@ use uuid::Uuid;
 
 /// How many events a run had and what went wrong with them. All but `events` must be 0.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Counts {
+pub(crate) struct Counts {
     /// Committed.
-    pub events: u64,
+    pub(crate) events: u64,
     /// Committed, and nowhere to be found.
-    pub lost: u64,
+    pub(crate) lost: u64,
     /// More than once where once is right.
-    pub doubled: u64,
+    pub(crate) doubled: u64,
     /// Behind a later event of their key.
-    pub out_of_order: u64,
+    pub(crate) out_of_order: u64,
     /// Never committed.
-    pub unknown: u64,
+    pub(crate) unknown: u64,
 }
 
 /// An event where it arrived, or where it came from.
@@ -30,7 +30,7 @@ pub(crate) struct Place {
 
 impl Counts {
     /// Compares what was committed with what arrived, the latter in the order in which it did.
-    pub(super) fn compare(committed: &[Uuid], arrived: &[Place]) -> Self {
+    pub(crate) fn compare(committed: &[Uuid], arrived: &[Place]) -> Self {
         let mut times: HashMap<Uuid, u64> = committed.iter().map(|id| (*id, 0)).collect();
         let mut last: HashMap<&str, i64> = HashMap::new();
         let mut counts = Self { events: committed.len() as u64, ..Self::default() };
@@ -51,7 +51,7 @@ impl Counts {
     }
 
     /// Those of several runs together.
-    pub(super) fn add(&mut self, other: Self) {
+    pub(crate) fn add(&mut self, other: Self) {
         self.events += other.events;
         self.lost += other.lost;
         self.doubled += other.doubled;
@@ -60,7 +60,7 @@ impl Counts {
     }
 
     /// Whether every event arrived once and in order.
-    pub fn all_is_well(&self) -> bool {
+    pub(crate) fn all_is_well(&self) -> bool {
         *self == Self { events: self.events, ..Self::default() }
     }
 }

@@ -1,11 +1,12 @@
 //! How fast and at what cost a backlog goes into the stream (figures 1, 2, 8 and 11).
 
-use super::Bench;
-use super::arm::{Arm, Cost};
-use super::child::{Child, run_arm};
-use super::counts::Counts;
-use super::figure::{Goal, Row, Series};
-use super::scratch::Scratch;
+use crate::arm::Arm;
+use crate::bench::Bench;
+use crate::child::{Child, run_arm};
+use crate::cost::Cost;
+use crate::counts::Counts;
+use crate::figure::{Goal, Row, Series};
+use crate::scratch::Scratch;
 use aftercommit_core::config::NatsConfig;
 use aftercommit_core::error::Error;
 
@@ -58,7 +59,7 @@ async fn drains<T, const N: usize>(
 }
 
 /// Figures 1 and 2, from the same runs.
-pub(super) async fn drain(bench: &Bench) -> Result<Vec<Row>, Error> {
+pub(crate) async fn drain(bench: &Bench) -> Result<Vec<Row>, Error> {
     let (mut counts, events) = (Counts::default(), bench.events());
     let arms = ["relay", "pure publish", "pure read"];
     let [relay, publish, read] =
@@ -92,7 +93,7 @@ pub(super) async fn drain(bench: &Bench) -> Result<Vec<Row>, Error> {
 }
 
 /// Figure 8: on a server that writes to its disk before it answers.
-pub(super) async fn synced(bench: &Bench) -> Result<Vec<Row>, Error> {
+pub(crate) async fn synced(bench: &Bench) -> Result<Vec<Row>, Error> {
     let name = "sync_interval: always: relay drain ÷ the best pure publish";
     let goal = Some(Goal::AtLeast(0.85));
     let Some(nats) = &bench.config.nats_sync else {
@@ -121,7 +122,7 @@ pub(super) async fn synced(bench: &Bench) -> Result<Vec<Row>, Error> {
 }
 
 /// Figure 11: further relays stand by and are not in the way.
-pub(super) async fn several(bench: &Bench) -> Result<Vec<Row>, Error> {
+pub(crate) async fn several(bench: &Bench) -> Result<Vec<Row>, Error> {
     let (mut counts, events) = (Counts::default(), bench.events());
     let [four, one] =
         drains(bench, &bench.config.nats, "several relays", events, ["four", "one"], async |arm, scratch| {
@@ -142,7 +143,9 @@ pub(super) async fn several(bench: &Bench) -> Result<Vec<Row>, Error> {
 async fn relays(scratch: &Scratch, relays: usize, events: u64, counts: &mut Counts) -> Result<Drained, Error> {
     let mut relays: Vec<Child> =
         (0..relays).map(|_| Child::start("aftercommit-relay", &[], scratch)).collect::<Result<_, _>>()?;
-    scratch.stored(events, relays.first_mut()).await?;
+    if let Some(relay) = relays.first_mut() {
+        relay.until_stored(events, scratch).await?;
+    }
     let cpu: Option<f64> = relays.iter().map(|relay| Some(relay.cpu()?.as_secs_f64())).sum();
     for relay in relays {
         relay.kill().await?;

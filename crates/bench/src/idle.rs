@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use super::Bench;
-use super::child::Child;
-use super::figure::{Goal, Row, Series};
-use super::scratch::Scratch;
-use crate::bench::postgres::work as bench_work;
+use crate::bench::Bench;
+use crate::child::Child;
+use crate::figure::{Goal, Row, Series};
+use crate::postgres::work as bench_work;
+use crate::scratch::Scratch;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::postgres;
 use aftercommit_core::postgres::session::Session;
@@ -25,7 +25,7 @@ struct Cost {
 }
 
 /// Figure 13: a relay on one database and a worker on another, at the same time.
-pub(super) async fn idle(bench: &Bench) -> Result<Vec<Row>, Error> {
+pub(crate) async fn idle(bench: &Bench) -> Result<Vec<Row>, Error> {
     let nats = &bench.config.nats;
     let of_relay = bench.scratch(nats, async |outbox| {
         let of_worker = bench.scratch(nats, async |inbox| measure(bench, outbox, inbox).await);

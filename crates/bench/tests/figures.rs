@@ -1,8 +1,9 @@
-//! `aftercommit bench` works: every figure can be taken, no event goes wrong. How fast anything is is no matter here.
+//! The bench works: every figure can be taken, no event goes wrong. How fast anything is is no matter here. It starts the
+//! relay and the worker that were built beside it, so this test needs a build of the whole workspace.
 
 use std::process::{Command, Stdio};
 
-use aftercommit::testing::servers::{Nats, NatsOptions, Postgres};
+use aftercommit_testing::servers::{Nats, NatsOptions, Postgres};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_smoke_run_takes_every_figure_and_loses_nothing() {
@@ -11,8 +12,8 @@ async fn a_smoke_run_takes_every_figure_and_loses_nothing() {
     let sync = NatsOptions { jetstream: "sync_interval: always".into(), ..NatsOptions::default() };
     let sync = Nats::start(sync).await.unwrap();
     let output = tokio::task::spawn_blocking(move || {
-        Command::new(env!("CARGO_BIN_EXE_aftercommit"))
-            .args(["bench", "--quick", "--json"])
+        Command::new(env!("CARGO_BIN_EXE_aftercommit-bench"))
+            .args(["--quick", "--json"])
             .env("DATABASE_URL", database_url)
             .env("NATS_URL", nats_url)
             .env("NATS_SYNC_URL", sync.url())
