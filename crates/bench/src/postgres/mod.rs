@@ -6,14 +6,13 @@ pub(crate) mod work;
 use std::ops::Range;
 
 use chrono::{DateTime, Utc};
-use sqlx::Row;
 use uuid::Uuid;
 
 use aftercommit_core::envelope::Envelope;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::postgres::session::{Session, Tx};
 use aftercommit_core::postgres::snapshot::Mark;
-use aftercommit_core::postgres::{database_error, time, window};
+use aftercommit_core::postgres::{database_error, window};
 
 /// Rows per page, as the relay reads them.
 const PAGE_ROWS: i64 = 1000;
@@ -172,9 +171,9 @@ pub(crate) async fn envelopes(session: &mut Session, count: u64, source: &str) -
 
 /// A floor: reads the first `count` events by primary key, a page at a time, every column as it is.
 pub(crate) async fn read(session: &mut Session, count: u64) -> Result<u64, Error> {
-    let (mut after, mut seen) = (0_i64, 0);
+    let (mut after, mut seen) = (0, 0);
     while seen < count {
-        let rows = sqlx::query(
+        let rows: Vec<Columns> = sqlx::query_as(
             "select id, event_id, type, version, key, content_type, created_at, headers::text, payload
                from aftercommit.outbox where id > $1 order by id limit $2",
         )
@@ -183,23 +182,15 @@ pub(crate) async fn read(session: &mut Session, count: u64) -> Result<u64, Error
         .fetch_all(&mut *session)
         .await
         .map_err(failed)?;
-        let Some(last) = rows.last() else { break };
-        after = last.try_get(0).map_err(failed)?;
-        for row in &rows {
-            read_row(row).map_err(failed)?;
-        }
+        let Some((last, ..)) = rows.last() else { break };
+        after = *last;
         seen += rows.len() as u64;
     }
     Ok(seen)
 }
 
 /// Every column in the form in which a program needs it.
-fn read_row(row: &sqlx::postgres::PgRow) -> Result<(), sqlx::Error> {
-    let _: (Uuid, String, i32) = (row.try_get(1)?, row.try_get(2)?, row.try_get(3)?);
-    let _: (Option<String>, String, DateTime<Utc>) = (row.try_get(4)?, row.try_get(5)?, time::at(row, 6)?);
-    let _: (String, Vec<u8>) = (row.try_get(7)?, row.try_get(8)?);
-    Ok(())
-}
+type Columns = (i64, Uuid, String, i32, Option<String>, String, DateTime<Utc>, String, Vec<u8>);
 
 pub(crate) fn failed(error: sqlx::Error) -> Error {
     database_error("the bench's statement failed", error)

@@ -1,7 +1,6 @@
 //! What subscribers' reconcilers may ask of the outbox. It only reads.
 
 use chrono::{DateTime, Utc};
-use sqlx::Row;
 use uuid::Uuid;
 
 use crate::postgres::session::Session;
@@ -9,18 +8,20 @@ use crate::postgres::snapshot::{Mark, xids};
 use crate::postgres::time;
 
 /// An event without its payload.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Head {
     pub id: i64,
     pub event_id: Uuid,
+    #[sqlx(rename = "type")]
     pub event_type: String,
     pub key: Option<String>,
+    #[sqlx(try_from = "time::Time")]
     pub created_at: DateTime<Utc>,
 }
 
 /// Those of these rows that are of some types, or of any when there are none, and that are not parked.
 pub async fn heads(connection: &mut Session, ids: &[i64], types: &[String]) -> Result<Vec<Head>, sqlx::Error> {
-    let rows = sqlx::query(
+    sqlx::query_as(
         "select id, event_id, type, key, created_at from aftercommit.outbox o
           where id = any($1) and (cardinality($2::text[]) = 0 or type = any($2))
             and not exists (select from aftercommit.parked p
@@ -30,18 +31,7 @@ pub async fn heads(connection: &mut Session, ids: &[i64], types: &[String]) -> R
     .bind(ids)
     .bind(types)
     .fetch_all(connection)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            Ok(Head {
-                id: row.try_get(0)?,
-                event_id: row.try_get(1)?,
-                event_type: row.try_get(2)?,
-                key: row.try_get(3)?,
-                created_at: time::at(row, 4)?,
-            })
-        })
-        .collect()
+    .await
 }
 
 /// How many of these rows there are, by the same rule, and a digest of their event ids that does not depend on their
@@ -83,7 +73,17 @@ pub async fn repaired(
     after: (DateTime<Utc>, i64),
     limit: i64,
 ) -> Result<Vec<Repaired>, sqlx::Error> {
-    let rows = sqlx::query(
+    #[derive(sqlx::FromRow)]
+    struct Found {
+        outbox_id: i64,
+        event_id: Uuid,
+        key: Option<String>,
+        state: String,
+        sequence: Option<i64>,
+        #[sqlx(try_from = "time::Time")]
+        queued_at: DateTime<Utc>,
+    }
+    let found: Vec<Found> = sqlx::query_as(
         "select outbox_id, event_id, key, state, sequence, queued_at from aftercommit.repair
           where (queued_at, outbox_id) > ($1, $2)
             and queued_at not between clock_timestamp() - interval '1 second' and clock_timestamp()
@@ -94,12 +94,10 @@ pub async fn repaired(
     .bind(limit)
     .fetch_all(connection)
     .await?;
-    rows.iter()
-        .map(|row| {
-            let (id, event, key) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
-            Ok((id, event, key, row.try_get(3)?, row.try_get(4)?, time::at(row, 5)?))
-        })
-        .collect()
+    let repaired = |Found { outbox_id, event_id, key, state, sequence, queued_at }| {
+        (outbox_id, event_id, key, state, sequence, queued_at)
+    };
+    Ok(found.into_iter().map(repaired).collect())
 }
 
 /// The outbox ids of these events.

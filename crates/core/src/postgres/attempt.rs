@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use sqlx::postgres::PgRow;
-use sqlx::{Row, query, query_scalar};
+use sqlx::{FromRow, Row, query, query_as, query_scalar};
 use uuid::Uuid;
 
 use super::lease::Tenure;
@@ -87,16 +87,18 @@ pub enum Judged {
     Failed(Record),
 }
 
-fn record(row: &PgRow, from: usize) -> Result<Record, sqlx::Error> {
-    let number = |at: usize| row.try_get::<i32, _>(from + at).map(i32::unsigned_abs);
-    Ok(Record {
-        attempts: number(0)?,
-        crashes: number(1)?,
-        crashes_alone: number(2)?,
-        database_crashes: number(3)?,
-        sessions_lost: number(4)?,
-        last_error: row.try_get(from + 5)?,
-    })
+impl FromRow<'_, PgRow> for Record {
+    fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
+        let number = |column: &str| row.try_get::<i32, _>(column).map(i32::unsigned_abs);
+        Ok(Self {
+            attempts: number("attempts")?,
+            crashes: number("crashes")?,
+            crashes_alone: number("crashes_alone")?,
+            database_crashes: number("database_crashes")?,
+            sessions_lost: number("sessions_lost")?,
+            last_error: row.try_get("last_error")?,
+        })
+    }
 }
 
 /// What is on record of some events.
@@ -113,14 +115,14 @@ pub async fn records(
     .bind(events)
     .fetch_all(connection)
     .await?;
-    rows.iter().map(|row| Ok((row.try_get(0)?, record(row, 1)?))).collect()
+    rows.iter().map(|row| Ok((row.try_get("event_id")?, Record::from_row(row)?))).collect()
 }
 
 /// All that is on record of a subscriber's events.
 pub async fn on_record(connection: &mut Session, subscriber: &str) -> Result<Vec<(Uuid, Left)>, sqlx::Error> {
     let rows = query(
         "select event_id, attempts, crashes, crashes_alone, database_crashes, sessions_lost, last_error, waits_for,
-                extract(epoch from not_before - clock_timestamp())::float8
+                extract(epoch from not_before - clock_timestamp())::float8 as rest
            from aftercommit.attempt where subscriber = $1 order by last_failed_at desc limit $2",
     )
     .bind(subscriber)
@@ -129,9 +131,9 @@ pub async fn on_record(connection: &mut Session, subscriber: &str) -> Result<Vec
     .await?;
     rows.iter()
         .map(|row| {
-            let waits = row.try_get::<Option<String>, _>(7)?.and_then(|name| Waits::named(&name));
-            let rest = row.try_get::<Option<f64>, _>(8)?.and_then(|rest| Duration::try_from_secs_f64(rest).ok());
-            Ok((row.try_get(0)?, Left { record: record(row, 1)?, wait: waits.zip(rest) }))
+            let waits = row.try_get::<Option<String>, _>("waits_for")?.and_then(|name| Waits::named(&name));
+            let rest = row.try_get::<Option<f64>, _>("rest")?.and_then(|rest| Duration::try_from_secs_f64(rest).ok());
+            Ok((row.try_get("event_id")?, Left { record: Record::from_row(row)?, wait: waits.zip(rest) }))
         })
         .collect()
 }
@@ -205,7 +207,7 @@ pub async fn suspect(
     event: Uuid,
     reason: &str,
 ) -> Result<Option<Record>, sqlx::Error> {
-    let row = query(
+    query_as(
         "insert into aftercommit.attempt as attempt (subscriber, event_id, sessions_lost, last_error)
          select $4, $5, 1, $6
           where exists (select from aftercommit.lease where name = $1 and holder = $2 and epoch = $3)
@@ -221,8 +223,7 @@ pub async fn suspect(
     .bind(event)
     .bind(reason)
     .fetch_optional(connection)
-    .await?;
-    row.as_ref().map(|row| record(row, 0)).transpose()
+    .await
 }
 
 /// Judges the events that ran when a session ended, over another session: that it can is the proof that the database
@@ -259,7 +260,8 @@ pub async fn judge(
                                      then clock_timestamp() + make_interval(secs => $10) end,
                    waits_for = 'retry', last_error = excluded.last_error, last_failed_at = clock_timestamp()
             returning event_id, attempts, crashes, crashes_alone, database_crashes, sessions_lost, last_error)
-         select exists (select from tenure), e.event_id, ran.event_id is not null, (select marked from look),
+         select exists (select from tenure) as held, e.event_id, ran.event_id is not null as ran,
+                (select marked from look) as marked,
                 counted.attempts, counted.crashes, counted.crashes_alone, counted.database_crashes, counted.sessions_lost,
                 counted.last_error
            from unnest($6::uuid[]) as e(event_id)
@@ -279,15 +281,15 @@ pub async fn judge(
     .await?;
     let mut judged = Vec::with_capacity(rows.len());
     for row in &rows {
-        if !row.try_get::<bool, _>(0)? {
+        if !row.try_get::<bool, _>("held")? {
             return Ok(None);
         }
-        let marked: bool = row.try_get(3)?;
-        let verdict = match (row.try_get(2)?, row.try_get::<Option<i32>, _>(4)?) {
+        let marked: bool = row.try_get("marked")?;
+        let verdict = match (row.try_get("ran")?, row.try_get::<Option<i32>, _>("attempts")?) {
             (false, _) => Judged::Done,
             (true, None) => Judged::Spared,
             (true, Some(_)) => {
-                let record = record(row, 4)?;
+                let record = Record::from_row(row)?;
                 // The first loss is free, and a loss in company is nobody's.
                 match lost.alone && marked && record.sessions_lost > 1 {
                     true => Judged::Failed(record),
@@ -295,7 +297,7 @@ pub async fn judge(
                 }
             }
         };
-        judged.push((row.try_get(1)?, verdict));
+        judged.push((row.try_get("event_id")?, verdict));
     }
     Ok(Some(judged))
 }

@@ -2,7 +2,6 @@
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
-use sqlx::Row;
 use sqlx::types::Json;
 use uuid::Uuid;
 
@@ -47,8 +46,9 @@ pub struct Wanted<'a> {
 }
 
 /// Something that an operator did.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Done {
+    #[sqlx(try_from = "time::Time")]
     pub at: DateTime<Utc>,
     pub who: String,
     pub role: String,
@@ -60,7 +60,7 @@ pub struct Done {
 
 /// The last `limit` of the wanted rows, the oldest first. What an event held is in the table only, never here.
 pub async fn list(connection: &mut Session, wanted: &Wanted<'_>, limit: i64) -> Result<Vec<Done>, sqlx::Error> {
-    let rows = sqlx::query(
+    sqlx::query_as(
         "select at, who, role, action, subscriber, event_id, detail
            from (select id, at, who, role, action, subscriber, event_id,
                         detail - 'payload_base64' - 'headers' as detail
@@ -78,18 +78,5 @@ pub async fn list(connection: &mut Session, wanted: &Wanted<'_>, limit: i64) -> 
     .bind(limit)
     .bind(wanted.from)
     .fetch_all(connection)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            Ok(Done {
-                at: time::at(row, 0)?,
-                who: row.try_get(1)?,
-                role: row.try_get(2)?,
-                action: row.try_get(3)?,
-                subscriber: row.try_get(4)?,
-                event_id: row.try_get(5)?,
-                detail: row.try_get(6)?,
-            })
-        })
-        .collect()
+    .await
 }

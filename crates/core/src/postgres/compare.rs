@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use sqlx::Row;
 use sqlx::postgres::PgRow;
+use sqlx::{FromRow, Row};
 use uuid::Uuid;
 
 use super::session::Session;
@@ -37,8 +37,8 @@ pub async fn originals(
 ) -> Result<Vec<Option<Original>>, sqlx::Error> {
     let rows = sqlx::query(
         "select t.n, o.event_id, o.type, o.version, o.key, o.content_type, o.created_at,
-                case when o.headers <> '{}' then o.headers::text end,
-                case when octet_length(o.payload) = t.length then o.payload end
+                case when o.headers <> '{}' then o.headers::text end as headers,
+                case when octet_length(o.payload) = t.length then o.payload end as payload
            from unnest($1::bigint[], $2::integer[]) with ordinality as t(id, length, n)
            join aftercommit.outbox o on o.id = t.id",
     )
@@ -48,25 +48,27 @@ pub async fn originals(
     .await?;
     let mut originals = vec![None; ids.len()];
     for row in &rows {
-        let n = usize::try_from(row.try_get::<i64, _>(0)? - 1).unwrap_or_default();
+        let n = usize::try_from(row.try_get::<i64, _>("n")? - 1).unwrap_or_default();
         if let Some(place) = originals.get_mut(n) {
-            *place = Some(original(row)?);
+            *place = Some(Original::from_row(row)?);
         }
     }
     Ok(originals)
 }
 
-fn original(row: &PgRow) -> Result<Original, sqlx::Error> {
-    Ok(Original {
-        event_id: row.try_get(1)?,
-        event_type: row.try_get(2)?,
-        version: row.try_get(3)?,
-        key: row.try_get(4)?,
-        content_type: row.try_get(5)?,
-        created_at: time::at(row, 6)?,
-        headers: window::read_headers(row.try_get(7)?)?,
-        payload: row.try_get::<Option<Vec<u8>>, _>(8)?.map(Bytes::from),
-    })
+impl FromRow<'_, PgRow> for Original {
+    fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
+        Ok(Self {
+            event_id: row.try_get("event_id")?,
+            event_type: row.try_get("type")?,
+            version: row.try_get("version")?,
+            key: row.try_get("key")?,
+            content_type: row.try_get("content_type")?,
+            created_at: time::at(row, "created_at")?,
+            headers: window::read_headers(row.try_get("headers")?)?,
+            payload: row.try_get::<Option<Vec<u8>>, _>("payload")?.map(Bytes::from),
+        })
+    }
 }
 
 /// What lies before it may have been removed from the outbox because it was old.
@@ -109,12 +111,31 @@ pub struct Absent {
     pub repair: Option<(String, Option<u64>)>,
 }
 
+impl FromRow<'_, PgRow> for Absent {
+    fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
+        let place = |state: &str, sequence: &str| -> Result<_, sqlx::Error> {
+            let Some(state) = row.try_get::<Option<String>, _>(state)? else { return Ok(None) };
+            Ok(Some((state, row.try_get::<Option<i64>, _>(sequence)?.map(i64::cast_unsigned))))
+        };
+        Ok(Self {
+            id: row.try_get("id")?,
+            event_id: row.try_get("event_id")?,
+            event_type: row.try_get("type")?,
+            key: row.try_get("key")?,
+            age: time::span(row.try_get("age")?),
+            parked: place("parked_state", "parked_sequence")?,
+            repair: place("repair_state", "repair_sequence")?,
+        })
+    }
+}
+
 /// What is known of these rows, in the order of ids.
 pub async fn absent(connection: &mut Session, ids: &[i64]) -> Result<Vec<Absent>, sqlx::Error> {
-    let rows = sqlx::query(
+    sqlx::query_as(
         "select o.id, o.event_id, o.type, o.key,
-                greatest(extract(epoch from clock_timestamp()) - extract(epoch from o.created_at), 0)::float8,
-                p.state, p.sequence, r.state, r.sequence
+                greatest(extract(epoch from clock_timestamp()) - extract(epoch from o.created_at), 0)::float8 as age,
+                p.state as parked_state, p.sequence as parked_sequence,
+                r.state as repair_state, r.sequence as repair_sequence
            from unnest($1::bigint[]) as t(id)
            join aftercommit.outbox o on o.id = t.id
            left join aftercommit.parked p on p.outbox_id = o.id
@@ -123,24 +144,7 @@ pub async fn absent(connection: &mut Session, ids: &[i64]) -> Result<Vec<Absent>
     )
     .bind(ids)
     .fetch_all(connection)
-    .await?;
-    let place = |row: &PgRow, at: usize| -> Result<_, sqlx::Error> {
-        let Some(state) = row.try_get::<Option<String>, _>(at)? else { return Ok(None) };
-        Ok(Some((state, row.try_get::<Option<i64>, _>(at + 1)?.map(i64::cast_unsigned))))
-    };
-    rows.iter()
-        .map(|row| {
-            Ok(Absent {
-                id: row.try_get(0)?,
-                event_id: row.try_get(1)?,
-                event_type: row.try_get(2)?,
-                key: row.try_get(3)?,
-                age: time::span(row.try_get(4)?),
-                parked: place(row, 5)?,
-                repair: place(row, 7)?,
-            })
-        })
-        .collect()
+    .await
 }
 
 /// The ids of the outbox behind `after` and up to `to`, `limit` at most, whatever the relay's marks say of them.
@@ -236,7 +240,7 @@ pub async fn forget_behind(
 }
 
 /// An event that has been parked for long.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct LongParked {
     pub outbox_id: i64,
     pub event_id: Uuid,
@@ -247,24 +251,14 @@ pub struct LongParked {
 
 /// The events that have been parked for longer than `limit`, the first thousand.
 pub async fn parked_longer(connection: &mut Session, limit: Duration) -> Result<Vec<LongParked>, sqlx::Error> {
-    let rows = sqlx::query(
+    sqlx::query_as(
         "select outbox_id, event_id, key, reason, (extract(epoch from clock_timestamp()) - extract(epoch from parked_at))::float8
+                    as for_seconds
            from aftercommit.parked
           where state = 'parked' and code is not null and parked_at < clock_timestamp() - make_interval(secs => $1)
           order by outbox_id limit 1000",
     )
     .bind(limit.as_secs_f64())
     .fetch_all(connection)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            Ok(LongParked {
-                outbox_id: row.try_get(0)?,
-                event_id: row.try_get(1)?,
-                key: row.try_get(2)?,
-                reason: row.try_get(3)?,
-                for_seconds: row.try_get(4)?,
-            })
-        })
-        .collect()
+    .await
 }

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
-use sqlx::postgres::{PgArguments, PgRow};
+use sqlx::postgres::PgArguments;
 use sqlx::query::Query;
 use sqlx::types::Json;
-use sqlx::{PgExecutor, Postgres, Row};
+use sqlx::{FromRow, PgExecutor, Postgres, Row};
 use uuid::Uuid;
 
 use crate::envelope::Envelope;
@@ -31,7 +31,7 @@ pub struct DeadLetter<'a> {
 /// as it is.
 pub async fn insert(connection: &mut Session, tenure: &Tenure, letter: &DeadLetter<'_>) -> Result<bool, sqlx::Error> {
     let event = letter.event;
-    let row = sqlx::query(
+    sqlx::query_scalar(
         "with tenure as (
             select from aftercommit.lease where name = $1 and holder = $2 and epoch = $3),
          done as (
@@ -77,8 +77,7 @@ pub async fn insert(connection: &mut Session, tenure: &Tenure, letter: &DeadLett
     .bind(storable(letter.reason))
     .bind(i32::from(letter.attempted))
     .fetch_one(connection)
-    .await?;
-    row.try_get(0)
+    .await
 }
 
 /// PostgreSQL's text has no zero character; a foreign publisher's attribute or header may.
@@ -140,11 +139,11 @@ macro_rules! told {
     };
 }
 
-/// The columns of a letter, as [`row`] reads them.
+/// The columns of a letter, as it is read from them.
 macro_rules! columns {
     () => {
-        "id, subscriber, event_id, type, version, key, source, time, sequence, content_type, octet_length(payload),
-         stream, stream_seq, attempts, reason, first_failed_at, dead_at"
+        "id, subscriber, event_id, type, version, key, source, time, sequence, content_type,
+         octet_length(payload) as payload_bytes, stream, stream_seq, attempts, reason, first_failed_at, dead_at"
     };
 }
 
@@ -171,15 +170,17 @@ pub async fn bounds(connection: &mut Session) -> Result<(i64, DateTime<Utc>), sq
 }
 
 /// A letter without what its event held.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Letter {
     pub id: i64,
     pub subscriber: String,
     pub event_id: Uuid,
+    #[sqlx(rename = "type")]
     pub event_type: String,
     pub version: i32,
     pub key: Option<String>,
     pub source: String,
+    #[sqlx(try_from = "time::Time")]
     pub time: DateTime<Utc>,
     pub sequence: Option<i64>,
     pub content_type: String,
@@ -188,30 +189,10 @@ pub struct Letter {
     pub stream_seq: i64,
     pub attempts: i32,
     pub reason: String,
+    #[sqlx(try_from = "time::Time")]
     pub first_failed_at: DateTime<Utc>,
+    #[sqlx(try_from = "time::Time")]
     pub dead_at: DateTime<Utc>,
-}
-
-fn row(row: &PgRow) -> Result<Letter, sqlx::Error> {
-    Ok(Letter {
-        id: row.try_get(0)?,
-        subscriber: row.try_get(1)?,
-        event_id: row.try_get(2)?,
-        event_type: row.try_get(3)?,
-        version: row.try_get(4)?,
-        key: row.try_get(5)?,
-        source: row.try_get(6)?,
-        time: time::at(row, 7)?,
-        sequence: row.try_get(8)?,
-        content_type: row.try_get(9)?,
-        payload_bytes: row.try_get(10)?,
-        stream: row.try_get(11)?,
-        stream_seq: row.try_get(12)?,
-        attempts: row.try_get(13)?,
-        reason: row.try_get(14)?,
-        first_failed_at: time::at(row, 15)?,
-        dead_at: time::at(row, 16)?,
-    })
 }
 
 /// Up to `limit` of the selected letters, in the order in which they would run again.
@@ -223,50 +204,44 @@ pub async fn list(connection: &mut Session, selection: &Selection, limit: i64) -
         selected!(),
         " order by stream_seq, id limit $10"
     ));
-    selection.bind(query).bind(limit).fetch_all(connection).await?.iter().map(row).collect()
+    selection.bind(query).bind(limit).fetch_all(connection).await?.iter().map(Letter::from_row).collect()
 }
 
 /// How many letters are selected.
 pub async fn count(connection: &mut Session, selection: &Selection) -> Result<i64, sqlx::Error> {
     let query = sqlx::query(concat!("select count(*) from aftercommit.dead_letter where ", selected!()));
-    selection.bind(query).fetch_one(connection).await?.try_get(0)
+    selection.bind(query).fetch_one(connection).await?.try_get("count")
 }
 
 /// Letters with the same subscriber, type and reason.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Group {
     pub subscriber: String,
+    #[sqlx(rename = "type")]
     pub event_type: String,
     pub reason: String,
     pub letters: i64,
+    #[sqlx(try_from = "time::Time")]
     pub oldest: DateTime<Utc>,
+    #[sqlx(try_from = "time::Time")]
     pub newest: DateTime<Utc>,
 }
 
 /// The selected letters in groups, the largest first.
 pub async fn groups(connection: &mut Session, selection: &Selection, limit: i64) -> Result<Vec<Group>, sqlx::Error> {
     let query = sqlx::query(concat!(
-        "select subscriber, type, reason, count(*), min(dead_at), max(dead_at) from aftercommit.dead_letter where ",
+        "select subscriber, type, reason, count(*) as letters, min(dead_at) as oldest,
+                max(dead_at) as newest from aftercommit.dead_letter where ",
         selected!(),
         " group by subscriber, type, reason order by count(*) desc, subscriber, type, reason limit $10"
     ));
-    let rows = selection.bind(query).bind(limit).fetch_all(connection).await?;
-    rows.iter()
-        .map(|row| {
-            Ok(Group {
-                subscriber: row.try_get(0)?,
-                event_type: row.try_get(1)?,
-                reason: row.try_get(2)?,
-                letters: row.try_get(3)?,
-                oldest: time::at(row, 4)?,
-                newest: time::at(row, 5)?,
-            })
-        })
-        .collect()
+    selection.bind(query).bind(limit).fetch_all(connection).await?.iter().map(Group::from_row).collect()
 }
 
 /// What the event of a letter held.
+#[derive(FromRow)]
 pub struct Content {
+    #[sqlx(json)]
     pub headers: BTreeMap<String, String>,
     pub payload: Vec<u8>,
 }
@@ -279,8 +254,7 @@ pub async fn one(connection: &mut Session, id: i64) -> Result<Option<(Letter, Co
             .fetch_optional(connection)
             .await?;
     let Some(found) = found else { return Ok(None) };
-    let Json(headers) = found.try_get(17)?;
-    Ok(Some((row(&found)?, Content { headers, payload: found.try_get(18)? })))
+    Ok(Some((Letter::from_row(&found)?, Content::from_row(&found)?)))
 }
 
 /// Sends up to `limit` of the selected letters back to their subscribers, in the order of the stream, and returns their
@@ -312,7 +286,7 @@ pub async fn retry(
         " select id from gone, told order by stream_seq, id"
     ));
     let rows = selection.bind(query).bind(limit).bind(who).fetch_all(executor).await?;
-    rows.iter().map(|row| row.try_get(0)).collect()
+    rows.iter().map(|row| row.try_get("id")).collect()
 }
 
 /// Gives up to `limit` of the selected letters up for good and returns their ids. The audit trail keeps the whole event.
@@ -335,7 +309,7 @@ pub async fn discard(
         " select id from gone, told order by stream_seq, id"
     ));
     let rows = selection.bind(query).bind(limit).bind(who).fetch_all(connection).await?;
-    rows.iter().map(|row| row.try_get(0)).collect()
+    rows.iter().map(|row| row.try_get("id")).collect()
 }
 
 /// What is to be changed in a letter.
@@ -356,7 +330,18 @@ pub struct Changed {
 
 /// Changes one letter; none when it is no more. The audit trail keeps headers and payload as they were.
 pub async fn edit(tx: &mut Tx<'_>, id: i64, change: Change<'_>, who: &str) -> Result<Option<Changed>, sqlx::Error> {
-    let changed = sqlx::query(concat!(
+    #[derive(FromRow)]
+    struct Edited {
+        #[sqlx(json)]
+        headers: BTreeMap<String, String>,
+        #[sqlx(json)]
+        new_headers: BTreeMap<String, String>,
+        bytes: i32,
+        new_bytes: i32,
+        sha256: String,
+        new_sha256: String,
+    }
+    let edited: Option<Edited> = sqlx::query_as(concat!(
         "with old as (
             select *, (headers - $3::text[]) || $4::jsonb as new_headers, coalesce($2::bytea, payload) as new_payload
               from aftercommit.dead_letter where id = $1 for update),
@@ -365,8 +350,8 @@ pub async fn edit(tx: &mut Tx<'_>, id: i64, change: Change<'_>, who: &str) -> Re
               from old where d.id = old.id),
          ",
         told!("dead edit", "$5"),
-        " select headers, new_headers, octet_length(payload), octet_length(new_payload),
-                 encode(sha256(payload), 'hex'), encode(sha256(new_payload), 'hex') from old, told"
+        " select headers, new_headers, octet_length(payload) as bytes, octet_length(new_payload) as new_bytes,
+                 encode(sha256(payload), 'hex') as sha256, encode(sha256(new_payload), 'hex') as new_sha256 from old, told"
     ))
     .bind(id)
     .bind(change.payload)
@@ -375,11 +360,9 @@ pub async fn edit(tx: &mut Tx<'_>, id: i64, change: Change<'_>, who: &str) -> Re
     .bind(who)
     .fetch_optional(tx)
     .await?;
-    let Some(row) = changed else { return Ok(None) };
-    let (Json(before), Json(after)) = (row.try_get(0)?, row.try_get(1)?);
-    Ok(Some(Changed {
-        headers: (before, after),
-        payload_bytes: (row.try_get(2)?, row.try_get(3)?),
-        payload_sha256: (row.try_get(4)?, row.try_get(5)?),
+    Ok(edited.map(|edited| Changed {
+        headers: (edited.headers, edited.new_headers),
+        payload_bytes: (edited.bytes, edited.new_bytes),
+        payload_sha256: (edited.sha256, edited.new_sha256),
     }))
 }

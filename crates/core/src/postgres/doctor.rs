@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use sqlx::Row;
 
 use super::session::Session;
 use super::time;
@@ -11,7 +10,7 @@ use crate::config::PostgresConfig;
 use crate::error::Error;
 
 /// The server and its settings, as they are for this role and database.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, sqlx::FromRow)]
 pub struct Server {
     pub version: String,
     pub version_number: i32,
@@ -23,6 +22,7 @@ pub struct Server {
     pub synchronous_commit: String,
     /// The port that the server's own process listens on; none over a socket.
     pub port: Option<i32>,
+    #[sqlx(try_from = "time::Time")]
     pub clock: DateTime<Utc>,
     /// Whether the role sees what other roles do.
     pub sees_others: bool,
@@ -30,30 +30,19 @@ pub struct Server {
 
 /// Reads the server's settings. It reads no table.
 pub async fn server(connection: &mut Session) -> Result<Server, sqlx::Error> {
-    let row = sqlx::query(
-        "select current_setting('server_version'), current_setting('server_version_num')::int4, current_user::text,
-                pg_is_in_recovery(), current_setting('fsync')::bool, current_setting('full_page_writes')::bool,
-                current_setting('synchronous_commit'), inet_server_port(), clock_timestamp(),
-                pg_has_role('pg_read_all_stats', 'usage')",
+    sqlx::query_as(
+        "select current_setting('server_version') as version, current_setting('server_version_num')::int4 as version_number,
+                current_user::text as role, pg_is_in_recovery() as standby, current_setting('fsync')::bool as fsync,
+                current_setting('full_page_writes')::bool as full_page_writes,
+                current_setting('synchronous_commit') as synchronous_commit, inet_server_port() as port,
+                clock_timestamp() as clock, pg_has_role('pg_read_all_stats', 'usage') as sees_others",
     )
     .fetch_one(connection)
-    .await?;
-    Ok(Server {
-        version: row.try_get(0)?,
-        version_number: row.try_get(1)?,
-        role: row.try_get(2)?,
-        standby: row.try_get(3)?,
-        fsync: row.try_get(4)?,
-        full_page_writes: row.try_get(5)?,
-        synchronous_commit: row.try_get(6)?,
-        port: row.try_get(7)?,
-        clock: time::at(&row, 8)?,
-        sees_others: row.try_get(9)?,
-    })
+    .await
 }
 
 /// The connections of the whole server.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, sqlx::FromRow)]
 pub struct Connections {
     /// How many there can be, those that are kept for superusers left out.
     pub limit: i64,
@@ -64,15 +53,14 @@ pub struct Connections {
 
 /// Counts them. Who has them and under which name every role may see.
 pub async fn connections(connection: &mut Session) -> Result<Connections, sqlx::Error> {
-    let row = sqlx::query(
+    sqlx::query_as(
         "select current_setting('max_connections')::bigint - current_setting('superuser_reserved_connections')::bigint
-                - coalesce(current_setting('reserved_connections', true)::bigint, 0),
-                count(usesysid), count(usesysid) filter (where application_name like 'aftercommit%')
+                - coalesce(current_setting('reserved_connections', true)::bigint, 0) as limit,
+                count(usesysid) as used, count(usesysid) filter (where application_name like 'aftercommit%') as ours
            from pg_stat_activity where datid is not null",
     )
     .fetch_one(connection)
-    .await?;
-    Ok(Connections { limit: row.try_get(0)?, used: row.try_get(1)?, ours: row.try_get(2)? })
+    .await
 }
 
 /// The servers to which the configuration does not ask for encryption although they are not on this machine.
@@ -86,7 +74,7 @@ pub fn configured_ports(config: &PostgresConfig) -> Result<Vec<u16>, Error> {
 }
 
 /// What of the schema is there, without reading any of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, sqlx::FromRow)]
 pub struct Tables {
     pub outbox: bool,
     pub migrations: bool,
@@ -96,16 +84,16 @@ pub struct Tables {
 
 /// Looks into the catalogue, which needs no right on the schema.
 pub async fn tables(connection: &mut Session) -> Result<Tables, sqlx::Error> {
-    let row = sqlx::query(
-        "select coalesce(bool_or(relname = 'outbox'), false), coalesce(bool_or(relname = 'migrations'), false),
+    sqlx::query_as(
+        "select coalesce(bool_or(relname = 'outbox'), false) as outbox,
+                coalesce(bool_or(relname = 'migrations'), false) as migrations,
                 coalesce(bool_or(relname = 'migrations' and has_schema_privilege(n.oid, 'usage')
-                                 and has_table_privilege(c.oid, 'select')), false)
+                                 and has_table_privilege(c.oid, 'select')), false) as readable
            from pg_class c join pg_namespace n on n.oid = c.relnamespace
           where n.nspname = 'aftercommit' and c.relkind = 'r'",
     )
     .fetch_one(connection)
-    .await?;
-    Ok(Tables { outbox: row.try_get(0)?, migrations: row.try_get(1)?, readable: row.try_get(2)? })
+    .await
 }
 
 /// Whether the role may do anything in the schema, so that no rights need to be counted.
@@ -120,66 +108,50 @@ pub async fn unlimited(connection: &mut Session) -> Result<bool, sqlx::Error> {
 }
 
 /// Transactions that were prepared for a two-phase commit in this database.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Prepared {
     pub count: i64,
     /// The oldest.
     pub gid: String,
     pub owner: String,
+    #[sqlx(try_from = "time::Seconds")]
     pub age: Duration,
 }
 
 /// None when there are none.
 pub async fn prepared(connection: &mut Session) -> Result<Option<Prepared>, sqlx::Error> {
-    let row = sqlx::query(
-        "select count(*) over (), gid, owner::text, greatest(extract(epoch from clock_timestamp() - prepared), 0)::float8
+    sqlx::query_as(
+        "select count(*) over () as count, gid, owner::text,
+                greatest(extract(epoch from clock_timestamp() - prepared), 0)::float8 as age
            from pg_prepared_xacts where database = current_database() order by prepared limit 1",
     )
     .fetch_optional(connection)
-    .await?;
-    row.map(|row| {
-        Ok(Prepared {
-            count: row.try_get(0)?,
-            gid: row.try_get(1)?,
-            owner: row.try_get(2)?,
-            age: time::span(row.try_get(3)?),
-        })
-    })
-    .transpose()
+    .await
 }
 
 /// An open transaction.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Transaction {
     pub pid: i32,
     pub role: String,
     pub application: String,
     pub state: String,
+    #[sqlx(try_from = "time::Seconds")]
     pub age: Duration,
 }
 
 /// The longest open transaction of this database that the role can see, our own left out.
 pub async fn longest_transaction(connection: &mut Session) -> Result<Option<Transaction>, sqlx::Error> {
-    let row = sqlx::query(
-        "select pid, coalesce(usename::text, ''), coalesce(application_name, ''), coalesce(state, ''),
-                greatest(extract(epoch from clock_timestamp() - xact_start), 0)::float8
+    sqlx::query_as(
+        "select pid, coalesce(usename::text, '') as role, coalesce(application_name, '') as application,
+                coalesce(state, '') as state, greatest(extract(epoch from clock_timestamp() - xact_start), 0)::float8 as age
            from pg_stat_activity
           where datname = current_database() and backend_type = 'client backend' and pid <> pg_backend_pid()
             and xact_start is not null
           order by xact_start limit 1",
     )
     .fetch_optional(connection)
-    .await?;
-    row.map(|row| {
-        Ok(Transaction {
-            pid: row.try_get(0)?,
-            role: row.try_get(1)?,
-            application: row.try_get(2)?,
-            state: row.try_get(3)?,
-            age: time::span(row.try_get(4)?),
-        })
-    })
-    .transpose()
+    .await
 }
 
 /// The age of the oldest event that the relay may remove once it is published; none without one.

@@ -3,7 +3,8 @@
 use std::collections::{HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
-use sqlx::Row;
+use sqlx::postgres::PgRow;
+use sqlx::{FromRow, Row};
 use uuid::Uuid;
 
 use super::session::Session;
@@ -22,28 +23,30 @@ pub struct Written {
     pub created_at: DateTime<Utc>,
 }
 
+impl FromRow<'_, PgRow> for Written {
+    fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
+        Ok(Self {
+            id: row.try_get("id")?,
+            xid: row.try_get::<&str, _>("xid")?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
+            event_type: row.try_get("type")?,
+            version: row.try_get("version")?,
+            key: row.try_get("key")?,
+            content_type: row.try_get("content_type")?,
+            payload_bytes: row.try_get("payload_bytes")?,
+            created_at: time::at(row, "created_at")?,
+        })
+    }
+}
+
 /// The event's row in the outbox; none when it was never committed, or was removed.
 pub async fn written(connection: &mut Session, event: Uuid) -> Result<Option<Written>, sqlx::Error> {
-    let row = sqlx::query(
-        "select id, xid::text, type, version, key, content_type, octet_length(payload), created_at
+    sqlx::query_as(
+        "select id, xid::text, type, version, key, content_type, octet_length(payload) as payload_bytes, created_at
            from aftercommit.outbox where event_id = $1",
     )
     .bind(event)
     .fetch_optional(connection)
-    .await?;
-    row.map(|row| {
-        Ok(Written {
-            id: row.try_get(0)?,
-            xid: row.try_get::<&str, _>(1)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
-            event_type: row.try_get(2)?,
-            version: row.try_get(3)?,
-            key: row.try_get(4)?,
-            content_type: row.try_get(5)?,
-            payload_bytes: row.try_get(6)?,
-            created_at: time::at(&row, 7)?,
-        })
-    })
-    .transpose()
+    .await
 }
 
 /// The payload in the outbox.
@@ -55,11 +58,13 @@ pub async fn payload(connection: &mut Session, event: Uuid) -> Result<Option<Vec
 }
 
 /// An event that was set aside, whatever became of it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, FromRow)]
 pub struct Aside {
     pub reason: String,
     pub state: String,
+    #[sqlx(try_from = "time::Time")]
     pub parked_at: DateTime<Utc>,
+    #[sqlx(try_from = "time::Time")]
     pub changed_at: DateTime<Utc>,
     /// Where it was published in the end.
     pub sequence: Option<i64>,
@@ -67,29 +72,19 @@ pub struct Aside {
 
 /// Whether the event was set aside.
 pub async fn aside(connection: &mut Session, event: Uuid) -> Result<Option<Aside>, sqlx::Error> {
-    let row = sqlx::query(
-        "select reason, state, parked_at, changed_at, sequence from aftercommit.parked where event_id = $1",
-    )
-    .bind(event)
-    .fetch_optional(connection)
-    .await?;
-    row.map(|row| {
-        Ok(Aside {
-            reason: row.try_get(0)?,
-            state: row.try_get(1)?,
-            parked_at: time::at(&row, 2)?,
-            changed_at: time::at(&row, 3)?,
-            sequence: row.try_get(4)?,
-        })
-    })
-    .transpose()
+    sqlx::query_as("select reason, state, parked_at, changed_at, sequence from aftercommit.parked where event_id = $1")
+        .bind(event)
+        .fetch_optional(connection)
+        .await
 }
 
 /// An event that a reconciler found missing in the stream.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, FromRow)]
 pub struct Repair {
     pub state: String,
+    #[sqlx(try_from = "time::Time")]
     pub queued_at: DateTime<Utc>,
+    #[sqlx(try_from = "time::MaybeTime")]
     pub published_at: Option<DateTime<Utc>>,
     /// Where it is in the stream now.
     pub sequence: Option<i64>,
@@ -99,23 +94,13 @@ pub struct Repair {
 
 /// Whether the event was found missing in the stream, and what became of that.
 pub async fn repair(connection: &mut Session, event: Uuid) -> Result<Option<Repair>, sqlx::Error> {
-    let row = sqlx::query(
+    sqlx::query_as(
         "select state, queued_at, published_at, sequence, reason from aftercommit.repair
           where outbox_id = (select id from aftercommit.outbox where event_id = $1)",
     )
     .bind(event)
     .fetch_optional(connection)
-    .await?;
-    row.map(|row| {
-        Ok(Repair {
-            state: row.try_get(0)?,
-            queued_at: time::at(&row, 1)?,
-            published_at: time::maybe_at(&row, 2)?,
-            sequence: row.try_get(3)?,
-            reason: row.try_get(4)?,
-        })
-    })
-    .transpose()
+    .await
 }
 
 /// What subscribers have, or will run, of the event: their dead letters' and redriven rows' payloads.
@@ -198,9 +183,49 @@ pub struct Letter {
     pub stream_seq: i64,
 }
 
+impl FromRow<'_, PgRow> for AtSubscriber {
+    fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
+        let done = match row.try_get("outcome")? {
+            Some(outcome) => {
+                Some(Done { outcome, at: time::at(row, "handled_at")?, stream_seq: row.try_get("stream_seq")? })
+            }
+            None => None,
+        };
+        let failing = match row.try_get("attempts")? {
+            Some(attempts) => Some(Failing {
+                attempts,
+                crashes: row.try_get("crashes")?,
+                last_error: row.try_get("last_error")?,
+                first_failed_at: time::at(row, "first_failed_at")?,
+                last_failed_at: time::at(row, "last_failed_at")?,
+                retry_at: time::maybe_at(row, "retry_at")?,
+            }),
+            None => None,
+        };
+        let letter = match row.try_get("letter")? {
+            Some(id) => Some(Letter {
+                id,
+                reason: row.try_get("reason")?,
+                attempts: row.try_get("letter_attempts")?,
+                first_failed_at: time::at(row, "letter_first_failed_at")?,
+                dead_at: time::at(row, "dead_at")?,
+                stream: row.try_get("stream")?,
+                stream_seq: row.try_get("letter_stream_seq")?,
+            }),
+            None => None,
+        };
+        let redrive = match time::maybe_at(row, "requested_at")? {
+            Some(at) => Some((at, row.try_get("requested_by")?)),
+            None => None,
+        };
+        let (subscriber, running) = (row.try_get("subscriber")?, row.try_get("running")?);
+        Ok(Self { subscriber, done, failing, letter, redrive, running })
+    }
+}
+
 /// What this database knows of the event, by subscriber.
 pub async fn at_subscribers(connection: &mut Session, event: Uuid) -> Result<Vec<AtSubscriber>, sqlx::Error> {
-    let rows = sqlx::query(
+    sqlx::query_as(
         "with running as (
             select r.subscriber from aftercommit.running r
               join aftercommit.lease l on l.name = 'subscriber:' || r.subscriber and l.epoch = r.epoch
@@ -216,8 +241,9 @@ pub async fn at_subscribers(connection: &mut Session, event: Uuid) -> Result<Vec
              union select subscriber from running)
          select name.subscriber, i.outcome, i.handled_at, i.stream_seq,
                 a.attempts, a.crashes, a.last_error, a.first_failed_at, a.last_failed_at,
-                d.id, d.reason, d.attempts, d.first_failed_at, d.dead_at, d.stream, d.stream_seq,
-                r.requested_at, r.requested_by, exists (select from running where running.subscriber = name.subscriber),
+                d.id as letter, d.reason, d.attempts as letter_attempts, d.first_failed_at as letter_first_failed_at,
+                d.dead_at, d.stream, d.stream_seq as letter_stream_seq, r.requested_at, r.requested_by,
+                exists (select from running where running.subscriber = name.subscriber) as running,
                 (select f.retry_at from aftercommit.failure f
                   where f.subscriber = name.subscriber and f.event_id = $1 and f.attempt = a.attempts
                   order by f.at desc limit 1)
@@ -230,43 +256,7 @@ pub async fn at_subscribers(connection: &mut Session, event: Uuid) -> Result<Vec
     )
     .bind(event)
     .fetch_all(connection)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            let done = match row.try_get(1)? {
-                Some(outcome) => Some(Done { outcome, at: time::at(row, 2)?, stream_seq: row.try_get(3)? }),
-                None => None,
-            };
-            let failing = match row.try_get(4)? {
-                Some(attempts) => Some(Failing {
-                    attempts,
-                    crashes: row.try_get(5)?,
-                    last_error: row.try_get(6)?,
-                    first_failed_at: time::at(row, 7)?,
-                    last_failed_at: time::at(row, 8)?,
-                    retry_at: time::maybe_at(row, 19)?,
-                }),
-                None => None,
-            };
-            let letter = match row.try_get(9)? {
-                Some(id) => Some(Letter {
-                    id,
-                    reason: row.try_get(10)?,
-                    attempts: row.try_get(11)?,
-                    first_failed_at: time::at(row, 12)?,
-                    dead_at: time::at(row, 13)?,
-                    stream: row.try_get(14)?,
-                    stream_seq: row.try_get(15)?,
-                }),
-                None => None,
-            };
-            let redrive = match time::maybe_at(row, 16)? {
-                Some(at) => Some((at, row.try_get(17)?)),
-                None => None,
-            };
-            Ok(AtSubscriber { subscriber: row.try_get(0)?, done, failing, letter, redrive, running: row.try_get(18)? })
-        })
-        .collect()
+    .await
 }
 
 /// What a subscriber's database knows of some events.
@@ -290,7 +280,7 @@ pub struct KnownFailing {
 /// What a subscriber is done with of `events`, and what fails.
 pub async fn known(connection: &mut Session, subscriber: &str, events: &[Uuid]) -> Result<Known, sqlx::Error> {
     let rows = sqlx::query(
-        "select e.event_id, i.event_id is not null, a.attempts, a.last_error,
+        "select e.event_id, i.event_id is not null as done, a.attempts, a.last_error,
                 (select f.retry_at from aftercommit.failure f
                   where f.subscriber = $1 and f.event_id = e.event_id and f.attempt = a.attempts
                   order by f.at desc limit 1)
@@ -304,12 +294,13 @@ pub async fn known(connection: &mut Session, subscriber: &str, events: &[Uuid]) 
     .await?;
     let mut known = Known::default();
     for row in &rows {
-        let event = row.try_get(0)?;
-        if row.try_get(1)? {
+        let event = row.try_get("event_id")?;
+        if row.try_get("done")? {
             known.done.insert(event);
         }
-        if let (Some(attempts), Some(last_error)) = (row.try_get(2)?, row.try_get(3)?) {
-            known.failing.insert(event, KnownFailing { attempts, last_error, retry_at: time::maybe_at(row, 4)? });
+        if let (Some(attempts), Some(last_error)) = (row.try_get("attempts")?, row.try_get("last_error")?) {
+            let retry_at = time::maybe_at(row, "retry_at")?;
+            known.failing.insert(event, KnownFailing { attempts, last_error, retry_at });
         }
     }
     Ok(known)

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use sqlx::Row;
 use uuid::Uuid;
 
 use super::session::Session;
@@ -15,13 +14,15 @@ const KEPT: i64 = 10;
 const LENGTH: usize = 500;
 
 /// A failed attempt.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Failure {
     pub subscriber: String,
     pub attempt: i32,
+    #[sqlx(try_from = "time::Time")]
     pub at: DateTime<Utc>,
     pub error: String,
     /// The next attempt does not begin before.
+    #[sqlx(try_from = "time::Time")]
     pub retry_at: DateTime<Utc>,
 }
 
@@ -58,24 +59,13 @@ pub async fn write(
 
 /// The failed attempts of an event that are on record, by subscriber and time.
 pub async fn of(connection: &mut Session, event: Uuid) -> Result<Vec<Failure>, sqlx::Error> {
-    let rows = sqlx::query(
+    sqlx::query_as(
         "select subscriber, attempt, at, error, retry_at from aftercommit.failure where event_id = $1
           order by subscriber, at",
     )
     .bind(event)
     .fetch_all(connection)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            Ok(Failure {
-                subscriber: row.try_get(0)?,
-                attempt: row.try_get(1)?,
-                at: time::at(row, 2)?,
-                error: row.try_get(3)?,
-                retry_at: time::at(row, 4)?,
-            })
-        })
-        .collect()
+    .await
 }
 
 /// Forgets up to `limit` attempts of a subscriber that failed before `age` ago. Returns how many.

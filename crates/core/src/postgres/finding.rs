@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use sqlx::Row;
 use uuid::Uuid;
 
 use super::session::{Session, Tx};
@@ -178,25 +177,29 @@ pub struct Wanted<'a> {
 }
 
 /// A finding with what has become of it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Entry {
     pub id: i64,
+    #[sqlx(rename = "name")]
     pub reconciler: String,
     pub kind: String,
     pub item: String,
     pub event_id: Option<Uuid>,
     pub key: Option<String>,
+    #[sqlx(rename = "stream_seq")]
     pub stream_sequence: Option<i64>,
     pub detail: String,
     pub state: String,
+    #[sqlx(try_from = "time::Time")]
     pub found_at: DateTime<Utc>,
+    #[sqlx(try_from = "time::MaybeTime")]
     pub settled_at: Option<DateTime<Utc>>,
     pub last_run: i64,
 }
 
 /// The last `limit` of the wanted ones, the oldest first.
 pub async fn list(session: &mut Session, wanted: &Wanted<'_>, limit: i64) -> Result<Vec<Entry>, sqlx::Error> {
-    let rows = sqlx::query(
+    sqlx::query_as(
         "select * from (
             select id, name, kind, item, event_id, key, stream_seq, detail, state, found_at, settled_at, last_run
               from aftercommit.finding
@@ -210,25 +213,7 @@ pub async fn list(session: &mut Session, wanted: &Wanted<'_>, limit: i64) -> Res
     .bind(wanted.settled)
     .bind(limit)
     .fetch_all(session)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            Ok(Entry {
-                id: row.try_get(0)?,
-                reconciler: row.try_get(1)?,
-                kind: row.try_get(2)?,
-                item: row.try_get(3)?,
-                event_id: row.try_get(4)?,
-                key: row.try_get(5)?,
-                stream_sequence: row.try_get(6)?,
-                detail: row.try_get(7)?,
-                state: row.try_get(8)?,
-                found_at: time::at(row, 9)?,
-                settled_at: time::maybe_at(row, 10)?,
-                last_run: row.try_get(11)?,
-            })
-        })
-        .collect()
+    .await
 }
 
 /// Deletes what was settled longer than `age` ago, at most `limit` rows.

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use sqlx::{Executor, Row as _};
+use sqlx::Executor;
 use uuid::Uuid;
 
 use super::dead_letter::storable;
@@ -71,7 +71,16 @@ pub struct Entered {
 /// that is handling one of them right now. An event that was sent back is neither new nor held as long as its row waits:
 /// it runs from there.
 pub async fn insert(tx: &mut Tx<'_>, marker: Marker<'_>, events: &[Row]) -> Result<Entered, sqlx::Error> {
-    let rows = sqlx::query(
+    /// An event that is new, or held, or suspected.
+    #[derive(sqlx::FromRow)]
+    struct Found {
+        event_id: Uuid,
+        attempts: Option<i32>,
+        held: bool,
+        suspected: bool,
+        transaction: Option<String>,
+    }
+    let found: Vec<Found> = sqlx::query_as(
         "with event as (
             select event_id, stream_seq, sequence,
                    exists (select from aftercommit.redrive r
@@ -96,7 +105,8 @@ pub async fn insert(tx: &mut Tx<'_>, marker: Marker<'_>, events: &[Row]) -> Resu
              where subscriber operator(pg_catalog.=) $1 and epoch operator(pg_catalog.=) $6
                and lane operator(pg_catalog.=) $7
             returning lane)
-         select fresh.event_id, attempt.attempts, false, false, pg_catalog.pg_current_xact_id()::pg_catalog.text
+         select fresh.event_id, attempt.attempts, false as held, false as suspected,
+                pg_catalog.pg_current_xact_id()::pg_catalog.text as transaction
            from fresh left join aftercommit.attempt
              on attempt.subscriber operator(pg_catalog.=) $1 and attempt.event_id operator(pg_catalog.=) fresh.event_id
          union all
@@ -114,13 +124,13 @@ pub async fn insert(tx: &mut Tx<'_>, marker: Marker<'_>, events: &[Row]) -> Resu
     .fetch_all(tx)
     .await?;
     let mut entered = Entered::default();
-    for row in &rows {
-        match (row.try_get(2)?, row.try_get(3)?) {
-            (_, true) => entered.suspected.push(row.try_get(0)?),
-            (true, _) => entered.held.push(row.try_get(0)?),
+    for Found { event_id, attempts, held, suspected, transaction } in found {
+        match (held, suspected) {
+            (_, true) => entered.suspected.push(event_id),
+            (true, _) => entered.held.push(event_id),
             (false, _) => {
-                entered.transaction = row.try_get::<Option<&str>, _>(4)?.and_then(|id| id.parse().ok());
-                entered.fresh.push((row.try_get(0)?, row.try_get(1)?));
+                entered.transaction = transaction.and_then(|id| id.parse().ok());
+                entered.fresh.push((event_id, attempts));
             }
         }
     }

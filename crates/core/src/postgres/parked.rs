@@ -2,8 +2,7 @@
 
 use std::collections::HashSet;
 
-use sqlx::postgres::PgRow;
-use sqlx::{PgExecutor, Row};
+use sqlx::PgExecutor;
 use uuid::Uuid;
 
 use super::fence::{Written, leading};
@@ -220,7 +219,7 @@ pub async fn count(connection: &mut Session) -> Result<i64, sqlx::Error> {
 }
 
 /// What is parked, in short.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, sqlx::FromRow)]
 pub struct Summary {
     /// Those that the stream would not take.
     pub events: i64,
@@ -234,62 +233,42 @@ pub struct Summary {
 
 /// What is parked, without what is on its way out.
 pub async fn summary(connection: &mut Session) -> Result<Summary, sqlx::Error> {
-    let row = sqlx::query(
-        "select count(*) filter (where code is not null), count(*) filter (where code is null),
-                case when count(*) > 0 then greatest(extract(epoch from clock_timestamp()) - extract(epoch from min(parked_at)), 0)::float8 end,
+    sqlx::query_as(
+        "select count(*) filter (where code is not null) as events, count(*) filter (where code is null) as behind,
+                case when count(*) > 0 then greatest(extract(epoch from clock_timestamp()) - extract(epoch from min(parked_at)), 0)::float8 end
+                    as oldest_seconds,
                 (select reason from aftercommit.parked
-                  where state = 'parked' and code is not null order by outbox_id limit 1)
+                  where state = 'parked' and code is not null order by outbox_id limit 1) as reason
            from aftercommit.parked where state = 'parked'",
     )
     .fetch_one(connection)
-    .await?;
-    Ok(Summary {
-        events: row.try_get(0)?,
-        behind: row.try_get(1)?,
-        oldest_seconds: row.try_get(2)?,
-        reason: row.try_get(3)?,
-    })
+    .await
 }
 
 /// A parked event as an operator sees it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct ParkedEvent {
     pub outbox_id: i64,
     pub event_id: Uuid,
+    #[sqlx(rename = "type")]
     pub event_type: String,
     pub key: Option<String>,
     pub code: Option<i64>,
     pub reason: String,
     pub state: String,
+    #[sqlx(try_from = "time::Time")]
     pub parked_at: chrono::DateTime<chrono::Utc>,
-}
-
-impl ParkedEvent {
-    /// From a row with the columns in this order.
-    pub(super) fn of(row: &PgRow) -> Result<Self, sqlx::Error> {
-        Ok(Self {
-            outbox_id: row.try_get(0)?,
-            event_id: row.try_get(1)?,
-            event_type: row.try_get(2)?,
-            key: row.try_get(3)?,
-            code: row.try_get(4)?,
-            reason: row.try_get(5)?,
-            state: row.try_get(6)?,
-            parked_at: time::at(row, 7)?,
-        })
-    }
 }
 
 /// The events that are parked or on their way out, in outbox order.
 pub async fn list(connection: &mut Session, limit: i64) -> Result<Vec<ParkedEvent>, sqlx::Error> {
-    let rows = sqlx::query(
+    sqlx::query_as(
         "select outbox_id, event_id, type, key, code, reason, state, parked_at from aftercommit.parked
           where state in ('parked', 'released') order by outbox_id limit $1",
     )
     .bind(limit)
     .fetch_all(connection)
-    .await?;
-    rows.iter().map(ParkedEvent::of).collect()
+    .await
 }
 
 /// Lets a parked event go, or gives it up, and with it what waits behind it. Returns how many were let go and whether

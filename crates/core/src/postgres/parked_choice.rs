@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use sqlx::postgres::PgArguments;
 use sqlx::query::Query;
-use sqlx::{Postgres, Row};
+use sqlx::{FromRow, Postgres, Row};
 use uuid::Uuid;
 
 use super::parked::ParkedEvent;
@@ -59,11 +59,11 @@ pub async fn list(connection: &mut Session, choice: &Choice, limit: i64) -> Resu
         chosen!(),
         " order by outbox_id limit $8"
     ));
-    choice.bind(query).bind(limit).fetch_all(connection).await?.iter().map(ParkedEvent::of).collect()
+    choice.bind(query).bind(limit).fetch_all(connection).await?.iter().map(ParkedEvent::from_row).collect()
 }
 
 /// How many events are chosen.
 pub async fn count(connection: &mut Session, choice: &Choice) -> Result<i64, sqlx::Error> {
     let row = choice.bind(sqlx::query(concat!("select count(*)", chosen!()))).fetch_one(connection).await?;
-    row.try_get(0)
+    row.try_get("count")
 }

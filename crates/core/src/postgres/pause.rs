@@ -1,8 +1,7 @@
 //! What operators have switched off.
 
 use chrono::{DateTime, Utc};
-use sqlx::postgres::PgRow;
-use sqlx::{PgExecutor, Row};
+use sqlx::PgExecutor;
 
 use super::session::{Session, Tx};
 use super::time;
@@ -24,8 +23,8 @@ pub async fn pause(tx: &mut Tx<'_>, name: &str, who: &str, reason: Option<&str>)
         .await?
         .rows_affected()
         == 1;
-    let before =
-        sqlx::query("select name, paused_at, paused_by, reason from aftercommit.pause where name = $1 for update")
+    let before: Option<Pause> =
+        sqlx::query_as("select name, paused_at, paused_by, reason from aftercommit.pause where name = $1 for update")
             .bind(name)
             .fetch_optional(&mut *tx)
             .await?;
@@ -39,7 +38,7 @@ pub async fn pause(tx: &mut Tx<'_>, name: &str, who: &str, reason: Option<&str>)
     .bind(new)
     .execute(tx)
     .await?;
-    before.as_ref().filter(|_| !new).map(read).transpose()
+    Ok(before.filter(|_| !new))
 }
 
 /// Resumes. False when it was not paused.
@@ -49,33 +48,29 @@ pub async fn resume(connection: impl PgExecutor<'_>, name: &str) -> Result<bool,
 }
 
 /// Something that is switched off.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Pause {
     pub name: String,
+    #[sqlx(rename = "paused_at", try_from = "time::Time")]
     pub since: DateTime<Utc>,
+    #[sqlx(rename = "paused_by")]
     pub by: String,
     pub reason: Option<String>,
 }
 
 /// The first of these names that is paused.
 pub async fn first(connection: &mut Session, names: &[&str]) -> Result<Option<Pause>, sqlx::Error> {
-    let row = sqlx::query(
+    sqlx::query_as(
         "select name, paused_at, paused_by, reason from aftercommit.pause where name = any($1) order by name limit 1",
     )
     .bind(names)
     .fetch_optional(connection)
-    .await?;
-    row.as_ref().map(read).transpose()
+    .await
 }
 
 /// All that is switched off, by name.
 pub async fn list(connection: impl PgExecutor<'_>) -> Result<Vec<Pause>, sqlx::Error> {
-    let rows = sqlx::query("select name, paused_at, paused_by, reason from aftercommit.pause order by name")
+    sqlx::query_as("select name, paused_at, paused_by, reason from aftercommit.pause order by name")
         .fetch_all(connection)
-        .await?;
-    rows.iter().map(read).collect()
-}
-
-fn read(row: &PgRow) -> Result<Pause, sqlx::Error> {
-    Ok(Pause { name: row.try_get(0)?, since: time::at(row, 1)?, by: row.try_get(2)?, reason: row.try_get(3)? })
+        .await
 }

@@ -3,8 +3,8 @@
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
-use sqlx::Row;
 use sqlx::postgres::PgRow;
+use sqlx::{FromRow, Row};
 
 use super::relay_log;
 use super::session::Session;
@@ -67,7 +67,7 @@ impl Place {
     }
 }
 
-/// The columns of a place, as [`place`] reads them.
+/// The columns of a place, as it is read from them.
 macro_rules! columns {
     () => {
         "seq, settled::text, settled_id, settled_xid::text, settled_floor, base_sequence"
@@ -80,14 +80,14 @@ pub async fn first(connection: &mut Session, stream: &str) -> Result<Option<Plac
     let row = sqlx::query(concat!(
         "select ",
         columns!(),
-        ", exists (select from aftercommit.relay_log other where other.stream <> $1 and other.seq < l.seq)
+        ", exists (select from aftercommit.relay_log other where other.stream <> $1 and other.seq < l.seq) as moved
            from aftercommit.relay_log l where stream = $1 order by seq limit 1"
     ))
     .bind(stream)
     .fetch_optional(connection)
     .await?;
     let Some(row) = row else { return Ok(None) };
-    Ok(Some(if row.try_get(6)? { place(&row)? } else { Place::beginning() }))
+    Ok(Some(if row.try_get("moved")? { Place::from_row(&row)? } else { Place::beginning() }))
 }
 
 /// The next place behind `from`, at most `messages` further in the stream if there is one so near, and not behind the
@@ -99,7 +99,7 @@ pub async fn next(
     messages: u64,
     until: i64,
 ) -> Result<Option<Place>, sqlx::Error> {
-    let row = sqlx::query(concat!(
+    sqlx::query_as(concat!(
         "(select ",
         columns!(),
         " from aftercommit.relay_log
@@ -115,13 +115,12 @@ pub async fn next(
     .bind(from.sequence.saturating_add(messages).cast_signed())
     .bind(until)
     .fetch_optional(connection)
-    .await?;
-    row.as_ref().map(place).transpose()
+    .await
 }
 
 /// The lowest place to which the relay went back since `from`, because the stream had lost its end.
 pub async fn gone_back(connection: &mut Session, stream: &str, from: &Place) -> Result<Option<Place>, sqlx::Error> {
-    let row = sqlx::query(concat!(
+    sqlx::query_as(concat!(
         "select ",
         columns!(),
         " from aftercommit.relay_log
@@ -131,13 +130,12 @@ pub async fn gone_back(connection: &mut Session, stream: &str, from: &Place) -> 
     .bind(from.seq)
     .bind(from.sequence.cast_signed())
     .fetch_optional(connection)
-    .await?;
-    row.as_ref().map(place).transpose()
+    .await
 }
 
 /// The newest place whose settled events lie at or before `sequence` in the stream.
 pub async fn at(connection: &mut Session, stream: &str, sequence: u64) -> Result<Option<Place>, sqlx::Error> {
-    let row = sqlx::query(concat!(
+    sqlx::query_as(concat!(
         "select ",
         columns!(),
         " from aftercommit.relay_log where stream = $1 and base_sequence <= $2 order by seq desc limit 1"
@@ -145,8 +143,7 @@ pub async fn at(connection: &mut Session, stream: &str, sequence: u64) -> Result
     .bind(stream)
     .bind(sequence.cast_signed())
     .fetch_optional(connection)
-    .await?;
-    row.as_ref().map(place).transpose()
+    .await
 }
 
 /// A time up to which the place holds whatever was committed: when its mark was taken. None when the log has
@@ -171,12 +168,14 @@ pub async fn now(connection: &mut Session) -> Result<DateTime<Utc>, sqlx::Error>
     sqlx::query_scalar("select clock_timestamp()").fetch_one(connection).await
 }
 
-fn place(row: &PgRow) -> Result<Place, sqlx::Error> {
-    Ok(Place {
-        seq: row.try_get(0)?,
-        mark: relay_log::mark(row, 1, row.try_get(4)?)?,
-        sequence: row.try_get::<i64, _>(5)?.cast_unsigned(),
-    })
+impl FromRow<'_, PgRow> for Place {
+    fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
+        Ok(Self {
+            seq: row.try_get("seq")?,
+            mark: relay_log::mark(row, ["settled", "settled_id", "settled_xid"], row.try_get("settled_floor")?)?,
+            sequence: row.try_get::<i64, _>("base_sequence")?.cast_unsigned(),
+        })
+    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
-use sqlx::Row;
 use sqlx::types::Json;
 
 use super::session::{Session, Tx};
@@ -160,6 +159,7 @@ async fn begin_in(tx: &mut Tx<'_>, new: &NewRun<'_>, wait: impl Fn(i32) -> Durat
     Ok(Begun::Run(RunRow { id, scope: scope.into(), position: state.position, failures }))
 }
 
+#[derive(sqlx::FromRow)]
 struct State {
     failures: i32,
     position: Value,
@@ -174,24 +174,16 @@ async fn lock(tx: &mut Tx<'_>, new: &NewRun<'_>) -> Result<State, sqlx::Error> {
         .bind(new.name)
         .execute(&mut *tx)
         .await?;
-    let row = sqlx::query(
+    sqlx::query_as(
         "select failures, position,
-                (extract(epoch from clock_timestamp()) - extract(epoch from last_success_at))::float8,
-                (extract(epoch from clock_timestamp()) - extract(epoch from full_sweep_at))::float8,
-                (extract(epoch from retry_at) - extract(epoch from clock_timestamp()))::float8
+                (extract(epoch from clock_timestamp()) - extract(epoch from last_success_at))::float8 as since_success,
+                (extract(epoch from clock_timestamp()) - extract(epoch from full_sweep_at))::float8 as since_full,
+                (extract(epoch from retry_at) - extract(epoch from clock_timestamp()))::float8 as retry_in
            from aftercommit.reconciler where name = $1 for update",
     )
     .bind(new.name)
     .fetch_one(tx)
-    .await?;
-    let Json(position) = row.try_get(1)?;
-    Ok(State {
-        failures: row.try_get(0)?,
-        position,
-        since_success: row.try_get(2)?,
-        since_full: row.try_get(3)?,
-        retry_in: row.try_get(4)?,
-    })
+    .await
 }
 
 /// Closes runs whose process gives no sign of life any more, and returns how many of them were not for single keys. One

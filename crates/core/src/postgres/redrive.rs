@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 use sqlx::postgres::PgRow;
 use sqlx::types::Json;
-use sqlx::{Row, query, query_scalar};
+use sqlx::{FromRow, Row, query_as, query_scalar};
 use uuid::Uuid;
 
 use crate::envelope::Envelope;
@@ -14,7 +14,7 @@ use super::session::{Session, Tx};
 use super::time;
 
 /// A row that waits, without its event.
-#[derive(Debug)]
+#[derive(Debug, FromRow)]
 pub struct Waiting {
     pub id: i64,
     pub event_id: Uuid,
@@ -38,25 +38,20 @@ pub async fn waiting(
     after: i64,
     limit: i64,
 ) -> Result<Vec<Waiting>, sqlx::Error> {
-    let rows = query(
-        "select id, event_id, key from aftercommit.redrive where subscriber = $1 and id > $2 order by id limit $3",
-    )
-    .bind(subscriber)
-    .bind(after)
-    .bind(limit)
-    .fetch_all(connection)
-    .await?;
-    rows.iter()
-        .map(|row| Ok(Waiting { id: row.try_get(0)?, event_id: row.try_get(1)?, key: row.try_get(2)? }))
-        .collect()
+    query_as("select id, event_id, key from aftercommit.redrive where subscriber = $1 and id > $2 order by id limit $3")
+        .bind(subscriber)
+        .bind(after)
+        .bind(limit)
+        .fetch_all(connection)
+        .await
 }
 
 /// Reads the events of rows, by their ids: at least one, and as many as begin within `max_bytes` of payload. Rows that
 /// are gone are left out.
 pub async fn read(connection: &mut Session, ids: &[i64], max_bytes: usize) -> Result<Vec<Redriven>, sqlx::Error> {
-    let rows = query(
+    query_as(
         "select id, event_id, type, version, key, source, time, sequence, headers,
-                case when bytes_before < $2 then payload end, content_type, stream, stream_seq
+                case when bytes_before < $2 then payload end as payload, content_type, stream, stream_seq
            from (select *, sum(octet_length(payload)) over (order by id) - octet_length(payload) as bytes_before
                    from aftercommit.redrive where id = any($1)) as wanted
           order by id",
@@ -64,29 +59,31 @@ pub async fn read(connection: &mut Session, ids: &[i64], max_bytes: usize) -> Re
     .bind(ids)
     .bind(i64::try_from(max_bytes).unwrap_or(i64::MAX))
     .fetch_all(connection)
-    .await?;
-    rows.iter().map(redriven).collect()
+    .await
 }
 
-fn redriven(row: &PgRow) -> Result<Redriven, sqlx::Error> {
-    let payload: Option<Vec<u8>> = row.try_get(9)?;
-    let event = match payload {
-        Some(payload) => Some(Envelope {
-            id: row.try_get::<Uuid, _>(1)?.into(),
-            event_type: row.try_get(2)?,
-            version: row.try_get::<i32, _>(3)?.try_into().unwrap_or(0),
-            key: row.try_get(4)?,
-            source: row.try_get(5)?,
-            time: time::at(row, 6)?,
-            sequence: row.try_get::<Option<i64>, _>(7)?.unwrap_or(0),
-            headers: headers(row.try_get::<Json<Value>, _>(8)?.0),
-            content_type: row.try_get(10)?,
-            payload: payload.into(),
-            replaces: Vec::new(),
-        }),
-        None => None,
-    };
-    Ok(Redriven { id: row.try_get(0)?, event, stream: row.try_get(11)?, stream_seq: row.try_get(12)? })
+impl FromRow<'_, PgRow> for Redriven {
+    fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
+        let payload: Option<Vec<u8>> = row.try_get("payload")?;
+        let event = match payload {
+            Some(payload) => Some(Envelope {
+                id: row.try_get::<Uuid, _>("event_id")?.into(),
+                event_type: row.try_get("type")?,
+                version: row.try_get::<i32, _>("version")?.try_into().unwrap_or(0),
+                key: row.try_get("key")?,
+                source: row.try_get("source")?,
+                time: time::at(row, "time")?,
+                sequence: row.try_get::<Option<i64>, _>("sequence")?.unwrap_or(0),
+                headers: headers(row.try_get::<Json<Value>, _>("headers")?.0),
+                content_type: row.try_get("content_type")?,
+                payload: payload.into(),
+                replaces: Vec::new(),
+            }),
+            None => None,
+        };
+        let (id, stream) = (row.try_get("id")?, row.try_get("stream")?);
+        Ok(Self { id, event, stream, stream_seq: row.try_get("stream_seq")? })
+    }
 }
 
 /// Headers are text; whatever else an operator's edit made of one is shown as JSON, so that no row is unreadable.

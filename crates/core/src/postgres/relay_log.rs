@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use sqlx::postgres::PgRow;
-use sqlx::{PgExecutor, Row};
+use sqlx::{FromRow, PgExecutor, Row};
 
 use super::session::{Session, Tx};
 use super::snapshot::Mark;
@@ -10,7 +10,7 @@ use super::time;
 use super::{parked, repair};
 use crate::fault;
 
-/// The columns of a state, as [`state`] reads them.
+/// The columns of a state, as [`State`] is read from them.
 macro_rules! columns {
     () => {
         "seq, settled::text, settled_id, settled_xid::text, settled_floor, target::text, target_id,
@@ -61,15 +61,14 @@ pub enum Appended {
 
 /// The newest state.
 pub async fn newest(connection: &mut Session) -> Result<State, sqlx::Error> {
-    let row = sqlx::query(concat!("select ", columns!(), " from aftercommit.relay_log order by seq desc limit 1"))
+    sqlx::query_as(concat!("select ", columns!(), " from aftercommit.relay_log order by seq desc limit 1"))
         .fetch_one(connection)
-        .await?;
-    state(&row)
+        .await
 }
 
 /// The newest state whose base lies at or before `sequence` in `stream`.
 pub async fn newest_at(connection: &mut Session, stream: &str, sequence: u64) -> Result<Option<State>, sqlx::Error> {
-    let row = sqlx::query(concat!(
+    sqlx::query_as(concat!(
         "select ",
         columns!(),
         " from aftercommit.relay_log where stream = $1 and base_sequence <= $2 order by seq desc limit 1"
@@ -77,8 +76,7 @@ pub async fn newest_at(connection: &mut Session, stream: &str, sequence: u64) ->
     .bind(stream)
     .bind(sequence.cast_signed())
     .fetch_optional(connection)
-    .await?;
-    row.as_ref().map(state).transpose()
+    .await
 }
 
 /// Appends the same state under a new epoch. From then on no earlier leader can append. After a change of the timeline,
@@ -86,7 +84,7 @@ pub async fn newest_at(connection: &mut Session, stream: &str, sequence: u64) ->
 /// which was written behind those that it rests on, is the last that is surely shared.
 pub async fn take_over(connection: &mut Session, after: &State, epoch: i64) -> Result<Appended, sqlx::Error> {
     appended(
-        sqlx::query(concat!(
+        sqlx::query_as(concat!(
             "insert into aftercommit.relay_log
                     (seq, epoch, settled, settled_id, settled_xid, settled_floor, target, target_id, target_xid, cut,
                      floor, stream, stream_created, base_sequence, scattered, system_identifier)
@@ -148,7 +146,7 @@ async fn open_window_in(
     opening: Opening,
 ) -> Result<Appended, sqlx::Error> {
     appended(
-        sqlx::query(concat!(
+        sqlx::query_as(concat!(
             "with durable as materialized (
                  select set_config('synchronous_commit',
                      case when current_setting('synchronous_commit') in ('off', 'local') then 'on'
@@ -198,7 +196,7 @@ async fn open_window_in(
 /// Closes the open window: everything up to its target is handled, and lies in the stream at or before `base`.
 pub async fn settle(connection: &mut Session, after: &State, base: &Base) -> Result<Appended, sqlx::Error> {
     appended(
-        sqlx::query(concat!(
+        sqlx::query_as(concat!(
             "insert into aftercommit.relay_log
                     (seq, epoch, settled, settled_id, settled_xid, settled_floor, floor, stream, stream_created,
                      base_sequence, system_identifier)
@@ -228,7 +226,7 @@ pub async fn go_back(
 ) -> Result<Appended, sqlx::Error> {
     let mut tx = connection.begin().await?;
     let back = appended(
-        sqlx::query(concat!(
+        sqlx::query_as(concat!(
             "insert into aftercommit.relay_log
                     (seq, epoch, settled, settled_id, settled_xid, settled_floor, floor, stream, stream_created,
                      base_sequence, scattered, system_identifier)
@@ -267,9 +265,9 @@ pub(super) async fn forget(tx: &mut Tx<'_>, after: i64, before: i64) -> Result<(
 }
 
 /// What came of inserting a state behind another one.
-pub(super) fn appended(result: Result<PgRow, sqlx::Error>) -> Result<Appended, sqlx::Error> {
+pub(super) fn appended(result: Result<State, sqlx::Error>) -> Result<Appended, sqlx::Error> {
     match result {
-        Ok(row) => state(&row).map(Box::new).map(Appended::Yes),
+        Ok(state) => Ok(Appended::Yes(Box::new(state))),
         // Its successor is there, or the state itself was left behind and removed, or is of another timeline.
         Err(sqlx::Error::Database(error)) if error.is_unique_violation() => Ok(Appended::Fenced),
         Err(sqlx::Error::RowNotFound) => Ok(Appended::Fenced),
@@ -277,36 +275,40 @@ pub(super) fn appended(result: Result<PgRow, sqlx::Error>) -> Result<Appended, s
     }
 }
 
-fn state(row: &PgRow) -> Result<State, sqlx::Error> {
-    let floor: i64 = row.try_get(8)?;
-    let target = match row.try_get::<Option<i64>, _>(6)? {
-        Some(_) => Some(mark(row, 5, floor)?),
-        None => None,
-    };
-    let base = match row.try_get::<Option<String>, _>(9)? {
-        Some(stream) => {
-            Some(Base { stream, created: time::at(row, 10)?, sequence: row.try_get::<i64, _>(11)?.cast_unsigned() })
-        }
-        None => None,
-    };
-    Ok(State {
-        seq: row.try_get(0)?,
-        settled: mark(row, 1, row.try_get(4)?)?,
-        target,
-        base,
-        scattered: row.try_get(12)?,
-        system_identifier: row.try_get(13)?,
-        created_at: time::at(row, 14)?,
-        timeline: row.try_get(15)?,
-    })
+impl FromRow<'_, PgRow> for State {
+    fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
+        let floor = row.try_get("floor")?;
+        let target = match row.try_get::<Option<i64>, _>("target_id")? {
+            Some(_) => Some(mark(row, ["target", "target_id", "target_xid"], floor)?),
+            None => None,
+        };
+        let base = match row.try_get("stream")? {
+            Some(stream) => Some(Base {
+                stream,
+                created: time::at(row, "stream_created")?,
+                sequence: row.try_get::<i64, _>("base_sequence")?.cast_unsigned(),
+            }),
+            None => None,
+        };
+        Ok(Self {
+            seq: row.try_get("seq")?,
+            settled: mark(row, ["settled", "settled_id", "settled_xid"], row.try_get("settled_floor")?)?,
+            target,
+            base,
+            scattered: row.try_get("scattered")?,
+            system_identifier: row.try_get("system_identifier")?,
+            created_at: time::at(row, "created_at")?,
+            timeline: row.try_get("timeline")?,
+        })
+    }
 }
 
-/// The mark in three columns from `at` on.
-pub(super) fn mark(row: &PgRow, at: usize, floor: i64) -> Result<Mark, sqlx::Error> {
+/// The mark in three columns: its snapshot and the next transaction's id, both as text, and between them the last id.
+pub(super) fn mark(row: &PgRow, [snapshot, last_id, next_xid]: [&str; 3], floor: i64) -> Result<Mark, sqlx::Error> {
     Ok(Mark {
-        snapshot: row.try_get::<&str, _>(at)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
-        last_id: row.try_get(at + 1)?,
-        next_xid: row.try_get::<&str, _>(at + 2)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
+        snapshot: row.try_get::<&str, _>(snapshot)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
+        last_id: row.try_get(last_id)?,
+        next_xid: row.try_get::<&str, _>(next_xid)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
         floor,
     })
 }

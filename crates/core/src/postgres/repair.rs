@@ -1,6 +1,5 @@
 //! Repairs of the stream: events that the leading relay publishes again, because the stream does not hold them.
 
-use sqlx::Row;
 use uuid::Uuid;
 
 use super::fence::{Written, leading};
@@ -9,7 +8,7 @@ use super::place::Place;
 use super::session::{Session, Tx};
 
 /// A repair that waits for the relay.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
 pub struct Queued {
     pub outbox_id: i64,
     pub event_id: Uuid,
@@ -102,11 +101,17 @@ pub async fn next(
     block: bool,
     limit: i64,
 ) -> Result<Vec<(Queued, bool)>, sqlx::Error> {
-    let rows = sqlx::query(
+    #[derive(sqlx::FromRow)]
+    struct Next {
+        #[sqlx(flatten)]
+        queued: Queued,
+        may_go: bool,
+    }
+    let next: Vec<Next> = sqlx::query_as(
         "select outbox_id, event_id, times, replaces,
                 not ($2 and exists (select from aftercommit.repair earlier
                                      where earlier.state = 'refused' and earlier.key = r.key
-                                       and earlier.outbox_id < r.outbox_id))
+                                       and earlier.outbox_id < r.outbox_id)) as may_go
            from (select * from aftercommit.repair
                   where state = 'queued' and outbox_id > $1 order by outbox_id limit $3) as r
           where aftercommit.reads_up_to(pg_current_snapshot())
@@ -117,13 +122,7 @@ pub async fn next(
     .bind(limit)
     .fetch_all(connection)
     .await?;
-    rows.iter()
-        .map(|row| {
-            let (outbox_id, event_id) = (row.try_get(0)?, row.try_get(1)?);
-            let queued = Queued { outbox_id, event_id, times: row.try_get(2)?, replaces: row.try_get(3)? };
-            Ok((queued, row.try_get(4)?))
-        })
-        .collect()
+    Ok(next.into_iter().map(|Next { queued, may_go }| (queued, may_go)).collect())
 }
 
 /// Records where repairs are in the stream. One that is not queued stays as it is.

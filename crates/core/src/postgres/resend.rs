@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use serde_json::json;
-use sqlx::Row;
 use sqlx::types::Json;
 use uuid::Uuid;
 
@@ -263,7 +262,7 @@ pub async fn open(
 }
 
 /// A dead letter that nobody has decided about.
-#[derive(Debug)]
+#[derive(Debug, sqlx::FromRow)]
 pub struct OldLetter {
     pub id: i64,
     pub event_id: Uuid,
@@ -279,26 +278,15 @@ pub async fn dead_longer(
     subscriber: &str,
     limit: Duration,
 ) -> Result<Vec<OldLetter>, sqlx::Error> {
-    let rows = sqlx::query(
-        "select id, event_id, key, stream_seq, (extract(epoch from clock_timestamp()) - extract(epoch from dead_at))::float8,
-                left(reason, 200)
+    sqlx::query_as(
+        "select id, event_id, key, stream_seq, (extract(epoch from clock_timestamp()) - extract(epoch from dead_at))::float8
+                    as for_seconds,
+                left(reason, 200) as reason
            from aftercommit.dead_letter
           where subscriber = $1 and dead_at < clock_timestamp() - make_interval(secs => $2) order by id limit 1000",
     )
     .bind(subscriber)
     .bind(limit.as_secs_f64())
     .fetch_all(session)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            Ok(OldLetter {
-                id: row.try_get(0)?,
-                event_id: row.try_get(1)?,
-                key: row.try_get(2)?,
-                stream_seq: row.try_get(3)?,
-                for_seconds: row.try_get(4)?,
-                reason: row.try_get(5)?,
-            })
-        })
-        .collect()
+    .await
 }

@@ -43,7 +43,7 @@ pub async fn settle_nothing_if_behind(
         tx.rollback().await?;
         return Ok(None);
     }
-    let result = sqlx::query(concat!(
+    let result = sqlx::query_as(concat!(
         "insert into aftercommit.relay_log
                 (seq, epoch, settled, settled_id, settled_xid, settled_floor, floor, stream, stream_created,
                  base_sequence, scattered, system_identifier)
@@ -110,7 +110,7 @@ pub async fn step(connection: &mut Session, after: &State, behind: i64) -> Resul
 /// are settled. So the floor of every later mark is put there, and no number of such a row is looked at again. The rows
 /// above it are not settled, whoever wrote them.
 pub async fn finish(connection: &mut Session, after: &State, system_identifier: i64) -> Result<Appended, sqlx::Error> {
-    let result = sqlx::query(concat!(
+    let result = sqlx::query_as(concat!(
         "insert into aftercommit.relay_log
                 (seq, epoch, settled, settled_id, settled_xid, settled_floor, floor, stream, stream_created,
                  base_sequence, scattered, system_identifier)

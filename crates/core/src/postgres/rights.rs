@@ -1,7 +1,5 @@
 //! The rights of each role, as deploy/postgres/roles.sql grants them, compared with those that the current role has.
 
-use sqlx::Row;
-
 use super::session::Session;
 
 const SCRIPT: &str = include_str!("../../roles.sql");
@@ -87,7 +85,7 @@ pub struct Difference {
 pub async fn difference(connection: &mut Session, rights: &[Right]) -> Result<Difference, sqlx::Error> {
     let column = |field: fn(&Right) -> &str| rights.iter().map(field).collect::<Vec<_>>();
     // Row-level security hides all rows from a role that no policy names.
-    let rows = sqlx::query(
+    let rows: Vec<(bool, String)> = sqlx::query_as(
         "with needed (kind, object, privilege, col) as (
              select * from unnest($1::text[], $2::text[], $3::text[], $4::text[])
          ), object (kind, oid, object, name) as (
@@ -154,9 +152,8 @@ pub async fn difference(connection: &mut Session, rights: &[Right]) -> Result<Di
     .fetch_all(connection)
     .await?;
     let mut found = Difference::default();
-    for row in rows {
-        let text: String = row.try_get(1)?;
-        if row.try_get(0)? { found.missing.push(text) } else { found.superfluous.push(text) }
+    for (wanted, text) in rows {
+        if wanted { found.missing.push(text) } else { found.superfluous.push(text) }
     }
     Ok(found)
 }

@@ -1,7 +1,7 @@
 //! Which events run at present, written down before they do, so that a successor knows what was running when the
 //! process died.
 
-use sqlx::{Executor, Row};
+use sqlx::Executor;
 use uuid::Uuid;
 
 use super::lease::Tenure;
@@ -117,7 +117,7 @@ pub async fn take_over(
     tenure: &Tenure,
     subscriber: &str,
 ) -> Result<Vec<(Uuid, i32)>, sqlx::Error> {
-    let rows = sqlx::query(
+    sqlx::query_as(
         "with behind as (
             select epoch, lane from aftercommit.running
              where subscriber = $1 and epoch < $2
@@ -164,12 +164,11 @@ pub async fn take_over(
     .bind(STOPPING)
     .bind(DIED)
     .fetch_all(connection)
-    .await?;
-    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+    .await
 }
 
 /// A marker of an earlier tenure whose transaction is still open.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
 pub struct Open {
     epoch: i64,
     lane: i64,
@@ -179,22 +178,19 @@ pub struct Open {
 
 /// What earlier tenures still run.
 pub async fn elsewhere(connection: &mut Session, tenure: &Tenure, subscriber: &str) -> Result<Vec<Open>, sqlx::Error> {
-    let rows = connection
-        .fetch_all(
-            sqlx::query(
-                "with ended as (
-                    select epoch, lane from aftercommit.running
-                     where subscriber = $1 and epoch < $2
-                       for key share skip locked)
-                 select epoch, lane, events from aftercommit.running as open
-                  where subscriber = $1 and epoch < $2 and events <> '{}'
-                    and not exists (select from ended where ended.epoch = open.epoch and ended.lane = open.lane)",
-            )
-            .bind(subscriber)
-            .bind(tenure.epoch),
-        )
-        .await?;
-    rows.iter().map(|row| Ok(Open { epoch: row.try_get(0)?, lane: row.try_get(1)?, events: row.try_get(2)? })).collect()
+    sqlx::query_as(
+        "with ended as (
+            select epoch, lane from aftercommit.running
+             where subscriber = $1 and epoch < $2
+               for key share skip locked)
+         select epoch, lane, events from aftercommit.running as open
+          where subscriber = $1 and epoch < $2 and events <> '{}'
+            and not exists (select from ended where ended.epoch = open.epoch and ended.lane = open.lane)",
+    )
+    .bind(subscriber)
+    .bind(tenure.epoch)
+    .fetch_all(connection)
+    .await
 }
 
 /// Counts a crash for what [`elsewhere`] found and what has ended since without a commit: the server runs a statement on for

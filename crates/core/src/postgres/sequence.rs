@@ -1,13 +1,13 @@
 //! The sequence that hands out the outbox's ids. Ids of a key follow its commits only when the sequence hands them out
 //! one by one and upwards; and a row above it makes the next publishers fail.
 
-use sqlx::{AssertSqlSafe, Executor, Row};
+use sqlx::{AssertSqlSafe, Executor};
 
 use super::session::Session;
 use crate::error::{Error, ErrorKind};
 
 /// What the sequence says.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
 pub struct Sequence {
     cache: i64,
     increment: i64,
@@ -85,25 +85,19 @@ impl Sequence {
 
 /// Reads what the sequence says.
 pub async fn read(connection: &mut Session) -> Result<Sequence, sqlx::Error> {
-    let row = sqlx::query(
-        "select seqcache, seqincrement, seqcycle,
-                (select case when is_called then last_value else last_value - seqincrement end from aftercommit.outbox_id_seq),
+    sqlx::query_as(
+        "select seqcache as cache, seqincrement as increment, seqcycle as cycle,
+                (select case when is_called then last_value else last_value - seqincrement end from aftercommit.outbox_id_seq)
+                    as last_id,
                 greatest((select max(id) from aftercommit.outbox),
-                         (select greatest(settled_id, target_id) from aftercommit.relay_log order by seq desc limit 1), 0),
+                         (select greatest(settled_id, target_id) from aftercommit.relay_log order by seq desc limit 1), 0)
+                    as highest,
                 (select subname::text from pg_subscription_rel join pg_subscription s on s.oid = srsubid
-                  where srrelid = 'aftercommit.outbox'::regclass and subenabled limit 1)
+                  where srrelid = 'aftercommit.outbox'::regclass and subenabled limit 1) as subscription
            from pg_sequence where seqrelid = 'aftercommit.outbox_id_seq'::regclass",
     )
     .fetch_one(connection)
-    .await?;
-    Ok(Sequence {
-        cache: row.try_get(0)?,
-        increment: row.try_get(1)?,
-        cycle: row.try_get(2)?,
-        last_id: row.try_get(3)?,
-        highest: row.try_get(4)?,
-        subscription: row.try_get(5)?,
-    })
+    .await
 }
 
 /// Sets the sequence forward to the highest id, when it is behind that. Returns where it stands then.

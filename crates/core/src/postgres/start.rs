@@ -1,8 +1,8 @@
 //! Where subscribers start that do not start with the oldest event.
 
 use chrono::{DateTime, Utc};
-use sqlx::Row;
 use sqlx::postgres::PgRow;
+use sqlx::{FromRow, Row};
 
 use super::session::Session;
 use super::{is_undefined, time};
@@ -18,10 +18,20 @@ pub struct Started {
     pub at: DateTime<Utc>,
 }
 
+impl FromRow<'_, PgRow> for Started {
+    fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
+        Ok(Self {
+            stream_created: time::at(row, "stream_created")?,
+            sequence: row.try_get::<i64, _>("sequence")?.cast_unsigned(),
+            at: time::at(row, "starts_at")?,
+        })
+    }
+}
+
 /// Where a subscriber starts in a stream; none when it starts with the oldest event. In a schema that is still to be migrated
 /// all of them do.
 pub async fn of(connection: &mut Session, subscriber: &str, stream: &str) -> Result<Option<Started>, sqlx::Error> {
-    let row = sqlx::query(
+    let found = sqlx::query_as(
         "select stream_created, sequence, starts_at from aftercommit.subscriber_start
           where subscriber = $1 and stream = $2",
     )
@@ -29,9 +39,9 @@ pub async fn of(connection: &mut Session, subscriber: &str, stream: &str) -> Res
     .bind(stream)
     .fetch_optional(connection)
     .await;
-    match row {
+    match found {
         Err(error) if is_undefined(&error) => Ok(None),
-        row => row?.as_ref().map(read).transpose(),
+        found => found,
     }
 }
 
@@ -43,7 +53,7 @@ pub async fn record(
     sequence: u64,
     at: Option<DateTime<Utc>>,
 ) -> Result<Started, sqlx::Error> {
-    let row = sqlx::query(
+    sqlx::query_as(
         "insert into aftercommit.subscriber_start (subscriber, stream, stream_created, sequence, starts_at, asked)
          values ($1, $2, $3, $4, coalesce($5, clock_timestamp()), $6)
          on conflict (subscriber) do update
@@ -58,14 +68,5 @@ pub async fn record(
     .bind(at)
     .bind(asked)
     .fetch_one(connection)
-    .await?;
-    read(&row)
-}
-
-fn read(row: &PgRow) -> Result<Started, sqlx::Error> {
-    Ok(Started {
-        stream_created: time::at(row, 0)?,
-        sequence: row.try_get::<i64, _>(1)?.cast_unsigned(),
-        at: time::at(row, 2)?,
-    })
+    .await
 }

@@ -1,7 +1,8 @@
 //! Read-only questions for `aftercommit status` and for health.
 
 use chrono::{DateTime, Utc};
-use sqlx::Row;
+use sqlx::postgres::PgRow;
+use sqlx::{FromRow, Row};
 use uuid::Uuid;
 
 use super::relay_log::State;
@@ -13,7 +14,7 @@ use super::time;
 pub const COUNT_LIMIT: i64 = 1_000_000;
 
 /// Events that are committed and not in the stream.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Backlog {
     /// How many, counted up to [`COUNT_LIMIT`].
     pub events: i64,
@@ -25,7 +26,7 @@ pub struct Backlog {
 pub async fn backlog(connection: &mut Session, state: &State, last_id: i64) -> Result<Backlog, sqlx::Error> {
     let settled = &state.settled;
     let target = state.target.as_ref().unwrap_or(settled);
-    let row = sqlx::query(
+    sqlx::query_as(
         "with published as materialized (
              -- how far the open window is; a report of an earlier window says nothing about it
              select coalesce(max(id), 0) as id from aftercommit.outbox
@@ -50,9 +51,10 @@ pub async fn backlog(connection: &mut Session, state: &State, last_id: i64) -> R
                       order by o.xid, o.id limit 1000) as late
               where id > $7 and id <= $2
          )
-         select count(*),
+         select count(*) as events,
                 -- greatest() would make 0 of null
                 case when count(*) > 0 then greatest(extract(epoch from clock_timestamp()) - extract(epoch from min(created_at)), 0)::float8 end
+                    as oldest_seconds
            from (select created_at from unsettled u, published p
                   where not (u.id <= p.id
                              and (u.id <= $8 or pg_visible_in_snapshot(u.xid, (select $4::text::pg_snapshot))))
@@ -69,12 +71,11 @@ pub async fn backlog(connection: &mut Session, state: &State, last_id: i64) -> R
     .bind(settled.next_xid.to_string())
     .bind(i64::MAX)
     .fetch_one(connection)
-    .await?;
-    Ok(Backlog { events: row.try_get(0)?, oldest_seconds: row.try_get(1)? })
+    .await
 }
 
 /// The leading relay as its lease and its last report show it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Leader {
     pub holder: String,
     pub epoch: i64,
@@ -84,33 +85,22 @@ pub struct Leader {
     pub last_sequence: Option<i64>,
     pub state: Option<String>,
     /// Since when it leads, as it says.
+    #[sqlx(try_from = "time::MaybeTime")]
     pub since: Option<DateTime<Utc>>,
 }
 
 /// Who leads; none when no relay ever did.
 pub async fn leader(connection: &mut Session, lease: &str) -> Result<Option<Leader>, sqlx::Error> {
-    let row = sqlx::query(
+    sqlx::query_as(
         "select l.holder, l.epoch,
-                greatest(extract(epoch from l.expires_at) - extract(epoch from clock_timestamp()), -1e9)::float8,
-                s.last_id, s.last_sequence, s.state, case when s.epoch = l.epoch then s.since end
+                greatest(extract(epoch from l.expires_at) - extract(epoch from clock_timestamp()), -1e9)::float8 as lease_left,
+                s.last_id, s.last_sequence, s.state, case when s.epoch = l.epoch then s.since end as since
            from aftercommit.lease l left join aftercommit.relay_status s on true
           where l.name = $1",
     )
     .bind(lease)
     .fetch_optional(connection)
-    .await?;
-    row.map(|row| {
-        Ok(Leader {
-            holder: row.try_get(0)?,
-            epoch: row.try_get(1)?,
-            lease_left: row.try_get(2)?,
-            last_id: row.try_get(3)?,
-            last_sequence: row.try_get(4)?,
-            state: row.try_get(5)?,
-            since: time::maybe_at(&row, 6)?,
-        })
-    })
-    .transpose()
+    .await
 }
 
 /// The age in seconds of the longest open transaction of the database, prepared ones included; 0 without one, none when
@@ -166,9 +156,36 @@ pub struct LastFailure {
     pub next_attempt_at: Option<DateTime<Utc>>,
 }
 
+impl FromRow<'_, PgRow> for AtWork {
+    fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
+        Ok(Self {
+            subscriber: row.try_get("subscriber")?,
+            active: row.try_get("holder")?,
+            paused: row.try_get("paused")?,
+            failing: row.try_get("failing")?,
+            redrive: row.try_get("redrive")?,
+            dead_letters: row.try_get("dead_letters")?,
+            last_failure: match row.try_get("event_id")? {
+                Some(event_id) => Some(LastFailure {
+                    event_id,
+                    attempts: row.try_get("attempts")?,
+                    error: row.try_get("last_error")?,
+                    at: time::at(row, "last_failed_at")?,
+                    next_attempt_at: time::maybe_at(row, "next_attempt_at")?,
+                }),
+                None => None,
+            },
+            last_letter: match time::maybe_at(row, "dead_at")? {
+                Some(at) => Some((row.try_get("reason")?, at)),
+                None => None,
+            },
+        })
+    }
+}
+
 /// The subscribers that have left anything in this database.
 pub async fn subscribers(connection: &mut Session) -> Result<Vec<AtWork>, sqlx::Error> {
-    let rows = sqlx::query(
+    sqlx::query_as(
         "with failing as (select subscriber, count(*) from aftercommit.attempt where attempts > 0 group by 1),
          redrive as (select subscriber, count(*) from aftercommit.redrive group by 1),
          letters as (select subscriber, count(*) from aftercommit.dead_letter group by 1),
@@ -180,13 +197,14 @@ pub async fn subscribers(connection: &mut Session) -> Result<Vec<AtWork>, sqlx::
             select substr(name, length('subscriber:') + 1) as subscriber
               from aftercommit.pause where name like 'subscriber:%')
          select subscriber, lease.holder,
-                exists (select from off where off.subscriber in (all_names.subscriber, '*')),
-                coalesce(failing.count, 0), coalesce(redrive.count, 0), coalesce(letters.count, 0),
+                exists (select from off where off.subscriber in (all_names.subscriber, '*')) as paused,
+                coalesce(failing.count, 0) as failing, coalesce(redrive.count, 0) as redrive,
+                coalesce(letters.count, 0) as dead_letters,
                 last.event_id, last.attempts, last.last_error, last.last_failed_at,
                 (select min(f.retry_at) from aftercommit.failure f
                   where f.subscriber = all_names.subscriber and f.retry_at > clock_timestamp()
                     and exists (select from aftercommit.attempt a
-                                 where a.subscriber = f.subscriber and a.event_id = f.event_id)),
+                                 where a.subscriber = f.subscriber and a.event_id = f.event_id)) as next_attempt_at,
                 letter.reason, letter.dead_at
            from (select subscriber from failing union select subscriber from redrive
                  union select subscriber from letters union select subscriber from lease
@@ -203,33 +221,7 @@ pub async fn subscribers(connection: &mut Session) -> Result<Vec<AtWork>, sqlx::
           order by subscriber",
     )
     .fetch_all(connection)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            Ok(AtWork {
-                subscriber: row.try_get(0)?,
-                active: row.try_get(1)?,
-                paused: row.try_get(2)?,
-                failing: row.try_get(3)?,
-                redrive: row.try_get(4)?,
-                dead_letters: row.try_get(5)?,
-                last_failure: match row.try_get(6)? {
-                    Some(event_id) => Some(LastFailure {
-                        event_id,
-                        attempts: row.try_get(7)?,
-                        error: row.try_get(8)?,
-                        at: time::at(row, 9)?,
-                        next_attempt_at: time::maybe_at(row, 10)?,
-                    }),
-                    None => None,
-                },
-                last_letter: match time::maybe_at(row, 12)? {
-                    Some(at) => Some((row.try_get(11)?, at)),
-                    None => None,
-                },
-            })
-        })
-        .collect()
+    .await
 }
 
 /// What waits in a subscriber's tables, each counted up to [`COUNT_LIMIT`].
@@ -242,23 +234,25 @@ pub struct Counts {
     pub redrive: u64,
 }
 
+impl FromRow<'_, PgRow> for Counts {
+    fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
+        let count = |column: &str| row.try_get::<i64, _>(column).map(i64::unsigned_abs);
+        Ok(Self { failing: count("failing")?, dead_letters: count("dead_letters")?, redrive: count("redrive")? })
+    }
+}
+
 /// What waits in the tables of these subscribers, in their order.
 pub async fn counts(connection: &mut Session, names: &[&str]) -> Result<Vec<Counts>, sqlx::Error> {
-    let rows = sqlx::query(
+    sqlx::query_as(
         "select (select count(*) from (select from aftercommit.attempt
-                                        where subscriber = s.name and attempts > 0 limit $2) as t),
-                (select count(*) from (select from aftercommit.dead_letter where subscriber = s.name limit $2) as t),
-                (select count(*) from (select from aftercommit.redrive where subscriber = s.name limit $2) as t)
+                                        where subscriber = s.name and attempts > 0 limit $2) as t) as failing,
+                (select count(*) from (select from aftercommit.dead_letter where subscriber = s.name limit $2) as t)
+                    as dead_letters,
+                (select count(*) from (select from aftercommit.redrive where subscriber = s.name limit $2) as t) as redrive
            from unnest($1::text[]) with ordinality as s(name, place) order by place",
     )
     .bind(names)
     .bind(COUNT_LIMIT)
     .fetch_all(connection)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            let count = |at: usize| row.try_get::<i64, _>(at).map(i64::unsigned_abs);
-            Ok(Counts { failing: count(0)?, dead_letters: count(1)?, redrive: count(2)? })
-        })
-        .collect()
+    .await
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use sqlx::{AssertSqlSafe, PgConnection, Row};
+use sqlx::{AssertSqlSafe, PgConnection};
 use uuid::Uuid;
 
 use super::relay_log;
@@ -18,8 +18,10 @@ pub async fn types(connection: &mut PgConnection) -> Result<Vec<String>, sqlx::E
 }
 
 /// A row that the open transaction has written into the outbox.
+#[derive(sqlx::FromRow)]
 pub struct PendingRow {
     pub event_id: Uuid,
+    #[sqlx(rename = "type")]
     pub event_type: String,
     pub version: i32,
     pub key: Option<String>,
@@ -31,26 +33,13 @@ pub struct PendingRow {
 /// The outbox rows of the open transaction, in the order in which they were written. A subtransaction's rows carry the
 /// id of the whole transaction.
 pub async fn pending(connection: &mut PgConnection) -> Result<Vec<PendingRow>, sqlx::Error> {
-    let rows = sqlx::query(
+    sqlx::query_as(
         "select event_id, type, version, key, headers::text, content_type, payload
            from aftercommit.outbox where xid = pg_current_xact_id_if_assigned() order by id",
     )
     .persistent(false)
     .fetch_all(connection)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            Ok(PendingRow {
-                event_id: row.try_get(0)?,
-                event_type: row.try_get(1)?,
-                version: row.try_get(2)?,
-                key: row.try_get(3)?,
-                headers: row.try_get(4)?,
-                content_type: row.try_get(5)?,
-                payload: row.try_get(6)?,
-            })
-        })
-        .collect()
+    .await
 }
 
 /// Removes the outbox rows of the open transaction and returns how many there were.
@@ -99,13 +88,13 @@ pub async fn fingerprints(connection: &mut PgConnection) -> Result<BTreeMap<Stri
 /// As the end of a window: nothing is kept of what was running.
 pub async fn now(connection: &mut Session) -> Result<Mark, sqlx::Error> {
     let row = sqlx::query(
-        "select pg_current_snapshot()::text, case when is_called then last_value else 0 end,
-                pg_snapshot_xmax(pg_current_snapshot())::text
+        "select pg_current_snapshot()::text as snapshot, case when is_called then last_value else 0 end as last_id,
+                pg_snapshot_xmax(pg_current_snapshot())::text as next_xid
            from aftercommit.outbox_id_seq",
     )
     .fetch_one(connection)
     .await?;
-    relay_log::mark(&row, 0, 0)
+    relay_log::mark(&row, ["snapshot", "last_id", "next_xid"], 0)
 }
 
 /// The failed attempts of those of these events that have some, each with the last error.
@@ -124,7 +113,7 @@ pub async fn attempts(
 }
 
 /// What is known of an event at a subscriber.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, sqlx::FromRow)]
 pub struct Story {
     /// How the inbox says that it ended.
     pub outcome: Option<String>,
@@ -134,15 +123,14 @@ pub struct Story {
 
 /// Looks what became of an event.
 pub async fn story(connection: &mut PgConnection, subscriber: &str, event: Uuid) -> Result<Story, sqlx::Error> {
-    let row = sqlx::query(
-        "select (select outcome from aftercommit.inbox where subscriber = $1 and event_id = $2),
+    sqlx::query_as(
+        "select (select outcome from aftercommit.inbox where subscriber = $1 and event_id = $2) as outcome,
                 coalesce((select reason from aftercommit.dead_letter where subscriber = $1 and event_id = $2),
-                         (select last_error from aftercommit.attempt where subscriber = $1 and event_id = $2))",
+                         (select last_error from aftercommit.attempt where subscriber = $1 and event_id = $2)) as error",
     )
     .persistent(false)
     .bind(subscriber)
     .bind(event)
     .fetch_one(connection)
-    .await?;
-    Ok(Story { outcome: row.try_get(0)?, error: row.try_get(1)? })
+    .await
 }

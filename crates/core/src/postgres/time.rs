@@ -15,7 +15,7 @@ const LAST: i64 = 253_402_300_799_999_999;
 /// A `timestamptz`. `infinity`, years before Christ and years of five digits become the nearest time between the years 1
 /// and 9999; the driver's own type panics at some of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Time(pub(super) DateTime<Utc>);
+pub(crate) struct Time(pub(super) DateTime<Utc>);
 
 impl Type<Postgres> for Time {
     fn type_info() -> PgTypeInfo {
@@ -32,6 +32,46 @@ impl<'r> Decode<'r, Postgres> for Time {
     }
 }
 
+impl From<Time> for DateTime<Utc> {
+    fn from(time: Time) -> Self {
+        time.0
+    }
+}
+
+/// A `timestamptz` that may be null, for rows that are read into structs: the driver's derive has no conversion within an
+/// `Option`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct MaybeTime(Option<DateTime<Utc>>);
+
+impl Type<Postgres> for MaybeTime {
+    fn type_info() -> PgTypeInfo {
+        <Time as Type<Postgres>>::type_info()
+    }
+}
+
+impl<'r> Decode<'r, Postgres> for MaybeTime {
+    fn decode(value: PgValueRef<'r>) -> Result<Self, sqlx::error::BoxDynError> {
+        Ok(Self(<Option<Time> as Decode<Postgres>>::decode(value)?.map(DateTime::from)))
+    }
+}
+
+impl From<MaybeTime> for Option<DateTime<Utc>> {
+    fn from(time: MaybeTime) -> Self {
+        time.0
+    }
+}
+
+/// A number of seconds that is read as a [`span`].
+#[derive(Debug, Clone, Copy, sqlx::Type)]
+#[sqlx(transparent)]
+pub(super) struct Seconds(f64);
+
+impl From<Seconds> for Duration {
+    fn from(seconds: Seconds) -> Self {
+        span(seconds.0)
+    }
+}
+
 /// The time so many microseconds after PostgreSQL's epoch, or the nearest one.
 fn nearest(since_2000: i64) -> DateTime<Utc> {
     let micros = since_2000.saturating_add(EPOCH).clamp(FIRST, LAST);
@@ -39,12 +79,12 @@ fn nearest(since_2000: i64) -> DateTime<Utc> {
 }
 
 /// The time in a column.
-pub fn at(row: &PgRow, column: usize) -> Result<DateTime<Utc>, sqlx::Error> {
+pub(super) fn at(row: &PgRow, column: &str) -> Result<DateTime<Utc>, sqlx::Error> {
     row.try_get::<Time, _>(column).map(|time| time.0)
 }
 
 /// The time in a column that may be null.
-pub(super) fn maybe_at(row: &PgRow, column: usize) -> Result<Option<DateTime<Utc>>, sqlx::Error> {
+pub(super) fn maybe_at(row: &PgRow, column: &str) -> Result<Option<DateTime<Utc>>, sqlx::Error> {
     row.try_get::<Option<Time>, _>(column).map(|time| time.map(|time| time.0))
 }
 

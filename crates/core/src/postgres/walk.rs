@@ -8,12 +8,12 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap, VecDeque};
 
-use sqlx::Row;
 use sqlx::postgres::PgRow;
+use sqlx::{FromRow, Row};
 
 use super::session::Session;
 use super::snapshot::{Mark, xids};
-use super::window::{OutboxEvent, event};
+use super::window::OutboxEvent;
 use crate::fault;
 
 /// Rows of new transactions that are looked through for late ones at a time: so few that no plan reads the whole table.
@@ -24,7 +24,7 @@ const HONEST: u32 = 2000;
 /// What is read of a row.
 pub trait Item: Sized {
     /// The next rows of some transactions: `$1` their ids, `$2` behind which id for each, `$3` up to which id, `$4` how
-    /// many of each, `$5` the snapshot that must be seen. The last column is the transaction's number in `$1`.
+    /// many of each, `$5` the snapshot that must be seen. The column `n` is the transaction's number in `$1`.
     const STRAGGLERS: &str;
     /// Rows by primary key: behind `$1`, up to `$2`, that the snapshot `$3` sees or the floor `$5` covers, `$4` at most.
     const NEW: &str;
@@ -59,7 +59,7 @@ impl Item for OutboxEvent {
     const TO_TARGET: bool = true;
 
     fn read(row: &PgRow) -> Result<Self, sqlx::Error> {
-        event(row)
+        Self::from_row(row)
     }
 
     fn id(&self) -> i64 {
@@ -84,7 +84,7 @@ impl Item for i64 {
     const TO_TARGET: bool = false;
 
     fn read(row: &PgRow) -> Result<Self, sqlx::Error> {
-        row.try_get(0)
+        row.try_get("id")
     }
 
     fn id(&self) -> i64 {
@@ -261,7 +261,7 @@ impl<T: Item> Merge<T> {
             .await?;
         let mut counts = vec![0; places.len()];
         for row in &rows {
-            let n: i64 = row.try_get(row.len() - 1)?;
+            let n: i64 = row.try_get("n")?;
             let n = usize::try_from(n - 1).unwrap_or(usize::MAX);
             let (Some(at), Some(count)) = (places.get(n), counts.get_mut(n)) else { continue };
             let Some(source) = self.sources.get_mut(*at) else { continue };

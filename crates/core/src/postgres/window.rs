@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use sqlx::Row;
 use sqlx::postgres::PgRow;
+use sqlx::{FromRow, Row};
 use uuid::Uuid;
 
 use super::session::Session;
@@ -32,6 +32,19 @@ pub struct OutboxEvent {
     pub body: Option<Body>,
 }
 
+/// The columns of an event, in the order in which every statement selects them.
+type Columns<'r> = (i64, Uuid, String, i32, Option<String>, String, time::Time, Option<&'r str>, Option<Vec<u8>>);
+
+impl<'r> FromRow<'r, PgRow> for OutboxEvent {
+    /// By place and not by name: the relay does this for every event, and each name would be looked up in a map.
+    fn from_row(row: &'r PgRow) -> Result<Self, sqlx::Error> {
+        let (id, event_id, event_type, version, key, content_type, created_at, headers, payload) =
+            Columns::from_row(row)?;
+        let body = payload.map(|payload| read_body(headers, payload)).transpose()?;
+        Ok(Self { id, event_id, event_type, version, key, content_type, created_at: created_at.into(), body })
+    }
+}
+
 /// The part of an event that can be large.
 #[derive(Clone)]
 pub struct Body {
@@ -40,7 +53,7 @@ pub struct Body {
 }
 
 /// What a look at the outbox found.
-#[derive(Debug)]
+#[derive(Debug, FromRow)]
 pub struct Look {
     /// A row that the mark does not hold can be read.
     pub news: bool,
@@ -71,7 +84,13 @@ impl Watch {
     /// Looks. Each branch is written so that just one index can serve it, and that reads one row of it, whatever plan is
     /// made: the limit and the order rule out reading everything.
     pub async fn look(&mut self, connection: &mut Session) -> Result<Look, sqlx::Error> {
-        let row = sqlx::query(
+        #[derive(FromRow)]
+        struct Looked {
+            #[sqlx(flatten)]
+            look: Look,
+            ended: Vec<String>,
+        }
+        let Looked { look, ended } = sqlx::query_as(
             "with ended as materialized (
                  select xid from unnest($2::text[]::xid8[]) as t(xid)
                   where pg_visible_in_snapshot(t.xid, pg_current_snapshot())
@@ -87,11 +106,11 @@ impl Watch {
                     select from (
                             select o.id from aftercommit.outbox o where (o.xid, o.id) > ($4::text::xid8, $3)
                              order by o.xid, o.id limit $5) as late
-                     where id > $3 and id <= $1),
-                    (select case when is_called then last_value else 0 end from aftercommit.outbox_id_seq),
+                     where id > $3 and id <= $1) as news,
+                    (select case when is_called then last_value else 0 end from aftercommit.outbox_id_seq) as last_id,
                     (select seqcache = 1 and seqincrement = 1 and not seqcycle from pg_sequence
-                      where seqrelid = 'aftercommit.outbox_id_seq'::regclass),
-                    array(select xid::text from ended)",
+                      where seqrelid = 'aftercommit.outbox_id_seq'::regclass) as orderly,
+                    array(select xid::text from ended) as ended",
         )
         .bind(self.mark.last_id)
         .bind(&self.running)
@@ -100,8 +119,6 @@ impl Watch {
         .bind(LATE)
         .fetch_one(connection)
         .await?;
-        let look = Look { news: row.try_get(0)?, last_id: row.try_get(1)?, orderly: row.try_get(2)? };
-        let ended: Vec<String> = row.try_get(3)?;
         if !look.news && !ended.is_empty() {
             // They wrote nothing, and will not.
             let ended: HashSet<String> = ended.into_iter().collect();
@@ -125,7 +142,7 @@ pub async fn ids(
 
 /// These events, in the order of their ids; those that are there.
 pub async fn some(connection: &mut Session, ids: &[i64]) -> Result<Vec<OutboxEvent>, sqlx::Error> {
-    let rows = sqlx::query(
+    sqlx::query_as(
         "select id, event_id, type, version, key, content_type, created_at,
                 case when not large and headers <> '{}' then headers::text end, case when not large then payload end
            from (select *, octet_length(payload) + pg_column_size(headers) > 4096 as large
@@ -134,17 +151,17 @@ pub async fn some(connection: &mut Session, ids: &[i64]) -> Result<Vec<OutboxEve
     )
     .bind(ids)
     .fetch_all(connection)
-    .await?;
-    rows.iter().map(event).collect()
+    .await
 }
 
 /// Headers and payload of a large event.
 pub async fn body(connection: &mut Session, id: i64) -> Result<Body, sqlx::Error> {
-    let row = sqlx::query("select headers::text, payload from aftercommit.outbox where id = $1")
-        .bind(id)
-        .fetch_one(connection)
-        .await?;
-    read_body(row.try_get(0)?, row.try_get(1)?)
+    let (headers, payload): (Option<String>, Vec<u8>) =
+        sqlx::query_as("select headers::text, payload from aftercommit.outbox where id = $1")
+            .bind(id)
+            .fetch_one(connection)
+            .await?;
+    read_body(headers.as_deref(), payload)
 }
 
 /// The event as it travels; headers and payload of a large one are read here.
@@ -185,7 +202,8 @@ pub async fn known(
 ) -> Result<HashMap<(Uuid, i64), Known>, sqlx::Error> {
     let rows = sqlx::query(
         "select o.event_id, o.id, o.xid::text, o.type, o.version, o.key, o.content_type, o.created_at,
-                case when o.headers <> '{}' then o.headers::text end, sha256(o.payload)
+                case when o.headers <> '{}' then o.headers::text end as headers,
+                sha256(o.payload) as payload_sha256
            from unnest($1::uuid[], $2::bigint[]) as t(event_id, id)
            join aftercommit.outbox o on o.id = t.id and o.event_id = t.event_id
           where aftercommit.reads_up_to(pg_current_snapshot())",
@@ -196,16 +214,16 @@ pub async fn known(
     .await?;
     rows.iter()
         .map(|row| {
-            let (event_id, id): (Uuid, i64) = (row.try_get(0)?, row.try_get(1)?);
-            let xid = row.try_get::<&str, _>(2)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
+            let (event_id, id): (Uuid, i64) = (row.try_get("event_id")?, row.try_get("id")?);
+            let xid = row.try_get::<&str, _>("xid")?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
             let digest = Digest::of(&Contents {
-                event_type: row.try_get(3)?,
-                version: row.try_get::<i32, _>(4)?.unsigned_abs(),
-                key: row.try_get(5)?,
-                content_type: row.try_get(6)?,
-                time: row.try_get(7)?,
-                headers: &read_headers(row.try_get(8)?)?,
-                payload: row.try_get(9)?,
+                event_type: row.try_get("type")?,
+                version: row.try_get::<i32, _>("version")?.unsigned_abs(),
+                key: row.try_get("key")?,
+                content_type: row.try_get("content_type")?,
+                time: row.try_get("created_at")?,
+                headers: &read_headers(row.try_get("headers")?)?,
+                payload: row.try_get("payload_sha256")?,
             });
             Ok(((event_id, id), Known { id, xid, digest }))
         })
@@ -219,24 +237,6 @@ pub async fn first(connection: &mut Session) -> Result<Option<(i64, DateTime<Utc
             .fetch_optional(connection)
             .await?;
     Ok(first.map(|(id, time)| (id, time.0)))
-}
-
-pub(super) fn event(row: &PgRow) -> Result<OutboxEvent, sqlx::Error> {
-    let payload: Option<Vec<u8>> = row.try_get(8)?;
-    let body = match payload {
-        Some(payload) => Some(read_body(row.try_get(7)?, payload)?),
-        None => None,
-    };
-    Ok(OutboxEvent {
-        id: row.try_get(0)?,
-        event_id: row.try_get(1)?,
-        event_type: row.try_get(2)?,
-        version: row.try_get(3)?,
-        key: row.try_get(4)?,
-        content_type: row.try_get(5)?,
-        created_at: time::at(row, 6)?,
-        body,
-    })
 }
 
 fn read_body(headers: Option<&str>, payload: Vec<u8>) -> Result<Body, sqlx::Error> {

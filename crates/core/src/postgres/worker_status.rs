@@ -2,14 +2,13 @@
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
-use sqlx::Row;
 use sqlx::types::Json;
 
 use super::session::Session;
 use super::time;
 
 /// What a process says of one of its subscribers.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Said {
     pub subscriber: String,
     pub instance: String,
@@ -52,11 +51,14 @@ pub async fn write(connection: &mut Session, said: &Said) -> Result<(), sqlx::Er
 }
 
 /// What was said, and when.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Heard {
+    #[sqlx(flatten)]
     pub said: Said,
     /// Since when it is active, or not.
+    #[sqlx(try_from = "time::Time")]
     pub since: DateTime<Utc>,
+    #[sqlx(try_from = "time::Time")]
     pub seen_at: DateTime<Utc>,
     /// How long ago that was, in seconds.
     pub age: f64,
@@ -64,28 +66,13 @@ pub struct Heard {
 
 /// What every process has said last, of one subscriber or of all, the newest first.
 pub async fn list(connection: &mut Session, subscriber: Option<&str>) -> Result<Vec<Heard>, sqlx::Error> {
-    let rows = sqlx::query(
+    sqlx::query_as(
         "select subscriber, instance, active, phase, ready, state, max_attempts, notes, since, seen_at,
-                (extract(epoch from clock_timestamp()) - extract(epoch from seen_at))::float8
+                (extract(epoch from clock_timestamp()) - extract(epoch from seen_at))::float8 as age
            from aftercommit.worker_status where $1::text is null or subscriber = $1
           order by subscriber, seen_at desc",
     )
     .bind(subscriber)
     .fetch_all(connection)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            let said = Said {
-                subscriber: row.try_get(0)?,
-                instance: row.try_get(1)?,
-                active: row.try_get(2)?,
-                phase: row.try_get(3)?,
-                ready: row.try_get(4)?,
-                state: row.try_get(5)?,
-                max_attempts: row.try_get(6)?,
-                notes: row.try_get::<Json<Value>, _>(7)?.0,
-            };
-            Ok(Heard { said, since: time::at(row, 8)?, seen_at: time::at(row, 9)?, age: row.try_get(10)? })
-        })
-        .collect()
+    .await
 }
