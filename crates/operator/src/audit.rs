@@ -1,10 +1,10 @@
 //! The audit trail: what operators did, and who and when.
 
-use chrono::{DateTime, Utc};
-use serde::Serialize;
 use serde_json::Value;
 
 use super::When;
+pub use aftercommit_core::postgres::audit::AuditEntry;
+
 use aftercommit_core::config::PostgresConfig;
 use aftercommit_core::error::Error;
 use aftercommit_core::postgres::session::Session;
@@ -20,25 +20,6 @@ pub struct AuditFilter {
     pub subscriber: Option<String>,
     /// Those since then.
     pub since: Option<When>,
-}
-
-/// Something that an operator did.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct AuditEntry {
-    /// When, by the database's clock.
-    pub at: DateTime<Utc>,
-    /// Who, as the operator's tool was told.
-    pub who: String,
-    /// Who, as PostgreSQL knows it.
-    pub role: String,
-    /// What, such as `dead retry`.
-    pub action: String,
-    /// The subscriber that it concerns.
-    pub subscriber: Option<String>,
-    /// The event that it concerns.
-    pub event_id: Option<EventId>,
-    /// More about it. Payloads and headers that an action kept stay in the table `aftercommit.audit`.
-    pub detail: Value,
 }
 
 /// The last `limit` entries that the filter wants, the oldest first.
@@ -65,7 +46,7 @@ pub(super) async fn read(connection: &mut Session, filter: &AuditFilter, limit: 
     let entries = audit::list(connection, &wanted, limit)
         .await
         .map_err(|error| database_error("reading the audit trail failed", error))?;
-    Ok(entries.into_iter().map(AuditEntry::from).collect())
+    Ok(entries)
 }
 
 /// Writes down what was provisioned.
@@ -90,11 +71,4 @@ async fn write(config: &PostgresConfig, who: &str, action: &str, detail: Value) 
     let entry = audit::Entry { who, action, subscriber: None, event_id: None, detail };
     audit::write(&mut tx, &entry).await.map_err(failed)?;
     tx.commit().await.map_err(failed)
-}
-
-impl From<audit::Done> for AuditEntry {
-    fn from(done: audit::Done) -> Self {
-        let audit::Done { at, who, role, action, subscriber, event_id, detail } = done;
-        Self { at, who, role, action, subscriber, event_id: event_id.map(EventId::from), detail }
-    }
 }

@@ -15,11 +15,11 @@ pub use super::filter::Filter;
 use aftercommit_core::config::PostgresConfig;
 use aftercommit_core::envelope::is_json;
 use aftercommit_core::error::{Error, ErrorKind};
+pub use aftercommit_core::postgres::dead_letter::DeadLetter;
 use aftercommit_core::postgres::dead_letter::{self, Change, Selection};
 use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::{self, database_error};
 use aftercommit_outbox::check::headers_are_legal;
-use aftercommit_outbox::event::EventId;
 
 /// Letters that are dealt with in one transaction.
 const BATCH: i64 = 1000;
@@ -39,70 +39,6 @@ async fn selection(filter: &Filter, connection: &mut Session) -> Result<Selectio
         dead_after: filter.newer_than.map(|when| when.resolve(now)),
         newest_id,
     })
-}
-
-/// A dead letter without what its event held.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct DeadLetter {
-    /// Its number in the subscriber's database.
-    pub id: i64,
-    /// Who gave up.
-    pub subscriber: String,
-    /// The event's identity.
-    pub event_id: EventId,
-    /// The event's type.
-    #[serde(rename = "type")]
-    pub event_type: String,
-    /// The version of the payload's shape.
-    pub version: i32,
-    /// The event's ordering key.
-    pub key: Option<String>,
-    /// The outbox that it came from.
-    pub source: String,
-    /// When the event was written.
-    pub time: DateTime<Utc>,
-    /// Its id in that outbox; none when it did not come from one.
-    pub outbox_id: Option<i64>,
-    /// The payload's media type.
-    pub content_type: String,
-    /// The payload's length.
-    pub payload_bytes: i32,
-    /// The stream that delivered it.
-    pub stream: String,
-    /// Its sequence in that stream.
-    pub stream_sequence: i64,
-    /// Attempts until the subscriber gave up.
-    pub attempts: i32,
-    /// Why it gave up.
-    pub reason: String,
-    /// When the first attempt failed.
-    pub first_failed_at: DateTime<Utc>,
-    /// When it gave up.
-    pub dead_at: DateTime<Utc>,
-}
-
-impl From<dead_letter::Letter> for DeadLetter {
-    fn from(letter: dead_letter::Letter) -> Self {
-        Self {
-            id: letter.id,
-            subscriber: letter.subscriber,
-            event_id: letter.event_id.into(),
-            event_type: letter.event_type,
-            version: letter.version,
-            key: letter.key,
-            source: letter.source,
-            time: letter.time,
-            outbox_id: letter.sequence,
-            content_type: letter.content_type,
-            payload_bytes: letter.payload_bytes,
-            stream: letter.stream,
-            stream_sequence: letter.stream_seq,
-            attempts: letter.attempts,
-            reason: letter.reason,
-            first_failed_at: letter.first_failed_at,
-            dead_at: letter.dead_at,
-        }
-    }
 }
 
 /// A dead letter with everything that is known of it. Serialised, it has all but the payload.
@@ -153,7 +89,7 @@ pub async fn list(config: &PostgresConfig, filter: &Filter, limit: i64) -> Resul
     let mut connection = postgres::connect(config, "aftercommit").await?;
     let selection = self::selection(filter, &mut connection).await?;
     let letters = dead_letter::list(&mut connection, &selection, limit).await.map_err(reading)?;
-    Ok(letters.into_iter().map(DeadLetter::from).collect())
+    Ok(letters)
 }
 
 /// How many dead letters the filter finds.
@@ -189,7 +125,7 @@ pub async fn show(config: &PostgresConfig, id: i64) -> Result<OpenedLetter, Erro
     let mut connection = postgres::connect(config, "aftercommit").await?;
     let found = dead_letter::one(&mut connection, id).await.map_err(reading)?;
     let (letter, content) = found.ok_or_else(|| no_letter(id))?;
-    let letter = DeadLetter::from(letter);
+
     let wanted = AuditFilter { event: Some(letter.event_id), subscriber: Some(letter.subscriber.clone()), since: None };
     let audit = audit::read(&mut connection, &wanted, SHOWN_ENTRIES).await?;
     Ok(OpenedLetter { letter, headers: content.headers, payload: content.payload, audit })

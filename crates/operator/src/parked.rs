@@ -1,12 +1,10 @@
 //! What becomes of parked events: those that the stream did not take, and what waits behind them.
 
-use chrono::{DateTime, Utc};
-use serde::Serialize;
-
 pub use super::filter::Filter;
 use aftercommit_core::config::PostgresConfig;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::postgres::audit::{self, Entry};
+pub use aftercommit_core::postgres::parked::ParkedEvent;
 use aftercommit_core::postgres::parked_choice::{self, Choice};
 use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::{self, database_error, parked};
@@ -14,43 +12,6 @@ use aftercommit_outbox::event::EventId;
 
 /// Events that are dealt with in one transaction.
 const BATCH: i64 = 1000;
-
-/// An event that was set aside.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct ParkedEvent {
-    /// Its position in the outbox.
-    pub outbox_id: i64,
-    /// Its identity.
-    pub event_id: EventId,
-    /// Its type.
-    #[serde(rename = "type")]
-    pub event_type: String,
-    /// Its ordering key.
-    pub key: Option<String>,
-    /// JetStream's error number, 0 when the client refused it; none for an event that waits behind another.
-    pub code: Option<i64>,
-    /// Why it is set aside.
-    pub reason: String,
-    /// `parked`, or `released` while it is on its way out.
-    pub state: String,
-    /// Since when.
-    pub parked_at: DateTime<Utc>,
-}
-
-impl From<parked::ParkedEvent> for ParkedEvent {
-    fn from(event: parked::ParkedEvent) -> Self {
-        Self {
-            outbox_id: event.outbox_id,
-            event_id: event.event_id.into(),
-            event_type: event.event_type,
-            key: event.key,
-            code: event.code,
-            reason: event.reason,
-            state: event.state,
-            parked_at: event.parked_at,
-        }
-    }
-}
 
 async fn choice(filter: &Filter, connection: &mut Session) -> Result<Choice, Error> {
     if filter.subscriber.is_some() || !filter.ids.is_empty() {
@@ -87,7 +48,7 @@ pub struct LetGo {
 pub async fn list(config: &PostgresConfig, limit: i64) -> Result<Vec<ParkedEvent>, Error> {
     let mut connection = postgres::connect(config, "aftercommit").await?;
     let events = parked::list(&mut connection, limit).await.map_err(reading)?;
-    Ok(events.into_iter().map(ParkedEvent::from).collect())
+    Ok(events)
 }
 
 /// Those that the filter finds, up to `limit`.
@@ -98,7 +59,7 @@ pub async fn find(config: &PostgresConfig, filter: &Filter, limit: i64) -> Resul
     let mut connection = postgres::connect(config, "aftercommit").await?;
     let choice = self::choice(filter, &mut connection).await?;
     let events = parked_choice::list(&mut connection, &choice, limit).await.map_err(reading)?;
-    Ok(events.into_iter().map(ParkedEvent::from).collect())
+    Ok(events)
 }
 
 /// How many the filter finds.
@@ -160,10 +121,11 @@ async fn one_batch(
     let mut done = LetGo::default();
     for event in events {
         // None when somebody else was faster.
-        let Some(released) = parked::release(&mut tx, event.event_id, discard).await? else { continue };
+        let id = event.event_id.as_uuid();
+        let Some(released) = parked::release(&mut tx, id, discard).await? else { continue };
         let detail = serde_json::json!({ "released": released });
-        audit::write(&mut tx, &Entry { who, action, subscriber: None, event_id: Some(event.event_id), detail }).await?;
-        done.events.push(event.event_id.into());
+        audit::write(&mut tx, &Entry { who, action, subscriber: None, event_id: Some(id), detail }).await?;
+        done.events.push(event.event_id);
         done.released += released;
     }
     tx.commit().await?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use aftercommit_core::fault;
 use aftercommit_core::postgres;
 use aftercommit_core::postgres::attempt::{self, Record, Waits};
-use aftercommit_core::postgres::dead_letter::{self, DeadLetter};
+use aftercommit_core::postgres::dead_letter::{self, NewDeadLetter};
 use aftercommit_core::postgres::failure;
 use aftercommit_core::text::cut;
 
@@ -167,7 +167,7 @@ impl Lane {
     }
 
     pub(super) async fn give_up(&self, queued: &Queued, reason: &str, attempted: bool) -> Result<Verdict, Halt> {
-        let letter = DeadLetter {
+        let letter = NewDeadLetter {
             subscriber: &self.subscriber.name,
             stream: &queued.stream,
             stream_seq: queued.stream_seq,

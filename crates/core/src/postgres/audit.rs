@@ -1,12 +1,15 @@
 //! What operators did.
 
 use chrono::{DateTime, Utc};
+use serde::Serialize;
 use serde_json::Value;
 use sqlx::types::Json;
 use uuid::Uuid;
 
+use super::event_id::MaybeEventId;
 use super::session::{Session, Tx};
 use super::time;
+use aftercommit_outbox::event::EventId;
 
 /// Something that an operator does.
 #[derive(Debug, Clone)]
@@ -46,20 +49,28 @@ pub struct Wanted<'a> {
 }
 
 /// Something that an operator did.
-#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
-pub struct Done {
+#[derive(Debug, Clone, PartialEq, Serialize, sqlx::FromRow)]
+pub struct AuditEntry {
+    /// When, by the database's clock.
     #[sqlx(try_from = "time::Time")]
     pub at: DateTime<Utc>,
+    /// Who, as the operator's tool was told.
     pub who: String,
+    /// Who, as PostgreSQL knows it.
     pub role: String,
+    /// What, such as `dead retry`.
     pub action: String,
+    /// The subscriber that it concerns.
     pub subscriber: Option<String>,
-    pub event_id: Option<Uuid>,
+    /// The event that it concerns.
+    #[sqlx(try_from = "MaybeEventId")]
+    pub event_id: Option<EventId>,
+    /// More about it. Payloads and headers that an action kept stay in the table `aftercommit.audit`.
     pub detail: Value,
 }
 
 /// The last `limit` of the wanted rows, the oldest first. What an event held is in the table only, never here.
-pub async fn list(connection: &mut Session, wanted: &Wanted<'_>, limit: i64) -> Result<Vec<Done>, sqlx::Error> {
+pub async fn list(connection: &mut Session, wanted: &Wanted<'_>, limit: i64) -> Result<Vec<AuditEntry>, sqlx::Error> {
     sqlx::query_as(
         "select at, who, role, action, subscriber, event_id, detail
            from (select id, at, who, role, action, subscriber, event_id,

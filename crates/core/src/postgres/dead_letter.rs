@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
+use serde::Serialize;
 use sqlx::postgres::PgArguments;
 use sqlx::query::Query;
 use sqlx::types::Json;
@@ -14,9 +15,10 @@ use crate::envelope::Envelope;
 use super::lease::Tenure;
 use super::session::{Session, Tx};
 use super::time;
+use aftercommit_outbox::event::EventId;
 
 /// A dead letter to be written.
-pub struct DeadLetter<'a> {
+pub struct NewDeadLetter<'a> {
     pub subscriber: &'a str,
     pub stream: &'a str,
     pub stream_seq: i64,
@@ -29,7 +31,11 @@ pub struct DeadLetter<'a> {
 /// Writes the dead letter, the inbox row that says so, and ends the counting of attempts and the redrive, all in one
 /// statement. False when the tenure is over: nothing was written. An event that is done already stays
 /// as it is.
-pub async fn insert(connection: &mut Session, tenure: &Tenure, letter: &DeadLetter<'_>) -> Result<bool, sqlx::Error> {
+pub async fn insert(
+    connection: &mut Session,
+    tenure: &Tenure,
+    letter: &NewDeadLetter<'_>,
+) -> Result<bool, sqlx::Error> {
     let event = letter.event;
     sqlx::query_scalar(
         "with tenure as (
@@ -169,34 +175,55 @@ pub async fn bounds(connection: &mut Session) -> Result<(i64, DateTime<Utc>), sq
         .await
 }
 
-/// A letter without what its event held.
-#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
-pub struct Letter {
+/// A dead letter without what its event held.
+#[derive(Debug, Clone, PartialEq, Serialize, sqlx::FromRow)]
+pub struct DeadLetter {
+    /// Its number in the subscriber's database.
     pub id: i64,
+    /// Who gave up.
     pub subscriber: String,
-    pub event_id: Uuid,
+    /// The event's identity.
+    #[sqlx(try_from = "Uuid")]
+    pub event_id: EventId,
+    /// The event's type.
+    #[serde(rename = "type")]
     #[sqlx(rename = "type")]
     pub event_type: String,
+    /// The version of the payload's shape.
     pub version: i32,
+    /// The event's ordering key.
     pub key: Option<String>,
+    /// The outbox that it came from.
     pub source: String,
+    /// When the event was written.
     #[sqlx(try_from = "time::Time")]
     pub time: DateTime<Utc>,
-    pub sequence: Option<i64>,
+    /// Its id in that outbox; none when it did not come from one.
+    #[sqlx(rename = "sequence")]
+    pub outbox_id: Option<i64>,
+    /// The payload's media type.
     pub content_type: String,
+    /// The payload's length.
     pub payload_bytes: i32,
+    /// The stream that delivered it.
     pub stream: String,
-    pub stream_seq: i64,
+    /// Its sequence in that stream.
+    #[sqlx(rename = "stream_seq")]
+    pub stream_sequence: i64,
+    /// Attempts until the subscriber gave up.
     pub attempts: i32,
+    /// Why it gave up.
     pub reason: String,
+    /// When the first attempt failed.
     #[sqlx(try_from = "time::Time")]
     pub first_failed_at: DateTime<Utc>,
+    /// When it gave up.
     #[sqlx(try_from = "time::Time")]
     pub dead_at: DateTime<Utc>,
 }
 
 /// Up to `limit` of the selected letters, in the order in which they would run again.
-pub async fn list(connection: &mut Session, selection: &Selection, limit: i64) -> Result<Vec<Letter>, sqlx::Error> {
+pub async fn list(connection: &mut Session, selection: &Selection, limit: i64) -> Result<Vec<DeadLetter>, sqlx::Error> {
     let query = sqlx::query(concat!(
         "select ",
         columns!(),
@@ -204,7 +231,7 @@ pub async fn list(connection: &mut Session, selection: &Selection, limit: i64) -
         selected!(),
         " order by stream_seq, id limit $10"
     ));
-    selection.bind(query).bind(limit).fetch_all(connection).await?.iter().map(Letter::from_row).collect()
+    selection.bind(query).bind(limit).fetch_all(connection).await?.iter().map(DeadLetter::from_row).collect()
 }
 
 /// How many letters are selected.
@@ -247,14 +274,14 @@ pub struct Content {
 }
 
 /// One letter with what its event held.
-pub async fn one(connection: &mut Session, id: i64) -> Result<Option<(Letter, Content)>, sqlx::Error> {
+pub async fn one(connection: &mut Session, id: i64) -> Result<Option<(DeadLetter, Content)>, sqlx::Error> {
     let found =
         sqlx::query(concat!("select ", columns!(), ", headers, payload from aftercommit.dead_letter where id = $1"))
             .bind(id)
             .fetch_optional(connection)
             .await?;
     let Some(found) = found else { return Ok(None) };
-    Ok(Some((Letter::from_row(&found)?, Content::from_row(&found)?)))
+    Ok(Some((DeadLetter::from_row(&found)?, Content::from_row(&found)?)))
 }
 
 /// Sends up to `limit` of the selected letters back to their subscribers, in the order of the stream, and returns their

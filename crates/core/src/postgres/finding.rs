@@ -3,14 +3,17 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use serde::Serialize;
 use uuid::Uuid;
 
+use super::event_id::MaybeEventId;
 use super::session::{Session, Tx};
 use super::time;
+use aftercommit_outbox::event::EventId;
 
 /// Something that is not as it should be.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Finding {
+pub struct NewFinding {
     /// Such as `missing_from_stream`.
     pub kind: &'static str,
     /// What it is about: an event id, a consumer, a user's key. With the kind, its identity.
@@ -48,8 +51,8 @@ impl State {
 }
 
 /// Writes what a run found. What was found before stays the same row; when it was settled, it is open again.
-pub async fn record(session: &mut Session, name: &str, run: i64, findings: &[Finding]) -> Result<(), sqlx::Error> {
-    fn each<T>(findings: &[Finding], field: impl Fn(&Finding) -> T) -> Vec<T> {
+pub async fn record(session: &mut Session, name: &str, run: i64, findings: &[NewFinding]) -> Result<(), sqlx::Error> {
+    fn each<T>(findings: &[NewFinding], field: impl Fn(&NewFinding) -> T) -> Vec<T> {
         findings.iter().map(field).collect()
     }
     sqlx::query(
@@ -176,29 +179,42 @@ pub struct Wanted<'a> {
     pub settled: bool,
 }
 
-/// A finding with what has become of it.
-#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
-pub struct Entry {
+/// Something that a reconciler found.
+#[derive(Debug, Clone, PartialEq, Serialize, sqlx::FromRow)]
+pub struct Finding {
+    /// Its number.
     pub id: i64,
+    /// Who found it.
     #[sqlx(rename = "name")]
     pub reconciler: String,
+    /// What it is, such as `item_failed`.
     pub kind: String,
+    /// What it is about.
     pub item: String,
-    pub event_id: Option<Uuid>,
+    /// The event that it is about.
+    #[sqlx(try_from = "MaybeEventId")]
+    pub event_id: Option<EventId>,
+    /// That event's key.
     pub key: Option<String>,
+    /// Where it is in the stream.
     #[sqlx(rename = "stream_seq")]
     pub stream_sequence: Option<i64>,
+    /// More, in one line.
     pub detail: String,
+    /// `open`, `repairing`, `repaired` or `gone`.
     pub state: String,
+    /// When it was first found, by the database's clock.
     #[sqlx(try_from = "time::Time")]
     pub found_at: DateTime<Utc>,
+    /// When it was settled.
     #[sqlx(try_from = "time::MaybeTime")]
     pub settled_at: Option<DateTime<Utc>>,
+    /// The last run that found it.
     pub last_run: i64,
 }
 
 /// The last `limit` of the wanted ones, the oldest first.
-pub async fn list(session: &mut Session, wanted: &Wanted<'_>, limit: i64) -> Result<Vec<Entry>, sqlx::Error> {
+pub async fn list(session: &mut Session, wanted: &Wanted<'_>, limit: i64) -> Result<Vec<Finding>, sqlx::Error> {
     sqlx::query_as(
         "select * from (
             select id, name, kind, item, event_id, key, stream_seq, detail, state, found_at, settled_at, last_run

@@ -7,6 +7,7 @@ pub mod connections;
 pub mod database;
 pub mod dead_letter;
 pub mod doctor;
+mod event_id;
 pub mod explain;
 pub mod failure;
 pub mod fence;

@@ -2,12 +2,15 @@
 
 use std::collections::HashSet;
 
+use chrono::{DateTime, Utc};
+use serde::Serialize;
 use sqlx::PgExecutor;
 use uuid::Uuid;
 
 use super::fence::{Written, leading};
 use super::session::{Session, Tx};
 use super::time;
+use aftercommit_outbox::event::EventId;
 
 /// What is parked when a relay takes the lead.
 #[derive(Debug, Default)]
@@ -245,19 +248,29 @@ pub async fn summary(connection: &mut Session) -> Result<Summary, sqlx::Error> {
     .await
 }
 
-/// A parked event as an operator sees it.
-#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
+/// An event that was set aside.
+#[derive(Debug, Clone, PartialEq, Serialize, sqlx::FromRow)]
 pub struct ParkedEvent {
+    /// Its position in the outbox.
     pub outbox_id: i64,
-    pub event_id: Uuid,
+    /// Its identity.
+    #[sqlx(try_from = "Uuid")]
+    pub event_id: EventId,
+    /// Its type.
+    #[serde(rename = "type")]
     #[sqlx(rename = "type")]
     pub event_type: String,
+    /// Its ordering key.
     pub key: Option<String>,
+    /// JetStream's error number, 0 when the client refused it; none for an event that waits behind another.
     pub code: Option<i64>,
+    /// Why it is set aside.
     pub reason: String,
+    /// `parked`, or `released` while it is on its way out.
     pub state: String,
+    /// Since when.
     #[sqlx(try_from = "time::Time")]
-    pub parked_at: chrono::DateTime<chrono::Utc>,
+    pub parked_at: DateTime<Utc>,
 }
 
 /// The events that are parked or on their way out, in outbox order.

@@ -1,6 +1,7 @@
 //! How reconcilers are doing.
 
 use chrono::{DateTime, Utc};
+use serde::Serialize;
 
 use super::session::Session;
 use super::time;
@@ -33,29 +34,46 @@ pub async fn state(session: &mut Session, names: &[&str]) -> Result<Vec<Reconcil
     .await
 }
 
-/// A run as people look at it.
-#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
-pub struct RunEntry {
+/// A run of a reconciler.
+#[derive(Debug, Clone, PartialEq, Serialize, sqlx::FromRow)]
+pub struct ReconcileRun {
+    /// Its number.
     pub id: i64,
+    /// Whose it is.
     #[sqlx(rename = "name")]
     pub reconciler: String,
+    /// `scheduled` or `demand`.
     pub cause: String,
+    /// `report` or `repair`.
     pub mode: String,
+    /// `new`, `full` or `keys`.
     pub scope: String,
+    /// When it began, by the database's clock.
     #[sqlx(try_from = "time::Time")]
     pub started_at: DateTime<Utc>,
+    /// When it ended; none when it runs, or its process died and no other run has noticed yet.
     #[sqlx(try_from = "time::MaybeTime")]
     pub ended_at: Option<DateTime<Utc>>,
+    /// `ok`, `failed` or `stopped`.
     pub result: Option<String>,
+    /// Why it failed.
     pub error: Option<String>,
+    /// How many items it has looked at so far.
     pub scanned: i64,
+    /// How many differences it found.
     pub found: i64,
+    /// How many of them it repaired, or queued the repair of.
     pub repaired: i64,
+    /// How many items failed.
     pub failed: i64,
 }
 
 /// The last `limit` runs, of one reconciler or of all, the oldest first.
-pub async fn runs(session: &mut Session, reconciler: Option<&str>, limit: i64) -> Result<Vec<RunEntry>, sqlx::Error> {
+pub async fn runs(
+    session: &mut Session,
+    reconciler: Option<&str>,
+    limit: i64,
+) -> Result<Vec<ReconcileRun>, sqlx::Error> {
     sqlx::query_as(
         "select * from (
             select id, name, cause, mode, scope, started_at, ended_at, result, error, scanned, found, repaired, failed

@@ -16,7 +16,7 @@ use super::{Failure, Mode, Scope};
 use crate::backoff::Backoff;
 use crate::error::{Error, ErrorKind, causes, panic_text};
 use crate::fault;
-use crate::postgres::finding::{Finding, State};
+use crate::postgres::finding::{NewFinding, State};
 use crate::postgres::session::{Session, Tx};
 use crate::postgres::{self, handling, inbox};
 
@@ -197,7 +197,7 @@ impl<R: Reconciler> ItemJob<R> {
                 Ok(0) => fine.push(key.clone()),
                 Ok(drift) if run.mode == Mode::Report => {
                     let detail = format!("{drift} differences");
-                    findings.push(Finding { kind: DRIFT, item: key.clone(), detail, ..Finding::default() });
+                    findings.push(NewFinding { kind: DRIFT, item: key.clone(), detail, ..NewFinding::default() });
                 }
                 Ok(drift) => {
                     run.differences(drift);

@@ -14,7 +14,7 @@ use super::{Failure, Mode, Scope};
 use crate::backoff::Backoff;
 use crate::error::{Error, ErrorKind};
 use crate::postgres::connections::Connections;
-use crate::postgres::finding::{self, Finding, State};
+use crate::postgres::finding::{self, NewFinding, State};
 use crate::postgres::reconcile::{self, Counts};
 use crate::postgres::{self, session::Session};
 
@@ -123,13 +123,13 @@ impl Run {
                 tracing::warn!(reconciler = self.name, run = self.id, item, error = reason, "an item failed");
                 self.failures.push(Failure { item: item.clone(), reason: reason.clone() });
             }
-            findings.push(Finding { kind: FAILED, item, detail: reason, ..Finding::default() });
+            findings.push(NewFinding { kind: FAILED, item, detail: reason, ..NewFinding::default() });
         }
         self.write(&findings).await
     }
 
     /// Writes down and counts findings. What was found by earlier runs stays one row.
-    pub async fn found(&mut self, findings: &[Finding]) -> Result<(), Error> {
+    pub async fn found(&mut self, findings: &[NewFinding]) -> Result<(), Error> {
         let named = NAMED.saturating_sub(self.named);
         self.named += findings.len();
         for finding in findings.iter().take(named) {
@@ -148,7 +148,7 @@ impl Run {
     }
 
     /// Writes findings down, without counting them: what has become of some that were counted.
-    pub async fn write(&self, findings: &[Finding]) -> Result<(), Error> {
+    pub async fn write(&self, findings: &[NewFinding]) -> Result<(), Error> {
         if findings.is_empty() {
             return Ok(());
         }

@@ -51,7 +51,7 @@ pub(super) struct Outbox {
 pub(super) struct Database {
     pub(super) here: Vec<AtSubscriber>,
     pub(super) at_work: Vec<AtWork>,
-    pub(super) audit: Vec<audit::Done>,
+    pub(super) audit: Vec<audit::AuditEntry>,
     /// What the subscribers' instances said last.
     pub(super) heard: Vec<Heard>,
     /// The event's failed attempts that are on record.

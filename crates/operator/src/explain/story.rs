@@ -10,7 +10,7 @@ use super::gather::{Evidence, Outbox, Stream};
 use super::{About, Explanation, Moment, Standing, StreamMessage};
 use aftercommit_core::config::Naming;
 use aftercommit_core::jetstream::stream::ConsumerPosition;
-use aftercommit_core::postgres::audit::Done;
+use aftercommit_core::postgres::audit::AuditEntry;
 use aftercommit_core::postgres::explain::AtSubscriber;
 use aftercommit_core::postgres::failure::Failure;
 use aftercommit_core::postgres::status::AtWork;
@@ -294,7 +294,7 @@ fn tell_letter(
     moments.push(moment(dead_at, subscriber, format!("given up after {attempts}, now a dead letter: {reason}")));
 }
 
-fn tell_operator(done: &Done, failures: &[Failure], moments: &mut Vec<Moment>) {
+fn tell_operator(done: &AuditEntry, failures: &[Failure], moments: &mut Vec<Moment>) {
     let subscriber = done.subscriber.as_deref().unwrap_or("outbox");
     let what = done.subscriber.as_ref().map(|name| format!(" at {name}")).unwrap_or_default();
     moments.push(moment(done.at, "operator", format!("{}: {}{what}", done.who, done.action)));
@@ -312,7 +312,7 @@ fn tell_operator(done: &Done, failures: &[Failure], moments: &mut Vec<Moment>) {
 }
 
 /// The subscriber whose payload an entry of the audit trail says was changed, and by whom.
-fn edit(done: Done) -> Option<(String, String)> {
+fn edit(done: AuditEntry) -> Option<(String, String)> {
     let hash = |name: &str| done.detail.get(name).and_then(Value::as_str).map(str::to_string);
     let changed = hash("payload_sha256_after").is_some_and(|after| hash("payload_sha256") != Some(after));
     done.subscriber.filter(|_| changed).map(|subscriber| (subscriber, done.who))

@@ -18,7 +18,7 @@ use aftercommit_core::jetstream::stored::{self, StreamMessage};
 use aftercommit_core::jetstream::sweep::Sweep;
 use aftercommit_core::postgres::compare::{self, Absent};
 use aftercommit_core::postgres::connections::Connections;
-use aftercommit_core::postgres::finding::Finding;
+use aftercommit_core::postgres::finding::NewFinding;
 use aftercommit_core::postgres::place::Place;
 use aftercommit_core::postgres::{database_error, window};
 
@@ -57,7 +57,7 @@ pub(super) struct LookedUp {
     /// The rows of the outbox that they are.
     pub(super) rows: Vec<i64>,
     /// Those that should not be there.
-    pub(super) findings: Vec<Finding>,
+    pub(super) findings: Vec<NewFinding>,
     /// Those among them that have an event's id and are made of something else: outbox id and sequence.
     pub(super) forged: Vec<(i64, i64)>,
     /// Of which of these events say that they replace them.
@@ -229,23 +229,23 @@ fn failed(error: sqlx::Error) -> Error {
     database_error("the outbox cannot be compared with its stream", error)
 }
 
-fn foreign(sequence: u64, subject: &str) -> Finding {
-    Finding {
+fn foreign(sequence: u64, subject: &str) -> NewFinding {
+    NewFinding {
         kind: FOREIGN,
         item: sequence.to_string(),
         stream_seq: Some(sequence.cast_signed()),
         detail: format!("a message on {subject} is not from this outbox"),
-        ..Finding::default()
+        ..NewFinding::default()
     }
 }
 
-fn odd(claimed: &Claimed, oddity: &Oddity) -> Finding {
+fn odd(claimed: &Claimed, oddity: &Oddity) -> NewFinding {
     let (kind, detail) = match oddity {
         Oddity::Differs { what } => (DIFFERS, format!("the message has another {what} than the event in the outbox")),
         Oddity::Ghost => (GHOST, "the outbox does not have this event".into()),
     };
     let event = &claimed.event;
-    Finding {
+    NewFinding {
         kind,
         item: format!("{}@{}", event.id, claimed.sequence),
         event_id: Some(event.id.as_uuid()),
@@ -253,6 +253,6 @@ fn odd(claimed: &Claimed, oddity: &Oddity) -> Finding {
         key: event.key.clone(),
         stream_seq: Some(claimed.sequence.cast_signed()),
         detail,
-        ..Finding::default()
+        ..NewFinding::default()
     }
 }

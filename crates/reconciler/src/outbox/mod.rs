@@ -31,7 +31,7 @@ use aftercommit_core::jetstream::stored;
 use aftercommit_core::jetstream::stream::{Extent, StreamReader};
 use aftercommit_core::jetstream::{self};
 use aftercommit_core::postgres::compare::{self, Absent};
-use aftercommit_core::postgres::finding::{self, Finding, State};
+use aftercommit_core::postgres::finding::{self, NewFinding, State};
 use aftercommit_core::postgres::place::{self, Place};
 use aftercommit_core::postgres::relay_log::{self, Base};
 use aftercommit_core::postgres::session::Session;
@@ -459,16 +459,16 @@ impl Comparing<'_> {
     async fn report_parked(&mut self) -> Result<(), Error> {
         let limit = self.comparison.parked_limit;
         let parked = self.ask(async |session| compare::parked_longer(session, limit).await).await?;
-        let findings: Vec<Finding> = parked
+        let findings: Vec<NewFinding> = parked
             .into_iter()
-            .map(|event| Finding {
+            .map(|event| NewFinding {
                 kind: "parked_too_long",
                 item: event.event_id.to_string(),
                 event_id: Some(event.event_id),
                 outbox_id: Some(event.outbox_id),
                 key: event.key,
                 detail: format!("parked for {:.0} s: {}", event.for_seconds, event.reason),
-                ..Finding::default()
+                ..NewFinding::default()
             })
             .collect();
         self.run.found(&findings).await
@@ -499,7 +499,7 @@ fn lost_its_end() -> Error {
     )
 }
 
-async fn report_odd(run: &mut Run, odd: &mut Odd, findings: Vec<Finding>) -> Result<(), Error> {
+async fn report_odd(run: &mut Run, odd: &mut Odd, findings: Vec<NewFinding>) -> Result<(), Error> {
     let (mut named, mut counted) = (Vec::new(), 0);
     for finding in findings {
         let count = match finding.kind {
@@ -522,7 +522,7 @@ async fn report_page(run: &mut Run, stream: &str, at: &Place, page: Page, queued
     run.settle(MISSING, &verified, State::Repaired).await?;
     for missing in page.missing.chunks(1000) {
         // Before the repair: should this process die in between, the finding is there.
-        let found: Vec<Finding> = missing.iter().map(|missing| absent(&missing.row, State::Open)).collect();
+        let found: Vec<NewFinding> = missing.iter().map(|missing| absent(&missing.row, State::Open)).collect();
         run.found(&found).await?;
         fault::point("reconciler-outbox-found");
         if run.mode != Mode::Repair {
@@ -542,14 +542,14 @@ async fn report_page(run: &mut Run, stream: &str, at: &Place, page: Page, queued
     }
     let waits = |row: &Absent| row.repair.as_ref().is_some_and(|(state, _)| state == "queued");
     let state = |row| if waits(row) { State::Repairing } else { State::Open };
-    let waiting: Vec<Finding> = page.waiting.iter().map(|row| absent(row, state(row))).collect();
+    let waiting: Vec<NewFinding> = page.waiting.iter().map(|row| absent(row, state(row))).collect();
     run.found(&waiting).await
 }
 
-fn absent(row: &Absent, state: State) -> Finding {
+fn absent(row: &Absent, state: State) -> NewFinding {
     let refused = row.repair.as_ref().is_some_and(|(state, _)| state == "refused");
     let why = if refused { "; the stream does not take it" } else { "" };
-    Finding {
+    NewFinding {
         kind: MISSING,
         item: row.event_id.to_string(),
         event_id: Some(row.event_id),

@@ -24,7 +24,7 @@ use aftercommit_core::jetstream::history::History;
 use aftercommit_core::jetstream::stream::{Extent, StreamReader};
 use aftercommit_core::jetstream::witness::{Moment, Witness};
 use aftercommit_core::outbox_query::client::OutboxClient;
-use aftercommit_core::postgres::finding::{Finding, State};
+use aftercommit_core::postgres::finding::{NewFinding, State};
 use aftercommit_core::postgres::resend::{self, Event, Known};
 use aftercommit_core::postgres::start::Started;
 use aftercommit_core::postgres::{identity, place};
@@ -172,7 +172,7 @@ struct Range {
 /// What a batch of messages came to.
 #[derive(Default)]
 struct Page {
-    findings: Vec<Finding>,
+    findings: Vec<NewFinding>,
     /// The last message.
     anchor: Option<Witness>,
     stored_at: Option<DateTime<Utc>>,
@@ -223,13 +223,13 @@ impl Comparing<'_> {
         for kind in STATES.iter().filter(|kind| problems.iter().all(|(found, _)| found != *kind)) {
             self.run.settle(kind, std::slice::from_ref(&item), State::Gone).await?;
         }
-        let mut findings: Vec<Finding> = problems
+        let mut findings: Vec<NewFinding> = problems
             .into_iter()
             .map(|(kind, detail)| {
                 // What a new consumer will not deliver, this run looks for; what it delivers again is in the inbox.
                 let looked_for = kind == RECREATED && self.run.mode == Mode::Repair;
                 let state = if looked_for { State::Repaired } else { State::Open };
-                Finding { kind, item: item.clone(), detail, state, ..Finding::default() }
+                NewFinding { kind, item: item.clone(), detail, state, ..NewFinding::default() }
             })
             .collect();
         // Before the repair: should this process die in between, the findings are there.
@@ -246,8 +246,8 @@ impl Comparing<'_> {
     }
 
     /// Makes the consumer what it should be, if that is wanted and would cure any of this, and returns whether it did.
-    async fn put_right(&self, findings: &mut [Finding], anew: bool) -> Result<bool, Error> {
-        let curable = |finding: &Finding| [AHEAD, ABSENT, SETTINGS].contains(&finding.kind);
+    async fn put_right(&self, findings: &mut [NewFinding], anew: bool) -> Result<bool, Error> {
+        let curable = |finding: &NewFinding| [AHEAD, ABSENT, SETTINGS].contains(&finding.kind);
         if !findings.iter().any(curable) || !self.comparison.provision || self.run.mode != Mode::Repair {
             return Ok(false);
         }
@@ -280,16 +280,16 @@ impl Comparing<'_> {
     async fn dead_letters(&mut self) -> Result<(), Error> {
         let (subscriber, limit) = (self.comparison.subscription.name(), self.comparison.dead_limit);
         let letters = ask(self.run, async |session| resend::dead_longer(session, subscriber, limit).await).await?;
-        let findings: Vec<Finding> = letters
+        let findings: Vec<NewFinding> = letters
             .into_iter()
-            .map(|letter| Finding {
+            .map(|letter| NewFinding {
                 kind: DEAD,
                 item: letter.event_id.to_string(),
                 event_id: Some(letter.event_id),
                 key: letter.key,
                 stream_seq: Some(letter.stream_seq),
                 detail: format!("dead letter {} for {:.0} s: {}", letter.id, letter.for_seconds, letter.reason),
-                ..Finding::default()
+                ..NewFinding::default()
             })
             .collect();
         self.run.found(&findings).await
@@ -455,9 +455,9 @@ fn stored_at(message: &StreamMessage) -> DateTime<Utc> {
     std::time::SystemTime::from(message.time).into()
 }
 
-fn missed(event: &Event) -> Finding {
+fn missed(event: &Event) -> NewFinding {
     let Event { event, sequence } = event;
-    Finding {
+    NewFinding {
         kind: MISSED,
         item: event.id.to_string(),
         event_id: Some(event.id.as_uuid()),
@@ -469,9 +469,9 @@ fn missed(event: &Event) -> Finding {
     }
 }
 
-fn twice(event: &Event, times: i64) -> Finding {
+fn twice(event: &Event, times: i64) -> NewFinding {
     let detail = format!("the inbox has it {times} times: its primary key is gone or damaged");
-    Finding { kind: TWICE, detail, ..missed(event) }
+    NewFinding { kind: TWICE, detail, ..missed(event) }
 }
 
 /// What is wrong with the consumer, by kind.

@@ -8,7 +8,7 @@ use super::outstanding::{Outstanding, Place};
 use super::unhandled;
 use aftercommit_core::error::Error;
 use aftercommit_core::outbox_query::wire::Moved;
-use aftercommit_core::postgres::finding::Finding;
+use aftercommit_core::postgres::finding::NewFinding;
 use aftercommit_core::postgres::resend::Known;
 
 impl Comparing<'_> {
@@ -69,14 +69,14 @@ struct Displaced {
     key: Option<String>,
 }
 
-fn displaced(event: &Displaced) -> Finding {
-    Finding {
+fn displaced(event: &Displaced) -> NewFinding {
+    NewFinding {
         kind: MISSED,
         item: event.id.to_string(),
         event_id: Some(event.id),
         outbox_id: Some(event.outbox_id),
         key: event.key.clone(),
         detail: format!("{}: it was missing in the stream, and runs from the outbox in its order", event.event_type),
-        ..Finding::default()
+        ..NewFinding::default()
     }
 }

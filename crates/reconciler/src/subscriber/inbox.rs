@@ -25,7 +25,7 @@ use aftercommit_core::jetstream::witness::Moment;
 use aftercommit_core::jetstream::{consumer, stored};
 use aftercommit_core::outbox_query::client::OutboxClient;
 use aftercommit_core::outbox_query::wire::{Listed, Moved};
-use aftercommit_core::postgres::finding::Finding;
+use aftercommit_core::postgres::finding::NewFinding;
 use aftercommit_core::postgres::resend::{self, Event, Known};
 use aftercommit_core::runner::job::{Done, Run, Schedule, written};
 use aftercommit_core::runner::{Definition, Mode, Scope};
@@ -199,7 +199,7 @@ struct Range {
 #[derive(Default)]
 struct Page {
     /// What is not handled.
-    findings: Vec<Finding>,
+    findings: Vec<NewFinding>,
     /// Whether the position can be saved here.
     rest: bool,
 }
@@ -467,14 +467,14 @@ impl Source for Rows<'_> {
     }
 }
 
-fn missed(event: &Listed) -> Finding {
-    Finding {
+fn missed(event: &Listed) -> NewFinding {
+    NewFinding {
         kind: MISSED,
         item: event.event_id.to_string(),
         event_id: Some(event.event_id),
         outbox_id: Some(event.id),
         key: event.key.clone(),
         detail: format!("{}: the consumer has passed it, and the inbox does not have it", event.event_type),
-        ..Finding::default()
+        ..NewFinding::default()
     }
 }
