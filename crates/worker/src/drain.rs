@@ -15,13 +15,13 @@ use aftercommit_core::postgres::lease::{self, Tenure};
 use aftercommit_core::postgres::{database_error, function, inbox, testing};
 use aftercommit_outbox::event::EventId;
 
-use super::lane::Lane;
-use super::load::Item;
+use super::executor::Lane;
+use super::executor::decide::Verdict;
+use super::executor::load::Item;
 use super::progress::Progress;
 use super::scheduler::Place;
-use super::serve::LEASE;
 use super::subscriber::{Subscriber, Work};
-use super::verdict::Verdict;
+use super::subscriber_run::LEASE;
 use aftercommit_core::subscription::lease_name;
 
 /// Where dead letters and inbox rows say that their event came from; its place there is the outbox id.

@@ -24,7 +24,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore};
 
 use super::handler::HandlerError;
-use super::trouble::Unreachable;
+use super::transaction_error::Unreachable;
 use aftercommit_core::config::{ClientCertificate, Secret, read_file};
 use aftercommit_core::envelope::Envelope;
 use aftercommit_core::error::{Error, ErrorKind, causes, on_one_line};

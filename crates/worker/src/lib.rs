@@ -51,19 +51,18 @@
 #![warn(clippy::unwrap_used, clippy::expect_used)]
 
 mod batch;
+mod dispatcher;
 mod doubt;
 #[cfg(feature = "testing")]
 pub mod drain;
 mod elsewhere;
+mod executor;
 #[cfg(feature = "cli")]
 mod file;
 mod gate;
 mod handler;
 #[cfg(feature = "cli")]
 mod http;
-mod lane;
-mod load;
-mod loss;
 mod monitor;
 mod notes;
 mod pace;
@@ -75,14 +74,11 @@ mod registry;
 mod route;
 mod sample;
 mod scheduler;
-mod serve;
-mod session;
 mod span;
 mod start;
 mod subscriber;
-mod transact;
-mod trouble;
-mod verdict;
+mod subscriber_run;
+mod transaction_error;
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -117,7 +113,7 @@ pub use span::set_span_parent;
 pub use start::{Start, StartError};
 pub use subscriber::{FailurePolicy, Subscriber};
 #[cfg(feature = "testing")]
-pub use trouble::describe;
+pub use transaction_error::describe;
 
 /// Runs subscribers.
 #[derive(Debug)]
@@ -265,7 +261,7 @@ impl Worker {
         let process = Arc::default();
         let mut services = JoinSet::new();
         for (subscriber, (progress, spec)) in subscribers.into_iter().zip(watched) {
-            let service = serve::Service {
+            let service = subscriber_run::Service {
                 spec,
                 subscriber: Arc::new(subscriber),
                 connections: Arc::new(connections.for_another()),

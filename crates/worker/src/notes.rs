@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use chrono::{SubsecRound, Utc};
 use serde_json::Value;
 
-use super::load::Item;
+use super::executor::load::Item;
 use super::progress::Progress;
 use super::subscriber::Subscriber;
 use aftercommit_core::health::Phase;

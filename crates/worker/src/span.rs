@@ -10,7 +10,7 @@ use aftercommit_outbox::is_traceparent;
 
 use super::handler::HandlerError;
 use super::route::Try;
-use super::trouble::describe;
+use super::transaction_error::describe;
 
 type SetParent = Box<dyn Fn(&Span, &str) + Send + Sync>;
 

@@ -10,22 +10,22 @@ use aftercommit_core::postgres::dead_letter::{self, NewDeadLetter};
 use aftercommit_core::postgres::failure;
 use aftercommit_core::text::cut;
 
-use super::handler::HandlerError;
-use super::lane::Lane;
-use super::load::Queued;
-use super::loss::Loss;
-use super::pace::Ran;
-use super::progress::Outcome;
-use super::scheduler::Place;
-use super::subscriber::MAX_WAIT;
-use super::trouble::describe;
+use crate::executor::Lane;
+use crate::executor::load::Queued;
+use crate::executor::lost_session::Loss;
+use crate::handler::HandlerError;
+use crate::pace::Ran;
+use crate::progress::Outcome;
+use crate::scheduler::Place;
+use crate::subscriber::MAX_WAIT;
+use crate::transaction_error::describe;
 
 /// How much of an error is logged: the whole of it is in the database, and an event may fail many times.
-pub(super) const LOGGED: usize = 500;
+pub(crate) const LOGGED: usize = 500;
 
 /// What became of an event.
 #[derive(Debug, PartialEq)]
-pub(super) enum Verdict {
+pub(crate) enum Verdict {
     /// Handled, now or before.
     Done,
     /// Given up.
@@ -50,7 +50,7 @@ pub(super) enum Verdict {
 
 /// How long to wait for the end of an outage.
 #[derive(Debug, PartialEq)]
-pub(super) enum Wait {
+pub(crate) enum Wait {
     /// As for servers of our own: soon, and again and again.
     Soon,
     Exactly(Duration),
@@ -58,27 +58,27 @@ pub(super) enum Wait {
 
 /// What became of a batch.
 #[derive(Default)]
-pub(super) struct Report {
-    pub(super) verdicts: Vec<(Place, Verdict)>,
+pub(crate) struct Report {
+    pub(crate) verdicts: Vec<(Place, Verdict)>,
     /// The subscriber's database, or where it sends all of its events, is away, for this reason.
-    pub(super) outage: Option<String>,
+    pub(crate) outage: Option<String>,
     /// Another instance has taken over.
-    pub(super) fenced: bool,
+    pub(crate) fenced: bool,
     /// What the last transaction took that no outage prevented.
-    pub(super) ran: Option<Ran>,
+    pub(crate) ran: Option<Ran>,
     /// What is on record of events now.
-    pub(super) records: Vec<(Place, Record)>,
+    pub(crate) records: Vec<(Place, Record)>,
     /// Sessions that ended while events ran, of which the database could not be asked. Their events have no verdict yet.
-    pub(super) losses: Vec<Loss>,
+    pub(crate) losses: Vec<Loss>,
     /// The lanes of losses of which it was asked.
-    pub(super) looked_into: Vec<i64>,
+    pub(crate) looked_into: Vec<i64>,
     /// The database has answered a question about a loss.
-    pub(super) answered: bool,
+    pub(crate) answered: bool,
 }
 
 impl Report {
     /// Takes note of why a lane cannot go on.
-    pub(super) fn halted(&mut self, result: Result<(), Halt>) {
+    pub(crate) fn halted(&mut self, result: Result<(), Halt>) {
         match result {
             Ok(()) => {}
             Err(Halt::Outage(reason)) => self.outage = Some(format!("the database is away: {reason}")),
@@ -89,7 +89,7 @@ impl Report {
 }
 
 /// The lane cannot go on with its batch.
-pub(super) enum Halt {
+pub(crate) enum Halt {
     Outage(String),
     Unreachable(String),
     Fenced,
@@ -97,7 +97,7 @@ pub(super) enum Halt {
 
 impl Lane {
     /// What becomes of an event whose handler failed.
-    pub(super) async fn decide(&self, queued: &Queued, error: HandlerError, took: Duration) -> Result<Verdict, Halt> {
+    pub(crate) async fn decide(&self, queued: &Queued, error: HandlerError, took: Duration) -> Result<Verdict, Halt> {
         match error {
             HandlerError::Snooze(wait) => {
                 self.postpone(queued, (Waits::Snooze, wait), "snoozed").await?;
@@ -142,7 +142,7 @@ impl Lane {
     }
 
     /// Writes down how long the event waits without an attempt.
-    pub(super) async fn postpone(
+    pub(crate) async fn postpone(
         &self,
         queued: &Queued,
         (waits, wait): (Waits, Duration),
@@ -166,7 +166,7 @@ impl Lane {
         }
     }
 
-    pub(super) async fn give_up(&self, queued: &Queued, reason: &str, attempted: bool) -> Result<Verdict, Halt> {
+    pub(crate) async fn give_up(&self, queued: &Queued, reason: &str, attempted: bool) -> Result<Verdict, Halt> {
         let letter = NewDeadLetter {
             subscriber: &self.subscriber.name,
             stream: &queued.stream,

@@ -7,8 +7,8 @@ use aftercommit_core::error::causes;
 use aftercommit_core::postgres::function::FunctionName;
 use aftercommit_core::postgres::{self, clip, function};
 
+use super::executor::lost_session::Loss;
 use super::handler::HandlerError;
-use super::loss::Loss;
 
 /// Why a transaction was not committed, and by which event of the group, if that is known.
 pub(super) enum Trouble {

@@ -18,24 +18,24 @@ use aftercommit_core::postgres::pins::Server;
 use aftercommit_core::postgres::session::{Session, Tx};
 use aftercommit_core::postgres::{function, handling, inbox, redrive};
 
-use super::batch::{self, BatchError};
-use super::handler::HandlerError;
-use super::lane::{GRACE, Lane, SILENT};
-use super::load::{Queued, redrive_ids};
-use super::loss::Loss;
-use super::pace::Took;
-use super::progress::Outcome;
-use super::scheduler::Place;
-use super::span;
-use super::subscriber::Work;
-use super::trouble::{TooSlow, Trouble, describe, timed_out, trouble};
+use crate::batch::{self, BatchError};
+use crate::executor::load::{Queued, redrive_ids};
+use crate::executor::lost_session::Loss;
+use crate::executor::{GRACE, Lane, SILENT};
+use crate::handler::HandlerError;
+use crate::pace::Took;
+use crate::progress::Outcome;
+use crate::scheduler::Place;
+use crate::span;
+use crate::subscriber::Work;
+use crate::transaction_error::{TooSlow, Trouble, describe, timed_out, trouble};
 
 /// What became of a transaction, and whether its session can be used again.
 type Ended = (Result<Vec<Uuid>, Trouble>, bool);
 
 impl Lane {
     /// Runs these events in one transaction and returns those that may not run yet.
-    pub(super) async fn transact(&self, group: &[&Queued], took: &mut Took) -> Result<Vec<Uuid>, Trouble> {
+    pub(crate) async fn transact(&self, group: &[&Queued], took: &mut Took) -> Result<Vec<Uuid>, Trouble> {
         let mut connection = self.own(self.connections.take_for_others()).await.map_err(Trouble::Outage)?;
         let (result, usable) =
             match AssertUnwindSafe(self.transact_on(&mut connection, group, took)).catch_unwind().await {

@@ -28,13 +28,13 @@ use aftercommit_core::postgres::pause::{self, Pause};
 use aftercommit_core::postgres::{identity, inbox, running, start};
 use aftercommit_outbox::event::EventId;
 
+use super::dispatcher::{self, End, Session};
 use super::elsewhere::{self, Elsewhere};
-use super::lane::Lane;
+use super::executor::Lane;
 use super::notes::Teller;
 use super::progress::Progress;
 use super::pruner::Pruner;
 use super::reached::{Account, Places};
-use super::session::{self, End, Session};
 use super::subscriber::{Subscriber, Work};
 use aftercommit_core::subscription::{ALL, lease_name};
 
@@ -358,7 +358,7 @@ impl Service {
         let (places, known) = loaded.map_err(|error| error.report())?;
         let reached = (known && !fault::broken("ack after commit")).then(|| Reached(places.newest()));
         let account = Account::new(&self.connections, self.name(), &self.spec.stream, places);
-        let budget = session::budget(&lane);
+        let budget = dispatcher::budget(&lane);
         let ack_wait = position.ack_wait;
         let feed = feed::start(&self.nats, &self.spec, position, reached, &budget, self.done());
         let answers = Answers::start(&self.nats.client);

@@ -1,5 +1,10 @@
 //! Runs one batch of events: what goes into which transaction, and what becomes of each event.
 
+pub(super) mod decide;
+pub(super) mod load;
+pub(super) mod lost_session;
+mod transact;
+
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,15 +22,15 @@ use aftercommit_core::postgres::running::{self, Marker};
 use aftercommit_core::postgres::{self, attempt};
 
 use super::doubt;
+use super::executor::decide::{Halt, Report, Verdict, Wait};
+use super::executor::load::{Item, Queued};
+use super::executor::lost_session::Loss;
 use super::handler::HandlerError;
-use super::load::{Item, Queued};
-use super::loss::Loss;
 use super::pace::Took;
 use super::progress::Progress;
 use super::scheduler::{Company, Place};
 use super::subscriber::{FailurePolicy, Subscriber};
-use super::trouble::{Trouble, describe, timed_out, trouble};
-use super::verdict::{Halt, Report, Verdict, Wait};
+use super::transaction_error::{Trouble, describe, timed_out, trouble};
 
 /// How often a conflict with other transactions is answered with another run before it counts as a failure.
 const MAX_CONFLICTS: u32 = 10;

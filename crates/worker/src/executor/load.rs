@@ -13,30 +13,30 @@ use aftercommit_core::postgres::inbox;
 use aftercommit_core::postgres::redrive::{self, Redriven};
 use aftercommit_outbox::event::EventId;
 
-use super::lane::Lane;
-use super::route::Try;
-use super::scheduler::Place;
-use super::verdict::{Halt, Report, Verdict, Wait};
+use crate::executor::Lane;
+use crate::executor::decide::{Halt, Report, Verdict, Wait};
+use crate::route::Try;
+use crate::scheduler::Place;
 
 /// The most payload bytes that all lanes of a subscriber read from the table of redriven events at a time.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
 
 /// One event to run.
-pub(super) struct Item {
-    pub(super) place: Place,
+pub(crate) struct Item {
+    pub(crate) place: Place,
     /// Which event it is, if that is known.
-    pub(super) id: Option<EventId>,
+    pub(crate) id: Option<EventId>,
     /// None when it has to be read from its place.
-    pub(super) event: Option<Arc<Envelope>>,
-    pub(super) deliveries: u64,
+    pub(crate) event: Option<Arc<Envelope>>,
+    pub(crate) deliveries: u64,
     /// How often in a row something that it needs was away.
-    pub(super) interruptions: u32,
+    pub(crate) interruptions: u32,
     /// What is on record of it. A suspect is the only event of its batch.
-    pub(super) record: Record,
+    pub(crate) record: Record,
 }
 
 impl Item {
-    pub(super) fn queued(self, stream: &str, stream_seq: i64, event: Arc<Envelope>) -> Queued {
+    pub(crate) fn queued(self, stream: &str, stream_seq: i64, event: Arc<Envelope>) -> Queued {
         let Self { place, deliveries, interruptions, record, .. } = self;
         let stream = stream.to_string();
         let (failures, fresh) = (AtomicU32::new(record.attempts), AtomicBool::new(false));
@@ -45,35 +45,35 @@ impl Item {
 }
 
 /// An event with its payload.
-pub(super) struct Queued {
-    pub(super) place: Place,
+pub(crate) struct Queued {
+    pub(crate) place: Place,
     /// The stream that it was read from, perhaps long ago, and its sequence there.
-    pub(super) stream: String,
-    pub(super) stream_seq: i64,
-    pub(super) event: Arc<Envelope>,
-    pub(super) deliveries: u64,
-    pub(super) interruptions: u32,
-    pub(super) record: Record,
+    pub(crate) stream: String,
+    pub(crate) stream_seq: i64,
+    pub(crate) event: Arc<Envelope>,
+    pub(crate) deliveries: u64,
+    pub(crate) interruptions: u32,
+    pub(crate) record: Record,
     /// The attempts that had failed when it was looked at last.
-    pub(super) failures: AtomicU32,
+    pub(crate) failures: AtomicU32,
     /// Whether it was not done yet when it was looked at last.
-    pub(super) fresh: AtomicBool,
+    pub(crate) fresh: AtomicBool,
 }
 
 impl Queued {
-    pub(super) fn row(&self) -> inbox::Row {
+    pub(crate) fn row(&self) -> inbox::Row {
         let sequence = Some(self.event.sequence).filter(|sequence| *sequence > 0);
         let live_key = self.event.key.clone().filter(|_| matches!(self.place, Place::Stream(_)));
         inbox::Row { event_id: self.event.id.as_uuid(), stream_seq: self.stream_seq, sequence, live_key }
     }
 
     /// As of when it was looked at last.
-    pub(super) fn this_try(&self) -> Try {
+    pub(crate) fn this_try(&self) -> Try {
         Try { attempt: self.failures.load(Ordering::Relaxed) + 1, delivery_count: self.deliveries.max(1) }
     }
 }
 
-pub(super) fn redrive_ids(places: impl Iterator<Item = Place>) -> Vec<i64> {
+pub(crate) fn redrive_ids(places: impl Iterator<Item = Place>) -> Vec<i64> {
     let id = |place| match place {
         Place::Redrive(id) => Some(id),
         Place::Stream(_) => None,
@@ -84,7 +84,7 @@ pub(super) fn redrive_ids(places: impl Iterator<Item = Place>) -> Vec<i64> {
 impl Lane {
     /// Reads the payloads that are not in memory. What follows one that cannot be read now is not run either, because
     /// it may have the same key.
-    pub(super) async fn load(&self, items: Vec<Item>, report: &mut Report) -> Result<Vec<Queued>, Halt> {
+    pub(crate) async fn load(&self, items: Vec<Item>, report: &mut Report) -> Result<Vec<Queued>, Halt> {
         let mut redriven = match self.read_redriven(&items).await {
             Ok(redriven) => redriven,
             Err(reason) => {

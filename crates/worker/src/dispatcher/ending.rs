@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{End, Session};
-use crate::lane::Lane;
+use crate::executor::Lane;
 use aftercommit_core::jetstream::ack::Answer;
 use aftercommit_core::postgres::running;
 

@@ -27,17 +27,17 @@ use aftercommit_outbox::event::EventId;
 
 use super::doubt;
 use super::elsewhere::{self, Elsewhere};
+use super::executor::Lane;
+use super::executor::decide::Report;
+use super::executor::load::Item;
+use super::executor::lost_session::Loss;
 use super::gate::Gate;
-use super::lane::Lane;
-use super::load::Item;
-use super::loss::Loss;
 use super::pace::Pace;
 use super::progress::Load;
 use super::reached::{self, Account};
 use super::redrive::Redrives;
 use super::scheduler::{Company, Place, Scheduler};
 use super::subscriber::{FailurePolicy, MAX_WAIT};
-use super::verdict::Report;
 use room::Room;
 
 /// The most payload bytes in memory, beside what is on its way.

@@ -9,34 +9,34 @@ use aftercommit_core::postgres::attempt::{self, Judged, Lost};
 use aftercommit_core::postgres::pins::Server;
 use aftercommit_core::postgres::running::{self, Marker};
 
-use super::lane::Lane;
-use super::scheduler::Place;
-use super::verdict::{Halt, Report, Verdict};
+use crate::executor::Lane;
+use crate::executor::decide::{Halt, Report, Verdict};
+use crate::scheduler::Place;
 
 /// How long the database may take to say what it knows of a loss.
 const PROBE: Duration = Duration::from_secs(15);
 
 /// A session that ended while these events ran. Until the database answers nobody knows what that means.
 #[derive(Debug)]
-pub(super) struct Loss {
+pub(crate) struct Loss {
     /// Where they are marked as running.
-    pub(super) lane: i64,
+    pub(crate) lane: i64,
     /// The events with the number of their failed attempts.
-    pub(super) events: Vec<(Place, Uuid, u32)>,
+    pub(crate) events: Vec<(Place, Uuid, u32)>,
     /// The server that the session was on.
-    pub(super) server: Server,
-    pub(super) reason: String,
+    pub(crate) server: Server,
+    pub(crate) reason: String,
 }
 
 impl Loss {
-    pub(super) fn places(&self) -> impl Iterator<Item = Place> {
+    pub(crate) fn places(&self) -> impl Iterator<Item = Place> {
         self.events.iter().map(|(place, ..)| *place)
     }
 }
 
 impl Lane {
     /// Asks the database about losses that it could not be asked about at once. That it answers ends the outage.
-    pub(super) async fn look_into(self, losses: Vec<Loss>) -> Report {
+    pub(crate) async fn look_into(self, losses: Vec<Loss>) -> Report {
         let mut report = Report::default();
         let mut losses = losses.into_iter();
         for loss in losses.by_ref() {
@@ -51,7 +51,7 @@ impl Lane {
     }
 
     /// Asks the database what a loss means. While it does not answer it is an outage, and the loss is kept.
-    pub(super) async fn find_out(&self, loss: Loss, report: &mut Report) -> Result<(), Halt> {
+    pub(crate) async fn find_out(&self, loss: Loss, report: &mut Report) -> Result<(), Halt> {
         self.connections.forget_idle();
         let judged = match self.judge(&loss).await {
             Ok(Some(judged)) => judged,
@@ -93,7 +93,7 @@ impl Lane {
         let judged = self.connections.run(async |connection| attempt::judge(connection, &self.tenure, &lost).await);
         match timeout(PROBE, self.own(judged)).await {
             Ok(judged) => judged,
-            Err(_) => Err(super::lane::SILENT.into()),
+            Err(_) => Err(crate::executor::SILENT.into()),
         }
     }
 

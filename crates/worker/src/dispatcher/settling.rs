@@ -7,11 +7,11 @@ use tokio::task::JoinError;
 
 use super::{End, HELD, Session};
 use crate::doubt;
-use crate::loss::Loss;
+use crate::executor::decide::{LOGGED, Report, Verdict, Wait};
+use crate::executor::lost_session::Loss;
 use crate::progress::Outcome;
 use crate::scheduler::Place;
 use crate::subscriber::{FailurePolicy, MAX_WAIT};
-use crate::verdict::{LOGGED, Report, Verdict, Wait};
 use aftercommit_core::backoff::Backoff;
 use aftercommit_core::fault;
 use aftercommit_core::jetstream::ack::Answer;
