@@ -257,8 +257,8 @@ async fn outlives(kills: usize, orderly: bool) {
     work.send("a", 1).await;
     for _ in 0..kills {
         let mut process = work.child("crashes::worker_process_that_takes_long").spawn().unwrap();
-        let marked = async |lanes: &'static str| -> bool {
-            sqlx::query_scalar(lanes).fetch_one(&work.outbox.pool).await.unwrap()
+        let marked = async |query: &'static str| -> bool {
+            sqlx::query_scalar(query).fetch_one(&work.outbox.pool).await.unwrap()
         };
         let runs = "select exists (select from aftercommit.running where lane >= 0
                                      and epoch = (select epoch from aftercommit.lease))";

@@ -37,7 +37,7 @@ impl Handler<Number> for Gated {
     }
 }
 
-/// Two instances of a subscriber, of which the first is active and in the middle of one event in each of its lanes.
+/// Two instances of a subscriber, of which the first is active and in the middle of one event in each of its executors.
 struct Handover {
     work: Work,
     first: Option<RunningWorker>,
@@ -69,7 +69,7 @@ impl Handover {
         eventually(SOON, "the first one is active", leads).await.unwrap();
         let second = RunningWorker::start(work.worker_with(subscriber(at_once, false)));
         work.send_many(&SLOW, 1).await;
-        eventually(SOON, "all lanes are busy", async || runs.load(Ordering::SeqCst) == SLOW.len()).await.unwrap();
+        eventually(SOON, "all executors are busy", async || runs.load(Ordering::SeqCst) == SLOW.len()).await.unwrap();
         work.send_many(&QUICK, 20).await;
         for key in SLOW {
             work.send(key, 2).await;

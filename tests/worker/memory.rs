@@ -11,7 +11,7 @@ use aftercommit::worker::Subscriber;
 #[tokio::test(flavor = "multi_thread")]
 async fn events_that_wait_for_a_moment_stay_in_memory() {
     let work = Work::shared().await;
-    // Twenty of one key in front of each of the other: one lane has plenty to do, the second one something now and then.
+    // Twenty of one key in front of each of the other: one executor has plenty to do, the second one something now and then.
     for n in 1..=60 {
         for hot in (n - 1) * 20 + 1..=n * 20 {
             work.send("hot", hot).await;

@@ -108,7 +108,7 @@ async fn lost_connections_leave_no_suspicion_behind_an_orderly_stop() {
             false => Act::Sleep(Duration::from_secs(2)),
         }
     });
-    // Afterwards one lane looks whether the outage is over, then three of the four have something to do.
+    // Afterwards one executor looks whether the outage is over, then three of the four have something to do.
     let subscriber = Subscriber::new("cut").on::<Number>(handler).concurrency(4).max_attempts(1).max_batch(1);
     let worker = work.run(subscriber).await;
     work.send_many(&KEYS, 1).await;

@@ -277,7 +277,7 @@ async fn debounced_events_of_a_key_run_in_one_batch_and_other_keys_at_their_own_
     let calls = Arc::clone(&handler.calls);
     let subscriber = Subscriber::new("debounce").on_batch::<Number>(handler).debounce(Duration::from_secs(2));
     let started = Instant::now();
-    // With one lane, the windows of b and c end while a runs.
+    // With one executor, the windows of b and c end while a runs.
     let worker = work.run(subscriber.concurrency(1)).await;
     work.wait_for(221).await;
     assert!(started.elapsed() >= Duration::from_secs(2));

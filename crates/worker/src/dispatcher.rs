@@ -1,4 +1,4 @@
-//! The main loop of a subscriber's active instance: takes messages from the feed, gives events to lanes, answers.
+//! The main loop of a subscriber's active instance: takes messages from the feed, gives events to executors, answers.
 
 mod ending;
 mod room;
@@ -27,22 +27,22 @@ use aftercommit_outbox::event::EventId;
 
 use super::doubt;
 use super::elsewhere::{self, Elsewhere};
-use super::executor::Lane;
-use super::executor::decide::Report;
-use super::executor::load::Item;
-use super::executor::lost_session::Loss;
+use super::executor::Executor;
 use super::gate::Gate;
+use super::item::Item;
+use super::loss::Loss;
 use super::pace::Pace;
-use super::progress::Load;
+use super::progress::DispatcherLoad;
 use super::reached::{self, Account};
 use super::redrive::Redrives;
-use super::scheduler::{Company, Place, Scheduler};
+use super::scheduler::{Company, EventPlace, Scheduler};
 use super::subscriber::{FailurePolicy, MAX_WAIT};
+use super::verdict::BatchReport;
 use room::Room;
 
 /// The most payload bytes in memory, beside what is on its way.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
-/// When JetStream shall send an event again whose payload was let go. The lane reads it from the stream before.
+/// When JetStream shall send an event again whose payload was let go. The executor reads it from the stream before.
 const LET_GO: Duration = Duration::from_secs(300);
 
 /// How many messages are taken from the feed at a time.
@@ -50,7 +50,7 @@ const MAX_FED: usize = 1000;
 /// When an event is tried again that waits for others of its key that were sent back.
 const HELD: Duration = Duration::from_millis(250);
 
-/// Why a session ended.
+/// Why a dispatcher ended.
 #[derive(Debug, PartialEq)]
 pub(super) enum End {
     /// It was asked to.
@@ -61,14 +61,16 @@ pub(super) enum End {
     Broken(String),
 }
 
-/// One stretch of work on one consumer.
-pub(super) struct Session {
-    lane: Lane,
+/// Hands the events of one consumer to executors, each key in its order.
+pub(super) struct Dispatcher {
+    /// Every executor is a copy of it, with a number of its own.
+    executor: Executor,
     scheduler: Scheduler,
-    pending: HashMap<Place, Pending>,
+    pending: HashMap<EventPlace, Pending>,
     redrives: Redrives,
-    lanes: JoinSet<(i64, Report)>,
-    /// The numbers of the lanes that run.
+    /// The executors that run.
+    executors: JoinSet<(i64, BatchReport)>,
+    /// Their numbers.
     numbers: BTreeSet<i64>,
     /// What is on record of events that have not come yet.
     on_record: HashMap<Uuid, Left>,
@@ -105,28 +107,28 @@ struct Pending {
     record: Record,
 }
 
-/// How many events a subscriber holds in memory: enough to keep all lanes busy, and that again for what is on its way
+/// How many events a subscriber holds in memory: enough to keep all executors busy, and that again for what is on its way
 /// there and back.
-pub(super) fn budget(lane: &Lane) -> Arc<Budget> {
-    let settings = &lane.subscriber.settings;
+pub(super) fn budget(executor: &Executor) -> Arc<Budget> {
+    let settings = &executor.subscriber.settings;
     Budget::new((settings.concurrency * settings.max_batch * 4).clamp(500, 5000), MAX_BYTES)
 }
 
-impl Session {
+impl Dispatcher {
     pub(super) fn new(
-        lane: Lane,
+        executor: Executor,
         (on_record, elsewhere): (HashMap<Uuid, Left>, Elsewhere),
         answers: Answers,
         budget: Arc<Budget>,
         account: Account,
     ) -> Self {
-        lane.progress.notes.clear();
+        executor.progress.notes.clear();
         Self {
-            redrives: Redrives::new(Arc::clone(&lane.connections), &lane.subscriber.name),
-            lane,
+            redrives: Redrives::new(Arc::clone(&executor.connections), &executor.subscriber.name),
+            executor,
             scheduler: Scheduler::default(),
             pending: HashMap::new(),
-            lanes: JoinSet::new(),
+            executors: JoinSet::new(),
             numbers: BTreeSet::new(),
             on_record,
             elsewhere,
@@ -145,7 +147,7 @@ impl Session {
     }
 
     /// Works until `stop`, until `lost`, or until the feed ends. Signs of life go out three times per `ack_wait`. What runs then
-    /// goes on until [`Session::finish`].
+    /// goes on until [`Dispatcher::finish`].
     pub(super) async fn run(
         &mut self,
         (mut feed, feeding): (mpsc::UnboundedReceiver<Fed>, AbortOnDropHandle<()>),
@@ -165,12 +167,12 @@ impl Session {
             self.give_out();
             self.make_room();
             let wake = self.next_wake();
-            self.lane.progress.load(self.load());
+            self.executor.progress.load(self.load());
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break End::Stopped,
                 () = lost.cancelled() => break End::Fenced,
-                Some(report) = self.lanes.join_next(), if !self.lanes.is_empty() => {
+                Some(report) = self.executors.join_next(), if !self.executors.is_empty() => {
                     if let Some(end) = self.settle(report) {
                         break end;
                     }
@@ -198,19 +200,19 @@ impl Session {
         end
     }
 
-    fn load(&self) -> Load {
-        Load {
+    fn load(&self) -> DispatcherLoad {
+        DispatcherLoad {
             ready: self.scheduler.ready(),
-            lanes: self.lanes.len(),
+            executors: self.executors.len(),
             held: self.scheduler.held(),
             interrupted: self.interrupted,
         }
     }
 
-    /// Takes in all that has happened, before lanes get anything: so they get much at a time. Says when the session cannot go
+    /// Takes in all that has happened, before executors get anything: so they get much at a time. Says when the dispatcher cannot go
     /// on.
     fn catch_up(&mut self, feed: &mut mpsc::UnboundedReceiver<Fed>, fed: &mut Vec<Fed>) -> Option<End> {
-        while let Some(report) = self.lanes.try_join_next() {
+        while let Some(report) = self.executors.try_join_next() {
             if let Some(end) = self.settle(report) {
                 return Some(end);
             }
@@ -229,7 +231,7 @@ impl Session {
             match fed {
                 Fed::Message(incoming) => self.take_in(*incoming)?,
                 Fed::Complete(place) => self.account.saw(place),
-                Fed::Refused(problem) => self.lane.progress.delivery(problem),
+                Fed::Refused(problem) => self.executor.progress.delivery(problem),
                 Fed::Ended(reason) => return Err(reason),
             }
         }
@@ -246,13 +248,13 @@ impl Session {
         let sequence = place.sequence;
         fault::point("worker-fetched");
         if deliveries > 1 {
-            self.lane.progress.redelivered();
+            self.executor.progress.redelivered();
         }
         let event = match event {
             Ok(event) => event,
             Err(problem) => {
                 tracing::warn!(
-                    subscriber = self.lane.subscriber.name,
+                    subscriber = self.executor.subscriber.name,
                     sequence,
                     error = %problem,
                     "a message is not an event, skipping it"
@@ -265,11 +267,11 @@ impl Session {
             }
         };
         let id = event.id;
-        if let Some(known) = self.pending.get(&Place::Stream(sequence)).filter(|known| known.id != id) {
+        if let Some(known) = self.pending.get(&EventPlace::Stream(sequence)).filter(|known| known.id != id) {
             return Err(format!("the stream has lost its end: it has event {id} in the place of {}", known.id));
         }
         self.account.saw(place);
-        let place = Place::Stream(sequence);
+        let place = EventPlace::Stream(sequence);
         if let Some(record) = self.schedule(place, id, event.key.as_deref()) {
             let event = Some((Arc::new(event), permit));
             let pending = Pending { id, event, reply, deliveries, alive: true, interruptions: 0, record };
@@ -289,10 +291,10 @@ impl Session {
         Ok(())
     }
 
-    /// Takes note of events that were sent back. They stay in their table until a lane reads them.
+    /// Takes note of events that were sent back. They stay in their table until an executor reads them.
     fn take_redriven(&mut self, rows: Vec<Waiting>) {
         for Waiting { id, event_id, key } in rows {
-            let place = Place::Redrive(id);
+            let place = EventPlace::Redrive(id);
             let id = event_id.into();
             if let Some(record) = self.schedule(place, id, key.as_deref()) {
                 self.redrives.added();
@@ -304,7 +306,7 @@ impl Session {
     }
 
     /// Gives an event to the scheduler and returns what is on record of it; none when it is known already.
-    fn schedule(&mut self, place: Place, id: EventId, key: Option<&str>) -> Option<Record> {
+    fn schedule(&mut self, place: EventPlace, id: EventId, key: Option<&str>) -> Option<Record> {
         let key = key.filter(|_| !fault::broken("order of keys"));
         if !self.scheduler.add(place, key) {
             return None;
@@ -314,7 +316,7 @@ impl Session {
         let company = doubt::company(&record);
         let company = if self.elsewhere.runs(id) { company.min(Company::Apart) } else { company };
         self.scheduler.bears(place, company);
-        let settings = &self.lane.subscriber.settings;
+        let settings = &self.executor.subscriber.settings;
         if let Some((waits, rest)) = wait {
             let passes = waits == Waits::Retry && settings.failure_policy == FailurePolicy::Skip;
             self.scheduler.postpone(place, Instant::now() + rest.min(MAX_WAIT), passes);
@@ -324,10 +326,10 @@ impl Session {
         Some(record)
     }
 
-    /// When the memory is full of events that cannot run now and lanes have had nothing to do for a while: keeps the places
-    /// of those events and lets their payloads go, so that others can come in. Lanes read them again when their time comes.
+    /// When the memory is full of events that cannot run now and executors have had nothing to do for a while: keeps the places
+    /// of those events and lets their payloads go, so that others can come in. Executors read them again when their time comes.
     fn make_room(&mut self) {
-        let (busy, now) = (self.lanes.len() >= self.lane.subscriber.settings.concurrency, Instant::now());
+        let (busy, now) = (self.executors.len() >= self.executor.subscriber.settings.concurrency, Instant::now());
         self.room.idle(!busy && !self.scheduler.any_ready(), now);
         if !self.budget.is_full() || self.room.due().is_none_or(|due| due > now) {
             return;
@@ -344,7 +346,7 @@ impl Session {
         }
     }
 
-    /// Gives free lanes something to do.
+    /// Gives free executors something to do.
     fn give_out(&mut self) {
         let mut admitted = self.admitted.take();
         if !self.redrives.begun() || self.gate.closed_until.is_some_and(|until| until > Instant::now()) {
@@ -355,18 +357,18 @@ impl Session {
             self.admission = None;
             return self.look_into_losses();
         }
-        // After an outage one lane looks whether it is over.
-        let lanes = if self.gate.failures > 0 { 1 } else { self.lane.subscriber.settings.concurrency };
-        while self.lanes.len() < lanes && self.scheduler.ready() > 0 {
-            let Some(permit) = admitted.take().or_else(|| self.lane.connections.admit_now()) else {
-                let connections = Arc::clone(&self.lane.connections);
+        // After an outage one executor looks whether it is over.
+        let most = if self.gate.failures > 0 { 1 } else { self.executor.subscriber.settings.concurrency };
+        while self.executors.len() < most && self.scheduler.ready() > 0 {
+            let Some(permit) = admitted.take().or_else(|| self.executor.connections.admit_now()) else {
+                let connections = Arc::clone(&self.executor.connections);
                 self.admission.get_or_insert_with(|| async move { connections.admit().await }.boxed());
                 return;
             };
-            let heads = match self.lane.subscriber.settings.debounce {
+            let heads = match self.executor.subscriber.settings.debounce {
                 // All that has gathered of one key, and nothing else, fits best into one transaction.
                 Some(_) => 1,
-                None => self.scheduler.ready().div_ceil(lanes - self.lanes.len()),
+                None => self.scheduler.ready().div_ceil(most - self.executors.len()),
             };
             let places = self.scheduler.take(heads, self.batch_limit());
             if let [single] = *places.as_slice()
@@ -391,10 +393,10 @@ impl Session {
                 let replies = items.iter().filter_map(|item| self.pending.get(&item.place)?.reply.as_ref());
                 replies.for_each(|reply| self.answers.send(reply, &Answer::Done));
             }
-            let (number, lane) = self.new_lane();
-            self.lane.progress.notes.started(number, &items);
-            self.lanes.spawn(async move {
-                let report = lane.run(items).await;
+            let (number, executor) = self.new_executor();
+            self.executor.progress.notes.started(number, &items);
+            self.executors.spawn(async move {
+                let report = executor.run(items).await;
                 drop(permit);
                 (number, report)
             });
@@ -403,7 +405,7 @@ impl Session {
     }
 
     /// Puts an event back that still runs at a predecessor, or that must run in other company since it has ended there.
-    fn waits_elsewhere(&mut self, place: Place) -> bool {
+    fn waits_elsewhere(&mut self, place: EventPlace) -> bool {
         let Some(pending) = self.pending.get_mut(&place) else { return false };
         if self.elsewhere.runs(pending.id) {
             self.scheduler.hold(place, Instant::now() + elsewhere::LOOK);
@@ -420,10 +422,10 @@ impl Session {
         }
     }
 
-    fn new_lane(&mut self) -> (i64, Lane) {
+    fn new_executor(&mut self) -> (i64, Executor) {
         let number = (0..).find(|number| !self.numbers.contains(number)).unwrap_or_default();
         self.numbers.insert(number);
-        (number, Lane { number, ..self.lane.clone() })
+        (number, Executor { number, ..self.executor.clone() })
     }
 
     /// Asks the database about lost sessions, before anything else runs: that it answers ends the outage.
@@ -431,14 +433,14 @@ impl Session {
         if !self.looking {
             self.looking = true;
             let losses = std::mem::take(&mut self.losses);
-            let (number, lane) = self.new_lane();
-            self.lanes.spawn(async move { (number, lane.look_into(losses).await) });
+            let (number, executor) = self.new_executor();
+            self.executors.spawn(async move { (number, executor.look_into(losses).await) });
         }
     }
 
     /// As many events as should be in one transaction; what was gathered is not torn apart.
     fn batch_limit(&self) -> usize {
-        let settings = &self.lane.subscriber.settings;
+        let settings = &self.executor.subscriber.settings;
         if settings.debounce.is_some() {
             return settings.max_batch;
         }
@@ -447,7 +449,7 @@ impl Session {
 
     fn next_wake(&self) -> Option<Instant> {
         let lost = !self.losses.is_empty() && !self.looking;
-        let waits_for_gate = lost || (self.lanes.is_empty() && self.scheduler.ready() > 0);
+        let waits_for_gate = lost || (self.executors.is_empty() && self.scheduler.ready() > 0);
         let room = self.room.due().filter(|_| self.budget.is_full());
         self.gate.next_look(waits_for_gate).into_iter().chain(self.scheduler.next_wake()).chain(room).min()
     }

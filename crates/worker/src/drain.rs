@@ -1,4 +1,4 @@
-//! Runs a subscriber for events at hand: the worker's own lane, without a stream and without waiting.
+//! Runs a subscriber for events at hand: the worker's own executor, without a stream and without waiting.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -15,13 +15,13 @@ use aftercommit_core::postgres::lease::{self, Tenure};
 use aftercommit_core::postgres::{database_error, function, inbox, testing};
 use aftercommit_outbox::event::EventId;
 
-use super::executor::Lane;
-use super::executor::decide::Verdict;
-use super::executor::load::Item;
+use super::executor::Executor;
+use super::item::Item;
 use super::progress::Progress;
-use super::scheduler::Place;
+use super::scheduler::EventPlace;
 use super::subscriber::{Subscriber, Work};
 use super::subscriber_run::LEASE;
+use super::verdict::Verdict;
 use aftercommit_core::subscription::lease_name;
 
 /// Where dead letters and inbox rows say that their event came from; its place there is the outbox id.
@@ -73,7 +73,7 @@ pub async fn drain(
 ) -> Result<Outcome, Error> {
     let tenure = acquire(&subscriber.name, connections).await?;
     subscriber.prepare()?;
-    let lane = Lane {
+    let executor = Executor {
         progress: Arc::new(Progress::new(&subscriber)),
         subscriber: Arc::new(subscriber),
         connections: Arc::clone(connections),
@@ -83,8 +83,13 @@ pub async fn drain(
         number: 0,
         alone: false,
     };
-    let mut run =
-        Run { lane, left: Vec::new(), records: HashMap::new(), attempts: HashMap::new(), outcome: Outcome::default() };
+    let mut run = Drain {
+        executor,
+        left: Vec::new(),
+        records: HashMap::new(),
+        attempts: HashMap::new(),
+        outcome: Outcome::default(),
+    };
     let drained = match run.begin(events).await {
         Ok(()) => run.run().await,
         Err(error) => Err(error),
@@ -125,20 +130,20 @@ async fn acquire(subscriber: &str, connections: &Connections) -> Result<Tenure, 
 }
 
 /// One stretch of work.
-struct Run {
-    lane: Lane,
+struct Drain {
+    executor: Executor,
     /// The events that are not done, in their order.
     left: Vec<Arc<Envelope>>,
     /// What is on record of suspects.
-    records: HashMap<Place, Record>,
+    records: HashMap<EventPlace, Record>,
     /// How many attempts of them have failed.
     attempts: HashMap<Uuid, i32>,
     outcome: Outcome,
 }
 
-impl Run {
+impl Drain {
     async fn begin(&mut self, events: &[Arc<Envelope>]) -> Result<(), Error> {
-        let Lane { subscriber, connections, .. } = &self.lane;
+        let Executor { subscriber, connections, .. } = &self.executor;
         let failed =
             |error| database_error(format!("looking what subscriber {} has done failed", subscriber.name), error);
         if let Work::Function { function, .. } = &subscriber.work {
@@ -160,7 +165,7 @@ impl Run {
 
     /// Runs batch after batch until nothing is left that may run now.
     async fn run(&mut self) -> Result<(), Error> {
-        let mut snoozed: HashSet<Place> = HashSet::new();
+        let mut snoozed: HashSet<EventPlace> = HashSet::new();
         loop {
             let mut blocked: HashSet<&str> = HashSet::new();
             let mut batch = Vec::new();
@@ -172,7 +177,7 @@ impl Run {
                     batch.push(Arc::clone(event));
                 }
             }
-            batch.truncate(self.lane.subscriber.settings.max_batch);
+            batch.truncate(self.executor.subscriber.settings.max_batch);
             if batch.is_empty() {
                 let waiting = self.left.iter().filter(|event| !snoozed.contains(&place(event)));
                 self.outcome.waiting = waiting.map(|event| event.id).collect();
@@ -183,8 +188,8 @@ impl Run {
     }
 
     /// Runs one batch and returns the places of the events that were snoozed.
-    async fn run_batch(&mut self, batch: Vec<Arc<Envelope>>) -> Result<Vec<Place>, Error> {
-        let name = &self.lane.subscriber.name;
+    async fn run_batch(&mut self, batch: Vec<Arc<Envelope>>) -> Result<Vec<EventPlace>, Error> {
+        let name = &self.executor.subscriber.name;
         let items = batch.iter().map(|event| {
             let failed = self.attempts.get(&event.id.as_uuid()).copied().unwrap_or(0);
             Item {
@@ -196,7 +201,7 @@ impl Run {
                 record: self.records.get(&place(event)).cloned().unwrap_or_default(),
             }
         });
-        let report = self.lane.clone().run(items.collect()).await;
+        let report = self.executor.clone().run(items.collect()).await;
         if let Some(reason) = report.outage {
             return Err(Error::new(ErrorKind::Database, format!("subscriber {name} cannot work: {reason}")));
         }
@@ -204,7 +209,7 @@ impl Run {
             return Err(Error::new(ErrorKind::Fenced, format!("a worker took over the subscriber {name}")));
         }
         self.records.extend(report.records);
-        let mut verdicts: HashMap<Place, Verdict> = report.verdicts.into_iter().collect();
+        let mut verdicts: HashMap<EventPlace, Verdict> = report.verdicts.into_iter().collect();
         let mut later = Vec::new();
         for event in batch {
             match verdicts.remove(&place(&event)) {
@@ -234,7 +239,10 @@ impl Run {
     }
 
     /// A failed attempt is counted, snoozing is not.
-    async fn tell_snoozed_from_failed(&mut self, later: Vec<(Arc<Envelope>, Duration)>) -> Result<Vec<Place>, Error> {
+    async fn tell_snoozed_from_failed(
+        &mut self,
+        later: Vec<(Arc<Envelope>, Duration)>,
+    ) -> Result<Vec<EventPlace>, Error> {
         if later.is_empty() {
             return Ok(Vec::new());
         }
@@ -259,7 +267,7 @@ impl Run {
     }
 
     async fn failures(&self, ids: &[Uuid]) -> Result<Vec<(Uuid, i32, String)>, Error> {
-        let Lane { subscriber, connections, .. } = &self.lane;
+        let Executor { subscriber, connections, .. } = &self.executor;
         connections.run(async |connection| testing::attempts(connection, &subscriber.name, ids).await).await.map_err(
             |error| database_error(format!("reading the attempts of subscriber {} failed", subscriber.name), error),
         )
@@ -267,8 +275,8 @@ impl Run {
 }
 
 /// The event's place in the outbox, which stands for its place in a stream.
-fn place(event: &Envelope) -> Place {
-    Place::Stream(event.sequence.unsigned_abs())
+fn place(event: &Envelope) -> EventPlace {
+    EventPlace::Stream(event.sequence.unsigned_abs())
 }
 
 impl Subscriber {

@@ -31,7 +31,7 @@ struct Seen {
     ended: HashMap<Uuid, Record>,
 }
 
-/// The events that ran elsewhere when this session began.
+/// The events that ran elsewhere when this dispatcher began.
 pub(super) struct Elsewhere {
     seen: watch::Receiver<Seen>,
     _looking: AbortOnDropHandle<()>,

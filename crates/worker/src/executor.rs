@@ -1,8 +1,8 @@
 //! Runs one batch of events: what goes into which transaction, and what becomes of each event.
 
-pub(super) mod decide;
-pub(super) mod load;
-pub(super) mod lost_session;
+mod decide;
+mod load;
+mod lost_session;
 mod transact;
 
 use std::collections::{HashSet, VecDeque};
@@ -22,15 +22,15 @@ use aftercommit_core::postgres::running::{self, Marker};
 use aftercommit_core::postgres::{self, attempt};
 
 use super::doubt;
-use super::executor::decide::{Halt, Report, Verdict, Wait};
-use super::executor::load::{Item, Queued};
-use super::executor::lost_session::Loss;
 use super::handler::HandlerError;
+use super::item::{Item, Queued};
+use super::loss::Loss;
 use super::pace::Took;
 use super::progress::Progress;
-use super::scheduler::{Company, Place};
+use super::scheduler::{Company, EventPlace};
 use super::subscriber::{FailurePolicy, Subscriber};
-use super::transaction_error::{Trouble, describe, timed_out, trouble};
+use super::transaction_error::{TransactionError, classify, describe, timed_out};
+use super::verdict::{BatchReport, Halt, OutageWait, Verdict};
 
 /// How often a conflict with other transactions is answered with another run before it counts as a failure.
 const MAX_CONFLICTS: u32 = 10;
@@ -44,9 +44,9 @@ const ALONE: Duration = Duration::from_secs(5);
 /// What is said of a statement that is not answered.
 pub(super) const SILENT: &str = "PostgreSQL does not answer";
 
-/// What a lane needs.
+/// Runs one batch of events at a time.
 #[derive(Clone)]
-pub(super) struct Lane {
+pub(super) struct Executor {
     pub(super) subscriber: Arc<Subscriber>,
     pub(super) connections: Arc<Connections>,
     pub(super) source: Source,
@@ -55,25 +55,26 @@ pub(super) struct Lane {
     /// another subscriber's event may be the one that kills the process.
     pub(super) process: Arc<RwLock<()>>,
     pub(super) progress: Arc<Progress>,
-    /// Tells it from the lanes beside it.
+    /// Tells it from the executors beside it. The column `lane` of `aftercommit.running` has it.
     pub(super) number: i64,
     /// Whether nothing else runs in this process meanwhile.
     pub(super) alone: bool,
 }
 
-impl Lane {
+impl Executor {
     /// Runs the events, which are in order.
-    pub(super) async fn run(mut self, items: Vec<Item>) -> Report {
+    pub(super) async fn run(mut self, items: Vec<Item>) -> BatchReport {
         let alone = items.iter().any(|item| doubt::company(&item.record) == Company::None);
         let process = Arc::clone(&self.process);
         let beside = enter_process(&process, alone).await;
         self.alone = matches!(beside, Either::Left(_));
-        let mut report = Report::default();
+        let mut report = BatchReport::default();
         let result = match self.load(items, &mut report).await {
             Ok(events) => {
                 let result = self.run_events(&events, &mut report).await;
                 let lost = report.losses.iter().flat_map(Loss::places);
-                let settled: HashSet<Place> = report.verdicts.iter().map(|(place, _)| *place).chain(lost).collect();
+                let settled: HashSet<EventPlace> =
+                    report.verdicts.iter().map(|(place, _)| *place).chain(lost).collect();
                 let rest = events.iter().map(|event| event.place).filter(|place| !settled.contains(place));
                 report.verdicts.extend(rest.map(|place| (place, Verdict::NotRun)));
                 result
@@ -81,7 +82,7 @@ impl Lane {
             Err(halt) => Err(halt),
         };
         report.halted(result);
-        // A commit has removed it; after an outage it cannot be, and the next batch of this lane replaces it.
+        // A commit has removed it; after an outage it cannot be, and the next batch of this executor replaces it.
         if report.outage.is_none() && report.verdicts.iter().any(|(_, verdict)| *verdict != Verdict::Done) {
             let cleared = self.connections.run(async |connection| running::clear(connection, self.marker()).await);
             if let Err(error) = self.own(cleared).await {
@@ -95,7 +96,7 @@ impl Lane {
         Marker { subscriber: &self.subscriber.name, epoch: self.tenure.epoch, lane: self.number, alone: self.alone }
     }
 
-    async fn run_events(&self, events: &[Queued], report: &mut Report) -> Result<(), Halt> {
+    async fn run_events(&self, events: &[Queued], report: &mut BatchReport) -> Result<(), Halt> {
         let mut blocked: HashSet<&str> = HashSet::new();
         let mut groups: VecDeque<Vec<&Queued>> = VecDeque::from([events.iter().collect()]);
         while let Some(mut group) = groups.pop_front() {
@@ -136,16 +137,20 @@ impl Lane {
                         }
                         report.ran = Some(took.end());
                     }
-                    Err(Trouble::Outage(reason) | Trouble::Ended(reason)) => return Err(Halt::Outage(reason)),
-                    Err(Trouble::Unreachable(reason)) => return Err(Halt::Unreachable(reason)),
-                    Err(Trouble::Lost(loss)) => {
+                    Err(TransactionError::Outage(reason) | TransactionError::Ended(reason)) => {
+                        return Err(Halt::Outage(reason));
+                    }
+                    Err(TransactionError::Unreachable(reason)) => return Err(Halt::Unreachable(reason)),
+                    Err(TransactionError::Lost(loss)) => {
                         blocked.extend(many.iter().filter_map(|queued| queued.event.key.as_deref()));
                         self.find_out(loss, report).await?;
                     }
                     // One that hangs would do so in every half that it is in, and so would one that changes the session.
-                    Err(Trouble::Changed) => single_out(group, &mut groups),
-                    Err(Trouble::Failed { at: None, error }) if timed_out(&error) => single_out(group, &mut groups),
-                    Err(trouble) => split(group, trouble.culprit(), &mut groups),
+                    Err(TransactionError::Changed) => single_out(group, &mut groups),
+                    Err(TransactionError::Failed { at: None, error }) if timed_out(&error) => {
+                        single_out(group, &mut groups)
+                    }
+                    Err(failure) => split(group, failure.culprit(), &mut groups),
                 },
             }
         }
@@ -168,7 +173,7 @@ impl Lane {
         &self,
         queued: &Queued,
         took: &mut Took,
-        report: &mut Report,
+        report: &mut BatchReport,
     ) -> Result<Result<Verdict, Loss>, Halt> {
         let settings = &self.subscriber.settings;
         if let Some(reason) = doubt::exhausted(&queued.record, settings.max_attempts, settings.max_crashes) {
@@ -179,21 +184,27 @@ impl Lane {
             let error = match self.transact(&[queued], took).await {
                 Ok(held) if held.is_empty() => return Ok(Ok(Verdict::Done)),
                 Ok(_) => return Ok(Ok(Verdict::Held)),
-                Err(Trouble::Outage(reason) | Trouble::Ended(reason)) => return Err(Halt::Outage(reason)),
-                Err(Trouble::Unreachable(reason)) => return Err(Halt::Unreachable(reason)),
-                Err(Trouble::Changed) => return Ok(Ok(Verdict::NotRun)),
-                Err(Trouble::Lost(loss)) => return Ok(Err(loss)),
-                Err(Trouble::Interrupted { error, .. }) => return self.interrupted(queued, &error).await.map(Ok),
-                Err(Trouble::Conflict { .. }) if conflicts < MAX_CONFLICTS => {
+                Err(TransactionError::Outage(reason) | TransactionError::Ended(reason)) => {
+                    return Err(Halt::Outage(reason));
+                }
+                Err(TransactionError::Unreachable(reason)) => return Err(Halt::Unreachable(reason)),
+                Err(TransactionError::Changed) => return Ok(Ok(Verdict::NotRun)),
+                Err(TransactionError::Lost(loss)) => return Ok(Err(loss)),
+                Err(TransactionError::Interrupted { error, .. }) => {
+                    return self.interrupted(queued, &error).await.map(Ok);
+                }
+                Err(TransactionError::Conflict { .. }) if conflicts < MAX_CONFLICTS => {
                     conflicts += 1;
                     tokio::time::sleep(CONFLICT.after(conflicts)).await;
                     continue;
                 }
-                Err(Trouble::Doubtful { error, .. }) if !doubt::is_suspect(&queued.record) => {
+                Err(TransactionError::Doubtful { error, .. }) if !doubt::is_suspect(&queued.record) => {
                     return self.suspect(queued, &error, report).await.map(Ok);
                 }
                 Err(
-                    Trouble::Conflict { error, .. } | Trouble::Doubtful { error, .. } | Trouble::Failed { error, .. },
+                    TransactionError::Conflict { error, .. }
+                    | TransactionError::Doubtful { error, .. }
+                    | TransactionError::Failed { error, .. },
                 ) => error,
             };
             return self.decide(queued, error, took.elapsed()).await.map(Ok);
@@ -203,21 +214,21 @@ impl Lane {
     /// What becomes of an event of which something that it needs is away.
     async fn interrupted(&self, queued: &Queued, error: &HandlerError) -> Result<Verdict, Halt> {
         let wait = match error {
-            HandlerError::Unavailable { after: Some(wait), .. } => Wait::Exactly(*wait),
+            HandlerError::Unavailable { after: Some(wait), .. } => OutageWait::Exactly(*wait),
             HandlerError::Unavailable { .. } => {
-                Wait::Exactly(self.subscriber.settings.backoff.after(queued.interruptions + 1))
+                OutageWait::Exactly(self.subscriber.settings.backoff.after(queued.interruptions + 1))
             }
-            _ => Wait::Soon,
+            _ => OutageWait::Soon,
         };
         let reason = describe(error);
-        if let Wait::Exactly(wait) = wait {
+        if let OutageWait::Exactly(wait) = wait {
             self.postpone(queued, (attempt::Waits::Unavailable, wait), &reason).await?;
         }
         Ok(Verdict::Interrupted { reason, wait })
     }
 
     /// The event broke its transaction, or the world around it did: it has one more run to show which.
-    async fn suspect(&self, queued: &Queued, error: &HandlerError, report: &mut Report) -> Result<Verdict, Halt> {
+    async fn suspect(&self, queued: &Queued, error: &HandlerError, report: &mut BatchReport) -> Result<Verdict, Halt> {
         let (name, id, reason) = (&self.subscriber.name, queued.event.id.as_uuid(), describe(error));
         let marked = self
             .connections
@@ -240,15 +251,15 @@ impl Lane {
     pub(super) async fn own_or_conflict<T>(
         &self,
         statement: impl Future<Output = Result<T, sqlx::Error>>,
-    ) -> Result<T, Trouble> {
+    ) -> Result<T, TransactionError> {
         match timeout(self.subscriber.settings.time_limit + GRACE, statement).await {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) if postgres::ends_session(&error) => Err(Trouble::Ended(postgres::message(&error))),
+            Ok(Err(error)) if postgres::ends_session(&error) => Err(TransactionError::Ended(postgres::message(&error))),
             Ok(Err(error)) if postgres::is_outage(&error) && !postgres::is_doubtful(&error) => {
-                Err(Trouble::Outage(postgres::message(&error)))
+                Err(TransactionError::Outage(postgres::message(&error)))
             }
-            Ok(Err(error)) => Err(trouble(None, error.into())),
-            Err(_) => Err(Trouble::Ended(SILENT.into())),
+            Ok(Err(error)) => Err(classify(None, error.into())),
+            Err(_) => Err(TransactionError::Ended(SILENT.into())),
         }
     }
 }
@@ -300,7 +311,7 @@ mod tests {
         );
         let event = Arc::new(event.unwrap());
         let item = |n| Item {
-            place: Place::Redrive(n),
+            place: EventPlace::Redrive(n),
             id: None,
             event: None,
             deliveries: 1,

@@ -48,7 +48,7 @@ use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::postgres::function::FunctionName;
 use aftercommit_outbox::subject::SubjectPrefix;
 
-use super::http::{Answer, Endpoint, Mode};
+use super::http::{ContentMode, Endpoint, HttpAnswer};
 use super::start::Start;
 use super::subscriber::{FailurePolicy, Subscriber, check_types};
 use aftercommit_core::subscription::check_name;
@@ -71,15 +71,15 @@ struct Entry {
     max_attempts: Option<u32>,
     max_crashes: Option<u32>,
     max_batch: Option<usize>,
-    ack_wait: Option<Wait>,
-    time_limit: Option<Wait>,
-    inbox_retention: Option<Wait>,
-    backoff: Option<Waits>,
+    ack_wait: Option<DurationText>,
+    time_limit: Option<DurationText>,
+    inbox_retention: Option<DurationText>,
+    backoff: Option<RetryWaits>,
     queue: Option<String>,
     stream: Option<String>,
     prefix: Option<Prefix>,
     failure_policy: Option<Policy>,
-    debounce: Option<Wait>,
+    debounce: Option<DurationText>,
     start: Option<StartsWith>,
 }
 
@@ -90,15 +90,15 @@ impl<'de> Deserialize<'de> for StartsWith {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
         #[serde(untagged)]
-        enum Written {
+        enum StartText {
             Sequence(u64),
             Time(toml::value::Datetime),
             Text(String),
         }
-        let text = match Written::deserialize(deserializer)? {
-            Written::Sequence(sequence) => sequence.to_string(),
-            Written::Time(time) => time.to_string(),
-            Written::Text(text) => text,
+        let text = match StartText::deserialize(deserializer)? {
+            StartText::Sequence(sequence) => sequence.to_string(),
+            StartText::Time(time) => time.to_string(),
+            StartText::Text(text) => text,
         };
         text.parse().map(Self).map_err(serde::de::Error::custom)
     }
@@ -124,12 +124,12 @@ struct Sql {
 #[serde(deny_unknown_fields)]
 struct Http {
     url: Spanned<String>,
-    mode: Option<Mode>,
-    timeout: Option<Wait>,
+    mode: Option<ContentMode>,
+    timeout: Option<DurationText>,
     #[serde(default)]
     headers: BTreeMap<String, Spanned<String>>,
     #[serde(default)]
-    answers: BTreeMap<String, Spanned<Answer>>,
+    answers: BTreeMap<String, Spanned<HttpAnswer>>,
     ca: Option<Spanned<PathBuf>>,
     cert: Option<Spanned<PathBuf>>,
     key: Option<Spanned<PathBuf>>,
@@ -137,15 +137,15 @@ struct Http {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Waits {
-    first: Option<Wait>,
-    max: Option<Wait>,
+struct RetryWaits {
+    first: Option<DurationText>,
+    max: Option<DurationText>,
 }
 
 /// A duration such as `30s`.
-struct Wait(Duration);
+struct DurationText(Duration);
 
-impl<'de> Deserialize<'de> for Wait {
+impl<'de> Deserialize<'de> for DurationText {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         humantime::parse_duration(&text).map(Self).map_err(|error| {
@@ -237,7 +237,7 @@ impl Entry {
             }
         };
         let settings = &mut subscriber.settings;
-        let backoff = self.backoff.unwrap_or(Waits { first: None, max: None });
+        let backoff = self.backoff.unwrap_or(RetryWaits { first: None, max: None });
         settings.backoff = Backoff {
             first: backoff.first.map_or(settings.backoff.first, |wait| wait.0),
             max: backoff.max.map_or(settings.backoff.max, |wait| wait.0),
@@ -342,7 +342,7 @@ key = "k"
         let subscribers = parse(WEBHOOK).unwrap();
         assert_eq!(subscribers[0].settings.max_batch, 1);
         let Work::Http { endpoint, .. } = &subscribers[0].work else { panic!("{:?}", subscribers[0]) };
-        assert_eq!((endpoint.mode, endpoint.timeout), (Mode::Structured, Duration::from_secs(5)));
+        assert_eq!((endpoint.mode, endpoint.timeout), (ContentMode::Structured, Duration::from_secs(5)));
     }
 
     #[test]

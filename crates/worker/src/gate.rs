@@ -12,7 +12,7 @@ pub(super) struct Gate {
 }
 
 impl Gate {
-    /// When a lane looks whether the outage is over; none when nothing waits for that. Whoever waits for a time that is
+    /// When an executor looks whether the outage is over; none when nothing waits for that. Whoever waits for a time that is
     /// past comes to nothing else.
     pub(super) fn next_look(&self, waits: bool) -> Option<Instant> {
         self.closed_until.filter(|_| waits && self.failures > 0)

@@ -54,11 +54,11 @@ const RESERVED: [&str; 9] = [
 /// Where events are posted, and how.
 pub(super) struct Endpoint {
     uri: Uri,
-    pub(super) mode: Mode,
+    pub(super) mode: ContentMode,
     pub(super) timeout: Duration,
     headers: BTreeMap<String, Value>,
     /// What some answers mean, where it is not what they usually do.
-    answers: BTreeMap<u16, Answer>,
+    answers: BTreeMap<u16, HttpAnswer>,
     pub(super) ca: Option<PathBuf>,
     pub(super) certificate: Option<ClientCertificate>,
     /// Made when the worker starts; reading a file for `aftercommit provision` needs neither secrets nor certificates.
@@ -68,7 +68,7 @@ pub(super) struct Endpoint {
 /// How an event becomes a request.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Mode {
+pub(super) enum ContentMode {
     /// Attributes in headers, the payload as it is.
     #[default]
     Binary,
@@ -79,7 +79,7 @@ pub(super) enum Mode {
 /// What an answer means for the event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Answer {
+pub(super) enum HttpAnswer {
     /// It is handled.
     Done,
     /// A failed attempt.
@@ -90,7 +90,7 @@ pub(super) enum Answer {
     Unavailable,
 }
 
-impl Answer {
+impl HttpAnswer {
     /// What an answer usually means, by its status.
     fn usual(status: u16) -> Self {
         match status {
@@ -132,7 +132,7 @@ impl Endpoint {
         }
         Ok(Self {
             uri,
-            mode: Mode::default(),
+            mode: ContentMode::default(),
             timeout: Duration::from_secs(30),
             headers: BTreeMap::new(),
             answers: BTreeMap::new(),
@@ -166,7 +166,7 @@ impl Endpoint {
     }
 
     /// Gives answers of this status another meaning than they usually have.
-    pub(super) fn answer(&mut self, status: &str, meaning: Answer) -> Result<(), String> {
+    pub(super) fn answer(&mut self, status: &str, meaning: HttpAnswer) -> Result<(), String> {
         match status.parse() {
             Ok(status @ 200..=599) => {
                 self.answers.insert(status, meaning);
@@ -289,11 +289,11 @@ impl Endpoint {
     fn request(&self, event: &Envelope, more: &HeaderMap) -> Result<Request<Full<Bytes>>, ()> {
         let mut headers: Vec<(String, String)> = vec![("idempotency-key".into(), event.id.to_string())];
         let (content_type, body) = match self.mode {
-            Mode::Binary => {
+            ContentMode::Binary => {
                 headers.extend(event.to_http_headers());
                 (event.content_type.as_str(), event.payload.clone())
             }
-            Mode::Structured => ("application/cloudevents+json; charset=utf-8", event.to_json().into()),
+            ContentMode::Structured => ("application/cloudevents+json; charset=utf-8", event.to_json().into()),
         };
         let trace = event.headers.iter().map(|(name, value)| (name.to_ascii_lowercase(), value.clone()));
         headers.extend(trace.filter(|(name, _)| matches!(name.as_str(), "traceparent" | "tracestate")));
@@ -311,18 +311,20 @@ impl Endpoint {
 
     /// What an answer means for the event.
     fn judge(&self, status: StatusCode, headers: &HeaderMap) -> Result<(), HandlerError> {
-        let meaning = self.answers.get(&status.as_u16()).copied().unwrap_or(Answer::usual(status.as_u16()));
+        let meaning = self.answers.get(&status.as_u16()).copied().unwrap_or(HttpAnswer::usual(status.as_u16()));
         let hint = match status.as_u16() {
             300..=399 => "; redirects are not followed",
-            431 if self.mode == Mode::Binary => "; in the mode \"structured\" the attributes of events are no headers",
+            431 if self.mode == ContentMode::Binary => {
+                "; in the mode \"structured\" the attributes of events are no headers"
+            }
             _ => "",
         };
         let text = format!("{self} answered {status}{hint}");
         match meaning {
-            Answer::Done => Ok(()),
-            Answer::Retry => Err(HandlerError::retry(text)),
-            Answer::Reject => Err(HandlerError::reject(text)),
-            Answer::Unavailable => Err(HandlerError::Unavailable {
+            HttpAnswer::Done => Ok(()),
+            HttpAnswer::Retry => Err(HandlerError::retry(text)),
+            HttpAnswer::Reject => Err(HandlerError::reject(text)),
+            HttpAnswer::Unavailable => Err(HandlerError::Unavailable {
                 error: text.into(),
                 after: headers.get(RETRY_AFTER).and_then(|value| retry_after(value.to_str().ok()?, Utc::now())),
             }),
@@ -461,9 +463,9 @@ mod tests {
     #[test]
     fn an_answer_means_what_the_settings_say() {
         let mut endpoint = endpoint();
-        endpoint.answer("409", Answer::Done).unwrap();
-        endpoint.answer("404", Answer::Reject).unwrap();
-        endpoint.answer("200", Answer::Retry).unwrap();
+        endpoint.answer("409", HttpAnswer::Done).unwrap();
+        endpoint.answer("404", HttpAnswer::Reject).unwrap();
+        endpoint.answer("200", HttpAnswer::Retry).unwrap();
         let judge = |status: u16| endpoint.judge(StatusCode::from_u16(status).unwrap(), &HeaderMap::new());
         assert!(judge(409).is_ok());
         assert!(matches!(judge(404), Err(HandlerError::Reject { .. })));
@@ -471,7 +473,7 @@ mod tests {
         let refused = judge(431).unwrap_err();
         assert!(matches!(refused, HandlerError::Reject { .. }) && format!("{refused:?}").contains("structured"));
         for status in ["", "4xx", "199", "600", "-1"] {
-            assert!(endpoint.answer(status, Answer::Done).is_err(), "{status}");
+            assert!(endpoint.answer(status, HttpAnswer::Done).is_err(), "{status}");
         }
     }
 

@@ -63,6 +63,8 @@ mod gate;
 mod handler;
 #[cfg(feature = "cli")]
 mod http;
+mod item;
+mod loss;
 mod monitor;
 mod notes;
 mod pace;
@@ -73,12 +75,15 @@ mod redrive;
 mod registry;
 mod route;
 mod sample;
+mod sampler;
 mod scheduler;
 mod span;
 mod start;
 mod subscriber;
 mod subscriber_run;
+mod teller;
 mod transaction_error;
+mod verdict;
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -165,7 +170,7 @@ impl Worker {
         self
     }
 
-    /// Report a subscriber unhealthy after this long without progress while events wait. Defaults to 30
+    /// BatchReport a subscriber unhealthy after this long without progress while events wait. Defaults to 30
     /// seconds.
     #[must_use]
     pub fn unhealthy_after(mut self, patience: Duration) -> Self {
@@ -248,20 +253,20 @@ impl Worker {
                  --max-connections (AFTERCOMMIT_MAX_CONNECTIONS, Worker::max_connections)"
             );
         }
-        let watched: Vec<sample::Watched> = subscribers
+        let watched: Vec<sampler::Watched> = subscribers
             .iter()
             .map(|subscriber| (Arc::new(Progress::new(subscriber)), subscriber.spec(&self.naming)))
             .collect();
         self.board.show(&watched);
         let Some(nats) = self.connect(&shutdown).await? else { return Ok(()) };
         self.board.connected(&nats);
-        let looking = sample::run(nats.clone(), Arc::clone(&connections), watched.clone());
+        let looking = sampler::run(nats.clone(), Arc::clone(&connections), watched.clone());
         let _looking = AbortOnDropHandle::new(tokio::spawn(looking));
         let _service = AbortOnDropHandle::new(tokio::spawn(self.board.service(nats.clone())));
         let process = Arc::default();
-        let mut services = JoinSet::new();
+        let mut runs = JoinSet::new();
         for (subscriber, (progress, spec)) in subscribers.into_iter().zip(watched) {
-            let service = subscriber_run::Service {
+            let run = subscriber_run::SubscriberRun {
                 spec,
                 subscriber: Arc::new(subscriber),
                 connections: Arc::new(connections.for_another()),
@@ -271,9 +276,9 @@ impl Worker {
                 remedy: self.remedy.clone(),
                 progress,
             };
-            services.spawn(service.run(shutdown.clone()));
+            runs.spawn(run.run(shutdown.clone()));
         }
-        while let Some(ended) = services.join_next().await {
+        while let Some(ended) = runs.join_next().await {
             ended.map_err(|error| Error::with_source(ErrorKind::Integrity, "a subscriber broke down", error))?;
         }
         Ok(())

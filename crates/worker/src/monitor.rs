@@ -8,7 +8,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use super::progress::Progress;
-use super::sample::Watched;
+use super::sampler::Watched;
 use aftercommit_core::error::Error;
 use aftercommit_core::health::{Check, Health, Phase};
 use aftercommit_core::jetstream::Connection;

@@ -1,20 +1,12 @@
-//! What a subscriber's instance tells operators: its state, and which single events wait, for what and until when, or run for
-//! long. It is written into the subscriber's database, where `aftercommit status`, `peek` and `explain` read it.
+//! The single events of a subscriber that wait, for what and until when, and those that run for long.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use chrono::{SubsecRound, Utc};
-use serde_json::Value;
 
-use super::executor::load::Item;
-use super::progress::Progress;
-use super::subscriber::Subscriber;
-use aftercommit_core::health::Phase;
-use aftercommit_core::postgres;
-use aftercommit_core::postgres::connections::Connections;
-use aftercommit_core::postgres::worker_status::{self, Said};
+use super::item::Item;
 use aftercommit_core::text;
 use aftercommit_core::told::{LENGTH, Running, Told, Waiting, Why, shown_key};
 use aftercommit_outbox::event::EventId;
@@ -23,12 +15,6 @@ use aftercommit_outbox::event::EventId;
 const TOLD: usize = 50;
 /// What runs for less long is nothing to tell.
 const LONG: Duration = Duration::from_secs(2);
-/// How often something new is looked for.
-const LOOK: Duration = Duration::from_secs(1);
-/// How often it is said that there is nothing new. Who has said nothing for several times as long is gone.
-const EVERY: Duration = Duration::from_secs(10);
-/// How long the database may take.
-const DEADLINE: Duration = Duration::from_secs(2);
 
 /// The events that wait or run at present.
 #[derive(Debug, Default)]
@@ -50,18 +36,18 @@ impl Notes {
         *self.kept() = Kept::default();
     }
 
-    /// A lane has begun with these events.
-    pub(super) fn started(&self, lane: i64, items: &[Item]) {
+    /// An executor has begun with these events.
+    pub(super) fn started(&self, executor: i64, items: &[Item]) {
         let first = items.iter().find_map(|item| Some((item.id?, item)));
         let Some((event_id, item)) = first else { return };
         let key = item.event.as_ref().and_then(|event| event.key.as_deref()).map(shown_key);
         let running = Running { event_id, key, events: items.len(), since: Utc::now().trunc_subsecs(3) };
-        self.kept().running.insert(lane, (Instant::now(), running));
+        self.kept().running.insert(executor, (Instant::now(), running));
     }
 
-    /// A lane has ended.
-    pub(super) fn ended(&self, lane: i64) {
-        self.kept().running.remove(&lane);
+    /// An executor has ended.
+    pub(super) fn ended(&self, executor: i64) {
+        self.kept().running.remove(&executor);
     }
 
     /// An event waits. When many do, the first of them are kept.
@@ -90,7 +76,7 @@ impl Notes {
     }
 
     /// What is to be told, in an order that stays.
-    fn told(&self) -> Told {
+    pub(super) fn told(&self) -> Told {
         let kept = self.kept();
         let mut waiting: Vec<Waiting> = kept.waiting.values().cloned().collect();
         let running = kept.running.values().filter(|(begun, _)| begun.elapsed() >= LONG);
@@ -103,68 +89,10 @@ impl Notes {
     }
 }
 
-/// Tells operators how a subscriber is doing, until it is dropped; then [`Teller::stopped`] says that.
-#[derive(Clone)]
-pub(super) struct Teller {
-    pub(super) subscriber: Arc<Subscriber>,
-    pub(super) connections: Arc<Connections>,
-    pub(super) progress: Arc<Progress>,
-    pub(super) instance: String,
-}
-
-impl Teller {
-    /// Tells what is new, and now and then that nothing is.
-    pub(super) async fn run(self) {
-        let mut last: Option<(Said, Instant)> = None;
-        loop {
-            let said = self.said();
-            if last.as_ref().is_none_or(|(before, at)| *before != said || at.elapsed() >= EVERY) {
-                last = self.write(&said).await.then(|| (said, Instant::now()));
-            }
-            tokio::time::sleep(LOOK).await;
-        }
-    }
-
-    /// Says that the process serves the subscriber no more.
-    pub(super) async fn stopped(self) {
-        let notes = Value::Object(serde_json::Map::new());
-        let said = Said { active: false, phase: "stopped".into(), state: "stopped".into(), notes, ..self.said() };
-        self.write(&said).await;
-    }
-
-    fn said(&self) -> Said {
-        let (phase, ready, state) = self.progress.standing();
-        let active = matches!(phase, Phase::Leading | Phase::Paused);
-        let told = if active { self.progress.notes.told() } else { Told::default() };
-        Said {
-            subscriber: self.subscriber.name.clone(),
-            instance: self.instance.clone(),
-            active,
-            phase: phase.name().into(),
-            ready,
-            state,
-            max_attempts: self.subscriber.settings.max_attempts.into(),
-            notes: serde_json::to_value(told).unwrap_or_default(),
-        }
-    }
-
-    /// False when it could not be written. That keeps nobody from working, and when the database is away others say so.
-    async fn write(&self, said: &Said) -> bool {
-        let written = self.connections.run(async |connection| worker_status::write(connection, said).await);
-        match tokio::time::timeout(DEADLINE, written).await {
-            Ok(Ok(())) => true,
-            Ok(Err(error)) => {
-                let error = postgres::message(&error);
-                tracing::debug!(subscriber = said.subscriber, error, "the subscriber's status was not written");
-                false
-            }
-            Err(_) => false,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     #[test]

@@ -14,7 +14,7 @@ use aftercommit_core::telemetry;
 
 /// How far a subscriber is.
 #[derive(Debug, Clone)]
-pub(super) struct Position {
+pub(super) struct SubscriberPosition {
     pub(super) phase: Phase,
     /// The epoch in which this instance is active or last was; 0 before the first time.
     pub(super) epoch: i64,
@@ -30,18 +30,18 @@ pub(super) struct Position {
     delivery: Option<String>,
     /// When it last decided about an event, found nothing to do, or found another instance active.
     pub(super) progressed: Instant,
-    pub(super) load: Load,
+    pub(super) load: DispatcherLoad,
     /// Events that this instance has decided about since it was started.
     pub(super) settled: u64,
 }
 
-/// What a session has in hand.
+/// What a dispatcher has in hand.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Load {
-    /// Events that could be given to a lane.
+pub(super) struct DispatcherLoad {
+    /// Events that could be given to an executor.
     pub(super) ready: usize,
-    /// Lanes that work.
-    pub(super) lanes: usize,
+    /// Executors that work.
+    pub(super) executors: usize,
     /// Events that wait for a point in time.
     pub(super) held: usize,
     /// Those of them that wait for the end of an outage.
@@ -50,7 +50,7 @@ pub(super) struct Load {
 
 /// What became of an event, as the label `outcome`.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Outcome {
+pub(super) enum EventOutcome {
     /// It took effect.
     Ok,
     /// It had been done before.
@@ -71,7 +71,7 @@ pub(super) struct Progress {
     pub(super) subscriber: String,
     /// How long a handler may take.
     time_limit: Duration,
-    position: Mutex<Position>,
+    position: Mutex<SubscriberPosition>,
     sample: Mutex<Sample>,
     pub(super) notes: Notes,
     metrics: Metrics,
@@ -79,7 +79,7 @@ pub(super) struct Progress {
 
 impl Progress {
     pub(super) fn new(subscriber: &Subscriber) -> Self {
-        let position = Position {
+        let position = SubscriberPosition {
             phase: Phase::Connecting,
             epoch: 0,
             state: "starting".into(),
@@ -88,7 +88,7 @@ impl Progress {
             database: None,
             delivery: None,
             progressed: Instant::now(),
-            load: Load::default(),
+            load: DispatcherLoad::default(),
             settled: 0,
         };
         Self {
@@ -102,7 +102,7 @@ impl Progress {
     }
 
     /// Where it is now.
-    pub(super) fn position(&self) -> Position {
+    pub(super) fn position(&self) -> SubscriberPosition {
         self.lock().clone()
     }
 
@@ -111,7 +111,7 @@ impl Progress {
         self.sample.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Position> {
+    fn lock(&self) -> MutexGuard<'_, SubscriberPosition> {
         self.position.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -120,7 +120,7 @@ impl Progress {
         let mut position = self.lock();
         (position.phase, position.state, position.troubled) = (phase, state.into(), false);
         position.progressed = Instant::now();
-        position.load = Load::default();
+        position.load = DispatcherLoad::default();
         position.delivery = None;
         self.metrics.phase(phase);
     }
@@ -169,8 +169,8 @@ impl Progress {
         self.lock().delivery = problem.map(|why| format!("the server does not deliver: {why}"));
     }
 
-    /// What its session has in hand.
-    pub(super) fn load(&self, load: Load) {
+    /// What its dispatcher has in hand.
+    pub(super) fn load(&self, load: DispatcherLoad) {
         let held = std::mem::replace(&mut self.lock().load, load).held;
         if held != load.held {
             self.metrics.held.set(load.held as f64);
@@ -188,13 +188,13 @@ impl Progress {
     }
 
     /// This became of an event.
-    pub(super) fn count(&self, outcome: Outcome) {
+    pub(super) fn count(&self, outcome: EventOutcome) {
         self.metrics.outcome(outcome).increment(1);
     }
 
     /// An event that was written at that time has taken effect.
     pub(super) fn took_effect(&self, written: DateTime<Utc>) {
-        self.count(Outcome::Ok);
+        self.count(EventOutcome::Ok);
         self.metrics.latency.record((Utc::now() - written).as_seconds_f64().max(0.0));
     }
 
@@ -231,7 +231,8 @@ impl Progress {
     pub(super) fn health(&self, outage: Option<&str>, patience: Duration, now: Instant) -> Health {
         let position = self.position();
         // A handler that is within its time limit is not stuck.
-        let more = if position.load.lanes > 0 && !position.is_troubled() { self.time_limit } else { Duration::ZERO };
+        let more =
+            if position.load.executors > 0 && !position.is_troubled() { self.time_limit } else { Duration::ZERO };
         self.with_facts(&position, outage, |facts| facts.health(patience + more, now))
     }
 
@@ -253,7 +254,7 @@ impl Progress {
     }
 
     /// What it does or waits for, with all that is known to be in its way.
-    fn state(&self, position: &Position) -> String {
+    fn state(&self, position: &SubscriberPosition) -> String {
         let mut state = position.state.clone();
         if position.phase == Phase::Leading {
             let told = [&position.database, &position.delivery].into_iter().flatten().cloned();
@@ -266,7 +267,12 @@ impl Progress {
         state
     }
 
-    fn with_facts<T>(&self, position: &Position, outage: Option<&str>, judge: impl FnOnce(&Facts<'_>) -> T) -> T {
+    fn with_facts<T>(
+        &self,
+        position: &SubscriberPosition,
+        outage: Option<&str>,
+        judge: impl FnOnce(&Facts<'_>) -> T,
+    ) -> T {
         let sample = self.sample();
         let runnable = position.load.runnable() as u64;
         let waiting =
@@ -287,17 +293,17 @@ impl Progress {
     }
 }
 
-impl Position {
+impl SubscriberPosition {
     fn is_troubled(&self) -> bool {
         self.troubled || self.database.is_some() || self.delivery.is_some()
     }
 }
 
-impl Load {
+impl DispatcherLoad {
     /// Events that would be worked on if nothing stood in the way. Those that wait for their next attempt, and those
     /// behind them, wait because they shall.
     fn runnable(&self) -> usize {
-        self.ready + self.lanes + self.interrupted
+        self.ready + self.executors + self.interrupted
     }
 }
 
@@ -348,15 +354,15 @@ impl Metrics {
         }
     }
 
-    fn outcome(&self, outcome: Outcome) -> &Counter {
+    fn outcome(&self, outcome: EventOutcome) -> &Counter {
         let [ok, duplicate, retry, snoozed, interrupted, dead] = &self.outcomes;
         match outcome {
-            Outcome::Ok => ok,
-            Outcome::Duplicate => duplicate,
-            Outcome::Retry => retry,
-            Outcome::Snoozed => snoozed,
-            Outcome::Interrupted => interrupted,
-            Outcome::Dead => dead,
+            EventOutcome::Ok => ok,
+            EventOutcome::Duplicate => duplicate,
+            EventOutcome::Retry => retry,
+            EventOutcome::Snoozed => snoozed,
+            EventOutcome::Interrupted => interrupted,
+            EventOutcome::Dead => dead,
         }
     }
 

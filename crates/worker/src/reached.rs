@@ -19,16 +19,16 @@ const SEEN: usize = 1024;
 
 /// A place that is written down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Written {
+struct WrittenPlace {
     id: i64,
     place: Witness,
 }
 
 /// The places of a subscriber that are written down, the newest last.
 #[derive(Debug, Default)]
-pub(super) struct Places(Vec<Written>);
+pub(super) struct WrittenPlaces(Vec<WrittenPlace>);
 
-impl Places {
+impl WrittenPlaces {
     /// Reads them, and removes those that are not in the stream any more. The second part is false when there were none at
     /// all.
     pub(super) async fn load(
@@ -47,14 +47,14 @@ impl Places {
             if places.is_empty() && !stream.stands(place).await? {
                 gone.push(row.id);
             } else {
-                places.push(Written { id: row.id, place });
+                places.push(WrittenPlace { id: row.id, place });
             }
         }
         places.reverse();
         if !gone.is_empty() {
             tracing::warn!(
                 subscriber,
-                unchanged_to = places.last().map_or(0, |written: &Written| written.place.sequence),
+                unchanged_to = places.last().map_or(0, |written: &WrittenPlace| written.place.sequence),
                 "the stream has lost its end, or its newest messages were removed: what is behind the last place that is as it was \
                  is read from it"
             );
@@ -70,7 +70,7 @@ impl Places {
     /// The ids of those that are too many beside a new one: of the places in each stretch that is twice as long as the next
     /// newer one the oldest stays.
     fn too_many(&self, new: u64) -> Vec<i64> {
-        let stretch = |written: &Written| new.saturating_sub(written.place.sequence).max(1).ilog2();
+        let stretch = |written: &WrittenPlace| new.saturating_sub(written.place.sequence).max(1).ilog2();
         let mut stretches = BTreeSet::new();
         self.0.iter().filter(|written| !stretches.insert(stretch(written))).map(|written| written.id).collect()
     }
@@ -81,25 +81,25 @@ pub(super) struct Account {
     connections: Arc<Connections>,
     subscriber: String,
     stream: String,
-    places: Places,
+    places: WrittenPlaces,
     /// Messages that were taken in and are not done.
     open: BTreeSet<u64>,
     /// Messages that were taken in, in their order.
     seen: VecDeque<Witness>,
     /// The last sequence of all that were taken in.
     newest: u64,
-    writing: JoinSet<Wrote>,
+    writing: JoinSet<WriteResult>,
 }
 
 /// What came of writing down a place, without those that are too many beside it.
-struct Wrote {
+struct WriteResult {
     place: Witness,
     without: Vec<i64>,
     id: Result<i64, sqlx::Error>,
 }
 
 impl Account {
-    pub(super) fn new(connections: &Arc<Connections>, subscriber: &str, stream: &str, places: Places) -> Self {
+    pub(super) fn new(connections: &Arc<Connections>, subscriber: &str, stream: &str, places: WrittenPlaces) -> Self {
         Self {
             connections: Arc::clone(connections),
             subscriber: subscriber.into(),
@@ -159,16 +159,16 @@ impl Account {
         self.writing.spawn(async move {
             let at = (place.sequence, place.stored_at);
             let id = connections.run(async |session| reached::write(session, &subscriber, &stream, at, &without).await);
-            Wrote { place, id: id.await, without }
+            WriteResult { place, id: id.await, without }
         });
     }
 
-    fn wrote(&mut self, wrote: Wrote) {
-        let Wrote { place, without, id } = wrote;
+    fn wrote(&mut self, wrote: WriteResult) {
+        let WriteResult { place, without, id } = wrote;
         match id {
             Ok(id) => {
                 self.places.0.retain(|written| !without.contains(&written.id));
-                self.places.0.push(Written { id, place });
+                self.places.0.push(WrittenPlace { id, place });
             }
             Err(error) => {
                 tracing::debug!(subscriber = self.subscriber, %error, "how far it has come is not written down");
@@ -203,7 +203,7 @@ mod tests {
     fn account() -> Account {
         let config = aftercommit_core::config::PostgresConfig::new("postgres://localhost/none");
         let connections = Arc::new(Connections::new(&config, "test").unwrap());
-        Account::new(&connections, "s", "EVENTS", Places::default())
+        Account::new(&connections, "s", "EVENTS", WrittenPlaces::default())
     }
 
     #[test]
@@ -241,11 +241,11 @@ mod tests {
 
     #[test]
     fn older_places_become_ever_fewer_and_reach_far_back() {
-        let mut places = Places::default();
+        let mut places = WrittenPlaces::default();
         for n in 1..=10_000_u64 {
             let gone = places.too_many(n * 10);
             places.0.retain(|written| !gone.contains(&written.id));
-            places.0.push(Written { id: i64::try_from(n).unwrap_or_default(), place: at(n * 10) });
+            places.0.push(WrittenPlace { id: i64::try_from(n).unwrap_or_default(), place: at(n * 10) });
             assert!(places.0.len() <= 20, "{places:?}");
         }
         let newest = places.newest().unwrap().sequence;

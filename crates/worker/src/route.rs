@@ -19,10 +19,10 @@ pub(super) struct Route {
     /// Whether it takes more than one event at a time.
     pub(super) in_batches: bool,
     pub(super) place: &'static Location<'static>,
-    pub(super) run: Run,
+    pub(super) run: RunHandler,
 }
 
-type Run = Arc<
+type RunHandler = Arc<
     dyn for<'a, 't> Fn(&'a mut PgTransaction<'t>, &'a [(&'a Envelope, Try)]) -> BoxFuture<'a, Result<(), BatchError>>
         + Send
         + Sync,

@@ -10,17 +10,17 @@ use std::time::Instant;
 
 /// Where an event comes from, and its place in the order there. What an operator sends back goes before live events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) enum Place {
+pub(super) enum EventPlace {
     /// The id of a row of `aftercommit.redrive`.
     Redrive(i64),
     /// A sequence of the stream.
     Stream(u64),
 }
 
-const FIRST_LIVE: Place = Place::Stream(0);
+const FIRST_LIVE: EventPlace = EventPlace::Stream(0);
 
 /// The oldest live event, or the oldest of the others.
-fn first(events: &BTreeSet<Place>, live: bool) -> Option<Place> {
+fn first(events: &BTreeSet<EventPlace>, live: bool) -> Option<EventPlace> {
     match live {
         true => events.range(FIRST_LIVE..).next().copied(),
         false => events.first().copied().filter(|event| *event < FIRST_LIVE),
@@ -30,18 +30,18 @@ fn first(events: &BTreeSet<Place>, live: bool) -> Option<Place> {
 /// All events of one subscriber that are not done.
 #[derive(Debug, Default)]
 pub(super) struct Scheduler {
-    events: HashMap<Place, Slot>,
+    events: HashMap<EventPlace, Slot>,
     keys: HashMap<Arc<str>, Queue>,
     /// Events that may start: those without a key, and the oldest of each key that nothing runs of.
-    ready: BTreeSet<Place>,
+    ready: BTreeSet<EventPlace>,
     /// The same of suspects, which do not bear one another, in the order in which they get their turn.
-    suspects: BTreeSet<(Company, Place)>,
+    suspects: BTreeSet<(Company, EventPlace)>,
     /// How many events run.
     running: usize,
     /// The company that the suspect which runs bears: there is never more than one.
     suspect: Option<Company>,
     /// Events that wait for a point in time.
-    held: BTreeSet<(Instant, Place)>,
+    held: BTreeSet<(Instant, EventPlace)>,
     /// Whether a live event is next, if there is one.
     live_next: bool,
 }
@@ -77,7 +77,7 @@ struct Slot {
 
 /// What may start next.
 enum Turn {
-    Suspect(Place),
+    Suspect(EventPlace),
     Ready,
     Nothing,
 }
@@ -92,13 +92,13 @@ enum State {
 /// The events of one key.
 #[derive(Debug, Default)]
 struct Queue {
-    events: BTreeSet<Place>,
+    events: BTreeSet<EventPlace>,
     running: usize,
 }
 
 impl Scheduler {
     /// Takes note of an event. False when it is known already.
-    pub(super) fn add(&mut self, event: Place, key: Option<&str>) -> bool {
+    pub(super) fn add(&mut self, event: EventPlace, key: Option<&str>) -> bool {
         if self.events.contains_key(&event) {
             return false;
         }
@@ -114,7 +114,7 @@ impl Scheduler {
         true
     }
 
-    fn enqueue(&mut self, event: Place, key: &Arc<str>) {
+    fn enqueue(&mut self, event: EventPlace, key: &Arc<str>) {
         let queue = self.keys.entry(Arc::clone(key)).or_default();
         let overtaken = queue.events.first().filter(|oldest| event < **oldest).copied();
         queue.events.insert(event);
@@ -126,7 +126,7 @@ impl Scheduler {
 
     /// A waiting event must not start before `until`, so that others of its key gather behind it. When an older one of
     /// the key starts before, it goes with that one.
-    pub(super) fn delay(&mut self, event: Place, until: Instant) {
+    pub(super) fn delay(&mut self, event: EventPlace, until: Instant) {
         let Some(slot) = self.events.get_mut(&event).filter(|slot| slot.state == State::Waiting) else { return };
         slot.due = Some(until);
         if self.let_wait(event) {
@@ -135,7 +135,7 @@ impl Scheduler {
     }
 
     /// Lets an event that was just added wait until then, with its key or, when that passes it, without.
-    pub(super) fn postpone(&mut self, event: Place, until: Instant, key_passes: bool) {
+    pub(super) fn postpone(&mut self, event: EventPlace, until: Instant, key_passes: bool) {
         self.let_wait(event);
         let Some(slot) = self.events.get_mut(&event).filter(|slot| slot.state == State::Waiting) else { return };
         slot.state = State::Held(until);
@@ -152,7 +152,7 @@ impl Scheduler {
     }
 
     /// Says what company an event bears that does not run. Without this it is any.
-    pub(super) fn bears(&mut self, event: Place, company: Company) {
+    pub(super) fn bears(&mut self, event: EventPlace, company: Company) {
         let was_ready = self.let_wait(event);
         if let Some(slot) = self.events.get_mut(&event) {
             slot.company = company;
@@ -162,18 +162,18 @@ impl Scheduler {
         }
     }
 
-    fn company(&self, event: Place) -> Company {
+    fn company(&self, event: EventPlace) -> Company {
         self.events.get(&event).map_or(Company::Any, |slot| slot.company)
     }
 
-    fn let_start(&mut self, event: Place) {
+    fn let_start(&mut self, event: EventPlace) {
         match self.company(event) {
             company if company.is_suspect() => self.suspects.insert((company, event)),
             _ => self.ready.insert(event),
         };
     }
 
-    fn let_wait(&mut self, event: Place) -> bool {
+    fn let_wait(&mut self, event: EventPlace) -> bool {
         self.ready.remove(&event) || self.suspects.remove(&(self.company(event), event))
     }
 
@@ -186,7 +186,7 @@ impl Scheduler {
         }
     }
 
-    /// How many lanes could be given something at the same time.
+    /// How many executors could be given something at the same time.
     pub(super) fn ready(&self) -> usize {
         match self.turn() {
             Turn::Nothing => 0,
@@ -197,7 +197,7 @@ impl Scheduler {
     }
 
     /// Whether an event is given out.
-    pub(super) fn runs(&self, event: Place) -> bool {
+    pub(super) fn runs(&self, event: EventPlace) -> bool {
         self.events.get(&event).is_some_and(|slot| slot.state == State::Running)
     }
 
@@ -211,10 +211,10 @@ impl Scheduler {
         !self.ready.is_empty() || !self.suspects.is_empty()
     }
 
-    /// Gives out up to `max` events for one lane, oldest first: the first `heads` ready ones and what follows them
-    /// with the same key. Until all events of a key are settled no other lane gets one of it. A suspect comes first.
+    /// Gives out up to `max` events for one executor, oldest first: the first `heads` ready ones and what follows them
+    /// with the same key. Until all events of a key are settled no other executor gets one of it. A suspect comes first.
     /// Live events and those that were sent back take turns, so that many of the latter do not keep other keys waiting.
-    pub(super) fn take(&mut self, heads: usize, max: usize) -> Vec<Place> {
+    pub(super) fn take(&mut self, heads: usize, max: usize) -> Vec<EventPlace> {
         match self.turn() {
             Turn::Nothing => Vec::new(),
             Turn::Suspect(event) => {
@@ -226,11 +226,11 @@ impl Scheduler {
         }
     }
 
-    fn take_ready(&mut self, heads: usize, max: usize) -> Vec<Place> {
+    fn take_ready(&mut self, heads: usize, max: usize) -> Vec<EventPlace> {
         let mut batch = Vec::new();
         let mut heads = heads.min(self.ready.len());
-        // The successors of events in this batch: only this lane may have them.
-        let mut next: BTreeSet<Place> = BTreeSet::new();
+        // The successors of events in this batch: only this executor may have them.
+        let mut next: BTreeSet<EventPlace> = BTreeSet::new();
         while batch.len() < max {
             let ready = if heads > 0 { &self.ready } else { &BTreeSet::new() };
             let oldest = |live| first(ready, live).into_iter().chain(first(&next, live)).min();
@@ -255,7 +255,7 @@ impl Scheduler {
     }
 
     /// Lets an event run, and returns the next one of its key if that may run in the same batch.
-    fn start(&mut self, event: Place) -> Option<Place> {
+    fn start(&mut self, event: EventPlace) -> Option<EventPlace> {
         let slot = self.events.get_mut(&event)?;
         slot.state = State::Running;
         slot.due = None;
@@ -279,7 +279,7 @@ impl Scheduler {
     }
 
     /// A given-out event is done for good.
-    pub(super) fn done(&mut self, event: Place) {
+    pub(super) fn done(&mut self, event: EventPlace) {
         if self.events.get(&event).is_none_or(|slot| slot.state != State::Running) {
             return;
         }
@@ -290,7 +290,7 @@ impl Scheduler {
         }
     }
 
-    fn dequeue(&mut self, event: Place, key: &Arc<str>) {
+    fn dequeue(&mut self, event: EventPlace, key: &Arc<str>) {
         if let Some(queue) = self.keys.get_mut(key) {
             queue.events.remove(&event);
             queue.running -= 1;
@@ -302,17 +302,17 @@ impl Scheduler {
     }
 
     /// A given-out event was not run, or must run again at once.
-    pub(super) fn put_back(&mut self, event: Place) {
+    pub(super) fn put_back(&mut self, event: EventPlace) {
         self.settle(event, State::Waiting);
     }
 
     /// A given-out event must not run again before `until`; its key waits with it.
-    pub(super) fn hold(&mut self, event: Place, until: Instant) {
+    pub(super) fn hold(&mut self, event: EventPlace, until: Instant) {
         self.settle(event, State::Held(until));
     }
 
     /// A given-out event must not run again before `until`; its key goes on without it.
-    pub(super) fn set_aside(&mut self, event: Place, until: Instant) {
+    pub(super) fn set_aside(&mut self, event: EventPlace, until: Instant) {
         let Some(slot) = self.events.get_mut(&event).filter(|slot| slot.state == State::Running) else { return };
         slot.state = State::Held(until);
         let (key, company) = (slot.key.clone(), slot.company);
@@ -323,7 +323,7 @@ impl Scheduler {
         }
     }
 
-    fn settle(&mut self, event: Place, state: State) {
+    fn settle(&mut self, event: EventPlace, state: State) {
         let Some(slot) = self.events.get_mut(&event) else { return };
         if slot.state != State::Running {
             return;
@@ -389,10 +389,11 @@ impl Scheduler {
     }
 
     /// The events that neither run nor could be given out now: held ones, and those behind another of their key.
-    pub(super) fn idle(&self) -> Vec<Place> {
-        let ready =
-            |event: Place, slot: &Slot| self.ready.contains(&event) || self.suspects.contains(&(slot.company, event));
-        let resting = |(event, slot): &(&Place, &Slot)| slot.state != State::Running && !ready(**event, slot);
+    pub(super) fn idle(&self) -> Vec<EventPlace> {
+        let ready = |event: EventPlace, slot: &Slot| {
+            self.ready.contains(&event) || self.suspects.contains(&(slot.company, event))
+        };
+        let resting = |(event, slot): &(&EventPlace, &Slot)| slot.state != State::Running && !ready(**event, slot);
         self.events.iter().filter(resting).map(|(event, _)| *event).collect()
     }
 }

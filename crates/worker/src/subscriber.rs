@@ -225,8 +225,8 @@ impl Subscriber {
     /// How many transactions run at the same time; events of one key never do. Each uses a database connection.
     /// Defaults to 8.
     #[must_use]
-    pub fn concurrency(mut self, lanes: usize) -> Self {
-        self.settings.concurrency = lanes;
+    pub fn concurrency(mut self, transactions: usize) -> Self {
+        self.settings.concurrency = transactions;
         self
     }
 

@@ -1,4 +1,4 @@
-//! The life of one subscriber in one process: stand by, take over, work, hand over.
+//! One term of service of a subscriber in this process: stand by, take over, work, hand over.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -28,14 +28,14 @@ use aftercommit_core::postgres::pause::{self, Pause};
 use aftercommit_core::postgres::{identity, inbox, running, start};
 use aftercommit_outbox::event::EventId;
 
-use super::dispatcher::{self, End, Session};
+use super::dispatcher::{self, Dispatcher, End};
 use super::elsewhere::{self, Elsewhere};
-use super::executor::Lane;
-use super::notes::Teller;
+use super::executor::Executor;
 use super::progress::Progress;
 use super::pruner::Pruner;
-use super::reached::{Account, Places};
+use super::reached::{Account, WrittenPlaces};
 use super::subscriber::{Subscriber, Work};
+use super::teller::Teller;
 use aftercommit_core::subscription::{ALL, lease_name};
 
 /// How long a lease lasts without a sign of life, by the database's clock.
@@ -44,25 +44,26 @@ pub(super) const LEASE: Duration = Duration::from_secs(4);
 const RENEW: Duration = Duration::from_secs(1);
 /// How often a standby looks whether it is free.
 const LOOK: Duration = Duration::from_millis(500);
-/// One subscriber with its connections.
-pub(super) struct Service {
+
+/// One subscriber at work, with its connections.
+pub(super) struct SubscriberRun {
     pub(super) subscriber: Arc<Subscriber>,
     pub(super) spec: ConsumerSpec,
     pub(super) connections: Arc<Connections>,
     pub(super) nats: Connection,
     pub(super) holder: String,
-    /// See [`Lane`].
+    /// See [`Executor`].
     pub(super) process: Arc<RwLock<()>>,
     pub(super) remedy: String,
     pub(super) progress: Arc<Progress>,
 }
 
-impl Service {
-    /// Serves until `stop`.
+impl SubscriberRun {
+    /// Stands by or works until `stop`, and tells operators about it.
     pub(super) async fn run(self, stop: CancellationToken) {
         let teller = self.teller();
         let telling = AbortOnDropHandle::new(tokio::spawn(teller.clone().run()));
-        self.serve(stop).await;
+        self.stand_by_and_lead(stop).await;
         drop(telling);
         teller.stopped().await;
     }
@@ -76,19 +77,19 @@ impl Service {
         }
     }
 
-    async fn serve(&self, stop: CancellationToken) {
+    async fn stand_by_and_lead(&self, stop: CancellationToken) {
         let mut standing_by = false;
-        let mut trouble = Trouble::default();
+        let mut readiness = ReadinessLog::default();
         let mut term = Term::new(LEASE);
         while !stop.is_cancelled() {
             match self.acquire(&mut term).await {
                 Ok(Some(tenure)) => {
-                    trouble.over(self.name());
+                    readiness.over(self.name());
                     standing_by = false;
                     term = self.lead(tenure, term, &stop).await;
                 }
                 Ok(None) => {
-                    trouble.over(self.name());
+                    readiness.over(self.name());
                     if !standing_by {
                         tracing::info!(subscriber = self.name(), "another instance is active, standing by");
                     }
@@ -96,7 +97,7 @@ impl Service {
                     self.progress.rest(Phase::StandingBy, "another instance is active");
                 }
                 Err(error) => {
-                    trouble.report(self.name(), &error);
+                    readiness.report(self.name(), &error);
                     self.progress.connecting(error.report());
                 }
             }
@@ -143,18 +144,18 @@ impl Service {
         ));
         while !stop.is_cancelled() && !lost.is_cancelled() {
             let Some(pausing) = self.wait_until_resumed(&mut told, stop, &lost).await else { break };
-            // A pause ends the session as a stop does: what runs finishes, the rest goes back.
+            // A pause ends the dispatcher's work as a stop does: what runs finishes, the rest goes back.
             let halt = &pausing.token;
             let Some(position) = self.wait_until_ready(halt, &lost).await else { continue };
             self.progress.work();
             let end = match self.work(&tenure, position, halt, &lost).await {
                 Err(reason) => End::Broken(reason),
-                Ok((end, session)) => {
+                Ok((end, dispatcher)) => {
                     // Whoever stands by need not wait for the slowest handler.
                     if end == End::Stopped && stop.is_cancelled() && beside.take().is_some() {
                         self.hand_over(&tenure).await;
                     }
-                    session.finish(end).await
+                    dispatcher.finish(end).await
                 }
             };
             match end {
@@ -183,7 +184,7 @@ impl Service {
     /// when it shall end.
     async fn wait_until_resumed(
         &self,
-        told: &mut watch::Receiver<Told>,
+        told: &mut watch::Receiver<KnownPause>,
         stop: &CancellationToken,
         lost: &CancellationToken,
     ) -> Option<Pausing> {
@@ -237,7 +238,7 @@ impl Service {
         }
     }
 
-    /// Removes what lanes could not remove. Nothing runs any more.
+    /// Removes what executors could not remove. Nothing runs any more.
     async fn clear(&self, tenure: &Tenure) {
         let cleared =
             self.connections.run(async |connection| running::clear_all(connection, tenure, self.name()).await);
@@ -249,7 +250,7 @@ impl Service {
 
     /// Waits for what the subscriber needs, saying what is missing. None when it shall end.
     async fn wait_until_ready(&self, stop: &CancellationToken, lost: &CancellationToken) -> Option<Position> {
-        let mut trouble = Trouble::default();
+        let mut readiness = ReadinessLog::default();
         loop {
             let look = async {
                 if let Work::Function { function, .. } = &self.subscriber.work {
@@ -265,13 +266,13 @@ impl Service {
                 () = lost.cancelled() => return None,
                 found = look => match found {
                     Ok(position) => {
-                        trouble.over(self.name());
+                        readiness.over(self.name());
                         return Some(position);
                     }
                     Err(error) => {
-                        trouble.report(self.name(), &error);
+                        readiness.report(self.name(), &error);
                         self.progress.trouble(error.report());
-                        rest(stop, Backoff::RECONNECT.after(trouble.reports)).await;
+                        rest(stop, Backoff::RECONNECT.after(readiness.reports)).await;
                     }
                 }
             }
@@ -316,7 +317,7 @@ impl Service {
         Ok((left.into_iter().collect(), elsewhere))
     }
 
-    /// Asks the inbox which events are done. When it cannot be asked, none: a lane will find out.
+    /// Asks the inbox which events are done. When it cannot be asked, none: an executor will find out.
     fn done(&self) -> feed::Done {
         let (connections, subscriber) = (Arc::clone(&self.connections), Arc::clone(&self.subscriber));
         Box::new(move |events| {
@@ -333,17 +334,17 @@ impl Service {
         })
     }
 
-    /// Works until the session ends, or says why none could begin. What it runs then goes on.
+    /// Works until the dispatcher ends, or says why none could begin. What it runs then goes on.
     async fn work(
         &self,
         tenure: &Arc<Tenure>,
         position: Position,
         stop: &CancellationToken,
         lost: &CancellationToken,
-    ) -> Result<(End, Session), String> {
+    ) -> Result<(End, Dispatcher), String> {
         let left = self.take_over(tenure).await.map_err(|error| error.report())?;
         let context = self.nats.jetstream();
-        let lane = Lane {
+        let executor = Executor {
             subscriber: Arc::clone(&self.subscriber),
             connections: Arc::clone(&self.connections),
             source: Source::new(&self.nats, &self.spec.stream),
@@ -354,22 +355,22 @@ impl Service {
             alone: false,
         };
         let stream = witness::Stream::new(&context, &self.spec.stream);
-        let loaded = Places::load(&self.connections, self.name(), &stream).await;
+        let loaded = WrittenPlaces::load(&self.connections, self.name(), &stream).await;
         let (places, known) = loaded.map_err(|error| error.report())?;
         let reached = (known && !fault::broken("ack after commit")).then(|| Reached(places.newest()));
         let account = Account::new(&self.connections, self.name(), &self.spec.stream, places);
-        let budget = dispatcher::budget(&lane);
+        let budget = dispatcher::budget(&executor);
         let ack_wait = position.ack_wait;
         let feed = feed::start(&self.nats, &self.spec, position, reached, &budget, self.done());
         let answers = Answers::start(&self.nats.client);
-        let mut session = Session::new(lane, left, answers, budget, account);
-        let end = session.run(feed, ack_wait, stop, lost).await;
-        Ok((end, session))
+        let mut dispatcher = Dispatcher::new(executor, left, answers, budget, account);
+        let end = dispatcher.run(feed, ack_wait, stop, lost).await;
+        Ok((end, dispatcher))
     }
 }
 
 /// What the keeper saw last: nothing yet, no pause, or a pause.
-type Told = Option<Option<Pause>>;
+type KnownPause = Option<Option<Pause>>;
 
 /// A token that is cancelled when the subscriber is paused or stopped.
 struct Pausing {
@@ -378,7 +379,7 @@ struct Pausing {
 }
 
 impl Pausing {
-    fn new(mut told: watch::Receiver<Told>, stop: &CancellationToken) -> Self {
+    fn new(mut told: watch::Receiver<KnownPause>, stop: &CancellationToken) -> Self {
         let token = stop.child_token();
         let pausing = token.clone();
         let watch = async move {
@@ -406,7 +407,7 @@ struct Keeper {
     progress: Arc<Progress>,
     term: watch::Sender<Term>,
     lost: CancellationToken,
-    tell: watch::Sender<Told>,
+    tell: watch::Sender<KnownPause>,
 }
 
 impl Keeper {
@@ -456,12 +457,12 @@ impl Keeper {
 
 /// Says once what is wrong, again when that changes or has lasted, and when it is over.
 #[derive(Default)]
-struct Trouble {
+struct ReadinessLog {
     last: String,
     reports: u32,
 }
 
-impl Trouble {
+impl ReadinessLog {
     fn report(&mut self, subscriber: &str, error: &Error) {
         let text = error.report();
         self.reports = self.reports.saturating_add(1);

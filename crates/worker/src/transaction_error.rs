@@ -7,11 +7,11 @@ use aftercommit_core::error::causes;
 use aftercommit_core::postgres::function::FunctionName;
 use aftercommit_core::postgres::{self, clip, function};
 
-use super::executor::lost_session::Loss;
 use super::handler::HandlerError;
+use super::loss::Loss;
 
 /// Why a transaction was not committed, and by which event of the group, if that is known.
-pub(super) enum Trouble {
+pub(super) enum TransactionError {
     /// The database is away, or does not let us do our own work.
     Outage(String),
     /// What the subscriber sends all of its events to is away.
@@ -48,7 +48,7 @@ pub(super) enum Trouble {
 #[error("{0}")]
 pub(super) struct Unreachable(pub(super) String);
 
-impl Trouble {
+impl TransactionError {
     /// The culprit's place in the group.
     pub(super) fn culprit(&self) -> Option<usize> {
         match self {
@@ -62,29 +62,29 @@ impl Trouble {
 }
 
 /// Sorts an error: is the event at fault, or the world around it?
-pub(super) fn trouble(at: Option<usize>, error: HandlerError) -> Trouble {
+pub(super) fn classify(at: Option<usize>, error: HandlerError) -> TransactionError {
     let cause = match &error {
         HandlerError::Retry { error: cause, .. } => cause,
-        HandlerError::Unavailable { .. } => return Trouble::Interrupted { at, error },
-        _ => return Trouble::Failed { at, error },
+        HandlerError::Unavailable { .. } => return TransactionError::Interrupted { at, error },
+        _ => return TransactionError::Failed { at, error },
     };
     for cause in causes(cause.as_ref()) {
         if let Some(Unreachable(reason)) = cause.downcast_ref() {
-            return Trouble::Unreachable(reason.clone());
+            return TransactionError::Unreachable(reason.clone());
         }
         if let Some(database) = cause.downcast_ref::<sqlx::Error>() {
             if postgres::is_doubtful(database) {
-                return Trouble::Doubtful { at, error };
+                return TransactionError::Doubtful { at, error };
             }
             if postgres::is_outage(database) {
-                return Trouble::Interrupted { at, error };
+                return TransactionError::Interrupted { at, error };
             }
             if postgres::is_conflict(database) {
-                return Trouble::Conflict { at, error };
+                return TransactionError::Conflict { at, error };
             }
         }
     }
-    Trouble::Failed { at, error }
+    TransactionError::Failed { at, error }
 }
 
 /// The handler ran into the subscriber's time limit.
@@ -104,7 +104,7 @@ fn gave_up(error: &(dyn StdError + Send + Sync + 'static)) -> bool {
     error.downcast_ref::<TooSlow>().is_some()
 }
 
-impl Trouble {
+impl TransactionError {
     /// Whether it was this process that waited no longer for the handler.
     pub(super) fn gave_up(&self) -> bool {
         matches!(self, Self::Failed { error: HandlerError::Retry { error, .. }, .. } if gave_up(&**error))
@@ -190,7 +190,7 @@ mod tests {
         ];
         for error in errors {
             let text = format!("{error:?}");
-            assert!(matches!(trouble(Some(1), error), Trouble::Interrupted { at: Some(1), .. }), "{text}");
+            assert!(matches!(classify(Some(1), error), TransactionError::Interrupted { at: Some(1), .. }), "{text}");
         }
     }
 
@@ -205,7 +205,7 @@ mod tests {
         ];
         for error in errors {
             let text = format!("{error:?}");
-            assert!(matches!(trouble(None, error), Trouble::Failed { at: None, .. }), "{text}");
+            assert!(matches!(classify(None, error), TransactionError::Failed { at: None, .. }), "{text}");
         }
     }
 

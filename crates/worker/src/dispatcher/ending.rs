@@ -1,16 +1,16 @@
-//! The end of a session: what does not run goes back, what runs may finish.
+//! The end of a dispatcher: what does not run goes back, what runs may finish.
 
 use std::time::Duration;
 
-use super::{End, Session};
-use crate::executor::Lane;
+use super::{Dispatcher, End};
+use crate::executor::Executor;
 use aftercommit_core::jetstream::ack::Answer;
 use aftercommit_core::postgres::running;
 
-impl Session {
-    /// Lets others have what does not run, and writes down that what runs is the last of this session.
+impl Dispatcher {
+    /// Lets others have what does not run, and writes down that what runs is the last of this dispatcher.
     pub(super) async fn give_back(&mut self) {
-        if !self.lanes.is_empty() {
+        if !self.executors.is_empty() {
             self.tell_stopping(true).await;
         }
         let waiting = self.pending.iter_mut().filter(|(place, _)| !self.scheduler.runs(**place));
@@ -24,11 +24,11 @@ impl Session {
     pub async fn finish(mut self, end: End) -> End {
         if end == End::Fenced {
             // The successor waits for the locks of what still runs here.
-            self.lanes.shutdown().await;
+            self.executors.shutdown().await;
             return end;
         }
-        let waits = end == End::Stopped && !self.lanes.is_empty();
-        while let Some(report) = self.lanes.join_next().await {
+        let waits = end == End::Stopped && !self.executors.is_empty();
+        while let Some(report) = self.executors.join_next().await {
             if end == End::Stopped {
                 self.settle(report);
             }
@@ -45,10 +45,10 @@ impl Session {
         end
     }
 
-    /// Writes down that what runs is the last of this session, or that it has ended. Whoever stops a process kills it when
+    /// Writes down that what runs is the last of this dispatcher, or that it has ended. Whoever stops a process kills it when
     /// that takes too long, and no event is to blame then.
     async fn tell_stopping(&mut self, stopping: bool) {
-        let Lane { connections, tenure, subscriber, .. } = &self.lane;
+        let Executor { connections, tenure, subscriber, .. } = &self.executor;
         let told = connections.run(async |connection| match stopping {
             true => running::stopping(connection, tenure, &subscriber.name).await,
             false => running::stopped(connection, tenure, &subscriber.name).await,

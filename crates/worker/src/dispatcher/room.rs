@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// How long a lane that has nothing to do waits for what runs, before payloads are let go: they cost a request each to read
+/// How long an executor that has nothing to do waits for what runs, before payloads are let go: they cost a request each to read
 /// again.
 const FIRST: Duration = Duration::from_millis(250);
 /// The longest wait, when letting go has brought nothing that could run.
@@ -11,7 +11,7 @@ const LONGEST: Duration = Duration::from_secs(2);
 /// Decides when to let payloads go.
 #[derive(Debug)]
 pub(super) struct Room {
-    /// Since when lanes have nothing to do.
+    /// Since when executors have nothing to do.
     idle_since: Option<Instant>,
     patience: Duration,
 }
@@ -23,7 +23,7 @@ impl Default for Room {
 }
 
 impl Room {
-    /// Takes note whether a lane is free for which there is no event.
+    /// Takes note whether an executor is free for which there is no event.
     pub(super) fn idle(&mut self, idle: bool, now: Instant) {
         self.idle_since = if idle { self.idle_since.or(Some(now)) } else { None };
     }

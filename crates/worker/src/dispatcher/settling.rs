@@ -1,17 +1,17 @@
-//! What becomes of events that were given to a lane: they are answered, wait, or run again.
+//! What becomes of events that were given to an executor: they are answered, wait, or run again.
 
 use std::collections::HashMap;
 use std::time::Instant;
 
 use tokio::task::JoinError;
 
-use super::{End, HELD, Session};
+use super::{Dispatcher, End, HELD};
 use crate::doubt;
-use crate::executor::decide::{LOGGED, Report, Verdict, Wait};
-use crate::executor::lost_session::Loss;
-use crate::progress::Outcome;
-use crate::scheduler::Place;
+use crate::loss::Loss;
+use crate::progress::EventOutcome;
+use crate::scheduler::EventPlace;
 use crate::subscriber::{FailurePolicy, MAX_WAIT};
+use crate::verdict::{BatchReport, LOGGED, OutageWait, Verdict};
 use aftercommit_core::backoff::Backoff;
 use aftercommit_core::fault;
 use aftercommit_core::jetstream::ack::Answer;
@@ -19,23 +19,23 @@ use aftercommit_core::postgres::attempt::Record;
 use aftercommit_core::text;
 use aftercommit_core::told::Why;
 
-impl Session {
-    /// Takes the outcome of a batch, and says when the session cannot go on.
-    pub(super) fn settle(&mut self, report: Result<(i64, Report), JoinError>) -> Option<End> {
+impl Dispatcher {
+    /// Takes the outcome of a batch, and says when the dispatcher cannot go on.
+    pub(super) fn settle(&mut self, report: Result<(i64, BatchReport), JoinError>) -> Option<End> {
         let report = match report {
             Ok((number, report)) => {
                 // The markers of lost sessions must stand until the database was asked about them.
-                if report.losses.iter().all(|loss| loss.lane != number) {
+                if report.losses.iter().all(|loss| loss.executor != number) {
                     self.numbers.remove(&number);
                 }
-                self.lane.progress.notes.ended(number);
+                self.executor.progress.notes.ended(number);
                 report
             }
-            // Handlers' panics are caught in the lane: this is a defect of ours, and its events are still given out.
-            Err(error) => return Some(End::Broken(format!("a lane broke down: {error}"))),
+            // Handlers' panics are caught in the executor: this is a defect of ours, and its events are still given out.
+            Err(error) => return Some(End::Broken(format!("an executor broke down: {error}"))),
         };
         self.settle_losses(report.losses, &report.looked_into);
-        let mut records: HashMap<Place, Record> = report.records.into_iter().collect();
+        let mut records: HashMap<EventPlace, Record> = report.records.into_iter().collect();
         for (place, verdict) in report.verdicts {
             if let Some(pending) = self.pending.get_mut(&place) {
                 match records.remove(&place) {
@@ -49,29 +49,29 @@ impl Session {
             }
         }
         if report.answered || report.ran.is_some() {
-            self.gate.open(&self.lane.subscriber.name);
+            self.gate.open(&self.executor.subscriber.name);
         }
         if let Some(ran) = report.ran {
             self.pace.ran(ran);
         }
         if let Some(reason) = report.outage {
-            self.lane.progress.trouble(&reason);
-            self.gate.close(&self.lane.subscriber.name, &reason);
+            self.executor.progress.trouble(&reason);
+            self.gate.close(&self.executor.subscriber.name, &reason);
         }
         report.fenced.then_some(End::Fenced)
     }
 
     fn settle_losses(&mut self, losses: Vec<Loss>, looked_into: &[i64]) {
         self.looking &= looked_into.is_empty() && losses.is_empty();
-        looked_into.iter().for_each(|lane| _ = self.numbers.remove(lane));
-        self.numbers.extend(losses.iter().map(|loss| loss.lane));
+        looked_into.iter().for_each(|executor| _ = self.numbers.remove(executor));
+        self.numbers.extend(losses.iter().map(|loss| loss.executor));
         self.losses.extend(losses);
     }
 
-    fn settle_event(&mut self, place: Place, verdict: Verdict) {
+    fn settle_event(&mut self, place: EventPlace, verdict: Verdict) {
         let Some(pending) = self.pending.get_mut(&place) else { return };
         let (notes, key) =
-            (&self.lane.progress.notes, pending.event.as_ref().and_then(|(event, _)| event.key.as_deref()));
+            (&self.executor.progress.notes, pending.event.as_ref().and_then(|(event, _)| event.key.as_deref()));
         let answer = match verdict {
             Verdict::NotRun => return self.scheduler.put_back(place),
             // The rows go before it as soon as they are known.
@@ -81,13 +81,13 @@ impl Session {
             }
             Verdict::Interrupted { reason, wait } => {
                 self.interrupted += usize::from(pending.interruptions == 0);
-                self.lane.progress.count(Outcome::Interrupted);
-                self.lane.progress.trouble_with("what an event needs is away", Some(reason.clone()));
+                self.executor.progress.count(EventOutcome::Interrupted);
+                self.executor.progress.trouble_with("what an event needs is away", Some(reason.clone()));
                 pending.interruptions += 1;
                 // The first one and then ever more rarely.
                 if pending.interruptions.is_power_of_two() {
                     tracing::warn!(
-                        subscriber = self.lane.subscriber.name,
+                        subscriber = self.executor.subscriber.name,
                         event_id = %pending.id,
                         ?place,
                         times = pending.interruptions,
@@ -96,8 +96,8 @@ impl Session {
                     );
                 }
                 let wait = match wait {
-                    Wait::Soon => Backoff::RECONNECT.after(pending.interruptions),
-                    Wait::Exactly(wait) => wait,
+                    OutageWait::Soon => Backoff::RECONNECT.after(pending.interruptions),
+                    OutageWait::Exactly(wait) => wait,
                 };
                 let wait = wait.min(MAX_WAIT);
                 notes.waits(pending.id, key, Why::Unavailable, Some(&reason), pending.interruptions, wait);
@@ -111,7 +111,7 @@ impl Session {
                 let until = Instant::now() + wait;
                 let why = if matches!(verdict, Verdict::Failed(_)) { Why::Failing } else { Why::Snoozed };
                 notes.waits(pending.id, key, why, None, 0, wait);
-                match (&verdict, self.lane.subscriber.settings.failure_policy) {
+                match (&verdict, self.executor.subscriber.settings.failure_policy) {
                     (Verdict::Failed(_), FailurePolicy::Skip) => self.scheduler.set_aside(place, until),
                     _ => self.scheduler.hold(place, until),
                 }
@@ -122,7 +122,7 @@ impl Session {
         };
         self.interrupted -= usize::from(pending.interruptions > 0);
         pending.interruptions = 0;
-        self.lane.progress.settled();
+        self.executor.progress.settled();
         if let Some(reply) = &pending.reply {
             self.answers.send(reply, &answer);
         }
@@ -132,8 +132,8 @@ impl Session {
             self.scheduler.done(place);
             self.pending.remove(&place);
             match place {
-                Place::Redrive(_) => self.redrives.done(),
-                Place::Stream(sequence) => self.account.done(sequence),
+                EventPlace::Redrive(_) => self.redrives.done(),
+                EventPlace::Stream(sequence) => self.account.done(sequence),
             }
         }
     }

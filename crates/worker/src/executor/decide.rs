@@ -1,107 +1,30 @@
-//! What a lane reports of events, and what becomes of one whose handler failed.
+//! What becomes of an event whose handler failed.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use aftercommit_core::fault;
 use aftercommit_core::postgres;
-use aftercommit_core::postgres::attempt::{self, Record, Waits};
+use aftercommit_core::postgres::attempt::{self, Waits};
 use aftercommit_core::postgres::dead_letter::{self, NewDeadLetter};
 use aftercommit_core::postgres::failure;
 use aftercommit_core::text::cut;
 
-use crate::executor::Lane;
-use crate::executor::load::Queued;
-use crate::executor::lost_session::Loss;
+use super::Executor;
 use crate::handler::HandlerError;
-use crate::pace::Ran;
-use crate::progress::Outcome;
-use crate::scheduler::Place;
+use crate::item::Queued;
+use crate::progress::EventOutcome;
 use crate::subscriber::MAX_WAIT;
 use crate::transaction_error::describe;
+use crate::verdict::{Halt, LOGGED, Verdict};
 
-/// How much of an error is logged: the whole of it is in the database, and an event may fail many times.
-pub(crate) const LOGGED: usize = 500;
-
-/// What became of an event.
-#[derive(Debug, PartialEq)]
-pub(crate) enum Verdict {
-    /// Handled, now or before.
-    Done,
-    /// Given up.
-    Dead(String),
-    /// It failed: not before this time has passed.
-    Failed(Duration),
-    /// It asked for it: not before this time has passed.
-    Later(Duration),
-    /// It is under suspicion: not before this time has passed, and then alone.
-    Suspect(Duration),
-    /// Events of its key that were sent back come first, and are not known here yet.
-    Held,
-    /// Something that its handler needs is away.
-    Interrupted {
-        reason: String,
-        /// What the handler said of when to try again.
-        wait: Wait,
-    },
-    /// It did not come to a decision.
-    NotRun,
-}
-
-/// How long to wait for the end of an outage.
-#[derive(Debug, PartialEq)]
-pub(crate) enum Wait {
-    /// As for servers of our own: soon, and again and again.
-    Soon,
-    Exactly(Duration),
-}
-
-/// What became of a batch.
-#[derive(Default)]
-pub(crate) struct Report {
-    pub(crate) verdicts: Vec<(Place, Verdict)>,
-    /// The subscriber's database, or where it sends all of its events, is away, for this reason.
-    pub(crate) outage: Option<String>,
-    /// Another instance has taken over.
-    pub(crate) fenced: bool,
-    /// What the last transaction took that no outage prevented.
-    pub(crate) ran: Option<Ran>,
-    /// What is on record of events now.
-    pub(crate) records: Vec<(Place, Record)>,
-    /// Sessions that ended while events ran, of which the database could not be asked. Their events have no verdict yet.
-    pub(crate) losses: Vec<Loss>,
-    /// The lanes of losses of which it was asked.
-    pub(crate) looked_into: Vec<i64>,
-    /// The database has answered a question about a loss.
-    pub(crate) answered: bool,
-}
-
-impl Report {
-    /// Takes note of why a lane cannot go on.
-    pub(crate) fn halted(&mut self, result: Result<(), Halt>) {
-        match result {
-            Ok(()) => {}
-            Err(Halt::Outage(reason)) => self.outage = Some(format!("the database is away: {reason}")),
-            Err(Halt::Unreachable(reason)) => self.outage = Some(reason),
-            Err(Halt::Fenced) => self.fenced = true,
-        }
-    }
-}
-
-/// The lane cannot go on with its batch.
-pub(crate) enum Halt {
-    Outage(String),
-    Unreachable(String),
-    Fenced,
-}
-
-impl Lane {
+impl Executor {
     /// What becomes of an event whose handler failed.
-    pub(crate) async fn decide(&self, queued: &Queued, error: HandlerError, took: Duration) -> Result<Verdict, Halt> {
+    pub(super) async fn decide(&self, queued: &Queued, error: HandlerError, took: Duration) -> Result<Verdict, Halt> {
         match error {
             HandlerError::Snooze(wait) => {
                 self.postpone(queued, (Waits::Snooze, wait), "snoozed").await?;
-                self.progress.count(Outcome::Snoozed);
+                self.progress.count(EventOutcome::Snoozed);
                 Ok(Verdict::Later(wait))
             }
             HandlerError::Reject { reason } => self.give_up(queued, &postgres::clip(&reason), true).await,
@@ -137,12 +60,12 @@ impl Lane {
         });
         let attempts = self.own(counted).await.map_err(Halt::Outage)?;
         fault::point("worker-failure-counted");
-        self.progress.count(Outcome::Retry);
+        self.progress.count(EventOutcome::Retry);
         attempts.map(|attempts| attempts.unsigned_abs()).ok_or(Halt::Fenced)
     }
 
     /// Writes down how long the event waits without an attempt.
-    pub(crate) async fn postpone(
+    pub(super) async fn postpone(
         &self,
         queued: &Queued,
         (waits, wait): (Waits, Duration),
@@ -166,7 +89,7 @@ impl Lane {
         }
     }
 
-    pub(crate) async fn give_up(&self, queued: &Queued, reason: &str, attempted: bool) -> Result<Verdict, Halt> {
+    pub(super) async fn give_up(&self, queued: &Queued, reason: &str, attempted: bool) -> Result<Verdict, Halt> {
         let letter = NewDeadLetter {
             subscriber: &self.subscriber.name,
             stream: &queued.stream,
@@ -181,7 +104,7 @@ impl Lane {
             return Err(Halt::Fenced);
         }
         fault::point("worker-given-up");
-        self.progress.count(Outcome::Dead);
+        self.progress.count(EventOutcome::Dead);
         tracing::error!(
             subscriber = self.subscriber.name,
             event_id = %queued.event.id,

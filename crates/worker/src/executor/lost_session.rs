@@ -6,38 +6,20 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use aftercommit_core::postgres::attempt::{self, Judged, Lost};
-use aftercommit_core::postgres::pins::Server;
 use aftercommit_core::postgres::running::{self, Marker};
 
-use crate::executor::Lane;
-use crate::executor::decide::{Halt, Report, Verdict};
-use crate::scheduler::Place;
+use super::{Executor, SILENT};
+use crate::loss::Loss;
+use crate::scheduler::EventPlace;
+use crate::verdict::{BatchReport, Halt, Verdict};
 
 /// How long the database may take to say what it knows of a loss.
 const PROBE: Duration = Duration::from_secs(15);
 
-/// A session that ended while these events ran. Until the database answers nobody knows what that means.
-#[derive(Debug)]
-pub(crate) struct Loss {
-    /// Where they are marked as running.
-    pub(crate) lane: i64,
-    /// The events with the number of their failed attempts.
-    pub(crate) events: Vec<(Place, Uuid, u32)>,
-    /// The server that the session was on.
-    pub(crate) server: Server,
-    pub(crate) reason: String,
-}
-
-impl Loss {
-    pub(crate) fn places(&self) -> impl Iterator<Item = Place> {
-        self.events.iter().map(|(place, ..)| *place)
-    }
-}
-
-impl Lane {
+impl Executor {
     /// Asks the database about losses that it could not be asked about at once. That it answers ends the outage.
-    pub(crate) async fn look_into(self, losses: Vec<Loss>) -> Report {
-        let mut report = Report::default();
+    pub(crate) async fn look_into(self, losses: Vec<Loss>) -> BatchReport {
+        let mut report = BatchReport::default();
         let mut losses = losses.into_iter();
         for loss in losses.by_ref() {
             let result = self.find_out(loss, &mut report).await;
@@ -51,7 +33,7 @@ impl Lane {
     }
 
     /// Asks the database what a loss means. While it does not answer it is an outage, and the loss is kept.
-    pub(crate) async fn find_out(&self, loss: Loss, report: &mut Report) -> Result<(), Halt> {
+    pub(super) async fn find_out(&self, loss: Loss, report: &mut BatchReport) -> Result<(), Halt> {
         self.connections.forget_idle();
         let judged = match self.judge(&loss).await {
             Ok(Some(judged)) => judged,
@@ -68,13 +50,13 @@ impl Lane {
             let verdict = self.sentence(*place, *id, verdict.unwrap_or(&Judged::Spared), &loss.reason, report);
             report.verdicts.push((*place, verdict));
         }
-        // What the lost session has not let go of is left to the next batch of that lane.
-        let marker = Marker { lane: loss.lane, ..self.marker() };
+        // What the lost session has not let go of is left to the next batch of that executor.
+        let marker = Marker { lane: loss.executor, ..self.marker() };
         let cleared = self.connections.run(async |connection| running::clear(connection, marker).await);
         if let Err(error) = self.own(cleared).await {
             tracing::debug!(subscriber = self.subscriber.name, error, "a marker stays behind");
         }
-        report.looked_into.push(loss.lane);
+        report.looked_into.push(loss.executor);
         Ok(())
     }
 
@@ -83,7 +65,7 @@ impl Lane {
         let failures = loss.events.iter().map(|(.., failures)| *failures).max().unwrap_or(0);
         let lost = Lost {
             subscriber: &self.subscriber.name,
-            lane: loss.lane,
+            lane: loss.executor,
             events: &events,
             alone: events.len() == 1,
             server: &loss.server,
@@ -93,11 +75,18 @@ impl Lane {
         let judged = self.connections.run(async |connection| attempt::judge(connection, &self.tenure, &lost).await);
         match timeout(PROBE, self.own(judged)).await {
             Ok(judged) => judged,
-            Err(_) => Err(crate::executor::SILENT.into()),
+            Err(_) => Err(SILENT.into()),
         }
     }
 
-    fn sentence(&self, place: Place, id: Uuid, judged: &Judged, reason: &str, report: &mut Report) -> Verdict {
+    fn sentence(
+        &self,
+        place: EventPlace,
+        id: Uuid,
+        judged: &Judged,
+        reason: &str,
+        report: &mut BatchReport,
+    ) -> Verdict {
         let backoff = &self.subscriber.settings.backoff;
         let (record, verdict) = match judged {
             Judged::Done => return Verdict::Done,

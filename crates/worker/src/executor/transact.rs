@@ -1,4 +1,4 @@
-//! One transaction of a lane: inbox rows, handlers of the events that were new, commit.
+//! One transaction of an executor: inbox rows, handlers of the events that were new, commit.
 
 use std::collections::{HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
@@ -18,41 +18,43 @@ use aftercommit_core::postgres::pins::Server;
 use aftercommit_core::postgres::session::{Session, Tx};
 use aftercommit_core::postgres::{function, handling, inbox, redrive};
 
+use super::{Executor, GRACE, SILENT};
 use crate::batch::{self, BatchError};
-use crate::executor::load::{Queued, redrive_ids};
-use crate::executor::lost_session::Loss;
-use crate::executor::{GRACE, Lane, SILENT};
 use crate::handler::HandlerError;
+use crate::item::{Queued, redrive_ids};
+use crate::loss::Loss;
 use crate::pace::Took;
-use crate::progress::Outcome;
-use crate::scheduler::Place;
+use crate::progress::EventOutcome;
+use crate::scheduler::EventPlace;
 use crate::span;
 use crate::subscriber::Work;
-use crate::transaction_error::{TooSlow, Trouble, describe, timed_out, trouble};
+use crate::transaction_error::{TooSlow, TransactionError, classify, describe, timed_out};
 
 /// What became of a transaction, and whether its session can be used again.
-type Ended = (Result<Vec<Uuid>, Trouble>, bool);
+type Ended = (Result<Vec<Uuid>, TransactionError>, bool);
 
-impl Lane {
+impl Executor {
     /// Runs these events in one transaction and returns those that may not run yet.
-    pub(crate) async fn transact(&self, group: &[&Queued], took: &mut Took) -> Result<Vec<Uuid>, Trouble> {
-        let mut connection = self.own(self.connections.take_for_others()).await.map_err(Trouble::Outage)?;
+    pub(super) async fn transact(&self, group: &[&Queued], took: &mut Took) -> Result<Vec<Uuid>, TransactionError> {
+        let mut connection = self.own(self.connections.take_for_others()).await.map_err(TransactionError::Outage)?;
         let (result, usable) =
             match AssertUnwindSafe(self.transact_on(&mut connection, group, took)).catch_unwind().await {
                 Ok(ended) => ended,
                 // Where a handler's panic is not caught beside it, as when what it left behind is dropped.
                 Err(panic) => {
                     let error = HandlerError::retry(format!("the handler panicked: {}", panic_text(&*panic)));
-                    (Err(Trouble::Failed { at: None, error }), false)
+                    (Err(TransactionError::Failed { at: None, error }), false)
                 }
             };
         match &result {
-            Err(Trouble::Outage(_) | Trouble::Ended(_) | Trouble::Lost(_)) => self.connections.forget_idle(),
+            Err(TransactionError::Outage(_) | TransactionError::Ended(_) | TransactionError::Lost(_)) => {
+                self.connections.forget_idle()
+            }
             _ if usable => self.give_back(connection),
             _ => {}
         }
         match self.connections.is_pooled() {
-            true => result.map_err(Trouble::behind_pooler),
+            true => result.map_err(TransactionError::behind_pooler),
             false => result,
         }
     }
@@ -73,7 +75,7 @@ impl Lane {
         let begun = inbox::begin_batch(connection, limit, self.marker(), &events);
         let mut tx = match self.own(begun).await {
             Ok(tx) => tx,
-            Err(reason) => return (Err(Trouble::Outage(reason)), false),
+            Err(reason) => return (Err(TransactionError::Outage(reason)), false),
         };
         fault::point("worker-marked");
         match self.fill(&mut tx, group, state.as_deref(), took).await {
@@ -85,39 +87,44 @@ impl Lane {
                         self.count(group.iter().filter(|queued| !held.contains(&queued.event.id.as_uuid())));
                         (Ok(held), true)
                     }
-                    Err(Trouble::Ended(reason)) => (Err(self.lost(group, server, reason)), false),
-                    Err(trouble) => (Err(trouble), true),
+                    Err(TransactionError::Ended(reason)) => (Err(self.lost(group, server, reason)), false),
+                    Err(failure) => (Err(failure), true),
                 }
             }
-            Err(Trouble::Ended(reason)) => (Err(self.lost(group, server, reason)), false),
-            Err(Trouble::Outage(reason)) => (Err(Trouble::Outage(reason)), false),
-            Err(trouble) => self.undo(tx, group, server, trouble).await,
+            Err(TransactionError::Ended(reason)) => (Err(self.lost(group, server, reason)), false),
+            Err(TransactionError::Outage(reason)) => (Err(TransactionError::Outage(reason)), false),
+            Err(failure) => self.undo(tx, group, server, failure).await,
         }
     }
 
     /// Rolls back. Waits for a statement that still runs, so that its locks are gone when the event runs again.
-    async fn undo(&self, tx: Tx<'_>, group: &[&Queued], server: Server, trouble: Trouble) -> Ended {
+    async fn undo(&self, tx: Tx<'_>, group: &[&Queued], server: Server, failure: TransactionError) -> Ended {
         // What runs behind a handler that was given up has used up its time: without a client it ends on the server.
-        let gave_up = trouble.gave_up();
+        let gave_up = failure.gave_up();
         let patience = if gave_up { GRACE } else { self.subscriber.settings.time_limit + GRACE };
         match timeout(patience, tx.rollback()).await {
             Ok(Ok(())) => {
-                let usable = !trouble.is_stale();
-                (Err(trouble), usable)
+                let usable = !failure.is_stale();
+                (Err(failure), usable)
             }
-            _ if gave_up => (Err(trouble), false),
+            _ if gave_up => (Err(failure), false),
             // The session is gone: whatever the handler made of that, it may be no fault of the event.
             failed => {
                 let rollback = failed.map_or_else(|_| SILENT.to_string(), |_| "the session is gone".to_string());
-                (Err(self.lost(group, server, trouble.told().unwrap_or(rollback))), false)
+                (Err(self.lost(group, server, failure.told().unwrap_or(rollback))), false)
             }
         }
     }
 
-    fn lost(&self, group: &[&Queued], server: Server, reason: String) -> Trouble {
+    fn lost(&self, group: &[&Queued], server: Server, reason: String) -> TransactionError {
         let event =
             |queued: &&Queued| (queued.place, queued.event.id.as_uuid(), queued.failures.load(Ordering::Relaxed));
-        Trouble::Lost(Loss { lane: self.number, events: group.iter().map(event).collect(), server, reason })
+        TransactionError::Lost(Loss {
+            executor: self.number,
+            events: group.iter().map(event).collect(),
+            server,
+            reason,
+        })
     }
 
     /// Counts events whose transaction is committed.
@@ -128,7 +135,7 @@ impl Lane {
             if queued.fresh.load(Ordering::Relaxed) {
                 self.progress.took_effect(queued.event.time);
             } else {
-                self.progress.count(Outcome::Duplicate);
+                self.progress.count(EventOutcome::Duplicate);
             }
         }
         self.progress.committed(committed);
@@ -140,13 +147,15 @@ impl Lane {
         group: &[&Queued],
         state: Option<&str>,
         took: &mut Took,
-    ) -> Result<Vec<Uuid>, Trouble> {
+    ) -> Result<Vec<Uuid>, TransactionError> {
         let entered = self.own_or_conflict(self.enter(tx, group)).await;
         // Nothing of the events has run yet, so none of them is to blame.
-        let Entered { fresh, held, suspected, transaction } = entered.map_err(|trouble| match trouble {
-            Trouble::Failed { at, error } if timed_out(&error) => Trouble::Interrupted { at, error },
-            Trouble::Failed { error, .. } | Trouble::Doubtful { error, .. } => Trouble::Outage(describe(&error)),
-            Trouble::Ended(reason) => Trouble::Outage(reason),
+        let Entered { fresh, held, suspected, transaction } = entered.map_err(|failure| match failure {
+            TransactionError::Failed { at, error } if timed_out(&error) => TransactionError::Interrupted { at, error },
+            TransactionError::Failed { error, .. } | TransactionError::Doubtful { error, .. } => {
+                TransactionError::Outage(describe(&error))
+            }
+            TransactionError::Ended(reason) => TransactionError::Outage(reason),
             other => other,
         })?;
         fault::point("worker-inserted");
@@ -179,27 +188,27 @@ impl Lane {
     }
 
     /// Runs the handlers of these events, each with its place in the group.
-    async fn work(&self, tx: &mut Tx<'_>, new: &[(usize, &Queued)], took: &mut Took) -> Result<(), Trouble> {
+    async fn work(&self, tx: &mut Tx<'_>, new: &[(usize, &Queued)], took: &mut Took) -> Result<(), TransactionError> {
         match &self.subscriber.work {
             _ if new.is_empty() => Ok(()),
             Work::Function { function, raw, .. } => {
                 let mut events = Vec::with_capacity(new.len());
                 for (at, Queued { event, .. }) in new {
                     let json = if *raw { Ok(event.to_json()) } else { event.to_json_strictly() };
-                    events.push(json.map_err(|problem| trouble(Some(*at), HandlerError::reject(problem)))?);
+                    events.push(json.map_err(|problem| classify(Some(*at), HandlerError::reject(problem)))?);
                 }
                 let new: Vec<&Queued> = new.iter().map(|(_, queued)| *queued).collect();
                 let call = self.told(self.limited(function::call(tx, function, &events)), new.len(), took);
                 match call.instrument(self.span(&new)).await {
                     Ok(()) => Ok(()),
-                    Err(error) => Err(self.explained(function, &events, trouble(None, error)).await),
+                    Err(error) => Err(self.explained(function, &events, classify(None, error)).await),
                 }
             }
             #[cfg(feature = "cli")]
             Work::Http { endpoint, .. } => {
                 for (at, queued) in new {
                     let run = self.told(endpoint.post(&queued.event), 1, took);
-                    run.instrument(self.span(&[queued])).await.map_err(|error| trouble(Some(*at), error))?;
+                    run.instrument(self.span(&[queued])).await.map_err(|error| classify(Some(*at), error))?;
                 }
                 Ok(())
             }
@@ -220,7 +229,7 @@ impl Lane {
                         })
                     };
                     let handled = self.told(handled, queued.len(), took).instrument(self.span(&queued)).await;
-                    handled.map_err(|error| trouble(culprit.and_then(at), error))?;
+                    handled.map_err(|error| classify(culprit.and_then(at), error))?;
                 }
                 Ok(())
             }
@@ -230,28 +239,33 @@ impl Lane {
     /// Looks into a call that failed. A function that is gone, or that may not be called any more, is no fault of an event:
     /// all of them wait for it, as they do at the start. An event that PostgreSQL cannot hold as jsonb never reaches the
     /// function, and trying again is of no use.
-    async fn explained(&self, function: &FunctionName, events: &[String], trouble: Trouble) -> Trouble {
-        if trouble.is_about_the_function(function) {
+    async fn explained(
+        &self,
+        function: &FunctionName,
+        events: &[String],
+        failure: TransactionError,
+    ) -> TransactionError {
+        if failure.is_about_the_function(function) {
             let obstacle = self.connections.run_for_others(async |other| function::obstacle(other, function).await);
-            return match (timeout(GRACE, obstacle).await, trouble) {
+            return match (timeout(GRACE, obstacle).await, failure) {
                 (Ok(Ok(Some(obstacle))), _) => {
-                    Trouble::Unreachable(format!("the function {function}(jsonb) {obstacle}"))
+                    TransactionError::Unreachable(format!("the function {function}(jsonb) {obstacle}"))
                 }
                 // It is there again.
-                (_, Trouble::Failed { at, error }) => Trouble::Conflict { at, error },
-                (_, trouble) => trouble,
+                (_, TransactionError::Failed { at, error }) => TransactionError::Conflict { at, error },
+                (_, failure) => failure,
             };
         }
         if let [event] = events
-            && trouble.is_about_the_json()
+            && failure.is_about_the_json()
         {
             let problem = self.connections.run(async |other| function::unreadable(other, event).await);
             if let Ok(Ok(Some(problem))) = timeout(GRACE, problem).await {
                 let reason = format!("the payload is JSON that PostgreSQL cannot hold: {problem}");
-                return Trouble::Failed { at: Some(0), error: HandlerError::reject(reason) };
+                return TransactionError::Failed { at: Some(0), error: HandlerError::reject(reason) };
             }
         }
-        trouble
+        failure
     }
 
     /// Ends what handlers may do in the transaction. It fails when they left one behind that would commit nothing, or, of
@@ -261,20 +275,20 @@ impl Lane {
         tx: &mut Tx<'_>,
         new: usize,
         (state, transaction): (Option<&str>, Option<u64>),
-    ) -> Result<(), Trouble> {
+    ) -> Result<(), TransactionError> {
         let limit = self.subscriber.settings.time_limit;
         let left = self.own_or_conflict(handling::close(tx, state, transaction, limit)).await;
         // The handler has set a limit of its own for its session, under which this statement began: on a busy machine it
         // comes to nothing, and that is no fault of the event.
-        let left = left.map_err(|trouble| match trouble {
-            Trouble::Failed { at, error } if timed_out(&error) => Trouble::Conflict { at, error },
+        let left = left.map_err(|failure| match failure {
+            TransactionError::Failed { at, error } if timed_out(&error) => TransactionError::Conflict { at, error },
             other => other,
         })?;
         match left {
             handling::Left { has_rows: false, .. } => {
-                Err(trouble(None, HandlerError::retry("the handler rolled the worker's transaction back")))
+                Err(classify(None, HandlerError::retry("the handler rolled the worker's transaction back")))
             }
-            handling::Left { changed: true, .. } if new > 1 => Err(Trouble::Changed),
+            handling::Left { changed: true, .. } if new > 1 => Err(TransactionError::Changed),
             _ => Ok(()),
         }
     }
@@ -305,7 +319,7 @@ impl Lane {
         if !ids.is_empty() {
             fault::point("worker-redrive-taken");
         }
-        let gone = |place| matches!(place, Place::Redrive(id) if !taken.contains(&id));
+        let gone = |place| matches!(place, EventPlace::Redrive(id) if !taken.contains(&id));
         let replaced = replaced(group);
         let present = group.iter().filter(|queued| {
             !gone(queued.place) && !replaced.contains(&(queued.event.id.as_uuid(), queued.stream_seq))

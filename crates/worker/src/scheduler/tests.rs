@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::Place::{Redrive, Stream};
+use super::EventPlace::{Redrive, Stream};
 use super::*;
 
-fn stream<const N: usize>(sequences: [u64; N]) -> [Place; N] {
+fn stream<const N: usize>(sequences: [u64; N]) -> [EventPlace; N] {
     sequences.map(Stream)
 }
 
@@ -20,7 +20,7 @@ fn scheduler(events: &[(u64, &str)]) -> Scheduler {
 }
 
 #[test]
-fn a_key_is_never_in_two_lanes() {
+fn a_key_is_never_at_two_executors() {
     let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "b"), (4, "a")]);
     assert_eq!(scheduler.take(9, 2), stream([1, 2]));
     assert_eq!(scheduler.take(9, 9), stream([3]));
@@ -187,14 +187,14 @@ fn nothing_runs_beside_an_event_that_bears_no_company() {
 #[derive(Debug, Clone)]
 enum Step {
     /// With whether it waits at first: no, for others of its key, until its time, or that and its key passes.
-    Add(Place, Option<u8>, u8, Company),
+    Add(EventPlace, Option<u8>, u8, Company),
     Take(usize, usize),
-    Settle(usize, Verdict),
+    Settle(usize, Ending),
     Wake,
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Verdict {
+enum Ending {
     Done,
     PutBack,
     Hold,
@@ -202,7 +202,7 @@ enum Verdict {
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let verdict = prop_oneof![3 => Just(Verdict::Done), 1 => Just(Verdict::PutBack), 1 => Just(Verdict::Hold), 1 => Just(Verdict::SetAside)];
+    let verdict = prop_oneof![3 => Just(Ending::Done), 1 => Just(Ending::PutBack), 1 => Just(Ending::Hold), 1 => Just(Ending::SetAside)];
     let company = prop_oneof![
         8 => Just(Company::Any), 1 => Just(Company::Apart), 1 => Just(Company::Unsuspected), 1 => Just(Company::None)
     ];
@@ -211,39 +211,39 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         4 => (place, proptest::option::of(0..4u8), 0..4u8, company)
             .prop_map(|(event, key, waits, company)| Step::Add(event, key, waits, company)),
         3 => (1..4usize, 1..6usize).prop_map(|(heads, max)| Step::Take(heads, max)),
-        3 => (0..8usize, verdict).prop_map(|(lane, verdict)| Step::Settle(lane, verdict)),
+        3 => (0..8usize, verdict).prop_map(|(executor, verdict)| Step::Settle(executor, verdict)),
         1 => Just(Step::Wake),
     ];
     proptest::collection::vec(step, 1..300)
 }
 
-/// What lanes do: they settle their events in order, and after one of a key that is not done they put back the rest
+/// What executors do: they settle their events in order, and after one of a key that is not done they put back the rest
 /// of that key.
-fn settle(scheduler: &mut Scheduler, model: &mut Model, batch: Vec<Place>, verdict: Verdict, now: Instant) {
+fn settle(scheduler: &mut Scheduler, model: &mut Model, batch: Vec<EventPlace>, verdict: Ending, now: Instant) {
     let mut blocked: Vec<u8> = Vec::new();
     for (n, event) in batch.iter().enumerate() {
         let key = model.keys[event];
         let verdict = if key.is_some_and(|key| blocked.contains(&key)) {
-            Verdict::PutBack
+            Ending::PutBack
         } else if n % 2 == 0 {
             verdict
         } else {
-            Verdict::Done
+            Ending::Done
         };
         model.running.remove(event);
         match verdict {
-            Verdict::Done => {
+            Ending::Done => {
                 scheduler.done(*event);
                 model.open.remove(event);
             }
-            Verdict::PutBack => scheduler.put_back(*event),
-            Verdict::Hold => scheduler.hold(*event, now + Duration::from_secs(1)),
-            Verdict::SetAside => {
+            Ending::PutBack => scheduler.put_back(*event),
+            Ending::Hold => scheduler.hold(*event, now + Duration::from_secs(1)),
+            Ending::SetAside => {
                 scheduler.set_aside(*event, now + Duration::from_secs(1));
                 model.aside.insert(*event);
             }
         }
-        if let (Some(key), false) = (key, matches!(verdict, Verdict::Done | Verdict::SetAside)) {
+        if let (Some(key), false) = (key, matches!(verdict, Ending::Done | Ending::SetAside)) {
             blocked.push(key);
         }
     }
@@ -251,17 +251,17 @@ fn settle(scheduler: &mut Scheduler, model: &mut Model, batch: Vec<Place>, verdi
 
 #[derive(Default)]
 struct Model {
-    keys: HashMap<Place, Option<u8>>,
-    suspects: HashMap<Place, Company>,
-    apart: BTreeSet<Place>,
-    open: BTreeSet<Place>,
-    running: BTreeSet<Place>,
+    keys: HashMap<EventPlace, Option<u8>>,
+    suspects: HashMap<EventPlace, Company>,
+    apart: BTreeSet<EventPlace>,
+    open: BTreeSet<EventPlace>,
+    running: BTreeSet<EventPlace>,
     /// Those that others of their key may overtake at present.
-    aside: BTreeSet<Place>,
+    aside: BTreeSet<EventPlace>,
 }
 
 impl Model {
-    fn check_company(&self, batch: &[Place]) {
+    fn check_company(&self, batch: &[EventPlace]) {
         let suspects: Vec<_> = self.running.iter().filter_map(|event| self.suspects.get(event)).collect();
         assert!(suspects.is_empty() || !suspects.contains(&&Company::None), "{batch:?} beside {suspects:?}");
         assert!(batch.len() == 1 || !batch.iter().any(|event| self.apart.contains(event)), "{batch:?}");
@@ -273,14 +273,14 @@ impl Model {
         }
     }
 
-    fn check_taken(&self, batch: &[Place]) {
+    fn check_taken(&self, batch: &[EventPlace]) {
         if !batch.is_empty() {
             self.check_company(batch);
         }
         for (n, event) in batch.iter().enumerate() {
             assert!(self.open.contains(event) && !self.running.contains(event), "{event:?} given out twice");
             if let Some(key) = self.keys[event] {
-                let same = |other: &&Place| self.keys[*other] == Some(key);
+                let same = |other: &&EventPlace| self.keys[*other] == Some(key);
                 assert_eq!(self.running.iter().find(same), None, "the key of {event:?} runs elsewhere");
                 let older = self.open.difference(&self.aside).filter(|other| *other < event).filter(same);
                 for older in older {
@@ -296,7 +296,7 @@ proptest! {
     fn keys_are_serial_and_everything_ends(steps in steps()) {
         let mut scheduler = Scheduler::default();
         let mut model = Model::default();
-        let mut lanes: Vec<Vec<Place>> = Vec::new();
+        let mut executors: Vec<Vec<EventPlace>> = Vec::new();
         let mut now = Instant::now();
         for step in steps {
             match step {
@@ -333,12 +333,12 @@ proptest! {
                     model.check_taken(&batch);
                     model.running.extend(&batch);
                     if !batch.is_empty() {
-                        lanes.push(batch);
+                        executors.push(batch);
                     }
                 }
-                Step::Settle(lane, verdict) => {
-                    if lane < lanes.len() {
-                        let batch = lanes.swap_remove(lane);
+                Step::Settle(executor, verdict) => {
+                    if executor < executors.len() {
+                        let batch = executors.swap_remove(executor);
                         settle(&mut scheduler, &mut model, batch, verdict, now);
                     }
                 }
@@ -350,8 +350,8 @@ proptest! {
             }
             prop_assert_eq!(scheduler.events.len(), model.open.len());
         }
-        for batch in lanes {
-            settle(&mut scheduler, &mut model, batch, Verdict::Hold, now);
+        for batch in executors {
+            settle(&mut scheduler, &mut model, batch, Ending::Hold, now);
         }
         model.aside.clear();
         loop {
@@ -361,7 +361,7 @@ proptest! {
                 break;
             }
             model.check_taken(&batch);
-            settle(&mut scheduler, &mut model, batch, Verdict::Done, now);
+            settle(&mut scheduler, &mut model, batch, Ending::Done, now);
         }
         prop_assert!(model.open.is_empty() && scheduler.events.is_empty(), "left over: {:?}", model.open);
         prop_assert!(scheduler.keys.is_empty() && scheduler.held.is_empty() && scheduler.ready.is_empty());
