@@ -1,5 +1,12 @@
 //! The leading relay: opens windows and sees each one into the stream.
 
+mod ids;
+pub(super) mod repairs;
+mod restamp;
+pub(super) mod resume;
+mod rewind;
+mod room;
+
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,14 +22,14 @@ use super::cause::{Cause, Told, unreadable};
 use super::chain::{Doubt, Sent};
 use super::classify::Class;
 use super::guard;
+use super::in_flight::UnderWay;
+use super::leader::repairs::Repairs;
+use super::leader::resume::{Found, There, note};
 use super::method::Method;
 use super::polling::{self, Polling};
 use super::progress::Progress;
 use super::pump::{Checks, Limits, Pump, Pumped, Setting};
 use super::reader::{Exceptions, Prepared, Reader, Remainder};
-use super::repairs::Repairs;
-use super::resume::{Found, There, note};
-use super::under_way::UnderWay;
 use super::{Mode, ParkPolicy, RelayConfig};
 use aftercommit_core::backoff::Backoff;
 use aftercommit_core::config::Naming;

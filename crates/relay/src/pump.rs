@@ -12,10 +12,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::chain::{Doubt, Sent};
+use super::in_flight::UnderWay;
 use super::method::Watch;
 use super::progress::Progress;
 use super::reader::Prepared;
-use super::under_way::UnderWay;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::fault;
 use aftercommit_core::jetstream::Connection;

@@ -1,6 +1,6 @@
 //! An outbox that was restored into another cluster.
 
-use super::leader::{Leader, fenced};
+use crate::leader::{Leader, fenced};
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::fault;
 use aftercommit_core::postgres::database_error;
@@ -9,7 +9,7 @@ use aftercommit_core::postgres::restamp::{self, Step};
 
 impl Leader<'_> {
     /// Makes the log valid in this cluster when it was written in another one: restored from a dump, or upgraded.
-    pub(super) async fn restamp_if_restored(&mut self) -> Result<(), Error> {
+    pub(crate) async fn restamp_if_restored(&mut self) -> Result<(), Error> {
         let failed = |error| database_error("moving the relay's log into this cluster failed", error);
         let here = restamp::system_identifier(&mut self.log).await.map_err(failed)?;
         if self.state.system_identifier == here {

@@ -5,21 +5,21 @@
 
 use tokio::time::Instant;
 
-use super::Mode;
-use super::chain::Doubt;
-use super::guard::SIZE;
-use super::leader::{Leader, SLOW};
+use crate::Mode;
+use crate::chain::Doubt;
+use crate::guard::SIZE;
+use crate::leader::{Leader, SLOW};
 use aftercommit_core::jetstream::topology::{self, LARGEST_MESSAGE};
 
 /// What nats-server takes by default.
-pub(super) const DEFAULT_MAX_PAYLOAD: usize = 1 << 20;
+pub(crate) const DEFAULT_MAX_PAYLOAD: usize = 1 << 20;
 /// JetStream's answer to a message that is larger than the stream takes.
 const TOO_LARGE: u64 = 10054;
 
 impl Leader<'_> {
     /// Deals with an event that is too large now and would not be by default: waits, and returns whether it is to be tried
     /// again. False for other doubts, and when the limit has been as low for long enough.
-    pub(super) async fn waits_for_room(&mut self, doubt: &Doubt, failures: u32) -> bool {
+    pub(crate) async fn waits_for_room(&mut self, doubt: &Doubt, failures: u32) -> bool {
         let setting = match doubt {
             Doubt::TooLarge { limit, .. } if *limit < DEFAULT_MAX_PAYLOAD => "max_payload of nats-server",
             Doubt::Refused { code: TOO_LARGE, .. } if !self.method.batches() => "max_msg_size of the stream",

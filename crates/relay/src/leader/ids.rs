@@ -1,13 +1,13 @@
 //! Looking for what is new, and ids that are not as they should be.
 
-use super::leader::Leader;
+use crate::leader::Leader;
 use aftercommit_core::error::Error;
 use aftercommit_core::postgres::window::{Look, Watch};
 use aftercommit_core::postgres::{database_error, sequence};
 
 impl Leader<'_> {
     /// Whether there is anything that is not handled.
-    pub(super) async fn look(&mut self) -> Result<Look, Error> {
+    pub(crate) async fn look(&mut self) -> Result<Look, Error> {
         let handled = self.state.target.as_ref().unwrap_or(&self.state.settled);
         if !self.watch.as_ref().is_some_and(|watch| watch.is_of(handled)) {
             self.watch = None;
@@ -19,7 +19,7 @@ impl Leader<'_> {
     /// The sequence lies behind ids that were handed out, or hands them out in another order. The first is put right: the
     /// windows miss nothing, but ids that go back put a key's events out of order, and publishers meet ids that are
     /// there. The second only the sequence's owner can put right.
-    pub(super) async fn correct_ids(&mut self) -> Result<(), Error> {
+    pub(crate) async fn correct_ids(&mut self) -> Result<(), Error> {
         let failed = |error| database_error("reading the settings of the outbox's ids failed", error);
         let found = sequence::read(&mut self.log).await.map_err(failed)?;
         found.check()?;

@@ -10,14 +10,14 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::Mode;
-use super::chain::{Chain, Sent};
-use super::guard::{self, Guard};
-use super::keyed::Keyed;
-use super::leader::{Leader, fenced};
-use super::method::Takes;
-use super::room::DEFAULT_MAX_PAYLOAD;
-use super::under_way::UnderWay;
+use crate::Mode;
+use crate::chain::{Chain, Sent};
+use crate::guard::{self, Guard};
+use crate::in_flight::UnderWay;
+use crate::keyed::Keyed;
+use crate::leader::room::DEFAULT_MAX_PAYLOAD;
+use crate::leader::{Leader, fenced};
+use crate::method::Takes;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::fault;
 use aftercommit_core::jetstream::stream::{Extent, Identity, Stored};
@@ -35,7 +35,7 @@ const REPORTED: u64 = 20;
 
 /// What the stream was found to hold behind the base of a window whose order there is unknown.
 #[derive(Debug, Default)]
-pub(super) struct Found {
+pub(crate) struct Found {
     /// Up to where the stream has been read; 0 when nothing has.
     end: u64,
     /// Events of the outbox.
@@ -52,7 +52,7 @@ pub(super) struct Found {
 
 /// What is under a sequence of the stream where the server says that an event is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum There {
+pub(crate) enum There {
     Event,
     /// A message that has the event's id, or its message id, and is not the event.
     Forgery,
@@ -61,7 +61,7 @@ pub(super) enum There {
 
 /// What a message is that has the ids of an event of the outbox.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Claim {
+pub(crate) enum Claim {
     Event(Known),
     /// It is made of something else.
     Forgery,
@@ -78,7 +78,7 @@ impl fmt::Display for There {
 }
 
 /// Takes note of a message that has an event's id and is not the event.
-pub(super) fn note(forged: &mut HashMap<i64, Vec<u64>>, outbox_id: i64, sequence: u64) {
+pub(crate) fn note(forged: &mut HashMap<i64, Vec<u64>>, outbox_id: i64, sequence: u64) {
     let sequences = forged.entry(outbox_id).or_default();
     if !sequences.contains(&sequence) {
         sequences.push(sequence);
@@ -88,7 +88,7 @@ pub(super) fn note(forged: &mut HashMap<i64, Vec<u64>>, outbox_id: i64, sequence
 impl Leader<'_> {
     /// Puts the leader behind the stream's end. Returns the outbox id up to which everything of the open window is in
     /// the stream, apart from what was found there one by one.
-    pub(super) async fn resume(&mut self) -> Result<i64, Error> {
+    pub(crate) async fn resume(&mut self) -> Result<i64, Error> {
         let stream = self.extent().await?;
         self.still_leading().await?;
         self.stream_created = Some(stream.created);
@@ -121,7 +121,7 @@ impl Leader<'_> {
     }
 
     /// Looks whether the stream is still as this leader left it; if not, the leader finds its place anew.
-    pub(super) async fn look_at_stream(&mut self) {
+    pub(crate) async fn look_at_stream(&mut self) {
         let Some(end) = self.under_way.as_ref().map(UnderWay::sequence) else { return };
         let as_left = match self.extent().await {
             Ok(stream) if self.config.mode == Mode::Shared => stream.last >= end,
@@ -295,13 +295,13 @@ impl Leader<'_> {
     }
 
     /// Which event a message is that says it is from this outbox.
-    pub(super) fn own<'m>(&self, message: &'m Stored) -> Option<&'m Identity> {
+    pub(crate) fn own<'m>(&self, message: &'m Stored) -> Option<&'m Identity> {
         message.identity.as_ref().filter(|identity| identity.source == self.naming.source)
     }
 
     /// What those messages are that say they are events of this outbox, by their sequences. Those that the outbox does not
     /// know are left out.
-    pub(super) async fn known(&mut self, messages: &[Stored]) -> Result<HashMap<u64, Claim>, Error> {
+    pub(crate) async fn known(&mut self, messages: &[Stored]) -> Result<HashMap<u64, Claim>, Error> {
         let own: Vec<(u64, &Identity)> =
             messages.iter().filter_map(|message| Some((message.sequence, self.own(message)?))).collect();
         let rows = self.rows(own.iter().map(|(_, identity)| *identity)).await?;
@@ -328,7 +328,7 @@ impl Leader<'_> {
     }
 
     /// Looks at the message for which the server took an event. None when it cannot be read now.
-    pub(super) async fn look_for(&mut self, event: &Sent, sequence: u64) -> Result<Option<There>, Error> {
+    pub(crate) async fn look_for(&mut self, event: &Sent, sequence: u64) -> Result<Option<There>, Error> {
         let event_id = event.event_id;
         let message = match self.stream.message(sequence).await {
             Ok(message) => message,
@@ -385,7 +385,7 @@ impl Leader<'_> {
     }
 
     /// Says what came of a window whose events were looked up one by one.
-    pub(super) fn report_caught_up(&self) {
+    pub(crate) fn report_caught_up(&self) {
         let Found { present, ghosts, foreign, forged, published_before, .. } = self.found;
         let published = self.progress.published() - published_before;
         if ghosts > 0 {

@@ -13,13 +13,13 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::chain::{Doubt, Sent};
-use super::classify::Class;
-use super::leader::Leader;
-use super::pump::{MAX_BYTES, Pumped};
-use super::reader::{self, Prepared};
-use super::resume::{There, note};
-use super::{Mode, ParkPolicy};
+use crate::chain::{Doubt, Sent};
+use crate::classify::Class;
+use crate::leader::Leader;
+use crate::leader::resume::{There, note};
+use crate::pump::{MAX_BYTES, Pumped};
+use crate::reader::{self, Prepared};
+use crate::{Mode, ParkPolicy};
 use aftercommit_core::backoff::Backoff;
 use aftercommit_core::error::Error;
 use aftercommit_core::fault;
@@ -62,7 +62,7 @@ struct Queue {
 
 /// What the leader knows of the queues.
 #[derive(Debug)]
-pub(super) struct Repairs {
+pub(crate) struct Repairs {
     released: Queue,
     missing: Queue,
     /// Whose turn it was last.
@@ -91,7 +91,7 @@ impl Queue {
 }
 
 impl Repairs {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let queue = || Queue { next: Instant::now(), after: 0, round: Instant::now(), waiting: false, failures: 0 };
         Self {
             released: queue(),
@@ -105,7 +105,7 @@ impl Repairs {
     }
 
     /// Whether there was something to do at the last look.
-    pub(super) fn any_waiting(&self) -> bool {
+    pub(crate) fn any_waiting(&self) -> bool {
         self.released.waiting || self.missing.waiting
     }
 
@@ -135,7 +135,7 @@ impl Repairs {
 impl Leader<'_> {
     /// Publishes a batch of what is released or missing, if there is anything. False when there is nothing to do now;
     /// otherwise what is live has its turn, and then it is called again.
-    pub(super) async fn publish_repairs(&mut self) -> Result<bool, Error> {
+    pub(crate) async fn publish_repairs(&mut self) -> Result<bool, Error> {
         for why in self.repairs.due() {
             let Some(batch) = self.next_batch(why).await? else { continue };
             if self.under_way.is_none() || self.state.target.is_none() || !self.repairs.window_open {
@@ -348,7 +348,7 @@ impl Leader<'_> {
     }
 
     /// Writes down where events were seen that were published out of order: outbox id, event id, sequence.
-    pub(super) async fn record_repairs(&mut self, stored: Vec<(i64, Uuid, u64)>) -> Result<(), Error> {
+    pub(crate) async fn record_repairs(&mut self, stored: Vec<(i64, Uuid, u64)>) -> Result<(), Error> {
         if stored.is_empty() {
             return Ok(());
         }

@@ -1,7 +1,7 @@
 //! A stream that has lost its end: wiped, recreated, or restored from an older copy.
 
-use super::leader::{Leader, fenced};
-use super::resume::Claim;
+use crate::leader::resume::Claim;
+use crate::leader::{Leader, fenced};
 use aftercommit_core::error::Error;
 use aftercommit_core::fault;
 use aftercommit_core::jetstream::stream::Extent;
@@ -11,7 +11,7 @@ use aftercommit_core::postgres::{database_error, window};
 impl Leader<'_> {
     /// When the stream ends before the base, or is another one than the log speaks of, goes back to the newest state
     /// whose settled events lie in what is left, or to the beginning.
-    pub(super) async fn rewind_if_lost(&mut self, stream: Extent) -> Result<(), Error> {
+    pub(crate) async fn rewind_if_lost(&mut self, stream: Extent) -> Result<(), Error> {
         let Some(base) = self.state.base.clone().filter(|base| base.stream == self.naming.stream) else {
             return Ok(());
         };
