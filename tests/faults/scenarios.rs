@@ -229,7 +229,7 @@ async fn a_standby_is_promoted_while_events_are_parked() {
     .unwrap_or_else(|error| panic!("{error}: {lost:?}"));
 }
 
-/// Many events are under way, and the stream has no room for a large one among them. Returns which events are not in the
+/// Many events are in flight, and the stream has no room for a large one among them. Returns which events are not in the
 /// stream when there is room again.
 async fn refused_amid_others(broken: &str, stored_beside_it: u64) -> Vec<String> {
     let database = Postgres::shared().await.unwrap().create_database().await.unwrap();

@@ -89,7 +89,7 @@ async fn a_foreign_message_does_not_stop_a_replicated_stream() {
     relay.stop().await.unwrap();
 }
 
-/// Without batches, and where they are not wanted, one message at a time is under way.
+/// Without batches, and where they are not wanted, one message at a time is in flight.
 #[tokio::test(flavor = "multi_thread")]
 async fn without_batches_a_replicated_stream_gets_one_message_at_a_time() {
     let (_turn, cluster, outbox) = cluster().await;

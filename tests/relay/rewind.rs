@@ -189,12 +189,12 @@ async fn the_stream_is_recreated_under_a_busy_relay() {
     relay.stop().await.unwrap();
 }
 
-/// While everything is published again, the stream refuses a part of what is under way. What was under way behind that is
+/// While everything is published again, the stream refuses a part of what is in flight. What was in flight behind that is
 /// not stored either, though events behind it wait to be sent.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_under_way_when_the_new_stream_refused_it_is_published_all_the_same() {
+async fn what_was_in_flight_when_the_new_stream_refused_it_is_published_all_the_same() {
     let outbox = shared().await;
-    let config_of_relay = || RelayConfig { max_under_way: 20, ..outbox.relay_config() };
+    let config_of_relay = || RelayConfig { max_in_flight: 20, ..outbox.relay_config() };
     let relay = RunningRelay::start(config_of_relay());
     write(&outbox, 60).await;
     complete(&outbox).await;

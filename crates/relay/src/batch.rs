@@ -81,7 +81,7 @@ impl BatchPump<'_> {
         chunks: &mut mpsc::Receiver<Result<Vec<Prepared>, Error>>,
         waiting: &mut VecDeque<Prepared>,
     ) -> Result<Pumped, Error> {
-        let mut under_way: Option<Batch> = None;
+        let mut in_flight: Option<Batch> = None;
         // Whether the server has opened a batch as such.
         let mut proven = false;
         loop {
@@ -94,14 +94,14 @@ impl BatchPump<'_> {
                 // What is being stored is still heard out, so that the next leader finds a quiet stream.
                 Filled::End | Filled::Told => None,
             };
-            if let Some(batch) = under_way.take()
+            if let Some(batch) = in_flight.take()
                 && let Some(doubt) = self.hear(batch, staged.as_ref()).await?
             {
                 return Ok(Pumped::Doubt(doubt));
             }
             match staged {
                 Some(staged) => match self.commit(staged).await? {
-                    Ok(batch) => under_way = Some(batch),
+                    Ok(batch) => in_flight = Some(batch),
                     Err(doubt) => return Ok(Pumped::Doubt(doubt)),
                 },
                 None if filled == Filled::End => return Ok(Pumped::Done),
@@ -175,7 +175,7 @@ impl BatchPump<'_> {
         Ok(match self.send(last, place).await? {
             Some(doubt) => Err(doubt),
             None => {
-                self.setting.progress.under_way(batch.size);
+                self.setting.progress.in_flight(batch.size);
                 Ok(batch)
             }
         })
@@ -209,7 +209,7 @@ impl BatchPump<'_> {
         }
     }
 
-    /// Waits until the server has opened a batch, before which nothing else is under way.
+    /// Waits until the server has opened a batch, before which nothing else is in flight.
     async fn opened(&mut self, batch: Batch) -> Result<Option<Doubt>, Error> {
         let opened = async {
             loop {

@@ -30,7 +30,7 @@ pub(super) fn unreadable(error: &Error, failures: u32, connected: bool) -> Optio
 
 /// What is told about a doubt.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Told {
+pub(super) struct ToldCause {
     pub(super) class: Class,
     /// JetStream's error number, when it gave one.
     pub(super) code: Option<u64>,
@@ -45,20 +45,20 @@ pub(super) struct Cause {
     /// Where the stream ended meanwhile.
     end: u64,
     /// The lack of room that the server named.
-    named: Option<Told>,
+    named: Option<ToldCause>,
     /// Doubts in a row that name no cause, although the stream could be read in between.
     silent: u32,
 }
 
 impl Cause {
     /// What is to be told about a doubt that arose behind message `end` of the stream.
-    pub(super) fn of(&mut self, doubt: &Doubt, end: u64) -> Told {
+    pub(super) fn of(&mut self, doubt: &Doubt, end: u64) -> ToldCause {
         if self.end != end {
             *self = Self { end, ..Self::default() };
         }
         let class = Class::of(doubt);
         let remedy = if *doubt == Doubt::Unbatched { NO_BATCHES } else { class.remedy(doubt.code()) };
-        let told = Told { class, code: doubt.code(), error: doubt.to_string(), remedy };
+        let told = ToldCause { class, code: doubt.code(), error: doubt.to_string(), remedy };
         match (class, doubt) {
             (Class::BackPressure, _) => {
                 self.named = Some(told.clone());
@@ -78,15 +78,15 @@ impl Cause {
     }
 
     /// A doubt that names no cause has the one that was named before, if any.
-    fn explain(&self, told: Told) -> Told {
+    fn explain(&self, told: ToldCause) -> ToldCause {
         let remedy = (self.silent > 1).then_some(NOTHING_IS_STORED);
         match (&self.named, remedy) {
-            (Some(named), remedy) => Told {
+            (Some(named), remedy) => ToldCause {
                 error: format!("{}; since then: {}", named.error, told.error),
                 remedy: remedy.unwrap_or(named.remedy),
                 ..named.clone()
             },
-            (None, Some(remedy)) => Told { class: Class::BackPressure, remedy, ..told },
+            (None, Some(remedy)) => ToldCause { class: Class::BackPressure, remedy, ..told },
             (None, None) => told,
         }
     }

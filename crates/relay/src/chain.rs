@@ -1,4 +1,4 @@
-//! The chain of messages under way to an exclusive stream, without any I/O.
+//! The chain of messages in flight to an exclusive stream, without any I/O.
 //!
 //! Each message names its predecessor, so the server stores a prefix of what is sent and refuses the rest. Any answer
 //! but "stored, in its place" ends the chain: what became of the messages behind it is read from the stream.
@@ -31,7 +31,7 @@ pub(super) struct Sent {
     /// Where it is stored; 0 until that is known.
     pub(super) sequence: u64,
     /// Of what the event is made of. Only for a stream with other writers, where the server's word for a repeat is checked
-    /// while others are under way.
+    /// while others are in flight.
     pub(super) digest: Option<Digest>,
 }
 
@@ -55,18 +55,18 @@ impl Sent {
     }
 }
 
-/// Where the chain stands: the last message that is known to be stored, and those under way behind it.
+/// Where the chain stands: the last message that is known to be stored, and those in flight behind it.
 #[derive(Debug)]
 pub(super) struct Chain {
     stream: String,
     sequence: u64,
     /// Whether messages may name their predecessor by its id.
     named: bool,
-    /// The id of the last message that is known to be stored; kept while nothing is under way.
+    /// The id of the last message that is known to be stored; kept while nothing is in flight.
     message_id: Option<String>,
-    under_way: VecDeque<(Sent, bool)>,
+    in_flight: VecDeque<(Sent, bool)>,
     bytes: usize,
-    /// The number of the first message under way.
+    /// The number of the first message in flight.
     first_number: u64,
 }
 
@@ -88,7 +88,7 @@ pub(super) enum Doubt {
     /// No answer to an event, while those behind it are refused because it is not stored; and what the server complained
     /// of meanwhile.
     Unanswered { event: Box<Sent>, complaint: Option<String> },
-    /// The connection broke while messages were under way.
+    /// The connection broke while messages were in flight.
     ConnectionLost,
     /// The server stores the messages of an atomic batch one by one, because it does not know batches.
     Unbatched,
@@ -152,7 +152,7 @@ impl Chain {
             sequence,
             named,
             message_id: None,
-            under_way: VecDeque::new(),
+            in_flight: VecDeque::new(),
             bytes: 0,
             first_number: 0,
         }
@@ -163,27 +163,27 @@ impl Chain {
         self.sequence
     }
 
-    /// Messages and payload bytes under way.
+    /// Messages and payload bytes in flight.
     pub(super) fn load(&self) -> (usize, usize) {
-        (self.under_way.len(), self.bytes)
+        (self.in_flight.len(), self.bytes)
     }
 
     /// The number for the next message.
     pub(super) fn next_number(&self) -> u64 {
-        self.first_number + self.under_way.len() as u64
+        self.first_number + self.in_flight.len() as u64
     }
 
-    /// Takes the next message up as under way.
+    /// Takes the next message up as in flight.
     pub(super) fn sent(&mut self, event: Sent) {
         self.bytes += event.bytes;
-        self.under_way.push_back((event, false));
+        self.in_flight.push_back((event, false));
     }
 
     /// Takes an answer in. Returns the events that are now stored with everything before them.
     pub(super) fn answered(&mut self, number: u64, answer: Answer) -> Result<Vec<Sent>, Doubt> {
         let Some(offset) = number.checked_sub(self.first_number) else { return Ok(Vec::new()) };
         let expected = self.sequence + offset + 1;
-        let Some((event, stored)) = usize::try_from(offset).ok().and_then(|offset| self.under_way.get_mut(offset))
+        let Some((event, stored)) = usize::try_from(offset).ok().and_then(|offset| self.in_flight.get_mut(offset))
         else {
             return Ok(Vec::new());
         };
@@ -207,7 +207,7 @@ impl Chain {
     /// What a doubt goes back to. The server takes messages in the order in which they were sent, so one that is refused
     /// because it is not behind its predecessor, while an earlier one has no answer, is refused for want of that.
     pub(super) fn trace(&self, doubt: Doubt, complaint: Option<String>) -> Doubt {
-        match (&doubt, self.under_way.front()) {
+        match (&doubt, self.in_flight.front()) {
             (Doubt::Refused { event, code: 10070 | 10071, .. }, Some((first, _))) if first != &**event => {
                 Doubt::Unanswered { event: Box::new(first.clone()), complaint }
             }
@@ -215,15 +215,15 @@ impl Chain {
         }
     }
 
-    /// Takes in that the first `size` messages under way were stored together, the last of them under `sequence`.
+    /// Takes in that the first `size` messages in flight were stored together, the last of them under `sequence`.
     pub(super) fn committed(&mut self, size: usize, stream: String, sequence: u64) -> Result<Vec<Sent>, Doubt> {
         let expected = self.sequence + size as u64;
-        match size.checked_sub(1).and_then(|last| self.under_way.get(last)) {
+        match size.checked_sub(1).and_then(|last| self.in_flight.get(last)) {
             Some((event, _)) if stream != self.stream || sequence != expected => {
                 Err(Doubt::Misplaced { event: Box::new(event.clone()), stream, sequence })
             }
             _ => {
-                self.under_way.iter_mut().take(size).for_each(|(_, stored)| *stored = true);
+                self.in_flight.iter_mut().take(size).for_each(|(_, stored)| *stored = true);
                 Ok(self.advance())
             }
         }
@@ -231,7 +231,7 @@ impl Chain {
 
     fn advance(&mut self) -> Vec<Sent> {
         let mut done = Vec::new();
-        while let Some((mut event, _)) = self.under_way.pop_front_if(|(_, stored)| *stored) {
+        while let Some((mut event, _)) = self.in_flight.pop_front_if(|(_, stored)| *stored) {
             self.sequence += 1;
             event.sequence = self.sequence;
             self.first_number += 1;
@@ -239,7 +239,7 @@ impl Chain {
             event.tell_published(&self.stream, self.sequence);
             done.push(event);
         }
-        if let (Some(last), true) = (done.last(), self.under_way.is_empty()) {
+        if let (Some(last), true) = (done.last(), self.in_flight.is_empty()) {
             self.message_id = Some(last.message_id());
         }
         done
@@ -247,12 +247,12 @@ impl Chain {
 
     /// What the next message must be behind.
     pub(super) fn predecessor(&self) -> Predecessor {
-        let message_id = match self.under_way.back() {
+        let message_id = match self.in_flight.back() {
             _ if !self.named => None,
             Some((event, _)) => Some(event.message_id()),
             None => self.message_id.clone(),
         };
-        Predecessor { sequence: self.sequence + self.under_way.len() as u64, message_id }
+        Predecessor { sequence: self.sequence + self.in_flight.len() as u64, message_id }
     }
 }
 
@@ -348,7 +348,7 @@ mod tests {
         assert!(chain.committed(3, "F".into(), 43).is_err(), "another stream");
         chain.sent(event(4));
         assert_eq!(chain.committed(3, "E".into(), 43), Ok(vec![at(1, 41), at(2, 42), at(3, 43)]));
-        assert_eq!((chain.sequence(), chain.load()), (43, (1, 10)), "the next one is under way");
+        assert_eq!((chain.sequence(), chain.load()), (43, (1, 10)), "the next one is in flight");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::progress::Position;
+use super::progress::RelayPosition;
 use aftercommit_core::config::Naming;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::jetstream::settings::{Findings, Problem};
@@ -33,7 +33,7 @@ impl Guard {
     }
 
     /// Looks again and again, and tells whether events would be lost. It ends only with its leader.
-    pub(super) async fn watch(self, unfit: watch::Sender<bool>, progress: watch::Receiver<Position>) {
+    pub(super) async fn watch(self, unfit: watch::Sender<bool>, progress: watch::Receiver<RelayPosition>) {
         let mut known = Vec::new();
         let mut mapped = false;
         let mut ticks = tokio::time::interval(LOOK);

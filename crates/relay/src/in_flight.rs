@@ -1,4 +1,4 @@
-//! What is under way to the stream, in either way of keeping order.
+//! What is in flight to the stream, in either way of keeping order.
 
 use std::collections::VecDeque;
 
@@ -7,16 +7,16 @@ use super::keyed::Keyed;
 use super::reader::Prepared;
 use aftercommit_core::jetstream::publisher::{Answer, Predecessor};
 
-/// The messages under way and the rule that keeps their order.
+/// The messages in flight and the rule that keeps their order.
 #[derive(Debug)]
-pub(super) enum UnderWay {
+pub(super) enum InFlight {
     /// To a stream that only this relay writes.
     Chained(Chain),
     /// To a stream with other writers.
     Keyed(Keyed),
 }
 
-impl UnderWay {
+impl InFlight {
     /// The last sequence that is known to be ours.
     pub(super) fn sequence(&self) -> u64 {
         match self {
@@ -25,7 +25,7 @@ impl UnderWay {
         }
     }
 
-    /// Messages and payload bytes under way.
+    /// Messages and payload bytes in flight.
     pub(super) fn load(&self) -> (usize, usize) {
         match self {
             Self::Chained(chain) => chain.load(),
@@ -34,7 +34,7 @@ impl UnderWay {
     }
 
     /// The outbox id up to which everything is stored, when the events of `next` were not sent. 0 when only the stream
-    /// can tell, because what is under way may be stored or lost.
+    /// can tell, because what is in flight may be stored or lost.
     pub(super) fn stored_up_to(&self, next: impl Iterator<Item = i64>) -> i64 {
         match self {
             Self::Chained(_) => 0,
@@ -72,7 +72,7 @@ impl UnderWay {
         }
     }
 
-    /// The event that the server took for a repeat, when that is to be checked while others are under way.
+    /// The event that the server took for a repeat, when that is to be checked while others are in flight.
     pub(super) fn repeat(&self, number: u64, answer: &Answer) -> Option<(Sent, u64)> {
         match (self, answer) {
             (Self::Keyed(keyed), Answer::Stored { sequence, duplicate: true, .. }) => {

@@ -1,4 +1,4 @@
-//! What is under way to a stream with other writers, without any I/O: at most one message per key.
+//! What is in flight to a stream with other writers, without any I/O: at most one message per key.
 //!
 //! Nothing can be chained there, because others write in between. So the next event of a key is sent only when the one
 //! before it is stored, and a repeat is dropped by the server for its `Nats-Msg-Id`.
@@ -11,12 +11,12 @@ use aftercommit_core::jetstream::publisher::Answer;
 /// How far behind the first waiting event one with a free key is looked for.
 const LOOK_AHEAD: usize = 1000;
 
-/// The messages under way.
+/// The messages in flight.
 #[derive(Debug)]
 pub(super) struct Keyed {
     stream: String,
     sequence: u64,
-    under_way: HashMap<u64, Sent>,
+    in_flight: HashMap<u64, Sent>,
     keys: HashSet<String>,
     bytes: usize,
     next_number: u64,
@@ -27,7 +27,7 @@ impl Keyed {
         Self {
             stream: stream.into(),
             sequence,
-            under_way: HashMap::new(),
+            in_flight: HashMap::new(),
             keys: HashSet::new(),
             bytes: 0,
             next_number: 0,
@@ -39,12 +39,12 @@ impl Keyed {
         self.sequence
     }
 
-    /// Messages and payload bytes under way.
+    /// Messages and payload bytes in flight.
     pub(super) fn load(&self) -> (usize, usize) {
-        (self.under_way.len(), self.bytes)
+        (self.in_flight.len(), self.bytes)
     }
 
-    /// Takes the first waiting event whose key has nothing under way and nothing waiting before it.
+    /// Takes the first waiting event whose key has nothing in flight and nothing waiting before it.
     pub(super) fn take_next<T>(&self, waiting: &mut VecDeque<T>, event: impl Fn(&T) -> &Sent) -> Option<T> {
         let mut passed: HashSet<&str> = HashSet::new();
         let position = waiting.iter().take(LOOK_AHEAD).position(|candidate| match &event(candidate).key {
@@ -54,9 +54,9 @@ impl Keyed {
         waiting.remove(position)
     }
 
-    /// The lowest outbox id under way.
+    /// The lowest outbox id in flight.
     pub(super) fn first_outbox_id(&self) -> Option<i64> {
-        self.under_way.values().map(|event| event.outbox_id).min()
+        self.in_flight.values().map(|event| event.outbox_id).min()
     }
 
     pub(super) fn next_number(&self) -> u64 {
@@ -68,26 +68,26 @@ impl Keyed {
         if let Some(key) = &event.key {
             self.keys.insert(key.clone());
         }
-        self.under_way.insert(self.next_number, event);
+        self.in_flight.insert(self.next_number, event);
         self.next_number += 1;
     }
 
-    /// The event under way with this number.
+    /// The event in flight with this number.
     pub(super) fn event(&self, number: u64) -> Option<&Sent> {
-        self.under_way.get(&number)
+        self.in_flight.get(&number)
     }
 
     /// Takes an answer in: the event that is stored now. A repeat is a doubt: the server remembers the id of a message that
     /// may be gone, or may be somebody else's.
     pub(super) fn answered(&mut self, number: u64, answer: Answer) -> Result<Vec<Sent>, Doubt> {
-        let Some(event) = self.under_way.get(&number).cloned().map(Box::new) else { return Ok(Vec::new()) };
+        let Some(event) = self.in_flight.get(&number).cloned().map(Box::new) else { return Ok(Vec::new()) };
         match answer {
             Answer::Stored { stream, sequence, .. } if stream != self.stream => {
                 Err(Doubt::Misplaced { event, stream, sequence })
             }
             Answer::Stored { sequence, duplicate: true, .. } => Err(Doubt::Duplicate { event, sequence }),
             Answer::Stored { sequence, .. } => {
-                self.under_way.remove(&number);
+                self.in_flight.remove(&number);
                 self.bytes -= event.bytes;
                 if let Some(key) = &event.key {
                     self.keys.remove(key);

@@ -18,19 +18,18 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::batch::BatchPump;
-use super::cause::{Cause, Told, unreadable};
+use super::cause::{Cause, ToldCause, unreadable};
 use super::chain::{Doubt, Sent};
 use super::classify::Class;
+use super::config::{ParkPolicy, RelayConfig};
+use super::fence::fenced;
 use super::guard;
-use super::in_flight::UnderWay;
-use super::leader::repairs::Repairs;
-use super::leader::resume::{Found, There, note};
-use super::method::Method;
+use super::in_flight::InFlight;
+use super::method::ActivePublishMethod;
 use super::polling::{self, Polling};
 use super::progress::Progress;
 use super::pump::{Checks, Limits, Pump, Pumped, Setting};
 use super::reader::{Exceptions, Prepared, Reader, Remainder};
-use super::{Mode, ParkPolicy, RelayConfig};
 use aftercommit_core::backoff::Backoff;
 use aftercommit_core::config::Naming;
 use aftercommit_core::error::{Error, ErrorKind};
@@ -45,6 +44,9 @@ use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::snapshot::Mark;
 use aftercommit_core::postgres::window::Watch;
 use aftercommit_core::postgres::{database_error, parked};
+use aftercommit_core::relay::Mode;
+use repairs::Repairs;
+use resume::{Found, There, note};
 
 /// After so long without news the window is closed in the log, and its mark moves past transactions that came to
 /// nothing. Also how often the leader looks whether keys wait for nothing any more.
@@ -80,8 +82,8 @@ pub(super) struct Leader<'a> {
     pub(super) watch: Option<Watch>,
     /// Whether the open window may have events that are not in the stream yet.
     pub(super) unfinished: bool,
-    /// What is under way; none when the stream must be looked at first.
-    pub(super) under_way: Option<UnderWay>,
+    /// What is in flight; none when the stream must be looked at first.
+    pub(super) in_flight: Option<InFlight>,
     /// In a shared stream: the outbox id up to which the open window is known to be stored.
     pub(super) stored_up_to: i64,
     /// Where the stream ended when that was learnt.
@@ -96,7 +98,7 @@ pub(super) struct Leader<'a> {
     /// The stream may hold events of the window in no known order.
     pub(super) disordered: bool,
     pub(super) repairs: Repairs,
-    pub(super) method: Method,
+    pub(super) method: ActivePublishMethod,
     pub(super) cause: Cause,
     pub(super) progress: &'a Progress,
     pub(super) paused: watch::Receiver<bool>,
@@ -124,7 +126,7 @@ impl Leader<'_> {
                 self.progress.enter(Phase::Leading, "resumed");
                 continue;
             }
-            if self.unfinished || self.under_way.is_none() {
+            if self.unfinished || self.in_flight.is_none() {
                 self.progress.state("publishing");
                 self.finish().await?;
                 continue;
@@ -222,7 +224,7 @@ impl Leader<'_> {
 
     /// Where the next window begins; none when the stream must be looked at first.
     fn base(&self) -> Option<Base> {
-        let sequence = self.under_way.as_ref()?.sequence();
+        let sequence = self.in_flight.as_ref()?.sequence();
         Some(Base { stream: self.naming.stream.clone(), created: self.stream_created?, sequence })
     }
 
@@ -297,7 +299,7 @@ impl Leader<'_> {
         let mut failures = 0;
         let mut after = 0;
         while !self.shutdown.is_cancelled() && !*self.paused.borrow() {
-            if self.under_way.is_none() {
+            if self.in_flight.is_none() {
                 match self.resume().await {
                     Ok(last) => after = last,
                     Err(_) if self.shutdown.is_cancelled() => return Ok(()),
@@ -317,7 +319,7 @@ impl Leader<'_> {
                 self.unfinished = false;
                 return Ok(());
             };
-            let before = self.under_way.as_ref().map_or(0, UnderWay::sequence);
+            let before = self.in_flight.as_ref().map_or(0, InFlight::sequence);
             let unfit = guard::turns_unfit(self.unfit.clone());
             let pumped = tokio::select! {
                 pumped = self.pump(target, after) => pumped?,
@@ -336,12 +338,12 @@ impl Leader<'_> {
                     return Ok(());
                 }
                 Pumped::Stopped => {
-                    self.under_way = None;
+                    self.in_flight = None;
                     self.publisher.restart();
                 }
                 Pumped::Doubt(doubt) if self.waits_for_room(&doubt, failures + 1).await => failures += 1,
                 Pumped::Doubt(doubt) => {
-                    let went_on = self.under_way.as_ref().is_some_and(|under_way| under_way.sequence() > before);
+                    let went_on = self.in_flight.as_ref().is_some_and(|in_flight| in_flight.sequence() > before);
                     failures = if went_on { 1 } else { failures + 1 };
                     let class = self.interrupted(&doubt);
                     self.deal_with(&doubt, class, failures).await?;
@@ -374,8 +376,8 @@ impl Leader<'_> {
         stored: Option<mpsc::UnboundedSender<Sent>>,
     ) -> Result<Pumped, Error> {
         let (publisher, mut waiting) = (&mut self.publisher, VecDeque::new());
-        let Some(under_way) = &mut self.under_way else { return Ok(Pumped::Stopped) };
-        let messages = if self.method.is_one_at_a_time() { 1 } else { self.config.max_under_way };
+        let Some(in_flight) = &mut self.in_flight else { return Ok(Pumped::Stopped) };
+        let messages = if self.method.is_one_at_a_time() { 1 } else { self.config.max_in_flight };
         let setting = Setting {
             connection: self.connection,
             progress: self.progress,
@@ -384,27 +386,27 @@ impl Leader<'_> {
             shutdown: self.shutdown,
             stored,
         };
-        if !self.method.batches() || matches!(under_way, UnderWay::Keyed(_)) {
+        if !self.method.batches() || matches!(in_flight, InFlight::Keyed(_)) {
             let (watch, stream) = (self.method.watch(), &self.stream);
             let pump =
-                Pump { publisher, under_way, setting: setting.clone(), watch, stream, checks: Checks::default() };
+                Pump { publisher, in_flight, setting: setting.clone(), watch, stream, checks: Checks::default() };
             let (pumped, stored_up_to) = pump.run(&mut chunks, &mut waiting).await?;
             self.stored_up_to = self.stored_up_to.max(stored_up_to);
-            self.stored_end = under_way.sequence();
+            self.stored_end = in_flight.sequence();
             if let Some(pumped) = pumped {
                 return Ok(pumped);
             }
         }
-        match under_way {
-            UnderWay::Chained(chain) => BatchPump { publisher, chain, setting }.run(&mut chunks, waiting).await,
+        match in_flight {
+            InFlight::Chained(chain) => BatchPump { publisher, chain, setting }.run(&mut chunks, waiting).await,
             // Its pace changes nothing, so its pump tells how it ended.
-            UnderWay::Keyed(_) => Ok(Pumped::Stopped),
+            InFlight::Keyed(_) => Ok(Pumped::Stopped),
         }
     }
 
     /// Takes in that publishing was interrupted, and says why. The stream must be looked at next.
     pub(super) fn interrupted(&mut self, doubt: &Doubt) -> Class {
-        let end = self.under_way.take().map_or(0, |under_way| under_way.sequence());
+        let end = self.in_flight.take().map_or(0, |in_flight| in_flight.sequence());
         self.publisher.restart();
         let told = self.cause.of(doubt, end);
         self.progress.interrupted(&told);
@@ -412,7 +414,7 @@ impl Leader<'_> {
             Some(event) => (Some(event.event_id.to_string()), Some(event.outbox_id)),
             None => (None, None),
         };
-        let Told { class, code, error, remedy } = told;
+        let ToldCause { class, code, error, remedy } = told;
         let label = class.label();
         match class {
             Class::Alarm | Class::Park => {
@@ -495,10 +497,6 @@ impl Leader<'_> {
         }
         Ok(())
     }
-}
-
-pub(super) fn fenced() -> Error {
-    Error::new(ErrorKind::Fenced, "another relay has taken over; this one writes no more")
 }
 
 fn reading_parked(error: sqlx::Error) -> Error {

@@ -9,6 +9,8 @@ mod batch;
 mod cause;
 mod chain;
 mod classify;
+mod config;
+mod fence;
 mod guard;
 mod in_flight;
 mod keyed;
@@ -24,7 +26,6 @@ mod sample;
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
@@ -32,7 +33,7 @@ use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use aftercommit_core::backoff::Backoff;
-use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig};
+use aftercommit_core::config::Naming;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::fault;
 use aftercommit_core::health::Phase;
@@ -47,93 +48,18 @@ use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::{self, database_error, lease, pause, sequence};
 use aftercommit_core::relay::{LEASE, Mode};
 use cause::Cause;
+pub use config::{ParkPolicy, RelayConfig};
 use guard::Guard;
 use leader::Leader;
 use leader::repairs::Repairs;
 use leader::resume::Found;
-use method::Method;
+use method::ActivePublishMethod;
 pub use method::PublishMethod;
 pub use monitor::{Monitor, RelayReport};
-use progress::{Position, Progress};
+use progress::{Progress, RelayPosition};
 use pruner::{Pruner, Removed};
 use reader::Exceptions;
 use sample::{Sample, Sampler};
-
-/// What a relay needs to know.
-#[derive(Debug, Clone)]
-pub struct RelayConfig {
-    /// How long to wait for an acknowledgement before finding out what was stored. Defaults to 5 seconds.
-    pub ack_timeout: Duration,
-    /// The longest pause between two looks at an outbox that has nothing new. Defaults to 25 milliseconds.
-    pub idle_poll: Duration,
-    /// How long the leader may be silent before a standby takes over. It is renewed three times in that span. The relays
-    /// of an outbox should agree: a lease that ends in more than twice this time and more than a minute counts as free,
-    /// because only a clock that went back explains it. Defaults to 3 seconds.
-    pub lease: Duration,
-    /// Messages under way to the stream at most. Defaults to 2,048.
-    pub max_under_way: usize,
-    /// Whether others write to the stream, too. Defaults to [`Mode::Exclusive`].
-    pub mode: Mode,
-    /// Stream, subjects and source.
-    pub naming: Naming,
-    /// The NATS servers.
-    pub nats: NatsConfig,
-    /// Publish what is there, then stop, instead of going on for ever. Defaults to false.
-    pub once: bool,
-    /// How long the relay waits, when the server or the stream takes only smaller events than the largest of an outbox, for
-    /// that limit to be raised, before it sets aside what exceeds it. Defaults to one minute.
-    pub park_after: Duration,
-    /// What becomes of later events of a key when one of it can never be stored. Defaults to [`ParkPolicy::Block`].
-    pub park_policy: ParkPolicy,
-    /// The outbox's database.
-    pub postgres: PostgresConfig,
-    /// How messages go to an exclusive stream. Defaults to [`PublishMethod::Auto`].
-    pub publish: PublishMethod,
-    /// How often old events are removed. Defaults to one minute.
-    pub prune_interval: Duration,
-    /// How many events that the reconciler found missing in the stream are published again in a second at most. Defaults
-    /// to 5,000.
-    pub repair_rate: u32,
-    /// How long events stay in the outbox after they were written, for replay and proof; what is not in the stream yet
-    /// stays longer. Defaults to 7 days.
-    pub retention: Duration,
-    /// Report unhealthy after this long without progress while events wait. Defaults to 30
-    /// seconds.
-    pub unhealthy_after: Duration,
-}
-
-/// What becomes of later events of a key when one of it can never be stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ParkPolicy {
-    /// They wait behind it, so that no subscriber sees the key with a gap, until an operator releases or discards it.
-    Block,
-    /// They go on without it.
-    Skip,
-}
-
-impl RelayConfig {
-    /// The defaults for an outbox and its stream.
-    pub fn new(postgres: PostgresConfig, nats: NatsConfig, naming: Naming) -> Self {
-        Self {
-            ack_timeout: Duration::from_secs(5),
-            idle_poll: Duration::from_millis(25),
-            lease: Duration::from_secs(3),
-            max_under_way: 2048,
-            mode: Mode::Exclusive,
-            naming,
-            nats,
-            once: false,
-            park_after: Duration::from_mins(1),
-            park_policy: ParkPolicy::Block,
-            postgres,
-            publish: PublishMethod::Auto,
-            prune_interval: Duration::from_mins(1),
-            repair_rate: 5000,
-            retention: Duration::from_hours(7 * 24),
-            unhealthy_after: Duration::from_secs(30),
-        }
-    }
-}
 
 /// One relay: stands by until it leads, then publishes until it is stopped.
 pub struct Relay {
@@ -151,7 +77,7 @@ impl Relay {
         let host = gethostname();
         let holder = format!("{host}:{}:{}", std::process::id(), Uuid::new_v4().simple());
         let naming = Arc::new(config.naming.clone());
-        let progress = Progress::new(&naming.stream, config.max_under_way);
+        let progress = Progress::new(&naming.stream, config.max_in_flight);
         Self { config, holder, naming, progress, samples: watch::Sender::new(None), nats: watch::Sender::new(None) }
     }
 
@@ -332,7 +258,7 @@ impl Relay {
                 state: *state,
                 watch: None,
                 unfinished: true,
-                under_way: None,
+                in_flight: None,
                 stored_up_to: 0,
                 stored_end: 0,
                 found: Found::default(),
@@ -341,7 +267,7 @@ impl Relay {
                 unblocked: 0,
                 disordered: false,
                 repairs: Repairs::new(),
-                method: Method::new(self.config.publish),
+                method: ActivePublishMethod::new(self.config.publish),
                 cause: Cause::default(),
                 progress: &self.progress,
                 paused: told_paused,
@@ -364,7 +290,12 @@ impl Relay {
     }
 
     /// Renews the lease and tells how far the leader is. Ends with the reason when the lease cannot be kept.
-    async fn heartbeat(&self, epoch: i64, position: watch::Receiver<Position>, paused: watch::Sender<bool>) -> Error {
+    async fn heartbeat(
+        &self,
+        epoch: i64,
+        position: watch::Receiver<RelayPosition>,
+        paused: watch::Sender<bool>,
+    ) -> Error {
         let mut connection = None;
         let mut renewed = tokio::time::Instant::now();
         let mut ticks = tokio::time::interval(self.config.lease / 3);
@@ -402,7 +333,7 @@ impl Relay {
         &self,
         connection: &mut Option<Session>,
         epoch: i64,
-        position: Position,
+        position: RelayPosition,
     ) -> Result<Option<bool>, Error> {
         let mut open = match connection.take() {
             Some(open) => open,

@@ -10,7 +10,7 @@ pub enum PublishMethod {
     /// In atomic batches where the stream has replicas or the server waits for its disk with each message, as far as
     /// the stream takes them; chained elsewhere.
     Auto,
-    /// Always chained: many messages under way, each naming its predecessor. In a stream with replicas one message at a
+    /// Always chained: many messages in flight, each naming its predecessor. In a stream with replicas one message at a
     /// time.
     Chained,
     /// Always in atomic batches of up to 1,000. Needs nats-server 2.12.1 and `allow_atomic` on the stream, and the relay
@@ -18,7 +18,7 @@ pub enum PublishMethod {
     Batched,
 }
 
-/// So many answers in a row tell how fast the server takes messages. No more are under way until it is known.
+/// So many answers in a row tell how fast the server takes messages. No more are in flight until it is known.
 const BURST: u64 = 256;
 /// A burst that takes longer is slow: each message waits for the disk, if only 0.1 ms. A server that does not wait takes a
 /// burst in 2 ms. A long way to the server looks slow, too, and batches suit it as well.
@@ -28,10 +28,10 @@ const SLOW_BURSTS: u32 = 3;
 
 /// The method in use.
 #[derive(Debug)]
-pub(super) struct Method {
+pub(super) struct ActivePublishMethod {
     wanted: PublishMethod,
-    stream: Takes,
-    watch: Watch,
+    stream: StreamTakes,
+    watch: PaceWatch,
     /// Messages go out one by one, because a batch of them was refused.
     singled_out: bool,
     /// A server took a batch for single messages.
@@ -40,7 +40,7 @@ pub(super) struct Method {
 
 /// What the stream takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Takes {
+pub(super) struct StreamTakes {
     /// Atomic batches.
     pub(super) batches: bool,
     /// A batch is written to disk at once, which pays off where the disk is waited for.
@@ -50,29 +50,29 @@ pub(super) struct Takes {
     pub(super) replicated: bool,
 }
 
-/// Watches the pace of the answers to chained messages. A burst counts only while more messages are under way, so neither
+/// Watches the pace of the answers to chained messages. A burst counts only while more messages are in flight, so neither
 /// the distance to the server nor a lack of events makes it slow.
 #[derive(Debug, Default)]
-pub(super) struct Watch {
+pub(super) struct PaceWatch {
     began: Option<Instant>,
     answers: u64,
     slow_bursts: u32,
     slow: Option<bool>,
 }
 
-impl Watch {
-    /// How many messages may be under way until the pace is known.
+impl PaceWatch {
+    /// How many messages may be in flight until the pace is known.
     pub(super) fn limit(&self) -> usize {
         if self.slow.is_none() { BURST as usize } else { usize::MAX }
     }
 
-    /// So many answers have come in, and so many messages are still under way. True when the server is slow.
-    pub(super) fn answered(&mut self, answers: usize, under_way: usize, now: Instant) -> bool {
+    /// So many answers have come in, and so many messages are still in flight. True when the server is slow.
+    pub(super) fn answered(&mut self, answers: usize, in_flight: usize, now: Instant) -> bool {
         if self.slow.is_some() {
             return false;
         }
-        let Some(began) = self.began.filter(|_| under_way > 0) else {
-            (self.began, self.answers) = ((under_way > 0).then_some(now), 0);
+        let Some(began) = self.began.filter(|_| in_flight > 0) else {
+            (self.began, self.answers) = ((in_flight > 0).then_some(now), 0);
             return false;
         };
         self.answers += answers as u64;
@@ -94,13 +94,13 @@ impl Watch {
     }
 }
 
-impl Method {
+impl ActivePublishMethod {
     pub(super) fn new(wanted: PublishMethod) -> Self {
-        Self { wanted, stream: Takes::default(), watch: Watch::default(), singled_out: false, unable: false }
+        Self { wanted, stream: StreamTakes::default(), watch: PaceWatch::default(), singled_out: false, unable: false }
     }
 
     /// What the stream takes, which an operator can change at any time.
-    pub(super) fn suit(&mut self, stream: Takes) {
+    pub(super) fn suit(&mut self, stream: StreamTakes) {
         if stream != self.stream && stream.replicated && !stream.batches {
             tracing::warn!(
                 "the stream has replicas and takes no atomic batches, so messages go out one at a time: run \
@@ -111,13 +111,13 @@ impl Method {
     }
 
     /// Whether the stream is still as the method suits it.
-    pub(super) fn suits(&self, stream: Takes) -> bool {
+    pub(super) fn suits(&self, stream: StreamTakes) -> bool {
         self.stream == stream
     }
 
     /// Whether the next run is in batches.
     pub(super) fn batches(&self) -> bool {
-        let Takes { batches, at_once, replicated } = self.stream;
+        let StreamTakes { batches, at_once, replicated } = self.stream;
         let wanted = match self.wanted {
             PublishMethod::Auto if replicated => batches,
             PublishMethod::Auto => batches && at_once && self.watch.slow == Some(true),
@@ -128,14 +128,14 @@ impl Method {
         wanted && !self.singled_out && !self.unable
     }
 
-    /// Whether a chained run has one message under way at most: the sequence says enough behind one that is stored.
+    /// Whether a chained run has one message in flight at most: the sequence says enough behind one that is stored.
     pub(super) fn is_one_at_a_time(&self) -> bool {
         self.stream.replicated
     }
 
     /// Who is to be told of the answers of a chained run; nobody when it changes nothing.
-    pub(super) fn watch(&mut self) -> Option<&mut Watch> {
-        let Takes { batches, at_once, replicated } = self.stream;
+    pub(super) fn watch(&mut self) -> Option<&mut PaceWatch> {
+        let StreamTakes { batches, at_once, replicated } = self.stream;
         let matters = batches && at_once && !replicated && self.wanted == PublishMethod::Auto;
         (matters && self.watch.slow.is_none()).then_some(&mut self.watch)
     }
@@ -160,8 +160,8 @@ impl Method {
 mod tests {
     use super::*;
 
-    /// Answers that come one by one at this pace, with more under way behind them; whether the server is slow.
-    fn watched(method: &mut Method, now: &mut Instant, answers: u64, each: Duration) -> bool {
+    /// Answers that come one by one at this pace, with more in flight behind them; whether the server is slow.
+    fn watched(method: &mut ActivePublishMethod, now: &mut Instant, answers: u64, each: Duration) -> bool {
         (0..answers).any(|_| {
             *now += each;
             method.watch().is_some_and(|watch| watch.answered(1, 100, *now))
@@ -169,10 +169,10 @@ mod tests {
     }
 
     /// A stream of one server.
-    const SINGLE: Takes = Takes { batches: true, at_once: true, replicated: false };
+    const SINGLE: StreamTakes = StreamTakes { batches: true, at_once: true, replicated: false };
 
-    fn method(wanted: PublishMethod, stream: Takes) -> Method {
-        let mut method = Method::new(wanted);
+    fn method(wanted: PublishMethod, stream: StreamTakes) -> ActivePublishMethod {
+        let mut method = ActivePublishMethod::new(wanted);
         method.suit(stream);
         method
     }
@@ -212,8 +212,11 @@ mod tests {
     #[test]
     fn what_is_forced_is_done_and_what_cannot_be_is_not() {
         assert!(method(PublishMethod::Batched, SINGLE).batches());
-        assert!(!method(PublishMethod::Batched, Takes::default()).batches(), "a server that would ignore the batch");
-        let cannot = Takes { at_once: false, ..SINGLE };
+        assert!(
+            !method(PublishMethod::Batched, StreamTakes::default()).batches(),
+            "a server that would ignore the batch"
+        );
+        let cannot = StreamTakes { at_once: false, ..SINGLE };
         for (wanted, stream) in [(PublishMethod::Auto, cannot), (PublishMethod::Chained, SINGLE)] {
             let mut method = method(wanted, stream);
             assert!(method.watch().is_none() && !method.batches() && !method.is_one_at_a_time());
@@ -221,9 +224,9 @@ mod tests {
     }
 
     #[test]
-    fn with_replicas_there_is_a_batch_or_a_single_message_under_way() {
+    fn with_replicas_there_is_a_batch_or_a_single_message_in_flight() {
         for batches in [false, true] {
-            let replicated = Takes { batches, at_once: false, replicated: true };
+            let replicated = StreamTakes { batches, at_once: false, replicated: true };
             for wanted in [PublishMethod::Auto, PublishMethod::Chained, PublishMethod::Batched] {
                 let mut method = method(wanted, replicated);
                 let expected = wanted != PublishMethod::Chained && batches;
@@ -245,7 +248,7 @@ mod tests {
     #[test]
     fn a_stream_that_changes_is_noticed() {
         let mut method = method(PublishMethod::Auto, SINGLE);
-        let replicated = Takes { replicated: true, ..SINGLE };
+        let replicated = StreamTakes { replicated: true, ..SINGLE };
         assert!(method.suits(SINGLE) && !method.suits(replicated));
         method.suit(replicated);
         assert!(method.suits(replicated) && method.batches());

@@ -8,7 +8,7 @@ use metrics::gauge;
 use serde::Serialize;
 use tokio::sync::watch;
 
-use super::progress::Position;
+use super::progress::RelayPosition;
 use super::sample::Sample;
 use aftercommit_core::config::Naming;
 use aftercommit_core::health::{Check, Facts, Health, Phase};
@@ -21,7 +21,7 @@ pub struct Monitor {
     pub(super) naming: Arc<Naming>,
     pub(super) holder: String,
     pub(super) patience: Duration,
-    pub(super) position: watch::Receiver<Position>,
+    pub(super) position: watch::Receiver<RelayPosition>,
     pub(super) samples: watch::Receiver<Option<Sample>>,
     pub(super) nats: watch::Receiver<Option<Connection>>,
 }

@@ -7,14 +7,14 @@ use chrono::Utc;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use tokio::sync::watch;
 
-use super::cause::Told;
+use super::cause::ToldCause;
 use super::chain::Sent;
 use aftercommit_core::health::Phase;
 use aftercommit_core::telemetry;
 
 /// How far the relay is.
 #[derive(Debug, Clone)]
-pub(super) struct Position {
+pub(super) struct RelayPosition {
     pub(super) phase: Phase,
     /// The epoch in which this relay leads or last led; 0 before it first led.
     pub(super) epoch: i64,
@@ -35,13 +35,13 @@ pub(super) struct Position {
 /// The relay's position, written by whoever moves it, read by heartbeat and health checks.
 #[derive(Debug)]
 pub(super) struct Progress {
-    position: watch::Sender<Position>,
+    position: watch::Sender<RelayPosition>,
     metrics: Metrics,
 }
 
 impl Progress {
-    pub(super) fn new(stream: &str, under_way_limit: usize) -> Self {
-        let position = Position {
+    pub(super) fn new(stream: &str, in_flight_limit: usize) -> Self {
+        let position = RelayPosition {
             phase: Phase::Connecting,
             epoch: 0,
             last_id: 0,
@@ -51,11 +51,11 @@ impl Progress {
             progressed: Instant::now(),
             before_window: 0,
         };
-        gauge!(telemetry::RELAY_UNDER_WAY_LIMIT.name, "stream" => stream.to_string()).set(under_way_limit as f64);
+        gauge!(telemetry::RELAY_UNDER_WAY_LIMIT.name, "stream" => stream.to_string()).set(in_flight_limit as f64);
         Self { position: watch::Sender::new(position), metrics: Metrics::new(stream) }
     }
 
-    pub(super) fn subscribe(&self) -> watch::Receiver<Position> {
+    pub(super) fn subscribe(&self) -> watch::Receiver<RelayPosition> {
         self.position.subscribe()
     }
 
@@ -108,14 +108,14 @@ impl Progress {
         });
     }
 
-    /// So many messages are under way.
-    pub(super) fn under_way(&self, messages: usize) {
-        self.metrics.under_way.set(messages as f64);
+    /// So many messages are in flight.
+    pub(super) fn in_flight(&self, messages: usize) {
+        self.metrics.in_flight.set(messages as f64);
     }
 
     /// Publishing was interrupted.
-    pub(super) fn interrupted(&self, told: &Told) {
-        self.under_way(0);
+    pub(super) fn interrupted(&self, told: &ToldCause) {
+        self.in_flight(0);
         counter!(
             telemetry::RELAY_INTERRUPTIONS_TOTAL.name,
             "stream" => self.metrics.stream.clone(),
@@ -164,7 +164,7 @@ struct Metrics {
     published: Counter,
     ack: Histogram,
     latency: Histogram,
-    under_way: Gauge,
+    in_flight: Gauge,
     window_events: Histogram,
     leader: Gauge,
     epoch: Gauge,
@@ -180,7 +180,7 @@ impl Metrics {
             published: counter!(telemetry::RELAY_PUBLISHED_TOTAL.name, "stream" => stream.to_string()),
             ack: histogram(telemetry::RELAY_ACK_SECONDS),
             latency: histogram(telemetry::RELAY_LATENCY_SECONDS),
-            under_way: gauge(telemetry::RELAY_UNDER_WAY),
+            in_flight: gauge(telemetry::RELAY_UNDER_WAY),
             window_events: histogram(telemetry::RELAY_WINDOW_EVENTS),
             leader: gauge(telemetry::RELAY_LEADER),
             epoch: gauge(telemetry::RELAY_EPOCH),

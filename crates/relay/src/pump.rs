@@ -1,4 +1,4 @@
-//! Moves the events of a window from the reader into the stream, many under way at a time.
+//! Moves the events of a window from the reader into the stream, many in flight at a time.
 
 use std::collections::VecDeque;
 use std::task::Poll;
@@ -12,8 +12,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::chain::{Doubt, Sent};
-use super::in_flight::UnderWay;
-use super::method::Watch;
+use super::in_flight::InFlight;
+use super::method::PaceWatch;
 use super::progress::Progress;
 use super::reader::Prepared;
 use aftercommit_core::error::{Error, ErrorKind};
@@ -22,7 +22,7 @@ use aftercommit_core::jetstream::Connection;
 use aftercommit_core::jetstream::publisher::{Answer, Publisher, SendError};
 use aftercommit_core::jetstream::stream::StreamReader;
 
-/// Payload bytes under way at most, beside the number of messages.
+/// Payload bytes in flight at most, beside the number of messages.
 pub(super) const MAX_BYTES: usize = 8 << 20;
 
 /// How a pump run ended.
@@ -36,7 +36,7 @@ pub(super) enum Pumped {
     Stopped,
 }
 
-/// How many messages may be under way, and how long an answer may take.
+/// How many messages may be in flight, and how long an answer may take.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
     pub(super) messages: usize,
@@ -74,13 +74,13 @@ impl Setting<'_> {
 /// A run over the rest of a window.
 pub(super) struct Pump<'a> {
     pub(super) publisher: &'a mut Publisher,
-    pub(super) under_way: &'a mut UnderWay,
+    pub(super) in_flight: &'a mut InFlight,
     pub(super) setting: Setting<'a>,
     /// Who judges the server's pace, while it is not known.
-    pub(super) watch: Option<&'a mut Watch>,
+    pub(super) watch: Option<&'a mut PaceWatch>,
     /// Where the server's word for a repeat is checked.
     pub(super) stream: &'a StreamReader,
-    /// Such checks that are under way.
+    /// Such checks that are in flight.
     pub(super) checks: Checks,
 }
 
@@ -99,7 +99,7 @@ impl Pump<'_> {
         let mut sending = None;
         let pumped = self.drain(chunks, waiting, &mut sending).await?;
         let next = waiting.front().map(|prepared: &Prepared| prepared.event.outbox_id);
-        Ok((pumped, self.under_way.stored_up_to(sending.into_iter().chain(next))))
+        Ok((pumped, self.in_flight.stored_up_to(sending.into_iter().chain(next))))
     }
 
     async fn drain(
@@ -123,9 +123,9 @@ impl Pump<'_> {
             let sent_at = std::time::Instant::now();
             while !slow
                 && self.has_room()
-                && let Some(next) = self.under_way.take_next(waiting)
+                && let Some(next) = self.in_flight.take_next(waiting)
             {
-                if self.under_way.load().0 == 0 {
+                if self.in_flight.load().0 == 0 {
                     heard = Instant::now();
                 }
                 *sending = Some(next.event.outbox_id);
@@ -147,8 +147,8 @@ impl Pump<'_> {
                 }
                 *sending = None;
             }
-            self.setting.progress.under_way(self.under_way.load().0);
-            let idle = self.under_way.load().0 == 0;
+            self.setting.progress.in_flight(self.in_flight.load().0);
+            let idle = self.in_flight.load().0 == 0;
             if idle && waiting.is_empty() && !more {
                 return Ok(Some(if stopping { Pumped::Stopped } else { Pumped::Done }));
             }
@@ -160,11 +160,11 @@ impl Pump<'_> {
                 () = &mut lost, if !idle => return Ok(Some(Pumped::Doubt(Doubt::ConnectionLost))),
                 answer = self.publisher.answer(), if !idle => {
                     heard = Instant::now();
-                    let before = self.under_way.load().0;
+                    let before = self.in_flight.load().0;
                     if let Some(doubt) = self.take_answers(answer)? {
                         return Ok(Some(Pumped::Doubt(doubt)));
                     }
-                    let now = self.under_way.load().0;
+                    let now = self.in_flight.load().0;
                     let watch = self.watch.as_deref_mut();
                     slow |= watch.is_some_and(|watch| watch.answered(before - now, now, heard));
                 }
@@ -185,7 +185,7 @@ impl Pump<'_> {
                     silence.as_mut().reset(heard + ack_timeout);
                 }
                 () = &mut told_to_stop, if !stopping => {
-                    // What is under way is still heard out, so that the next leader finds a quiet stream.
+                    // What is in flight is still heard out, so that the next leader finds a quiet stream.
                     (stopping, more) = (true, false);
                     waiting.clear();
                     chunks.close();
@@ -195,16 +195,16 @@ impl Pump<'_> {
     }
 
     fn has_room(&self) -> bool {
-        let (messages, bytes) = self.under_way.load();
+        let (messages, bytes) = self.in_flight.load();
         let limit = self.watch.as_ref().map_or(usize::MAX, |watch| watch.limit()).min(self.setting.limits.messages);
         messages < limit && bytes < MAX_BYTES
     }
 
     async fn send(&mut self, next: Prepared, sent_at: std::time::Instant) -> Result<Option<Doubt>, Error> {
         let Prepared { event, message } = next;
-        match self.publisher.send(self.under_way.next_number(), message, self.under_way.predecessor()).await {
+        match self.publisher.send(self.in_flight.next_number(), message, self.in_flight.predecessor()).await {
             Ok(()) => {
-                self.under_way.sent(Sent { sent_at: Some(sent_at), ..event });
+                self.in_flight.sent(Sent { sent_at: Some(sent_at), ..event });
                 fault::point("relay-sent");
                 Ok(None)
             }
@@ -221,22 +221,22 @@ impl Pump<'_> {
         }
         let (mut next, mut stored, mut doubt) = (first, Vec::new(), None);
         while let Some((number, answer)) = next {
-            if let Some((event, sequence)) = self.under_way.repeat(number, &answer) {
+            if let Some((event, sequence)) = self.in_flight.repeat(number, &answer) {
                 self.check(number, answer, event, sequence);
                 next = self.publisher.ready_answer();
                 continue;
             }
-            match self.under_way.answered(number, answer) {
+            match self.in_flight.answered(number, answer) {
                 Ok(more) => stored.extend(more),
                 Err(ended) => {
-                    doubt = Some(self.under_way.trace(ended, self.setting.connection.complaint()));
+                    doubt = Some(self.in_flight.trace(ended, self.setting.connection.complaint()));
                     break;
                 }
             }
             fault::point("relay-acknowledged");
             next = self.publisher.ready_answer();
         }
-        self.setting.stored(stored, self.under_way.sequence());
+        self.setting.stored(stored, self.in_flight.sequence());
         Ok(doubt)
     }
 }
@@ -261,9 +261,9 @@ impl Pump<'_> {
                 return Some(Doubt::Timeout { complaint: None });
             }
         };
-        match self.under_way.answered(number, answer) {
+        match self.in_flight.answered(number, answer) {
             Ok(stored) => {
-                self.setting.stored(stored, self.under_way.sequence());
+                self.setting.stored(stored, self.in_flight.sequence());
                 None
             }
             Err(doubt) => Some(doubt),

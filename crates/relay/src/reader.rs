@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use tokio::sync::{Mutex, mpsc};
 
 use super::chain::Sent;
-use super::leader::fenced;
+use super::fence::fenced;
 use aftercommit_core::config::Naming;
 use aftercommit_core::error::Error;
 use aftercommit_core::fault;

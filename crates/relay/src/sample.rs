@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use metrics::{Gauge, gauge};
 use tokio::sync::watch;
 
-use super::LEASE;
-use super::progress::Position;
+use super::progress::RelayPosition;
 use aftercommit_core::config::{Naming, PostgresConfig};
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::health::Phase;
 use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::{self, database_error, parked, relay_log, status};
+use aftercommit_core::relay::LEASE;
 use aftercommit_core::telemetry;
 
 /// The pause between two looks, at least.
@@ -36,7 +36,7 @@ pub(super) struct Sample {
 pub(super) struct Sampler {
     pub(super) postgres: PostgresConfig,
     pub(super) naming: Arc<Naming>,
-    pub(super) position: watch::Receiver<Position>,
+    pub(super) position: watch::Receiver<RelayPosition>,
     /// None while the database does not answer.
     pub(super) samples: watch::Sender<Option<Sample>>,
 }

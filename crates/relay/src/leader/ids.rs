@@ -1,6 +1,6 @@
 //! Looking for what is new, and ids that are not as they should be.
 
-use crate::leader::Leader;
+use super::Leader;
 use aftercommit_core::error::Error;
 use aftercommit_core::postgres::window::{Look, Watch};
 use aftercommit_core::postgres::{database_error, sequence};

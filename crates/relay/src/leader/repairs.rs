@@ -13,13 +13,13 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::Leader;
+use super::resume::{There, note};
 use crate::chain::{Doubt, Sent};
 use crate::classify::Class;
-use crate::leader::Leader;
-use crate::leader::resume::{There, note};
+use crate::config::ParkPolicy;
 use crate::pump::{MAX_BYTES, Pumped};
 use crate::reader::{self, Prepared};
-use crate::{Mode, ParkPolicy};
 use aftercommit_core::backoff::Backoff;
 use aftercommit_core::error::Error;
 use aftercommit_core::fault;
@@ -27,6 +27,7 @@ use aftercommit_core::jetstream::publisher::Messages;
 use aftercommit_core::postgres::fence::Written;
 use aftercommit_core::postgres::repair::{self, Queued};
 use aftercommit_core::postgres::{database_error, parked, window};
+use aftercommit_core::relay::Mode;
 
 /// Events in a batch at first, at least, and at most.
 const BATCH: (u32, u32, u32) = (64, 16, 1000);
@@ -41,14 +42,14 @@ const SLOW: Backoff = Backoff { first: Duration::from_millis(250), max: Duration
 
 /// Why an event is published out of order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Why {
+enum RepairReason {
     Released,
     Missing,
 }
 
 /// What the leader knows of a queue.
 #[derive(Debug)]
-struct Queue {
+struct RepairQueue {
     /// When it is looked at next.
     next: Instant,
     /// The outbox id up to which it has been gone through in this round.
@@ -63,10 +64,10 @@ struct Queue {
 /// What the leader knows of the queues.
 #[derive(Debug)]
 pub(crate) struct Repairs {
-    released: Queue,
-    missing: Queue,
+    released: RepairQueue,
+    missing: RepairQueue,
     /// Whose turn it was last.
-    last: Why,
+    last: RepairReason,
     /// Whether the open window was opened for the next batch.
     window_open: bool,
     /// Events in the next batch.
@@ -78,13 +79,13 @@ pub(crate) struct Repairs {
 }
 
 /// A batch, before its events are read.
-struct Batch {
+struct RepairBatch {
     events: Vec<Queued>,
     /// Where the next one begins when all of this are done.
     end: i64,
 }
 
-impl Queue {
+impl RepairQueue {
     fn begin_round(&mut self) {
         (self.after, self.round) = (0, Instant::now());
     }
@@ -92,11 +93,12 @@ impl Queue {
 
 impl Repairs {
     pub(crate) fn new() -> Self {
-        let queue = || Queue { next: Instant::now(), after: 0, round: Instant::now(), waiting: false, failures: 0 };
+        let queue =
+            || RepairQueue { next: Instant::now(), after: 0, round: Instant::now(), waiting: false, failures: 0 };
         Self {
             released: queue(),
             missing: queue(),
-            last: Why::Missing,
+            last: RepairReason::Missing,
             window_open: false,
             size: BATCH.0,
             renamed: HashMap::new(),
@@ -109,18 +111,19 @@ impl Repairs {
         self.released.waiting || self.missing.waiting
     }
 
-    fn queue(&mut self, why: Why) -> &mut Queue {
+    fn queue(&mut self, why: RepairReason) -> &mut RepairQueue {
         match why {
-            Why::Released => &mut self.released,
-            Why::Missing => &mut self.missing,
+            RepairReason::Released => &mut self.released,
+            RepairReason::Missing => &mut self.missing,
         }
     }
 
     /// The queues that are due, the one whose turn it was last at the end.
-    fn due(&self) -> impl Iterator<Item = Why> + use<> {
+    fn due(&self) -> impl Iterator<Item = RepairReason> + use<> {
         let now = Instant::now();
-        let due = [(Why::Released, self.released.next <= now), (Why::Missing, self.missing.next <= now)];
-        let mut due: Vec<Why> = due.into_iter().filter_map(|(why, due)| due.then_some(why)).collect();
+        let due =
+            [(RepairReason::Released, self.released.next <= now), (RepairReason::Missing, self.missing.next <= now)];
+        let mut due: Vec<RepairReason> = due.into_iter().filter_map(|(why, due)| due.then_some(why)).collect();
         due.sort_by_key(|why| *why == self.last);
         due.into_iter()
     }
@@ -138,7 +141,7 @@ impl Leader<'_> {
     pub(crate) async fn publish_repairs(&mut self) -> Result<bool, Error> {
         for why in self.repairs.due() {
             let Some(batch) = self.next_batch(why).await? else { continue };
-            if self.under_way.is_none() || self.state.target.is_none() || !self.repairs.window_open {
+            if self.in_flight.is_none() || self.state.target.is_none() || !self.repairs.window_open {
                 self.open().await?;
                 self.repairs.window_open = true;
                 return Ok(true);
@@ -159,7 +162,7 @@ impl Leader<'_> {
                 if queue.round.elapsed() > ROUND {
                     queue.begin_round();
                 }
-                if why == Why::Missing {
+                if why == RepairReason::Missing {
                     queue.next = began + Duration::from_secs(1) * count / rate;
                 }
             }
@@ -169,17 +172,17 @@ impl Leader<'_> {
     }
 
     /// What is next in a queue; none when nothing is.
-    async fn next_batch(&mut self, why: Why) -> Result<Option<Batch>, Error> {
+    async fn next_batch(&mut self, why: RepairReason) -> Result<Option<RepairBatch>, Error> {
         let block = self.config.park_policy == ParkPolicy::Block;
         let (after, size) = (self.repairs.queue(why).after, self.repairs.size);
         let looked = match why {
-            Why::Released if self.exceptions.last_parked.load(Ordering::Relaxed) == 0 => Vec::new(),
-            Why::Released => {
+            RepairReason::Released if self.exceptions.last_parked.load(Ordering::Relaxed) == 0 => Vec::new(),
+            RepairReason::Released => {
                 let looked = parked::released(&mut self.log, after, block, size.into()).await.map_err(failed)?;
                 let event = |outbox_id, event_id| Queued { outbox_id, event_id, times: 0, replaces: Vec::new() };
                 looked.into_iter().map(|(id, event_id, ready)| (event(id, event_id), ready)).collect()
             }
-            Why::Missing => {
+            RepairReason::Missing => {
                 let size = size.min(self.config.repair_rate.max(1));
                 repair::next(&mut self.log, after, block, size.into()).await.map_err(failed)?
             }
@@ -194,7 +197,7 @@ impl Leader<'_> {
                 queue.after = end;
                 Ok(None)
             }
-            Some(end) => Ok(Some(Batch { events, end })),
+            Some(end) => Ok(Some(RepairBatch { events, end })),
             None => {
                 // Round again: what was passed may be ready by then.
                 queue.begin_round();
@@ -204,8 +207,8 @@ impl Leader<'_> {
         }
     }
 
-    /// Reads the events and makes messages of them, of as many as may be under way.
-    async fn prepare_repairs(&mut self, why: Why, batch: &[Queued]) -> Result<Vec<Prepared>, Error> {
+    /// Reads the events and makes messages of them, of as many as may be in flight.
+    async fn prepare_repairs(&mut self, why: RepairReason, batch: &[Queued]) -> Result<Vec<Prepared>, Error> {
         let ids: Vec<i64> = batch.iter().map(|queued| queued.outbox_id).collect();
         let mut rows = window::some(&mut self.log, &ids).await.map_err(failed)?;
         // Another event may have the outbox id of one that is gone: that one goes out by itself.
@@ -228,11 +231,11 @@ impl Leader<'_> {
                 break;
             }
             let (id, mark, replaces) = match why {
-                Why::Missing => {
+                RepairReason::Missing => {
                     let replaces = queued.replaces.iter().map(|sequence| sequence.cast_unsigned()).collect();
                     (Some(format!("{}:r{}", one.event.event_id, queued.times)), "missing", replaces)
                 }
-                Why::Released => {
+                RepairReason::Released => {
                     let id = queued.outbox_id;
                     let replaces = self.repairs.replaces.get(&id).cloned().unwrap_or_default();
                     (self.repairs.renamed.get(&id).cloned(), "released", replaces)
@@ -250,7 +253,7 @@ impl Leader<'_> {
     }
 
     /// Publishes a batch, and writes down what of it is stored, however it ends. True when all of it is.
-    async fn repair(&mut self, why: Why, prepared: Vec<Prepared>) -> Result<bool, Error> {
+    async fn repair(&mut self, why: RepairReason, prepared: Vec<Prepared>) -> Result<bool, Error> {
         let keys: Vec<String> = prepared.iter().filter_map(|prepared| prepared.event.key.clone()).collect();
         let (chunks, received) = mpsc::channel(1);
         _ = chunks.send(Ok(prepared)).await;
@@ -266,18 +269,18 @@ impl Leader<'_> {
         fault::point("relay-repair-recorded");
         match pumped {
             Pumped::Done => {
-                if why == Why::Released && !self.exceptions.blocked_keys.is_empty() {
+                if why == RepairReason::Released && !self.exceptions.blocked_keys.is_empty() {
                     self.unblock(&keys).await?;
                 }
                 return Ok(true);
             }
-            Pumped::Stopped => self.under_way = None,
+            Pumped::Stopped => self.in_flight = None,
             Pumped::Doubt(doubt) => self.deal_with_repair(why, &doubt).await?,
         }
         Ok(false)
     }
 
-    async fn deal_with_repair(&mut self, why: Why, doubt: &Doubt) -> Result<(), Error> {
+    async fn deal_with_repair(&mut self, why: RepairReason, doubt: &Doubt) -> Result<(), Error> {
         let class = self.interrupted(doubt);
         // What is left of the batch stays in this window.
         self.repairs.window_open = true;
@@ -304,13 +307,13 @@ impl Leader<'_> {
     }
 
     /// Lets the other events go on while a queue waits.
-    fn wait_for(&mut self, why: Why, wait: Duration) {
+    fn wait_for(&mut self, why: RepairReason, wait: Duration) {
         self.repairs.window_open = false;
         self.repairs.queue(why).next = Instant::now() + wait;
     }
 
     /// The server took an event for a repeat: it counts as published when it is there.
-    async fn repeated_repair(&mut self, why: Why, event: &Sent, sequence: u64) -> Result<(), Error> {
+    async fn repeated_repair(&mut self, why: RepairReason, event: &Sent, sequence: u64) -> Result<(), Error> {
         let (outbox_id, event_id) = (event.outbox_id, event.event_id);
         let there = match self.look_for(event, sequence).await? {
             Some(There::Event) => return self.record_repairs(vec![(outbox_id, event_id, sequence)]).await,
@@ -324,11 +327,11 @@ impl Leader<'_> {
         tracing::warn!(%event_id, outbox_id, sequence, "{there}; publishing the event anew");
         let forgery = (there == There::Forgery).then_some(sequence);
         match why {
-            Why::Missing => {
+            RepairReason::Missing => {
                 let renamed = repair::rename(&mut self.log, self.epoch, outbox_id, forgery).await;
                 self.led(renamed, "giving a repair another message id").map(drop)
             }
-            Why::Released => {
+            RepairReason::Released => {
                 self.repairs.renamed.insert(outbox_id, format!("{event_id}:r{sequence}"));
                 if let Some(sequence) = forgery {
                     note(&mut self.repairs.replaces, outbox_id, sequence);
@@ -339,10 +342,10 @@ impl Leader<'_> {
     }
 
     /// Takes events out of their queue that the stream will never take.
-    async fn refuse(&mut self, why: Why, outbox_ids: &[i64], reason: &str) -> Result<(), Error> {
+    async fn refuse(&mut self, why: RepairReason, outbox_ids: &[i64], reason: &str) -> Result<(), Error> {
         let written = match why {
-            Why::Missing => repair::refuse(&mut self.log, self.epoch, outbox_ids, reason).await,
-            Why::Released => parked::park_again(&mut self.log, self.epoch, outbox_ids, reason).await,
+            RepairReason::Missing => repair::refuse(&mut self.log, self.epoch, outbox_ids, reason).await,
+            RepairReason::Released => parked::park_again(&mut self.log, self.epoch, outbox_ids, reason).await,
         };
         self.led(written, "taking events out of their queue").map(drop)
     }

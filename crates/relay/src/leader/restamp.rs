@@ -1,6 +1,7 @@
 //! An outbox that was restored into another cluster.
 
-use crate::leader::{Leader, fenced};
+use super::Leader;
+use crate::fence::fenced;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::fault;
 use aftercommit_core::postgres::database_error;

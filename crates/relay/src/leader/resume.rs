@@ -10,14 +10,14 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use crate::Mode;
+use super::Leader;
+use super::room::DEFAULT_MAX_PAYLOAD;
 use crate::chain::{Chain, Sent};
+use crate::fence::fenced;
 use crate::guard::{self, Guard};
-use crate::in_flight::UnderWay;
+use crate::in_flight::InFlight;
 use crate::keyed::Keyed;
-use crate::leader::room::DEFAULT_MAX_PAYLOAD;
-use crate::leader::{Leader, fenced};
-use crate::method::Takes;
+use crate::method::StreamTakes;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::fault;
 use aftercommit_core::jetstream::stream::{Extent, Identity, Stored};
@@ -25,6 +25,7 @@ use aftercommit_core::jetstream::topology;
 use aftercommit_core::postgres::database_error;
 use aftercommit_core::postgres::relay_log::{self, Base, Opening};
 use aftercommit_core::postgres::window::{self, Known};
+use aftercommit_core::relay::Mode;
 
 /// Messages that are looked up at a time.
 const SPAN: u64 = 1000;
@@ -113,16 +114,16 @@ impl Leader<'_> {
             },
         };
         self.progress.found(after, stream.last);
-        self.under_way = Some(match self.config.mode {
-            Mode::Exclusive => UnderWay::Chained(Chain::behind(&self.naming.stream, stream.last, !stream.replicated)),
-            Mode::Shared => UnderWay::Keyed(Keyed::new(&self.naming.stream, stream.last)),
+        self.in_flight = Some(match self.config.mode {
+            Mode::Exclusive => InFlight::Chained(Chain::behind(&self.naming.stream, stream.last, !stream.replicated)),
+            Mode::Shared => InFlight::Keyed(Keyed::new(&self.naming.stream, stream.last)),
         });
         Ok(after)
     }
 
     /// Looks whether the stream is still as this leader left it; if not, the leader finds its place anew.
     pub(crate) async fn look_at_stream(&mut self) {
-        let Some(end) = self.under_way.as_ref().map(UnderWay::sequence) else { return };
+        let Some(end) = self.in_flight.as_ref().map(InFlight::sequence) else { return };
         let as_left = match self.extent().await {
             Ok(stream) if self.config.mode == Mode::Shared => stream.last >= end,
             Ok(stream) => {
@@ -132,20 +133,20 @@ impl Leader<'_> {
             Err(_) => false,
         };
         if !as_left {
-            self.under_way = None;
+            self.in_flight = None;
         }
     }
 
     /// What the stream takes; with other writers it gets single messages that name nothing.
-    fn takes(&self, stream: Extent) -> Takes {
+    fn takes(&self, stream: Extent) -> StreamTakes {
         if self.config.mode == Mode::Shared {
-            return Takes::default();
+            return StreamTakes::default();
         }
         let server = |minor, patch| self.connection.client.is_server_compatible(2, minor, patch);
         if fault::broken("batch-check") {
-            return Takes { batches: true, at_once: true, replicated: stream.replicated };
+            return StreamTakes { batches: true, at_once: true, replicated: stream.replicated };
         }
-        Takes { batches: stream.batches && server(12, 1), at_once: server(15, 0), replicated: stream.replicated }
+        StreamTakes { batches: stream.batches && server(12, 1), at_once: server(15, 0), replicated: stream.replicated }
     }
 
     /// Where the stream begins and ends. An error, too, while its settings would lose events: nothing is published then.

@@ -1,7 +1,8 @@
 //! A stream that has lost its end: wiped, recreated, or restored from an older copy.
 
-use crate::leader::resume::Claim;
-use crate::leader::{Leader, fenced};
+use super::Leader;
+use super::resume::Claim;
+use crate::fence::fenced;
 use aftercommit_core::error::Error;
 use aftercommit_core::fault;
 use aftercommit_core::jetstream::stream::Extent;
@@ -37,7 +38,7 @@ impl Leader<'_> {
         let Appended::Yes(state) = back else { return Err(fenced()) };
         fault::point("relay-rewound");
         self.state = *state;
-        self.under_way = None;
+        self.in_flight = None;
         let first = window::first(&mut self.log).await.map_err(failed)?;
         if earlier.is_none() {
             tracing::error!(

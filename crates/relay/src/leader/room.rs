@@ -5,11 +5,11 @@
 
 use tokio::time::Instant;
 
-use crate::Mode;
+use super::{Leader, SLOW};
 use crate::chain::Doubt;
 use crate::guard::SIZE;
-use crate::leader::{Leader, SLOW};
 use aftercommit_core::jetstream::topology::{self, LARGEST_MESSAGE};
+use aftercommit_core::relay::Mode;
 
 /// What nats-server takes by default.
 pub(crate) const DEFAULT_MAX_PAYLOAD: usize = 1 << 20;
@@ -25,7 +25,7 @@ impl Leader<'_> {
             Doubt::Refused { code: TOO_LARGE, .. } if !self.method.batches() => "max_msg_size of the stream",
             _ => return false,
         };
-        self.under_way = None;
+        self.in_flight = None;
         self.publisher.restart();
         if let Doubt::Refused { .. } = doubt
             && !self.is_stream_s_limit_low().await
