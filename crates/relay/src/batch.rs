@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::chain::{Chain, Doubt};
-use super::pump::{MAX_BYTES, Pumped, Setting, closed, stop};
+use super::pump::{MAX_BYTES, Pumped, Setting, closed};
 use super::reader::Prepared;
 use aftercommit_core::error::Error;
 use aftercommit_core::fault;
@@ -116,7 +116,7 @@ impl BatchPump<'_> {
         chunks: &mut mpsc::Receiver<Result<Vec<Prepared>, Error>>,
         waiting: &mut VecDeque<Prepared>,
     ) -> Result<Filled, Error> {
-        if self.setting.is_told_to_stop() {
+        if self.setting.signals.is_told_to_stop() {
             return Ok(Filled::Told);
         }
         while waiting.len() < BATCH {
@@ -125,7 +125,7 @@ impl BatchPump<'_> {
                 Err(_) if !waiting.is_empty() => break,
                 Err(_) => tokio::select! {
                     chunk = chunks.recv() => chunk,
-                    () = stop(self.setting.shutdown.clone(), self.setting.paused.clone()) => return Ok(Filled::Told),
+                    () = self.setting.signals.told_to_stop() => return Ok(Filled::Told),
                 },
             };
             match chunk {

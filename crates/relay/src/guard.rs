@@ -93,18 +93,6 @@ impl Guard {
     }
 }
 
-/// Returns when the stream is found to lose events from now on; what was found before counts no more.
-pub(super) async fn turns_unfit(mut unfit: watch::Receiver<bool>) {
-    unfit.mark_unchanged();
-    while unfit.changed().await.is_ok() {
-        if *unfit.borrow_and_update() {
-            return;
-        }
-    }
-    // Nobody looks any more.
-    std::future::pending().await
-}
-
 /// The problems with which nothing may be published.
 pub(super) fn lossy(problems: &[Problem]) -> impl Iterator<Item = &Problem> {
     problems.iter().filter(|problem| problem.setting != SIZE)

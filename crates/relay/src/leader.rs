@@ -6,16 +6,14 @@ mod restamp;
 pub(super) mod resume;
 mod rewind;
 mod room;
+pub(super) mod tail;
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
-use tokio::sync::{Mutex, mpsc, watch};
+use tokio::sync::{Mutex, mpsc};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use super::batch::BatchPump;
 use super::cause::{Cause, ToldCause, unreadable};
@@ -23,13 +21,13 @@ use super::chain::{Doubt, Sent};
 use super::classify::Class;
 use super::config::{ParkPolicy, RelayConfig};
 use super::fence::fenced;
-use super::guard;
 use super::in_flight::InFlight;
 use super::method::ActivePublishMethod;
 use super::polling::{self, Polling};
 use super::progress::Progress;
 use super::pump::{Checks, Limits, Pump, Pumped, Setting};
 use super::reader::{Exceptions, Prepared, Reader, Remainder};
+use super::signals::Signals;
 use aftercommit_core::backoff::Backoff;
 use aftercommit_core::config::Naming;
 use aftercommit_core::error::{Error, ErrorKind};
@@ -47,6 +45,7 @@ use aftercommit_core::postgres::{database_error, parked};
 use aftercommit_core::relay::Mode;
 use repairs::Repairs;
 use resume::{Found, There, note};
+use tail::Tail;
 
 /// After so long without news the window is closed in the log, and its mark moves past transactions that came to
 /// nothing. Also how often the leader looks whether keys wait for nothing any more.
@@ -82,31 +81,19 @@ pub(super) struct Leader<'a> {
     pub(super) watch: Option<Watch>,
     /// Whether the open window may have events that are not in the stream yet.
     pub(super) unfinished: bool,
-    /// What is in flight; none when the stream must be looked at first.
-    pub(super) in_flight: Option<InFlight>,
-    /// In a shared stream: the outbox id up to which the open window is known to be stored.
-    pub(super) stored_up_to: i64,
-    /// Where the stream ended when that was learnt.
-    pub(super) stored_end: u64,
+    pub(super) tail: Tail,
     /// What was found in the stream behind the base.
     pub(super) found: Found,
-    /// When the stream was created; none until it was looked at.
-    pub(super) stream_created: Option<DateTime<Utc>>,
     pub(super) exceptions: Exceptions,
-    /// How many of the blocked keys have been looked at in this round.
-    pub(super) unblocked: usize,
     /// The stream may hold events of the window in no known order.
     pub(super) disordered: bool,
     pub(super) repairs: Repairs,
     pub(super) method: ActivePublishMethod,
     pub(super) cause: Cause,
     pub(super) progress: &'a Progress,
-    pub(super) paused: watch::Receiver<bool>,
-    /// Whether the stream's settings would lose events at present.
-    pub(super) unfit: watch::Receiver<bool>,
+    pub(super) signals: Signals,
     /// Since when events are too large that would not be by default; none when none is.
     pub(super) limit_since: Option<Instant>,
-    pub(super) shutdown: &'a CancellationToken,
 }
 
 impl Leader<'_> {
@@ -119,14 +106,14 @@ impl Leader<'_> {
         let mut last_news = Instant::now();
         let mut last_rest = Instant::now();
         let mut last_stream_look = Instant::now();
-        while !self.shutdown.is_cancelled() {
-            if *self.paused.borrow() {
+        while !self.signals.is_shut_down() {
+            if self.signals.is_paused() {
                 self.progress.enter(Phase::Paused, "paused");
-                self.wait_while_paused().await;
+                self.signals.resumed().await;
                 self.progress.enter(Phase::Leading, "resumed");
                 continue;
             }
-            if self.unfinished || self.in_flight.is_none() {
+            if self.unfinished || !self.tail.is_known() {
                 self.progress.state("publishing");
                 self.finish().await?;
                 continue;
@@ -171,26 +158,10 @@ impl Leader<'_> {
             let pause = polling.pause(std::time::Instant::now());
             tokio::select! {
                 () = polling::sleep(pause) => {}
-                () = self.shutdown.cancelled() => {}
+                () = self.signals.shut_down() => {}
             }
         }
         Ok(())
-    }
-
-    async fn wait_while_paused(&mut self) {
-        let shutdown = self.shutdown;
-        tokio::select! {
-            // The sender lives as long as this leader.
-            _ = self.paused.wait_for(|paused| !paused) => {}
-            () = shutdown.cancelled() => {}
-        }
-    }
-
-    pub(super) async fn rest(&self, wait: Duration) {
-        tokio::select! {
-            () = tokio::time::sleep(wait) => {}
-            () = self.shutdown.cancelled() => {}
-        }
     }
 
     /// Up to where every event is in the stream.
@@ -200,7 +171,7 @@ impl Leader<'_> {
 
     /// Opens the next window, unless the stream must be looked at first.
     pub(super) async fn open(&mut self) -> Result<(), Error> {
-        match self.base() {
+        match self.tail.base(&self.naming.stream) {
             Some(base) => self.open_window(&base, Opening::Next).await,
             None => Ok(()),
         }
@@ -211,26 +182,17 @@ impl Leader<'_> {
         let appended = relay_log::open_window(&mut self.log, &self.state, base, opening).await;
         self.append(appended)?;
         fault::point("relay-after-barrier");
-        self.exceptions.present.clear();
-        self.exceptions.renamed.clear();
-        self.exceptions.forged.clear();
+        self.exceptions.begin_window();
         self.method.go_on();
-        self.exceptions.found = Arc::default();
         self.found = Found::default();
-        (self.stored_up_to, self.stored_end) = (0, 0);
+        self.tail.begin_window();
         self.unfinished = true;
         Ok(())
     }
 
-    /// Where the next window begins; none when the stream must be looked at first.
-    fn base(&self) -> Option<Base> {
-        let sequence = self.in_flight.as_ref()?.sequence();
-        Some(Base { stream: self.naming.stream.clone(), created: self.stream_created?, sequence })
-    }
-
     /// Writes down that everything is handled, unless it is written or the stream must be looked at first.
     async fn settle(&mut self) -> Result<(), Error> {
-        if let (Some(_), Some(base)) = (&self.state.target, self.base()) {
+        if let (Some(_), Some(base)) = (&self.state.target, self.tail.base(&self.naming.stream)) {
             let appended = relay_log::settle(&mut self.log, &self.state, &base).await;
             self.append(appended)?;
             fault::point("relay-settled");
@@ -240,8 +202,8 @@ impl Leader<'_> {
 
     pub(super) async fn load_parked(&mut self) -> Result<(), Error> {
         let parked = parked::load(&mut self.log).await.map_err(reading_parked)?;
-        self.exceptions.last_parked.fetch_max(parked.last_id, Ordering::Relaxed);
-        self.exceptions.blocked_keys = Arc::new(match self.config.park_policy {
+        self.exceptions.parked(parked.last_id);
+        self.exceptions.blocked_keys.replace(match self.config.park_policy {
             ParkPolicy::Block => parked.keys,
             ParkPolicy::Skip => HashSet::new(),
         });
@@ -250,29 +212,14 @@ impl Leader<'_> {
 
     /// Lets those keys go of which nothing is parked any more, a bounded number at a time.
     async fn unblock_keys(&mut self) -> Result<(), Error> {
-        let Exceptions { blocked_keys, .. } = &self.exceptions;
-        if blocked_keys.is_empty() {
-            return Ok(());
-        }
-        let keys: Vec<&str> = blocked_keys
-            .iter()
-            .map(String::as_str)
-            .cycle()
-            .skip(self.unblocked)
-            .take(KEYS.min(blocked_keys.len()))
-            .collect();
-        self.unblocked = (self.unblocked + keys.len()) % blocked_keys.len();
-        let keys: Vec<String> = keys.into_iter().map(String::from).collect();
-        self.unblock(&keys).await
+        let keys = self.exceptions.blocked_keys.next(KEYS);
+        if keys.is_empty() { Ok(()) } else { self.unblock(&keys).await }
     }
 
     /// The same for these keys.
     pub(super) async fn unblock(&mut self, keys: &[String]) -> Result<(), Error> {
         let free = parked::let_go(&mut self.log, self.epoch, keys).await.map_err(reading_parked)?.ok_or_else(fenced)?;
-        if !free.is_empty() {
-            let blocked = Arc::make_mut(&mut self.exceptions.blocked_keys);
-            free.iter().for_each(|key| _ = blocked.remove(key));
-        }
+        self.exceptions.blocked_keys.unblock(&free);
         Ok(())
     }
 
@@ -298,11 +245,11 @@ impl Leader<'_> {
     async fn finish(&mut self) -> Result<(), Error> {
         let mut failures = 0;
         let mut after = 0;
-        while !self.shutdown.is_cancelled() && !*self.paused.borrow() {
-            if self.in_flight.is_none() {
+        while !self.signals.is_told_to_stop() {
+            if !self.tail.is_known() {
                 match self.resume().await {
                     Ok(last) => after = last,
-                    Err(_) if self.shutdown.is_cancelled() => return Ok(()),
+                    Err(_) if self.signals.is_shut_down() => return Ok(()),
                     Err(error) if matches!(error.kind(), ErrorKind::Database | ErrorKind::Fenced) => return Err(error),
                     Err(error) => {
                         failures += 1;
@@ -310,7 +257,7 @@ impl Leader<'_> {
                         let way_out = remedy.map(|remedy| format!("; {remedy}")).unwrap_or_default();
                         self.progress.state(format!("waiting for the stream: {}{way_out}", error.report()));
                         tracing::warn!(error = error.report(), remedy, "cannot go on with the stream, trying again");
-                        self.rest(Backoff::RECONNECT.after(failures)).await;
+                        self.signals.rest(Backoff::RECONNECT.after(failures)).await;
                         continue;
                     }
                 }
@@ -319,8 +266,8 @@ impl Leader<'_> {
                 self.unfinished = false;
                 return Ok(());
             };
-            let before = self.in_flight.as_ref().map_or(0, InFlight::sequence);
-            let unfit = guard::turns_unfit(self.unfit.clone());
+            let before = self.tail.sequence();
+            let unfit = self.signals.turns_unfit();
             let pumped = tokio::select! {
                 pumped = self.pump(target, after) => pumped?,
                 // Whatever is on its way is found again when the settings are mended.
@@ -338,12 +285,12 @@ impl Leader<'_> {
                     return Ok(());
                 }
                 Pumped::Stopped => {
-                    self.in_flight = None;
+                    self.tail.forget();
                     self.publisher.restart();
                 }
                 Pumped::Doubt(doubt) if self.waits_for_room(&doubt, failures + 1).await => failures += 1,
                 Pumped::Doubt(doubt) => {
-                    let went_on = self.in_flight.as_ref().is_some_and(|in_flight| in_flight.sequence() > before);
+                    let went_on = self.tail.sequence() > before;
                     failures = if went_on { 1 } else { failures + 1 };
                     let class = self.interrupted(&doubt);
                     self.deal_with(&doubt, class, failures).await?;
@@ -376,14 +323,13 @@ impl Leader<'_> {
         stored: Option<mpsc::UnboundedSender<Sent>>,
     ) -> Result<Pumped, Error> {
         let (publisher, mut waiting) = (&mut self.publisher, VecDeque::new());
-        let Some(in_flight) = &mut self.in_flight else { return Ok(Pumped::Stopped) };
+        let Some(in_flight) = self.tail.in_flight() else { return Ok(Pumped::Stopped) };
         let messages = if self.method.is_one_at_a_time() { 1 } else { self.config.max_in_flight };
         let setting = Setting {
             connection: self.connection,
             progress: self.progress,
             limits: Limits { messages, ack_timeout: self.config.ack_timeout },
-            paused: self.paused.clone(),
-            shutdown: self.shutdown,
+            signals: self.signals.clone(),
             stored,
         };
         if !self.method.batches() || matches!(in_flight, InFlight::Keyed(_)) {
@@ -391,22 +337,22 @@ impl Leader<'_> {
             let pump =
                 Pump { publisher, in_flight, setting: setting.clone(), watch, stream, checks: Checks::default() };
             let (pumped, stored_up_to) = pump.run(&mut chunks, &mut waiting).await?;
-            self.stored_up_to = self.stored_up_to.max(stored_up_to);
-            self.stored_end = in_flight.sequence();
+            let end = in_flight.sequence();
+            self.tail.stored(stored_up_to, end);
             if let Some(pumped) = pumped {
                 return Ok(pumped);
             }
         }
-        match in_flight {
-            InFlight::Chained(chain) => BatchPump { publisher, chain, setting }.run(&mut chunks, waiting).await,
+        match self.tail.in_flight() {
+            Some(InFlight::Chained(chain)) => BatchPump { publisher, chain, setting }.run(&mut chunks, waiting).await,
             // Its pace changes nothing, so its pump tells how it ended.
-            InFlight::Keyed(_) => Ok(Pumped::Stopped),
+            Some(InFlight::Keyed(_)) | None => Ok(Pumped::Stopped),
         }
     }
 
     /// Takes in that publishing was interrupted, and says why. The stream must be looked at next.
     pub(super) fn interrupted(&mut self, doubt: &Doubt) -> Class {
-        let end = self.in_flight.take().map_or(0, |in_flight| in_flight.sequence());
+        let end = self.tail.forget();
         self.publisher.restart();
         let told = self.cause.of(doubt, end);
         self.progress.interrupted(&told);
@@ -458,17 +404,17 @@ impl Leader<'_> {
                     let (code, reason) = (Some(doubt.code().unwrap_or(0)), doubt.to_string());
                     let parked = parked::park(&mut self.log, self.epoch, &[event.outbox_id], code, &reason).await;
                     self.led(parked, "parking an event")?;
-                    self.exceptions.last_parked.fetch_max(event.outbox_id, Ordering::Relaxed);
+                    self.exceptions.parked(event.outbox_id);
                     if let (Some(key), ParkPolicy::Block) = (&event.key, self.config.park_policy) {
-                        Arc::make_mut(&mut self.exceptions.blocked_keys).insert(key.clone());
+                        self.exceptions.blocked_keys.block(key);
                     }
                 }
             }
             (_, Doubt::Duplicate { event, sequence }) => self.repeated(event, *sequence).await?,
-            (Class::BackPressure | Class::Alarm, _) => self.rest(SLOW.after(failures)).await,
+            (Class::BackPressure | Class::Alarm, _) => self.signals.rest(SLOW.after(failures)).await,
             // The first look costs nothing, and most often it is the answer.
             _ if failures <= 1 => {}
-            _ => self.rest(Backoff::RECONNECT.after(failures)).await,
+            _ => self.signals.rest(Backoff::RECONNECT.after(failures)).await,
         }
         if !batched {
             self.method.go_on();

@@ -6,6 +6,7 @@
 #![warn(clippy::unwrap_used, clippy::expect_used)]
 
 mod batch;
+mod blocked_keys;
 mod cause;
 mod chain;
 mod classify;
@@ -23,6 +24,7 @@ mod pruner;
 mod pump;
 mod reader;
 mod sample;
+mod signals;
 
 use std::fmt;
 use std::sync::Arc;
@@ -53,6 +55,7 @@ use guard::Guard;
 use leader::Leader;
 use leader::repairs::Repairs;
 use leader::resume::Found;
+use leader::tail::Tail;
 use method::ActivePublishMethod;
 pub use method::PublishMethod;
 pub use monitor::{Monitor, RelayReport};
@@ -60,6 +63,7 @@ use progress::{Progress, RelayPosition};
 use pruner::{Pruner, Removed};
 use reader::Exceptions;
 use sample::{Sample, Sampler};
+use signals::Signals;
 
 /// One relay: stands by until it leads, then publishes until it is stopped.
 pub struct Relay {
@@ -258,22 +262,16 @@ impl Relay {
                 state: *state,
                 watch: None,
                 unfinished: true,
-                in_flight: None,
-                stored_up_to: 0,
-                stored_end: 0,
+                tail: Tail::default(),
                 found: Found::default(),
-                stream_created: None,
                 exceptions: Exceptions::default(),
-                unblocked: 0,
                 disordered: false,
                 repairs: Repairs::new(),
                 method: ActivePublishMethod::new(self.config.publish),
                 cause: Cause::default(),
                 progress: &self.progress,
-                paused: told_paused,
-                unfit: told_unfit,
+                signals: Signals::new(shutdown.clone(), told_paused, told_unfit),
                 limit_since: None,
-                shutdown,
             };
             leader.run().await
         };

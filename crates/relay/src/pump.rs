@@ -7,15 +7,15 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use super::chain::{Doubt, Sent};
 use super::in_flight::InFlight;
 use super::method::PaceWatch;
 use super::progress::Progress;
 use super::reader::Prepared;
+use super::signals::Signals;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::fault;
 use aftercommit_core::jetstream::Connection;
@@ -49,18 +49,12 @@ pub(super) struct Setting<'a> {
     pub(super) connection: &'a Connection,
     pub(super) progress: &'a Progress,
     pub(super) limits: Limits,
-    pub(super) paused: watch::Receiver<bool>,
-    pub(super) shutdown: &'a CancellationToken,
+    pub(super) signals: Signals,
     /// Who is to be told of each event that is stored, and where.
     pub(super) stored: Option<mpsc::UnboundedSender<Sent>>,
 }
 
 impl Setting<'_> {
-    /// Whether the relay is to publish no more, for now or for good.
-    pub(super) fn is_told_to_stop(&self) -> bool {
-        self.shutdown.is_cancelled() || *self.paused.borrow()
-    }
-
     /// These events are stored, the last one at `sequence`.
     pub(super) fn stored(&self, events: Vec<Sent>, sequence: u64) {
         self.progress.stored(&events, sequence);
@@ -110,7 +104,7 @@ impl Pump<'_> {
     ) -> Result<Option<Pumped>, Error> {
         let connection = self.setting.connection.clone();
         let mut lost = std::pin::pin!(connection.lost());
-        let mut told_to_stop = std::pin::pin!(stop(self.setting.shutdown.clone(), self.setting.paused.clone()));
+        let mut told_to_stop = std::pin::pin!(self.setting.signals.told_to_stop());
         let (mut more, mut stopping, mut slow) = (true, false, false);
         let mut heard = Instant::now();
         let ack_timeout = self.setting.limits.ack_timeout;
@@ -268,14 +262,6 @@ impl Pump<'_> {
             }
             Err(doubt) => Some(doubt),
         }
-    }
-}
-
-/// Returns when the relay is to publish no more, for now or for good.
-pub(super) async fn stop(shutdown: CancellationToken, mut paused: watch::Receiver<bool>) {
-    tokio::select! {
-        () = shutdown.cancelled() => {}
-        Ok(_) = paused.wait_for(|paused| *paused) => {}
     }
 }
 

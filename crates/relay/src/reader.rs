@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 
 use tokio::sync::{Mutex, mpsc};
 
+use super::blocked_keys::BlockedKeys;
 use super::chain::Sent;
 use super::fence::fenced;
 use aftercommit_core::config::Naming;
@@ -43,8 +44,7 @@ pub(super) struct Remainder {
 pub(super) struct Exceptions {
     /// The highest outbox id that was ever parked, by the leader or a reader; 0 when none was.
     pub(super) last_parked: Arc<AtomicI64>,
-    /// Keys with a parked event: the later ones wait behind it.
-    pub(super) blocked_keys: Arc<HashSet<String>>,
+    pub(super) blocked_keys: BlockedKeys,
     /// Events that are in the stream already.
     pub(super) present: HashSet<i64>,
     /// Further ones: the outbox ids of what the stream was found to hold behind the base of the window, sorted.
@@ -53,6 +53,26 @@ pub(super) struct Exceptions {
     pub(super) renamed: HashMap<i64, String>,
     /// The messages of the stream that have an event's id and are not the event.
     pub(super) forged: HashMap<i64, Vec<u64>>,
+}
+
+impl Exceptions {
+    /// A window is opened: what was known of single events was known of the one before it.
+    pub(super) fn begin_window(&mut self) {
+        self.present.clear();
+        self.renamed.clear();
+        self.forged.clear();
+        self.found = Arc::default();
+    }
+
+    /// The event with this outbox id is parked.
+    pub(super) fn parked(&self, outbox_id: i64) {
+        self.last_parked.fetch_max(outbox_id, Ordering::Relaxed);
+    }
+
+    /// Whether any event was ever parked.
+    pub(super) fn any_parked(&self) -> bool {
+        self.last_parked.load(Ordering::Relaxed) != 0
+    }
 }
 
 /// Reads for the publisher.
@@ -123,7 +143,7 @@ impl Reader {
                 if parked.map_err(failed)? == Written::Fenced {
                     return Err(fenced());
                 }
-                last_parked.fetch_max(*last, Ordering::Relaxed);
+                self.exceptions.parked(*last);
                 page.retain(|event| !blocked(event));
             }
         }

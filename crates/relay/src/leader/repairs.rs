@@ -6,7 +6,6 @@
 //! resumes looks past them, and writes down which of them he saw. A batch takes about as long as a live event may wait.
 
 use std::collections::HashMap;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -141,7 +140,7 @@ impl Leader<'_> {
     pub(crate) async fn publish_repairs(&mut self) -> Result<bool, Error> {
         for why in self.repairs.due() {
             let Some(batch) = self.next_batch(why).await? else { continue };
-            if self.in_flight.is_none() || self.state.target.is_none() || !self.repairs.window_open {
+            if !self.tail.is_known() || self.state.target.is_none() || !self.repairs.window_open {
                 self.open().await?;
                 self.repairs.window_open = true;
                 return Ok(true);
@@ -176,7 +175,7 @@ impl Leader<'_> {
         let block = self.config.park_policy == ParkPolicy::Block;
         let (after, size) = (self.repairs.queue(why).after, self.repairs.size);
         let looked = match why {
-            RepairReason::Released if self.exceptions.last_parked.load(Ordering::Relaxed) == 0 => Vec::new(),
+            RepairReason::Released if !self.exceptions.any_parked() => Vec::new(),
             RepairReason::Released => {
                 let looked = parked::released(&mut self.log, after, block, size.into()).await.map_err(failed)?;
                 let event = |outbox_id, event_id| Queued { outbox_id, event_id, times: 0, replaces: Vec::new() };
@@ -274,7 +273,7 @@ impl Leader<'_> {
                 }
                 return Ok(true);
             }
-            Pumped::Stopped => self.in_flight = None,
+            Pumped::Stopped => _ = self.tail.forget(),
             Pumped::Doubt(doubt) => self.deal_with_repair(why, &doubt).await?,
         }
         Ok(false)
@@ -360,9 +359,9 @@ impl Leader<'_> {
         let sequences: Vec<i64> = stored.iter().map(|(.., sequence)| sequence.cast_signed()).collect();
         let repaired = repair::published(&mut self.log, self.epoch, &ids, &event_ids, &sequences).await;
         let repaired = self.led(repaired, "writing down where repairs are")?;
-        let released = match self.exceptions.last_parked.load(Ordering::Relaxed) {
-            0 => Ok(Written::Rows(0)),
-            _ => parked::found(&mut self.log, self.epoch, &ids, &sequences).await,
+        let released = match self.exceptions.any_parked() {
+            false => Ok(Written::Rows(0)),
+            true => parked::found(&mut self.log, self.epoch, &ids, &sequences).await,
         };
         let released = self.led(released, "writing down where released events are")?;
         ids.iter().for_each(|id| _ = (self.repairs.renamed.remove(id), self.repairs.replaces.remove(id)));

@@ -54,7 +54,7 @@ impl Leader<'_> {
                 Step::End { rows } => return Ok(total + rows),
                 Step::Fenced => return Err(fenced()),
             }
-            if self.shutdown.is_cancelled() {
+            if self.signals.is_shut_down() {
                 return Err(Error::new(
                     ErrorKind::NotReady,
                     "told to stop while the outbox was moved into this cluster",

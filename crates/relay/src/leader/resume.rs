@@ -92,13 +92,10 @@ impl Leader<'_> {
     pub(crate) async fn resume(&mut self) -> Result<i64, Error> {
         let stream = self.extent().await?;
         self.still_leading().await?;
-        self.stream_created = Some(stream.created);
+        self.tail.saw(stream.created);
         self.method.suit(self.takes(stream));
         self.rewind_if_lost(stream).await?;
-        if stream.last < self.stored_end {
-            // What was acknowledged is gone again.
-            (self.stored_up_to, self.stored_end) = (0, 0);
-        }
+        self.tail.ends_at(stream.last);
         let after = match self.state.scattered || self.disordered {
             true => self.catch_up(stream).await?,
             false => match self.place(stream).await? {
@@ -114,7 +111,7 @@ impl Leader<'_> {
             },
         };
         self.progress.found(after, stream.last);
-        self.in_flight = Some(match self.config.mode {
+        self.tail.go_on(match self.config.mode {
             Mode::Exclusive => InFlight::Chained(Chain::behind(&self.naming.stream, stream.last, !stream.replicated)),
             Mode::Shared => InFlight::Keyed(Keyed::new(&self.naming.stream, stream.last)),
         });
@@ -123,17 +120,17 @@ impl Leader<'_> {
 
     /// Looks whether the stream is still as this leader left it; if not, the leader finds its place anew.
     pub(crate) async fn look_at_stream(&mut self) {
-        let Some(end) = self.in_flight.as_ref().map(InFlight::sequence) else { return };
+        let Some(end) = self.tail.sequence() else { return };
         let as_left = match self.extent().await {
             Ok(stream) if self.config.mode == Mode::Shared => stream.last >= end,
             Ok(stream) => {
-                let same = stream.last == end && Some(stream.created) == self.stream_created;
+                let same = stream.last == end && self.tail.was_created(stream.created);
                 same && self.method.suits(self.takes(stream))
             }
             Err(_) => false,
         };
         if !as_left {
-            self.in_flight = None;
+            self.tail.forget();
         }
     }
 
@@ -161,7 +158,7 @@ impl Leader<'_> {
         };
         let (extent, takes_all) = tokio::select! {
             extent = extent => extent?,
-            () = self.shutdown.cancelled() => return Err(stopped()),
+            () = self.signals.shut_down() => return Err(stopped()),
         };
         if takes_all {
             self.limit_since = None;
@@ -187,7 +184,7 @@ impl Leader<'_> {
     async fn place(&mut self, stream: Extent) -> Result<Option<i64>, Error> {
         if self.config.mode == Mode::Shared {
             // From there the window is gone through again; what is stored is dropped as a repeat.
-            return Ok(Some(self.stored_up_to));
+            return Ok(Some(self.tail.stored_up_to()));
         }
         let base = match &self.state.base {
             Some(base) if base.stream == self.naming.stream => base.sequence,
@@ -258,7 +255,7 @@ impl Leader<'_> {
         collected?;
         self.load_parked().await?;
         // The window is gone through from here; what was found is left out.
-        Ok(self.stored_up_to)
+        Ok(self.tail.stored_up_to())
     }
 
     fn base_at(&self, stream: Extent, sequence: u64) -> Base {
@@ -268,7 +265,7 @@ impl Leader<'_> {
     /// Reads the stream up to its end, from where it was read before.
     async fn collect(&mut self, stream: Extent, ids: &mut Vec<i64>) -> Result<(), Error> {
         while self.found.end < stream.last {
-            if self.shutdown.is_cancelled() {
+            if self.signals.is_shut_down() {
                 return Err(stopped());
             }
             let first = stream.first.max(self.found.end + 1);

@@ -38,7 +38,7 @@ impl Leader<'_> {
         let Appended::Yes(state) = back else { return Err(fenced()) };
         fault::point("relay-rewound");
         self.state = *state;
-        self.in_flight = None;
+        self.tail.forget();
         let first = window::first(&mut self.log).await.map_err(failed)?;
         if earlier.is_none() {
             tracing::error!(

@@ -25,7 +25,7 @@ impl Leader<'_> {
             Doubt::Refused { code: TOO_LARGE, .. } if !self.method.batches() => "max_msg_size of the stream",
             _ => return false,
         };
-        self.in_flight = None;
+        self.tail.forget();
         self.publisher.restart();
         if let Doubt::Refused { .. } = doubt
             && !self.is_stream_s_limit_low().await
@@ -46,7 +46,7 @@ impl Leader<'_> {
             let event_id = event_id.map(tracing::field::display);
             tracing::error!(event_id, outbox_id, error = %doubt, remedy, ?park_after, "an event is too large at present");
         }
-        self.rest(SLOW.after(failures).min(park_after)).await;
+        self.signals.rest(SLOW.after(failures).min(park_after)).await;
         true
     }
 
