@@ -232,7 +232,7 @@ async fn a_lease_that_is_held_stays_where_it_is() {
         // For longer than it would last by itself.
         let ends = "select max(expires_at) from aftercommit.lease";
         let end: DateTime<Utc> = sqlx::query_scalar(ends).fetch_one(pool).await.unwrap();
-        eventually(SOON, "the lease is prolonged", async || {
+        eventually(SOON, "the lease is renewed", async || {
             sqlx::query_scalar::<_, DateTime<Utc>>(ends).fetch_one(pool).await.unwrap() > end + TimeDelta::seconds(5)
         })
         .await

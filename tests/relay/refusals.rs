@@ -43,7 +43,7 @@ pub async fn stored(outbox: &Outbox, messages: u64) {
         .unwrap();
 }
 
-/// An event that the stream will never take is set aside; with `block` its key waits, others go on; an operator
+/// An event that the stream will never take is parked; with `block` its key waits, others go on; an operator
 /// releases it after raising the limit, and the key's events follow in order.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_event_that_is_too_large_blocks_only_its_key() {

@@ -320,7 +320,7 @@ async fn survives_going_back(mid_window: bool, forgets: bool) {
     outbox.kill(relay).await;
     let said = std::fs::read_to_string(&log).unwrap();
     std::fs::remove_file(&log).unwrap();
-    assert_eq!(said.contains("the stream has an event that the outbox has not"), forgets, "{said}");
+    assert_eq!(said.contains("the stream has an event that the outbox does not have"), forgets, "{said}");
     assert!(said.contains(&format!("ghosts={ghosts}")), "{ghosts} were forgotten: {said}");
     assert_eq!(before.difference(&kept).any(|id| said.contains(&format!("event_id={id}"))), forgets, "{said}");
 }

@@ -1,4 +1,4 @@
-//! G9: an event that is too large only for a setting that was changed is waited with, and not set aside.
+//! G9: an event that is too large only for a setting that was changed waits, and is not parked.
 
 use std::time::Duration;
 
@@ -66,7 +66,7 @@ async fn max_msg_size_that_is_lowered_and_raised_again_parks_nothing() {
     relay.stop().await.unwrap();
 }
 
-/// What stays too large is set aside in the end, so that it holds up its own key only; and once the limit is raised it can
+/// What stays too large is parked in the end, so that it holds up its own key only; and once the limit is raised it can
 /// be released, without a restart of the relay.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_stays_too_large_is_parked_and_can_be_released_when_the_limit_is_raised() {

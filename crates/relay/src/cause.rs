@@ -19,7 +19,7 @@ const NO_JETSTREAM: &str = "nats-server is there, but JetStream does not answer:
 
 /// What an operator can do when a server takes batches for single messages.
 const NO_BATCHES: &str = "a server of the cluster is older than nats-server 2.12.1: messages go out one by one until the relay \
-     leads anew; upgrade all servers";
+     takes the lead again; upgrade all servers";
 
 /// What an operator can do when the stream cannot be read for the `failures`-th time. Once may be a change of its leader, and
 /// a missing stream, leader or connection says so itself.

@@ -78,7 +78,7 @@ impl Class {
     /// What an operator can do, said in the log beside the error.
     pub(super) fn remedy(self, code: Option<u64>) -> &'static str {
         match (self, code) {
-            (Self::Park, _) => "the event is set aside: see `aftercommit parked list`",
+            (Self::Park, _) => "the event is parked: see `aftercommit parked list`",
             (Self::BackPressure, Some(10077)) => "the stream or its disk is full: raise its limits or free space",
             (Self::BackPressure, Some(10023 | 10047)) => {
                 "the server's JetStream storage or memory is used up: raise max_file_store or max_memory_store and restart \
@@ -91,8 +91,8 @@ impl Class {
                 "give the relay's NATS user the right, or check the stream with `aftercommit doctor`"
             }
             (Self::Alarm, _) => "check the stream with `aftercommit doctor`",
-            (Self::Fenced, _) => "another writer was there first; the relay looks at the stream and goes on",
-            (Self::Retry | Self::Unknown, _) => "it goes on by itself when the servers do",
+            (Self::Fenced, _) => "another writer wrote first; the relay reads the end of the stream and continues",
+            (Self::Retry | Self::Unknown, _) => "the relay continues when the servers answer again",
         }
     }
 }

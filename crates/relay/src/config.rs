@@ -28,7 +28,7 @@ pub struct RelayConfig {
     /// Publish what is there, then stop, instead of going on for ever. Defaults to false.
     pub once: bool,
     /// How long the relay waits, when the server or the stream takes only smaller events than the largest of an outbox, for
-    /// that limit to be raised, before it sets aside what exceeds it. Defaults to one minute.
+    /// that limit to be raised, before it parks what exceeds it. Defaults to one minute.
     pub park_after: Duration,
     /// What becomes of later events of a key when one of it can never be stored. Defaults to [`ParkPolicy::Block`].
     pub park_policy: ParkPolicy,

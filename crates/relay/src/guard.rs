@@ -87,7 +87,7 @@ impl Guard {
             tracing::warn!(
                 stream,
                 settings = settings.join(", "),
-                "the stream has settings that this version does not know; what they do to events cannot be told"
+                "the stream has settings that this version does not know; they may change or lose events"
             );
         }
     }

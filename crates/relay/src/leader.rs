@@ -256,7 +256,11 @@ impl Leader<'_> {
                         let remedy = unreadable(&error, failures, self.connection.is_up());
                         let way_out = remedy.map(|remedy| format!("; {remedy}")).unwrap_or_default();
                         self.progress.state(format!("waiting for the stream: {}{way_out}", error.report()));
-                        tracing::warn!(error = error.report(), remedy, "cannot go on with the stream, trying again");
+                        tracing::warn!(
+                            error = error.report(),
+                            remedy,
+                            "the relay cannot publish to the stream, trying again"
+                        );
                         self.signals.rest(Backoff::RECONNECT.after(failures)).await;
                         continue;
                     }
@@ -373,7 +377,7 @@ impl Leader<'_> {
         class
     }
 
-    /// Does what the class of a doubt asks for, so that the next try can get further.
+    /// Does what the class of a doubt asks for, so that the next try can succeed.
     async fn deal_with(&mut self, doubt: &Doubt, class: Class, failures: u32) -> Result<(), Error> {
         let batched = self.method.batches();
         match (class, doubt) {
@@ -428,11 +432,11 @@ impl Leader<'_> {
         let (event_id, outbox_id) = (event.event_id, event.outbox_id);
         match self.look_for(event, sequence).await? {
             Some(There::Event) => {
-                tracing::warn!(%event_id, outbox_id, sequence, "the event is in the stream already, going on behind it");
+                tracing::warn!(%event_id, outbox_id, sequence, "the event is in the stream already, publishing continues behind it");
                 self.exceptions.present.insert(outbox_id);
             }
             Some(there) => {
-                tracing::warn!(%event_id, outbox_id, sequence, "{there}; publishing the event anew");
+                tracing::warn!(%event_id, outbox_id, sequence, "{there}; publishing the event again");
                 self.exceptions.renamed.insert(outbox_id, format!("{event_id}:r{sequence}"));
                 if there == There::Forgery {
                     note(&mut self.exceptions.forged, outbox_id, sequence);

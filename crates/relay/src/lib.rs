@@ -119,7 +119,7 @@ impl Relay {
                 Err(error) => {
                     failures += 1;
                     self.progress.enter(Phase::Connecting, error.report());
-                    tracing::warn!(error = error.report(), "the relay was interrupted, starting over");
+                    tracing::warn!(error = error.report(), "the relay was interrupted, connecting again");
                     tokio::select! {
                         () = tokio::time::sleep(Backoff::RECONNECT.after(failures)) => {}
                         () = shutdown.cancelled() => {}
@@ -319,7 +319,7 @@ impl Relay {
                 Err(_) => {
                     return Error::new(
                         ErrorKind::Database,
-                        format!("the lease could not be renewed for {:?}: not leading any more", self.config.lease),
+                        format!("the lease could not be renewed for {:?}: this relay leads no more", self.config.lease),
                     );
                 }
             }
@@ -370,7 +370,7 @@ impl Relay {
                 Ok(Removed { events, states, notes }) => {
                     tracing::info!(events, states, notes, "pruned the outbox and the relay's log");
                 }
-                Err(error) => tracing::warn!(error = error.report(), "pruning failed, it is tried again later"),
+                Err(error) => tracing::warn!(error = error.report(), "pruning failed, trying again later"),
             }
         }
     }

@@ -57,7 +57,7 @@ pub struct RelayReport {
     pub parked: Option<i64>,
     /// Whether it is healthy.
     pub healthy: bool,
-    /// What it does, or why it does not get on.
+    /// What it does, or why it makes no progress.
     pub health: String,
 }
 

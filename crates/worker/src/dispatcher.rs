@@ -47,7 +47,7 @@ const LET_GO: Duration = Duration::from_secs(300);
 
 /// How many messages are taken from the feed at a time.
 const MAX_FED: usize = 1000;
-/// When an event is tried again that waits for others of its key that were sent back.
+/// When an event is tried again that waits for redriven events of its key.
 const HELD: Duration = Duration::from_millis(250);
 
 /// Why a dispatcher ended.
@@ -291,7 +291,7 @@ impl Dispatcher {
         Ok(())
     }
 
-    /// Takes note of events that were sent back. They stay in their table until an executor reads them.
+    /// Takes note of redriven events. They stay in their table until an executor reads them.
     fn take_redriven(&mut self, rows: Vec<Waiting>) {
         for Waiting { id, event_id, key } in rows {
             let place = EventPlace::Redrive(id);
@@ -311,7 +311,7 @@ impl Dispatcher {
         if !self.scheduler.add(place, key) {
             return None;
         }
-        // Once: an event that an operator sends back after it was given up begins anew.
+        // Once: an event that an operator redrives after it was given up starts without failed attempts.
         let Left { record, wait } = self.on_record.remove(&id.as_uuid()).unwrap_or_default();
         let company = doubt::company(&record);
         let company = if self.elsewhere.runs(id) { company.min(Company::Apart) } else { company };

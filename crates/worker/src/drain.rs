@@ -225,8 +225,8 @@ impl Drain {
                 }
                 Some(Verdict::Held) => {
                     let problem = format!(
-                        "event {}: events of its key that were sent back to subscriber {name} come first, and only a \
-                         worker runs those",
+                        "event {}: redriven events of its key come first at subscriber {name}, and only a worker \
+                         runs those",
                         event.id
                     );
                     return Err(Error::new(ErrorKind::NotReady, problem));

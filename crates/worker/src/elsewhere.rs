@@ -101,7 +101,7 @@ async fn look(
                 open = running;
             }
             // While the database is away nothing can run here either.
-            Err(error) => tracing::debug!(subscriber, %error, "what a predecessor runs cannot be looked at"),
+            Err(error) => tracing::debug!(subscriber, %error, "reading what a predecessor still runs failed"),
         }
     }
 }

@@ -86,7 +86,11 @@ impl Executor {
         if report.outage.is_none() && report.verdicts.iter().any(|(_, verdict)| *verdict != Verdict::Done) {
             let cleared = self.connections.run(async |connection| running::clear(connection, self.marker()).await);
             if let Err(error) = self.own(cleared).await {
-                tracing::debug!(subscriber = self.subscriber.name, error, "a marker stays behind");
+                tracing::debug!(
+                    subscriber = self.subscriber.name,
+                    error,
+                    "the marker of a batch that has ended was not removed"
+                );
             }
         }
         report
@@ -234,7 +238,7 @@ impl Executor {
             .connections
             .run(async |connection| attempt::suspect(connection, &self.tenure, name, id, &reason).await);
         let record = self.own(marked).await.map_err(Halt::Outage)?.ok_or(Halt::Fenced)?;
-        tracing::warn!(subscriber = name, event_id = %queued.event.id, error = reason, "an event is under suspicion");
+        tracing::warn!(subscriber = name, event_id = %queued.event.id, error = reason, "an event may be at fault: it runs alone next time");
         report.records.push((queued.place, record));
         Ok(Verdict::Suspect(Backoff::RECONNECT.after(1)))
     }

@@ -279,7 +279,8 @@ impl Worker {
             runs.spawn(run.run(shutdown.clone()));
         }
         while let Some(ended) = runs.join_next().await {
-            ended.map_err(|error| Error::with_source(ErrorKind::Integrity, "a subscriber broke down", error))?;
+            ended
+                .map_err(|error| Error::with_source(ErrorKind::Integrity, "the task of a subscriber failed", error))?;
         }
         Ok(())
     }
@@ -330,7 +331,7 @@ pub async fn provision(
     if let Some(config) = postgres {
         let mut opened = postgres::connect(config, "aftercommit-provision").await?;
         let found = identity::owner(&mut opened).await;
-        owner = Some(found.map_err(|error| postgres::database_error("which database this is cannot be told", error))?);
+        owner = Some(found.map_err(|error| postgres::database_error("asking which database this is failed", error))?);
         session = Some(opened);
     }
     let claim = Claim { owner, adopt };

@@ -125,11 +125,11 @@ pub struct SubscriberReport {
     pub failing: Option<u64>,
     /// Dead letters; none when the database does not answer.
     pub dead_letters: Option<u64>,
-    /// Events that an operator has sent back and that have not run yet; none when the database does not answer.
+    /// Events that an operator has redriven and that have not run yet; none when the database does not answer.
     pub redrive: Option<u64>,
     /// Whether it is healthy.
     pub healthy: bool,
-    /// What it does, or why it does not get on.
+    /// What it does, or why it makes no progress.
     pub health: String,
 }
 

@@ -115,7 +115,7 @@ impl Progress {
         self.position.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// It stands by or is paused, and gets on with that.
+    /// It stands by or is paused, which counts as progress.
     pub(super) fn rest(&self, phase: Phase, state: impl Into<String>) {
         let mut position = self.lock();
         (position.phase, position.state, position.troubled) = (phase, state.into(), false);
@@ -227,7 +227,7 @@ impl Progress {
         }
     }
 
-    /// Whether it gets on with its work.
+    /// Whether it makes progress.
     pub(super) fn health(&self, outage: Option<&str>, patience: Duration, now: Instant) -> Health {
         let position = self.position();
         // A handler that is within its time limit is not stuck.

@@ -36,7 +36,7 @@ impl WrittenPlaces {
         subscriber: &str,
         stream: &Stream,
     ) -> Result<(Self, bool), Error> {
-        let failed = |error| database_error("how far the subscriber has come cannot be read", error);
+        let failed = |error| database_error("reading the subscriber's position failed", error);
         let rows = connections.run(async |session| reached::rows(session, subscriber, stream.name()).await);
         let rows = rows.await.map_err(failed)?;
         let known = !rows.is_empty();
@@ -55,8 +55,8 @@ impl WrittenPlaces {
             tracing::warn!(
                 subscriber,
                 unchanged_to = places.last().map_or(0, |written: &WrittenPlace| written.place.sequence),
-                "the stream has lost its end, or its newest messages were removed: what is behind the last place that is as it was \
-                 is read from it"
+                "the stream has lost its end, or its newest messages were removed: the subscriber reads it again from \
+                 the last position that is unchanged"
             );
             connections.run(async |session| reached::remove(session, &gone).await).await.map_err(failed)?;
         }
@@ -148,7 +148,9 @@ impl Account {
     pub(super) fn write(&mut self) {
         match self.writing.try_join_next() {
             Some(Ok(wrote)) => self.wrote(wrote),
-            Some(Err(error)) => tracing::debug!(subscriber = self.subscriber, %error, "writing was broken off"),
+            Some(Err(error)) => {
+                tracing::debug!(subscriber = self.subscriber, %error, "writing the subscriber's position failed")
+            }
             None if !self.writing.is_empty() => return,
             None => {}
         }
@@ -171,7 +173,7 @@ impl Account {
                 self.places.0.push(WrittenPlace { id, place });
             }
             Err(error) => {
-                tracing::debug!(subscriber = self.subscriber, %error, "how far it has come is not written down");
+                tracing::debug!(subscriber = self.subscriber, %error, "the subscriber's position was not written");
                 self.seen.push_front(place);
             }
         }
@@ -187,7 +189,7 @@ impl Account {
             self.writing.join_next().await
         };
         if tokio::time::timeout(patience, written).await.is_err() {
-            tracing::debug!(subscriber = self.subscriber, "how far it has come is not written down");
+            tracing::debug!(subscriber = self.subscriber, "the subscriber's position was not written");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Finds the events that an operator sent back to the subscriber.
+//! Finds the events that an operator has redriven for the subscriber.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

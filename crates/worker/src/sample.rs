@@ -39,7 +39,7 @@ impl Sample {
         self.tables().map(|counts| counts.dead_letters)
     }
 
-    /// Events that an operator has sent back.
+    /// Events that an operator has redriven.
     pub(super) fn redrive(&self) -> Option<u64> {
         self.tables().map(|counts| counts.redrive)
     }
@@ -65,7 +65,7 @@ impl Sample {
                 Some("its consumer is paused in JetStream (`nats consumer resume`)".into())
             }
             Ok(Some(load)) if load.full => {
-                Some("JetStream delivers no more before some of the events without ack are done".into())
+                Some("JetStream delivers no more until some of the events without an ack are done".into())
             }
             Ok(Some(_)) => None,
         }

@@ -8,7 +8,7 @@ use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Where an event comes from, and its place in the order there. What an operator sends back goes before live events.
+/// Where an event comes from, and its place in the order there. What an operator redrives goes before live events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum EventPlace {
     /// The id of a row of `aftercommit.redrive`.
@@ -213,7 +213,7 @@ impl Scheduler {
 
     /// Gives out up to `max` events for one executor, oldest first: the first `heads` ready ones and what follows them
     /// with the same key. Until all events of a key are settled no other executor gets one of it. A suspect comes first.
-    /// Live events and those that were sent back take turns, so that many of the latter do not keep other keys waiting.
+    /// Live and redriven events take turns, so that many redriven ones do not keep other keys waiting.
     pub(super) fn take(&mut self, heads: usize, max: usize) -> Vec<EventPlace> {
         match self.turn() {
             Turn::Nothing => Vec::new(),

@@ -42,7 +42,7 @@ static SET_PARENT: OnceLock<SetParent> = OnceLock::new();
 /// Only the first call counts; a later one logs a warning.
 pub fn set_span_parent(set: impl Fn(&Span, &str) + Send + Sync + 'static) {
     if SET_PARENT.set(Box::new(set)).is_err() {
-        tracing::warn!("how spans get their parent is set already; this one is not used");
+        tracing::warn!("a function that sets the parents of spans is set already; this one is not used");
     }
 }
 

@@ -40,7 +40,7 @@ use aftercommit_core::subscription::{ALL, lease_name};
 
 /// How long a lease lasts without a sign of life, by the database's clock.
 pub(super) const LEASE: Duration = Duration::from_secs(4);
-/// How often the holder prolongs it.
+/// How often the holder renews it.
 const RENEW: Duration = Duration::from_secs(1);
 /// How often a standby looks whether it is free.
 const LOOK: Duration = Duration::from_millis(500);
@@ -118,7 +118,7 @@ impl SubscriberRun {
             .await;
         term.took(asked.elapsed());
         let epoch =
-            acquired.map_err(|error| postgres::database_error("the subscriber's lease cannot be looked at", error))?;
+            acquired.map_err(|error| postgres::database_error("asking for the subscriber's lease failed", error))?;
         Ok(epoch.map(|epoch| Tenure { name, holder: self.holder.clone(), epoch }))
     }
 
@@ -162,8 +162,8 @@ impl SubscriberRun {
                 End::Stopped => {}
                 End::Fenced => lost.cancel(),
                 End::Broken(reason) => {
-                    tracing::warn!(subscriber = self.name(), reason, "starting over");
-                    self.progress.trouble(format!("starting over: {reason}"));
+                    tracing::warn!(subscriber = self.name(), reason, "the subscriber starts again");
+                    self.progress.trouble(format!("the subscriber starts again: {reason}"));
                     rest(halt, RENEW).await;
                 }
             }
@@ -243,7 +243,7 @@ impl SubscriberRun {
         let cleared =
             self.connections.run(async |connection| running::clear_all(connection, tenure, self.name()).await);
         if let Ok(Err(error)) = tokio::time::timeout(Duration::from_secs(2), cleared).await {
-            tracing::debug!(subscriber = self.name(), %error, "markers stay behind");
+            tracing::debug!(subscriber = self.name(), %error, "markers of batches that have ended were not removed");
         }
         tracing::info!(subscriber = self.name(), epoch = tenure.epoch, "stopped");
     }
@@ -285,7 +285,7 @@ impl SubscriberRun {
             let started = start::of(connection, &self.spec.name, &self.spec.stream).await?;
             Ok((identity::owner(connection).await?, started.map(|started| started.sequence)))
         });
-        found.await.map_err(|error| postgres::database_error("which database this is cannot be told", error))
+        found.await.map_err(|error| postgres::database_error("asking which database this is failed", error))
     }
 
     async fn check(&self, function: &FunctionName) -> Result<(), Error> {
@@ -307,9 +307,8 @@ impl SubscriberRun {
             let elsewhere = running::elsewhere(connection, tenure, self.name()).await?;
             Ok((died, elsewhere, attempt::on_record(connection, self.name()).await?))
         });
-        let (died, elsewhere, left) = found
-            .await
-            .map_err(|error| postgres::database_error("what a predecessor ran cannot be looked at", error))?;
+        let (died, elsewhere, left) =
+            found.await.map_err(|error| postgres::database_error("reading what a predecessor ran failed", error))?;
         for (event_id, crashes) in &died {
             tracing::warn!(subscriber = self.name(), %event_id, crashes, "{}", elsewhere::LEFT);
         }
@@ -399,7 +398,7 @@ fn describe(pause: &Pause) -> String {
     format!("paused{all} by {by}{reason}")
 }
 
-/// Prolongs the lease until somebody else has it, and tells whether the subscriber is paused. While the database is away
+/// Renews the lease until somebody else has it, and tells whether the subscriber is paused. While the database is away
 /// nobody can take the lease either, and nothing can be committed: so that is waited out.
 struct Keeper {
     connections: Arc<Connections>,
@@ -414,9 +413,9 @@ impl Keeper {
     async fn keep(self) {
         loop {
             let (asked, patience) = (Instant::now(), self.term.borrow().ask_for());
-            let prolonged = tokio::time::timeout(patience, self.prolong(patience)).await;
+            let renewed = tokio::time::timeout(patience, self.renew(patience)).await;
             self.term.send_modify(|term| term.took(asked.elapsed()));
-            match prolonged {
+            match renewed {
                 Ok(Ok((true, pause))) => {
                     self.progress.database(None);
                     self.tell.send_if_modified(|told| {
@@ -430,13 +429,13 @@ impl Keeper {
                     return;
                 }
                 Ok(Err(error)) => {
-                    tracing::debug!(lease = self.tenure.name, error = %error, "the lease was not prolonged");
-                    let error = postgres::database_error("the lease cannot be prolonged", error);
+                    tracing::debug!(lease = self.tenure.name, error = %error, "the lease was not renewed");
+                    let error = postgres::database_error("renewing the subscriber's lease failed", error);
                     self.progress.database(Some(error.report()));
                 }
                 // The next one may take longer.
                 Err(_) => {
-                    tracing::debug!(lease = self.tenure.name, "the lease was not prolonged in time");
+                    tracing::debug!(lease = self.tenure.name, "the lease was not renewed in time");
                     self.progress.database(Some("PostgreSQL does not answer".into()));
                 }
             }
@@ -445,13 +444,13 @@ impl Keeper {
     }
 
     /// Whether the lease is still ours, and what pauses the subscriber.
-    async fn prolong(&self, ttl: Duration) -> Result<(bool, Option<Pause>), sqlx::Error> {
+    async fn renew(&self, ttl: Duration) -> Result<(bool, Option<Pause>), sqlx::Error> {
         let tenure = &self.tenure;
-        let prolonged = self.connections.run_for_lease(async |connection| {
+        let renewed = self.connections.run_for_lease(async |connection| {
             let ours = lease::renew(connection, &tenure.name, &tenure.holder, tenure.epoch, ttl).await?;
             Ok((ours, pause::first(connection, &[&tenure.name, ALL]).await?))
         });
-        prolonged.await
+        renewed.await
     }
 }
 

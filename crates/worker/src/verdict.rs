@@ -24,7 +24,7 @@ pub(super) enum Verdict {
     Later(Duration),
     /// It is under suspicion: not before this time has passed, and then alone.
     Suspect(Duration),
-    /// Events of its key that were sent back come first, and are not known here yet.
+    /// Redriven events of its key come first, and are not known here yet.
     Held,
     /// Something that its handler needs is away.
     Interrupted {

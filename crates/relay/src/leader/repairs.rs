@@ -323,7 +323,7 @@ impl Leader<'_> {
                 return Ok(());
             }
         };
-        tracing::warn!(%event_id, outbox_id, sequence, "{there}; publishing the event anew");
+        tracing::warn!(%event_id, outbox_id, sequence, "{there}; publishing the event again");
         let forgery = (there == There::Forgery).then_some(sequence);
         match why {
             RepairReason::Missing => {
@@ -358,12 +358,12 @@ impl Leader<'_> {
         let event_ids: Vec<Uuid> = stored.iter().map(|(_, event_id, _)| *event_id).collect();
         let sequences: Vec<i64> = stored.iter().map(|(.., sequence)| sequence.cast_signed()).collect();
         let repaired = repair::published(&mut self.log, self.epoch, &ids, &event_ids, &sequences).await;
-        let repaired = self.led(repaired, "writing down where repairs are")?;
+        let repaired = self.led(repaired, "recording where repairs are in the stream")?;
         let released = match self.exceptions.any_parked() {
             false => Ok(Written::Rows(0)),
             true => parked::found(&mut self.log, self.epoch, &ids, &sequences).await,
         };
-        let released = self.led(released, "writing down where released events are")?;
+        let released = self.led(released, "recording where released events are in the stream")?;
         ids.iter().for_each(|id| _ = (self.repairs.renamed.remove(id), self.repairs.replaces.remove(id)));
         if repaired + released > 0 {
             tracing::info!(

@@ -354,7 +354,7 @@ impl Leader<'_> {
         if self.found.ghosts <= REPORTED {
             tracing::error!(
                 stream = %self.naming.stream, sequence = message.sequence, subject = message.subject, %event_id, outbox_id,
-                "the stream has an event that the outbox has not: the database was restored to a time before it"
+                "the stream has an event that the outbox does not have: the database was restored to a time before it"
             );
         }
     }
@@ -389,12 +389,12 @@ impl Leader<'_> {
         if ghosts > 0 {
             tracing::error!(
                 stream = %self.naming.stream, ghosts,
-                "the stream has events that the outbox has not; subscribers have seen what the database has forgotten"
+                "the stream has events that the outbox does not have; subscribers may have handled what the database has lost"
             );
         }
         tracing::warn!(
             stream = %self.naming.stream, present, published, ghosts, foreign, forged,
-            "the stream is complete again: what was present was left alone, the rest was published"
+            "the stream is complete again: the events that it had stay, the others were published"
         );
     }
 }

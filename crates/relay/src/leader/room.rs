@@ -1,7 +1,7 @@
 //! An event that is larger than the server, or the stream, takes at present.
 //!
 //! Every event of an outbox fits what nats-server takes by default. So when one does not fit, a setting was changed, and
-//! somebody may be about to change it back: the relay waits for that for some time before it sets the event aside.
+//! somebody may be about to change it back: the relay waits for that for some time before it parks the event.
 
 use tokio::time::Instant;
 
@@ -41,7 +41,7 @@ impl Leader<'_> {
         }
         let (event_id, outbox_id) = doubt.event().map(|event| (event.event_id, event.outbox_id)).unzip();
         let remedy = format!("raise {setting} to {LARGEST_MESSAGE} bytes or more");
-        self.progress.state(format!("waiting: an event is {doubt}; {remedy}; it is set aside after {park_after:?}"));
+        self.progress.state(format!("waiting: an event is {doubt}; {remedy}; it is parked after {park_after:?}"));
         if failures == 1 {
             let event_id = event_id.map(tracing::field::display);
             tracing::error!(event_id, outbox_id, error = %doubt, remedy, ?park_after, "an event is too large at present");

@@ -54,7 +54,7 @@ impl Dispatcher {
             false => running::stopped(connection, tenure, &subscriber.name).await,
         });
         if let Ok(Err(error)) = tokio::time::timeout(Duration::from_secs(1), told).await {
-            tracing::debug!(subscriber = subscriber.name, error = %error, "that it stops is not on record");
+            tracing::debug!(subscriber = subscriber.name, error = %error, "it was not recorded that this instance stops");
         }
     }
 }

@@ -32,7 +32,7 @@ impl Dispatcher {
                 report
             }
             // Handlers' panics are caught in the executor: this is a defect of ours, and its events are still given out.
-            Err(error) => return Some(End::Broken(format!("an executor broke down: {error}"))),
+            Err(error) => return Some(End::Broken(format!("an executor failed: {error}"))),
         };
         self.settle_losses(report.losses, &report.looked_into);
         let mut records: HashMap<EventPlace, Record> = report.records.into_iter().collect();

@@ -85,7 +85,7 @@ impl Executor {
             .connections
             .run(async |connection| failure::write(connection, name, id, attempts, error, wait.min(MAX_WAIT)).await);
         if let Err(error) = self.own(kept).await {
-            tracing::debug!(subscriber = name, event_id = %queued.event.id, error, "a failed attempt's error is not kept");
+            tracing::debug!(subscriber = name, event_id = %queued.event.id, error, "the error of a failed attempt was not written");
         }
     }
 

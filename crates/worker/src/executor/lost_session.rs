@@ -54,7 +54,11 @@ impl Executor {
         let marker = Marker { lane: loss.executor, ..self.marker() };
         let cleared = self.connections.run(async |connection| running::clear(connection, marker).await);
         if let Err(error) = self.own(cleared).await {
-            tracing::debug!(subscriber = self.subscriber.name, error, "a marker stays behind");
+            tracing::debug!(
+                subscriber = self.subscriber.name,
+                error,
+                "the marker of a batch that has ended was not removed"
+            );
         }
         report.looked_into.push(loss.executor);
         Ok(())

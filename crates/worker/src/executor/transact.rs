@@ -308,7 +308,7 @@ impl Executor {
         result
     }
 
-    /// Writes the inbox rows. Of the events that were sent back only the ones whose rows are still there may run; the rows
+    /// Writes the inbox rows. Of the redriven events only the ones whose rows are still there may run; the rows
     /// go with this transaction.
     async fn enter(&self, tx: &mut Tx<'_>, group: &[&Queued]) -> Result<Entered, sqlx::Error> {
         let ids = redrive_ids(group.iter().map(|queued| queued.place));
