@@ -1,7 +1,7 @@
-//! What keeps the relay from getting on.
+//! Why the relay makes no progress.
 //!
-//! One trouble shows in many doubts, and only some of them name it. A server whose disk is full says so (before 2.14), or
-//! does not answer any more (from 2.14 on) and refuses for want of the unanswered message those that were sent behind it.
+//! One cause leads to many doubts, and only some of them name it. A server whose disk is full says so (before 2.14), or
+//! stops answering (from 2.14 on). Then it refuses the messages behind the one that it did not answer.
 
 use super::chain::Doubt;
 use super::classify::Class;
@@ -28,7 +28,7 @@ pub(super) fn unreadable(error: &Error, failures: u32, connected: bool) -> Optio
     (silent && failures > 1 && connected).then_some(NO_JETSTREAM)
 }
 
-/// What is told about a doubt.
+/// What an operator is told about a doubt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ToldCause {
     pub(super) class: Class,
@@ -39,7 +39,7 @@ pub(super) struct ToldCause {
     pub(super) remedy: &'static str,
 }
 
-/// The doubts since something was stored, as far as they tell the cause.
+/// What the doubts since the last stored event say about their cause.
 #[derive(Debug, Default)]
 pub(super) struct Cause {
     /// Where the stream ended meanwhile.
@@ -51,7 +51,7 @@ pub(super) struct Cause {
 }
 
 impl Cause {
-    /// What is to be told about a doubt that arose behind message `end` of the stream.
+    /// What an operator is told about a doubt that arose behind message `end` of the stream.
     pub(super) fn of(&mut self, doubt: &Doubt, end: u64) -> ToldCause {
         if self.end != end {
             *self = Self { end, ..Self::default() };

@@ -70,7 +70,7 @@ pub(super) struct Chain {
     first_number: u64,
 }
 
-/// Why the chain cannot go on as it is.
+/// Why the relay stops sending: the stream must be looked at first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Doubt {
     /// The server refused an event.
@@ -204,8 +204,8 @@ impl Chain {
         }
     }
 
-    /// What a doubt goes back to. The server takes messages in the order in which they were sent, so one that is refused
-    /// because it is not behind its predecessor, while an earlier one has no answer, is refused for want of that.
+    /// The cause of a doubt. The server takes messages in the order in which they were sent. So when it refuses one that is
+    /// not behind its predecessor, and an earlier one has no answer, the cause is that the earlier one is not stored.
     pub(super) fn trace(&self, doubt: Doubt, complaint: Option<String>) -> Doubt {
         match (&doubt, self.in_flight.front()) {
             (Doubt::Refused { event, code: 10070 | 10071, .. }, Some((first, _))) if first != &**event => {

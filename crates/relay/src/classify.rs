@@ -8,7 +8,7 @@ use super::chain::Doubt;
 /// What to do about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Class {
-    /// The server is not able at the moment: try again.
+    /// The server cannot store it at the moment: try again.
     Retry,
     /// The stream is full or busy: try again slowly.
     BackPressure,
@@ -16,7 +16,7 @@ pub(super) enum Class {
     Unknown,
     /// Somebody else wrote to the stream, or it is stored already: look at the stream.
     Fenced,
-    /// This event can never be stored: set it aside.
+    /// This event can never be stored: park it.
     Park,
     /// A setting is wrong: say so loudly, try again slowly.
     Alarm,

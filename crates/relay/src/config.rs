@@ -25,7 +25,7 @@ pub struct RelayConfig {
     pub naming: Naming,
     /// The NATS servers.
     pub nats: NatsConfig,
-    /// Publish what is there, then stop, instead of going on for ever. Defaults to false.
+    /// Publish what is in the outbox, then stop. Defaults to false: publish until stopped.
     pub once: bool,
     /// How long the relay waits, when the server or the stream takes only smaller events than the largest of an outbox, for
     /// that limit to be raised, before it parks what exceeds it. Defaults to one minute.
@@ -54,7 +54,7 @@ pub struct RelayConfig {
 pub enum ParkPolicy {
     /// They wait behind it, so that no subscriber sees the key with a gap, until an operator releases or discards it.
     Block,
-    /// They go on without it.
+    /// They are published without it.
     Skip,
 }
 

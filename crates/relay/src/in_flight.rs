@@ -82,7 +82,7 @@ impl InFlight {
         }
     }
 
-    /// What a doubt goes back to, and what the server complained of lately.
+    /// The cause of a doubt, with what the server complained of lately.
     pub(super) fn trace(&self, doubt: Doubt, complaint: Option<String>) -> Doubt {
         match self {
             Self::Chained(chain) => chain.trace(doubt, complaint),

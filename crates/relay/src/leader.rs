@@ -47,10 +47,10 @@ use repairs::Repairs;
 use resume::{Found, There, note};
 use tail::Tail;
 
-/// After so long without news the window is closed in the log, and its mark moves past transactions that came to
-/// nothing. Also how often the leader looks whether keys wait for nothing any more.
+/// After so long without new events the leader writes into the log that the window is done, and its mark moves past
+/// transactions that were rolled back. Also how often it looks for keys that no longer have a parked event.
 const REST: Duration = Duration::from_secs(1);
-/// So many ids that were handed out and not committed move the mark at once, so that looks stay cheap.
+/// After so many ids that were taken and not committed the mark moves at once, so that looks stay cheap.
 const MANY_IDS: i64 = 1000;
 /// So many blocked keys are looked at at a time.
 const KEYS: usize = 1000;
@@ -62,13 +62,13 @@ pub(super) const SLOW: Backoff = Backoff { first: Duration::from_millis(250), ma
 /// The server's error when a batch holds a message that the stream has already.
 const REPEAT_IN_BATCH: u64 = 10201;
 
-/// Its error when it is about to store a message of this id, or believes so.
+/// Its error when it believes that it is storing a message of this id at the moment.
 const ID_IN_PROCESS: u64 = 10158;
 
-/// A leader's tools and state. It is dropped, wherever it is, when the lease is lost.
+/// A relay that holds the lease. It is dropped at any await when the lease is lost.
 pub(super) struct Leader<'a> {
     pub(super) config: &'a RelayConfig,
-    /// Under which it leads.
+    /// The epoch of its lease.
     pub(super) epoch: i64,
     pub(super) naming: Arc<Naming>,
     pub(super) connection: &'a Connection,
@@ -210,7 +210,7 @@ impl Leader<'_> {
         Ok(())
     }
 
-    /// Lets those keys go of which nothing is parked any more, a bounded number at a time.
+    /// Unblocks keys that no longer have a parked event. It looks at a bounded number of keys at a time.
     async fn unblock_keys(&mut self) -> Result<(), Error> {
         let keys = self.exceptions.blocked_keys.next(KEYS);
         if keys.is_empty() { Ok(()) } else { self.unblock(&keys).await }
@@ -354,7 +354,7 @@ impl Leader<'_> {
         }
     }
 
-    /// Takes in that publishing was interrupted, and says why. The stream must be looked at next.
+    /// Logs why publishing was interrupted. The stream must be looked at next.
     pub(super) fn interrupted(&mut self, doubt: &Doubt) -> Class {
         let end = self.tail.forget();
         self.publisher.restart();
@@ -377,7 +377,7 @@ impl Leader<'_> {
         class
     }
 
-    /// Does what the class of a doubt asks for, so that the next try can succeed.
+    /// Does what the class of a doubt demands, so that the next try can succeed.
     async fn deal_with(&mut self, doubt: &Doubt, class: Class, failures: u32) -> Result<(), Error> {
         let batched = self.method.batches();
         match (class, doubt) {

@@ -150,7 +150,7 @@ impl ActivePublishMethod {
         self.unable = true;
     }
 
-    /// It is found, or another window begins.
+    /// The message that was meant is found, or another window begins: batches are allowed again.
     pub(super) fn go_on(&mut self) {
         self.singled_out = false;
     }

@@ -30,7 +30,7 @@ pub(super) const MAX_BYTES: usize = 8 << 20;
 pub(super) enum Pumped {
     /// Every event of the window is stored.
     Done,
-    /// What is stored must be read from the stream before going on.
+    /// What is stored must be read from the stream before more is published.
     Doubt(Doubt),
     /// Told to stop; whatever is stored will be found again.
     Stopped,

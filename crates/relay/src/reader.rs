@@ -56,7 +56,7 @@ pub(super) struct Exceptions {
 }
 
 impl Exceptions {
-    /// A window is opened: what was known of single events was known of the one before it.
+    /// A window is opened: what was known of single events belongs to the window before.
     pub(super) fn begin_window(&mut self) {
         self.present.clear();
         self.renamed.clear();

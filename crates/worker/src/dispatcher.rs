@@ -53,11 +53,11 @@ const HELD: Duration = Duration::from_millis(250);
 /// Why a dispatcher ended.
 #[derive(Debug, PartialEq)]
 pub(super) enum End {
-    /// It was asked to.
+    /// The process stops, or the subscriber is paused.
     Stopped,
     /// Another instance has taken over.
     Fenced,
-    /// It has to begin anew: the consumer is not the one that it began with.
+    /// Another dispatcher must begin, for this reason, such as a consumer that was made again.
     Broken(String),
 }
 
@@ -75,9 +75,9 @@ pub(super) struct Dispatcher {
     /// What is on record of events that have not come yet.
     on_record: HashMap<Uuid, Left>,
     elsewhere: Elsewhere,
-    /// Sessions that ended while events ran, of which the database could not be asked yet.
+    /// Sessions that were lost while events ran. The database must still be asked about them.
     losses: Vec<Loss>,
-    /// Whether it is being asked about some.
+    /// Whether an executor asks the database about some of them now.
     looking: bool,
     answers: Answers,
     budget: Arc<Budget>,
@@ -85,7 +85,7 @@ pub(super) struct Dispatcher {
     gate: Gate,
     pace: Pace,
     room: Room,
-    /// Waits until one more batch may run in this process, and what it got.
+    /// The wait until one more batch may run in this process, and the permit that came of it.
     admission: Option<BoxFuture<'static, Option<OwnedSemaphorePermit>>>,
     admitted: Option<OwnedSemaphorePermit>,
     /// Events whose handlers were interrupted by an outage and have not run since.
@@ -209,8 +209,8 @@ impl Dispatcher {
         }
     }
 
-    /// Takes in all that has happened, before executors get anything: so they get much at a time. Says when the dispatcher cannot go
-    /// on.
+    /// Takes in all that has happened, before executors get anything: so they get much at a time. Returns why the dispatcher
+    /// ends, if it does.
     fn catch_up(&mut self, feed: &mut mpsc::UnboundedReceiver<Fed>, fed: &mut Vec<Fed>) -> Option<End> {
         while let Some(report) = self.executors.try_join_next() {
             if let Some(end) = self.settle(report) {
@@ -221,7 +221,7 @@ impl Dispatcher {
         self.take_in_all(fed).err().map(End::Broken)
     }
 
-    /// Takes in what the feed has, and says when that is its end.
+    /// Takes in what the feed has. An error when the feed has ended.
     fn take_in_all(&mut self, fed: &mut Vec<Fed>) -> Result<(), String> {
         if fed.is_empty() {
             return Err("the feed ended".into());
@@ -404,7 +404,7 @@ impl Dispatcher {
         self.admission = None;
     }
 
-    /// Puts an event back that still runs at a predecessor, or that must run in other company since it has ended there.
+    /// Puts an event back that still runs at a predecessor, or that must run apart from others since it ended there.
     fn waits_elsewhere(&mut self, place: EventPlace) -> bool {
         let Some(pending) = self.pending.get_mut(&place) else { return false };
         if self.elsewhere.runs(pending.id) {
@@ -462,7 +462,7 @@ impl Dispatcher {
     }
 }
 
-/// What the wait came to, when there is one.
+/// The permit, when there is a wait for one and it is over.
 async fn admission(
     waits: &mut Option<BoxFuture<'static, Option<OwnedSemaphorePermit>>>,
 ) -> Option<OwnedSemaphorePermit> {

@@ -37,11 +37,11 @@ const MAX_CONFLICTS: u32 = 10;
 /// How much longer than the time limit this process waits for PostgreSQL to enforce it.
 pub(super) const GRACE: Duration = Duration::from_secs(5);
 
-/// How long a batch that shall run alone in the process waits for that; then it runs beside others, and what happens
-/// tells nothing.
+/// How long a batch that must run alone in the process waits for that. Then it runs beside others, and a crash proves
+/// nothing against it.
 const ALONE: Duration = Duration::from_secs(5);
 
-/// What is said of a statement that is not answered.
+/// The error of a statement that PostgreSQL does not answer.
 pub(super) const SILENT: &str = "PostgreSQL does not answer";
 
 /// Runs one batch of events at a time.
@@ -215,7 +215,7 @@ impl Executor {
         }
     }
 
-    /// What becomes of an event of which something that it needs is away.
+    /// Decides about an event that needs something which is away.
     async fn interrupted(&self, queued: &Queued, error: &HandlerError) -> Result<Verdict, Halt> {
         let wait = match error {
             HandlerError::Unavailable { after: Some(wait), .. } => OutageWait::Exactly(*wait),
@@ -231,7 +231,7 @@ impl Executor {
         Ok(Verdict::Interrupted { reason, wait })
     }
 
-    /// The event broke its transaction, or the world around it did: it has one more run to show which.
+    /// Either the event or something around it broke the transaction: the event runs once more, alone, to show which.
     async fn suspect(&self, queued: &Queued, error: &HandlerError, report: &mut BatchReport) -> Result<Verdict, Halt> {
         let (name, id, reason) = (&self.subscriber.name, queued.event.id.as_uuid(), describe(error));
         let marked = self

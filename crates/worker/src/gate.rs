@@ -1,10 +1,10 @@
-//! Keeps a subscriber from working while its database is away, or where all of its events go.
+//! Keeps a subscriber from working while its database, or the place to which it sends all events, is away.
 
 use std::time::Instant;
 
 use aftercommit_core::backoff::Backoff;
 
-/// Closed while the database is away, or where all events go.
+/// Closed while the database, or the place to which all events are sent, is away.
 #[derive(Default)]
 pub(super) struct Gate {
     pub(super) failures: u32,
@@ -12,8 +12,8 @@ pub(super) struct Gate {
 }
 
 impl Gate {
-    /// When an executor looks whether the outage is over; none when nothing waits for that. Whoever waits for a time that is
-    /// past comes to nothing else.
+    /// When an executor tries whether the outage is over. None when no event waits for that: a dispatcher that waits for a
+    /// time in the past does nothing else.
     pub(super) fn next_look(&self, waits: bool) -> Option<Instant> {
         self.closed_until.filter(|_| waits && self.failures > 0)
     }

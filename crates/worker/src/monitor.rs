@@ -51,7 +51,7 @@ impl Board {
         self.subscribers.send_replace(subscribers.iter().map(|(progress, _)| Arc::clone(progress)).collect());
     }
 
-    /// The first connection to NATS does not come about.
+    /// NATS cannot be reached when the worker starts.
     pub(super) fn waiting(&self, error: &Error) {
         self.subscribers.borrow().iter().for_each(|progress| progress.connecting(error.report()));
     }
@@ -105,7 +105,7 @@ pub struct WorkerReport {
 pub struct SubscriberReport {
     /// The subscriber's name.
     pub name: String,
-    /// What it is at here; `leading` is called active elsewhere.
+    /// Its phase in this process; `leading` means that this instance is the active one.
     pub phase: Phase,
     /// Whether this instance is the active one.
     pub active: bool,

@@ -241,7 +241,7 @@ impl Progress {
         self.with_facts(&self.position(), outage, |facts| facts.readiness())
     }
 
-    /// What it is at, whether nothing keeps it from that, and in words what it does or waits for.
+    /// Its phase, whether it can work, and in words what it does or waits for.
     pub(super) fn standing(&self) -> (Phase, bool, String) {
         let position = self.position();
         let ready = !position.is_troubled() && position.phase != Phase::Connecting;
@@ -300,8 +300,8 @@ impl SubscriberPosition {
 }
 
 impl DispatcherLoad {
-    /// Events that would be worked on if nothing stood in the way. Those that wait for their next attempt, and those
-    /// behind them, wait because they shall.
+    /// Events that could run now. Those that wait for their next attempt, and those behind them, are not counted: they
+    /// wait as they should.
     fn runnable(&self) -> usize {
         self.ready + self.executors + self.interrupted
     }

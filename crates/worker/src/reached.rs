@@ -143,8 +143,8 @@ impl Account {
         self.seen.drain(..done).next_back()
     }
 
-    /// Writes down how far the subscriber has come, unless that goes on already. What cannot be written down is for the next
-    /// time.
+    /// Writes down how far the subscriber has come, unless that goes on already. What cannot be written
+    /// is written the next time.
     pub(super) fn write(&mut self) {
         match self.writing.try_join_next() {
             Some(Ok(wrote)) => self.wrote(wrote),

@@ -1,4 +1,4 @@
-//! What went wrong with a transaction: is the event at fault, or the world around it?
+//! Why a transaction was not committed: is an event at fault, or something around it?
 
 use std::error::Error as StdError;
 use std::time::Duration;
@@ -12,17 +12,17 @@ use super::loss::Loss;
 
 /// Why a transaction was not committed, and by which event of the group, if that is known.
 pub(super) enum TransactionError {
-    /// The database is away, or does not let us do our own work.
+    /// The database is away, or refuses the worker's own statements.
     Outage(String),
     /// What the subscriber sends all of its events to is away.
     Unreachable(String),
-    /// The session is over.
+    /// The session has ended. If events ran in it, [`Self::Lost`] takes the place of this.
     Ended(String),
-    /// It ended while events ran.
+    /// The session was lost while events ran.
     Lost(Loss),
-    /// Some event of several has changed the session that the others run in.
+    /// One of several events has changed the session in which the others run.
     Changed,
-    /// Others were in the way.
+    /// Other transactions were in the way, such as in a deadlock.
     Conflict {
         at: Option<usize>,
         error: HandlerError,
@@ -32,7 +32,7 @@ pub(super) enum TransactionError {
         at: Option<usize>,
         error: HandlerError,
     },
-    /// It may be the event's doing, or the state of the world; the session goes on.
+    /// Either the event is the cause, or something around it. The session still works.
     Doubtful {
         at: Option<usize>,
         error: HandlerError,
@@ -61,7 +61,7 @@ impl TransactionError {
     }
 }
 
-/// Sorts an error: is the event at fault, or the world around it?
+/// Classifies an error: is the event at fault, or something around it?
 pub(super) fn classify(at: Option<usize>, error: HandlerError) -> TransactionError {
     let cause = match &error {
         HandlerError::Retry { error: cause, .. } => cause,
@@ -99,18 +99,18 @@ pub(super) fn timed_out(error: &HandlerError) -> bool {
     error.downcast_ref().and_then(code).unwrap_or(false) || gave_up(&**error)
 }
 
-/// Whether it was this process that waited no longer.
+/// Whether this process stopped waiting.
 fn gave_up(error: &(dyn StdError + Send + Sync + 'static)) -> bool {
     error.downcast_ref::<TooSlow>().is_some()
 }
 
 impl TransactionError {
-    /// Whether it was this process that waited no longer for the handler.
+    /// Whether this process stopped waiting for the handler.
     pub(super) fn gave_up(&self) -> bool {
         matches!(self, Self::Failed { error: HandlerError::Retry { error, .. }, .. } if gave_up(&**error))
     }
 
-    /// Behind a pooler others use the session, too: a prepared statement of theirs that is in the way is no event's doing.
+    /// Behind a pooler others use the session, too. When one of their prepared statements is in the way, no event is at fault.
     pub(super) fn behind_pooler(self) -> Self {
         let mixed_up = |error: &sqlx::Error| error.as_database_error().is_some_and(postgres::is_mixed_up);
         match self {

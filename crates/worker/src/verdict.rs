@@ -14,32 +14,32 @@ pub(super) const LOGGED: usize = 500;
 /// What became of an event.
 #[derive(Debug, PartialEq)]
 pub(super) enum Verdict {
-    /// Handled, now or before.
+    /// The event is handled, now or by an earlier run.
     Done,
-    /// Given up.
+    /// The event was given up: it is a dead letter, for this reason.
     Dead(String),
-    /// It failed: not before this time has passed.
+    /// An attempt failed. The event runs again after this time.
     Failed(Duration),
-    /// It asked for it: not before this time has passed.
+    /// The handler snoozed the event. It runs again after this time.
     Later(Duration),
-    /// It is under suspicion: not before this time has passed, and then alone.
+    /// The event may be at fault. It runs again after this time, alone.
     Suspect(Duration),
-    /// Redriven events of its key come first, and are not known here yet.
+    /// Redriven events of its key come first, and the dispatcher does not know them yet.
     Held,
-    /// Something that its handler needs is away.
+    /// Something that the handler needs is away.
     Interrupted {
         reason: String,
-        /// What the handler said of when to try again.
+        /// When to try again, if the handler said so.
         wait: OutageWait,
     },
-    /// It did not come to a decision.
+    /// Nothing was decided: the event runs again.
     NotRun,
 }
 
 /// How long to wait for the end of an outage.
 #[derive(Debug, PartialEq)]
 pub(super) enum OutageWait {
-    /// As for servers of our own: soon, and again and again.
+    /// Soon, and again and again, as with the servers that the worker itself needs.
     Soon,
     Exactly(Duration),
 }
@@ -52,20 +52,20 @@ pub(super) struct BatchReport {
     pub(super) outage: Option<String>,
     /// Another instance has taken over.
     pub(super) fenced: bool,
-    /// What the last transaction took that no outage prevented.
+    /// How long the last transaction took that no outage prevented.
     pub(super) ran: Option<Ran>,
-    /// What is on record of events now.
+    /// The records of events in the database, where they have changed.
     pub(super) records: Vec<(EventPlace, Record)>,
-    /// Sessions that ended while events ran, of which the database could not be asked. Their events have no verdict yet.
+    /// Sessions that were lost while events ran. The database did not answer what became of them: their events have no verdict.
     pub(super) losses: Vec<Loss>,
-    /// The executors of losses of which it was asked.
+    /// The numbers of the executors whose losses the database was asked about.
     pub(super) looked_into: Vec<i64>,
-    /// The database has answered a question about a loss.
+    /// Whether the database answered a question about a loss.
     pub(super) answered: bool,
 }
 
 impl BatchReport {
-    /// Takes note of why an executor cannot go on.
+    /// Records why the executor stopped in the middle of its batch.
     pub(super) fn halted(&mut self, result: Result<(), Halt>) {
         match result {
             Ok(()) => {}
@@ -76,7 +76,7 @@ impl BatchReport {
     }
 }
 
-/// The executor cannot go on with its batch.
+/// Why an executor stops in the middle of its batch.
 pub(super) enum Halt {
     Outage(String),
     Unreachable(String),

@@ -1,4 +1,4 @@
-//! Looking for what is new, and ids that are not as they should be.
+//! Looks for new events, and corrects the sequence of ids when it is behind.
 
 use super::Leader;
 use aftercommit_core::error::Error;

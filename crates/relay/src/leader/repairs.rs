@@ -46,7 +46,7 @@ enum RepairReason {
     Missing,
 }
 
-/// What the leader knows of a queue.
+/// One of the two queues: how far the leader has gone through it, and when it looks again.
 #[derive(Debug)]
 struct RepairQueue {
     /// When it is looked at next.
@@ -60,7 +60,7 @@ struct RepairQueue {
     failures: u32,
 }
 
-/// What the leader knows of the queues.
+/// The queues of released and of missing events.
 #[derive(Debug)]
 pub(crate) struct Repairs {
     released: RepairQueue,
@@ -127,7 +127,7 @@ impl Repairs {
         due.into_iter()
     }
 
-    /// A batch took so long.
+    /// Adapts the size of batches to how long the last one took.
     fn took(&mut self, time: Duration) {
         let size = if time <= LONG { self.size.saturating_mul(2) } else { self.size / 2 };
         self.size = size.clamp(BATCH.1, BATCH.2);
@@ -305,7 +305,7 @@ impl Leader<'_> {
         Ok(())
     }
 
-    /// Lets the other events go on while a queue waits.
+    /// Makes a queue wait; other events are published meanwhile.
     fn wait_for(&mut self, why: RepairReason, wait: Duration) {
         self.repairs.window_open = false;
         self.repairs.queue(why).next = Instant::now() + wait;

@@ -1,4 +1,4 @@
-//! An outbox that was restored into another cluster.
+//! New transaction ids for the events of an outbox that was restored into another cluster.
 
 use super::Leader;
 use crate::fence::fenced;
@@ -40,7 +40,7 @@ impl Leader<'_> {
         Ok(())
     }
 
-    /// Step by step. Those that an earlier leader has done are gone through quickly.
+    /// Gives the events new transaction ids, step by step. Steps that an earlier leader has done take little time.
     async fn restamp_rows(&mut self) -> Result<u64, Error> {
         let failed = |error| database_error("giving events transaction ids of this cluster failed", error);
         let (mut total, mut behind) = (0, self.state.settled.last_id);

@@ -1,6 +1,6 @@
 //! Finds the leader's place in the stream: at the start of a leadership, and after every doubt.
 //!
-//! Most often the last message is of the open window, and the leader goes on behind it. When it is not, a restore lies
+//! Most often the last message is of the open window, and the leader continues behind it. When it is not, a restore lies
 //! between the log and the stream: what the stream holds is then looked up message by message, and what it does not
 //! hold is published. `docs/decisions/0006-restore.md` tells the rules.
 
@@ -51,7 +51,7 @@ pub(crate) struct Found {
     published_before: u64,
 }
 
-/// What is under a sequence of the stream where the server says that an event is.
+/// What the stream has at a sequence at which the server says that an event is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum There {
     Event,
@@ -382,7 +382,7 @@ impl Leader<'_> {
         }
     }
 
-    /// Says what came of a window whose events were looked up one by one.
+    /// Logs what became of a window whose events were looked up one by one.
     pub(crate) fn report_caught_up(&self) {
         let Found { present, ghosts, foreign, forged, published_before, .. } = self.found;
         let published = self.progress.published() - published_before;

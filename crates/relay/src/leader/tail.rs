@@ -33,7 +33,7 @@ impl Tail {
         self.in_flight.as_mut()
     }
 
-    /// See [`Tail`]. 0 when nothing is known.
+    /// In a shared stream: the outbox id up to which the open window is known to be stored; 0 when nothing is known.
     pub(super) fn stored_up_to(&self) -> i64 {
         self.stored_up_to
     }
@@ -71,7 +71,7 @@ impl Tail {
         self.stored_end = end;
     }
 
-    /// Goes on behind the stream's end, with nothing in flight yet.
+    /// Publishing continues behind the stream's end.
     pub(super) fn go_on(&mut self, in_flight: InFlight) {
         self.in_flight = Some(in_flight);
     }

@@ -2,8 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// How long an executor that has nothing to do waits for what runs, before payloads are let go: they cost a request each to read
-/// again.
+/// How long a free executor waits for those that run before payloads are let go: each costs a request to read again.
 const FIRST: Duration = Duration::from_millis(250);
 /// The longest wait, when letting go has brought nothing that could run.
 const LONGEST: Duration = Duration::from_secs(2);

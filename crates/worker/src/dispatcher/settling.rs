@@ -20,7 +20,7 @@ use aftercommit_core::text;
 use aftercommit_core::told::Why;
 
 impl Dispatcher {
-    /// Takes the outcome of a batch, and says when the dispatcher cannot go on.
+    /// Takes in the outcome of a batch. Returns why the dispatcher ends, if it does.
     pub(super) fn settle(&mut self, report: Result<(i64, BatchReport), JoinError>) -> Option<End> {
         let report = match report {
             Ok((number, report)) => {

@@ -78,7 +78,8 @@ impl Executor {
         if self.own(written).await.map_err(Halt::Outage)? { Ok(()) } else { Err(Halt::Fenced) }
     }
 
-    /// Keeps the error of an attempt for who asks. It is counted already, and goes on when this does not succeed.
+    /// Writes the error of an attempt for operators. The attempt is counted already, so a failure of this is no failure of
+    /// the event.
     async fn keep_failure(&self, queued: &Queued, attempts: u32, error: &str, wait: Duration) {
         let (name, id, attempts) = (&self.subscriber.name, queued.event.id.as_uuid(), attempts.cast_signed());
         let kept = self

@@ -1,4 +1,4 @@
-//! Sessions that ended while events ran: an outage, or the doing of one of the events?
+//! Asks the database about sessions that were lost while events ran: was it an outage, or is one of the events at fault?
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::verdict::{BatchReport, Halt, Verdict};
 const PROBE: Duration = Duration::from_secs(15);
 
 impl Executor {
-    /// Asks the database about losses that it could not be asked about at once. That it answers ends the outage.
+    /// Asks the database about losses that it could not be asked about at once. When it answers, the outage is over.
     pub(crate) async fn look_into(self, losses: Vec<Loss>) -> BatchReport {
         let mut report = BatchReport::default();
         let mut losses = losses.into_iter();
