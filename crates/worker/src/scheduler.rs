@@ -311,8 +311,8 @@ impl Scheduler {
         self.settle(event, State::Held(until));
     }
 
-    /// A given-out event must not run again before `until`; its key goes on without it.
-    pub(super) fn set_aside(&mut self, event: EventPlace, until: Instant) {
+    /// A given-out event must not run again before `until`; the later events of its key run meanwhile.
+    pub(super) fn skip(&mut self, event: EventPlace, until: Instant) {
         let Some(slot) = self.events.get_mut(&event).filter(|slot| slot.state == State::Running) else { return };
         slot.state = State::Held(until);
         let (key, company) = (slot.key.clone(), slot.company);

@@ -112,7 +112,7 @@ impl Dispatcher {
                 let why = if matches!(verdict, Verdict::Failed(_)) { Why::Failing } else { Why::Snoozed };
                 notes.waits(pending.id, key, why, None, 0, wait);
                 match (&verdict, self.executor.subscriber.settings.failure_policy) {
-                    (Verdict::Failed(_), FailurePolicy::Skip) => self.scheduler.set_aside(place, until),
+                    (Verdict::Failed(_), FailurePolicy::Skip) => self.scheduler.skip(place, until),
                     _ => self.scheduler.hold(place, until),
                 }
                 Answer::Later(wait)

@@ -80,17 +80,17 @@ fn what_is_sent_back_goes_before_live_events_and_never_beside_one() {
 }
 
 #[test]
-fn an_event_that_is_set_aside_lets_its_key_pass_and_comes_back_first() {
+fn an_event_that_is_skipped_lets_its_key_pass_and_comes_back_first() {
     let now = Instant::now();
     let mut scheduler = scheduler(&[(1, "a"), (2, "a"), (3, "a"), (4, "a")]);
     assert_eq!(scheduler.take(9, 1), stream([1]));
-    scheduler.set_aside(Stream(1), now);
+    scheduler.skip(Stream(1), now);
     assert_eq!(scheduler.take(9, 1), stream([2]));
     scheduler.wake(now);
     assert!(scheduler.take(9, 9).is_empty(), "2 still runs");
     scheduler.done(Stream(2));
     assert_eq!(scheduler.take(9, 2), stream([1, 3]));
-    scheduler.set_aside(Stream(3), now);
+    scheduler.skip(Stream(3), now);
     scheduler.done(Stream(1));
     assert_eq!(scheduler.ready(), 1, "4");
     scheduler.wake(now);
@@ -198,11 +198,11 @@ enum Ending {
     Done,
     PutBack,
     Hold,
-    SetAside,
+    Skip,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let verdict = prop_oneof![3 => Just(Ending::Done), 1 => Just(Ending::PutBack), 1 => Just(Ending::Hold), 1 => Just(Ending::SetAside)];
+    let verdict = prop_oneof![3 => Just(Ending::Done), 1 => Just(Ending::PutBack), 1 => Just(Ending::Hold), 1 => Just(Ending::Skip)];
     let company = prop_oneof![
         8 => Just(Company::Any), 1 => Just(Company::Apart), 1 => Just(Company::Unsuspected), 1 => Just(Company::None)
     ];
@@ -238,12 +238,12 @@ fn settle(scheduler: &mut Scheduler, model: &mut Model, batch: Vec<EventPlace>, 
             }
             Ending::PutBack => scheduler.put_back(*event),
             Ending::Hold => scheduler.hold(*event, now + Duration::from_secs(1)),
-            Ending::SetAside => {
-                scheduler.set_aside(*event, now + Duration::from_secs(1));
+            Ending::Skip => {
+                scheduler.skip(*event, now + Duration::from_secs(1));
                 model.aside.insert(*event);
             }
         }
-        if let (Some(key), false) = (key, matches!(verdict, Ending::Done | Ending::SetAside)) {
+        if let (Some(key), false) = (key, matches!(verdict, Ending::Done | Ending::Skip)) {
             blocked.push(key);
         }
     }
