@@ -73,7 +73,7 @@ impl From<Writers> for Mode {
 enum Publish {
     /// In batches when the stream has replicas or the server waits for its disk with each message; else chained
     Auto,
-    /// Many messages under way, each naming its predecessor; one at a time when the stream has replicas
+    /// Many messages in flight, each naming its predecessor; one at a time when the stream has replicas
     Chained,
     /// In atomic batches of up to 1,000
     Batched,

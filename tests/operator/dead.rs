@@ -1,4 +1,4 @@
-//! G1 and G6 at the operator: dead letters are found, looked at, changed, sent back and given up, and each of these is
+//! G1 and G6 at the operator: dead letters are found, looked at, changed, redriven and given up, and each of these is
 //! on record.
 
 use std::io::Write;
@@ -178,7 +178,7 @@ async fn show_tells_everything_and_the_payload_only_when_asked() {
 #[tokio::test]
 async fn a_retry_moves_the_letter_into_its_subscribers_queue() {
     let letters = Letters::six().await;
-    assert_eq!(letters.run(&["dead", "retry", "2", "1"]), "2 dead letters sent back\n");
+    assert_eq!(letters.run(&["dead", "retry", "2", "1"]), "2 dead letters redriven\n");
     assert_eq!(letters.listed(&[]), [6, 5, 4, 3]);
     type Row = (String, String, Option<String>, i64, Vec<u8>, Value, String);
     let queued: Vec<Row> = sqlx::query_as(
@@ -207,7 +207,7 @@ async fn a_retry_moves_the_letter_into_its_subscribers_queue() {
 
     // What is gone cannot be sent twice; what is there is sent all the same, and said so.
     let (status, error) = letters.refused(&["dead", "retry", "1", "3"]);
-    assert!(status == 1 && error.contains("1 dead letter sent back") && error.contains("found for 1:"), "{error}");
+    assert!(status == 1 && error.contains("1 dead letter redriven") && error.contains("found for 1:"), "{error}");
     assert_eq!(letters.listed(&[]), [6, 5, 4]);
 }
 
@@ -235,10 +235,10 @@ async fn bulk_needs_words_and_a_yes() {
     assert!(before == letters.dump(), "none of these has changed anything");
 
     let arguments = ["dead", "retry", "--subscriber", "mails", "--error", "on fire", "--yes"];
-    assert_eq!(letters.run(&arguments), "2 dead letters sent back\n");
+    assert_eq!(letters.run(&arguments), "2 dead letters redriven\n");
     assert_eq!(letters.listed(&[]), [6, 5, 4, 2]);
     assert_eq!(letters.run(&["dead", "discard", "--all", "--yes"]), "4 dead letters discarded\n");
-    assert_eq!(letters.run(&["dead", "retry", "--all", "--yes"]), "0 dead letters sent back\n");
+    assert_eq!(letters.run(&["dead", "retry", "--all", "--yes"]), "0 dead letters redriven\n");
 }
 
 #[tokio::test]
@@ -328,7 +328,7 @@ async fn an_edit_keeps_what_was() {
     assert!(before == letters.dump());
 
     let text = succeeded(letters.fed(&["dead", "edit", "1", "--payload", "-", "--retry"], b"[]"));
-    assert!(text.ends_with("sent back to its subscriber\n"), "{text}");
+    assert!(text.ends_with("redriven to its subscriber\n"), "{text}");
     let payload: Vec<u8> =
         sqlx::query_scalar("select payload from aftercommit.redrive").fetch_one(&letters.pool).await.unwrap();
     assert_eq!(payload, b"[]");

@@ -152,7 +152,7 @@ async fn a_failing_event_is_followed_to_its_dead_letter_and_back() {
     let redriven = explain(outbox, &event, &[]);
     assert_eq!(state(&redriven, "mails"), "redrive", "{redriven}");
     let text = redriven["subscribers"]["mails"]["text"].as_str().unwrap();
-    assert_eq!(text, "sent back by jane, waits to run again; no worker is active for it");
+    assert_eq!(text, "redriven by jane, waits to run again; no worker is active for it");
     let story = moments(&redriven);
     let [.., letter, retry] = story.as_slice() else { panic!("{story:?}") };
     assert!(letter.ends_with("now a dead letter: no such printer"), "the audit trail remembers: {story:?}");

@@ -43,7 +43,7 @@ async fn a_leader_is_ready_and_counts_what_it_publishes() {
     reaches(&address, &format!("aftercommit_relay_backlog_events{stream}"), |events| events == 0.0).await;
     reaches(&address, &format!("aftercommit_relay_leader{stream}"), |leader| leader == 1.0).await;
     reaches(&address, &format!("aftercommit_relay_epoch{stream}"), |epoch| epoch == 1.0).await;
-    reaches(&address, &format!("aftercommit_relay_under_way{stream}"), |messages| messages == 0.0).await;
+    reaches(&address, &format!("aftercommit_relay_in_flight{stream}"), |messages| messages == 0.0).await;
     reaches(&address, &format!("aftercommit_relay_seconds_since_progress{stream}"), |seconds| seconds < 1.0).await;
     let metrics = get(&address, "/metrics").await.unwrap().1;
     assert!(metrics.contains("# TYPE aftercommit_relay_ack_seconds histogram"), "{metrics}");

@@ -57,7 +57,7 @@ async fn whoever_deletes_or_changes_a_letter_leaves_an_entry_with_the_event() {
     ];
     assert_eq!(trail(&stage).await, expected);
 
-    // With the tool: what is sent back is kept where it waits, and when it is taken away there, in the trail.
+    // With the tool: what is redriven is kept where it waits, and when it is taken away there, in the trail.
     succeeded(&stage.run("aftercommit", "operator", "operator", &["dead", "retry", "4", "--as", "bert"]));
     succeeded(&stage.run("aftercommit", "operator", "operator", &["dead", "discard", "5", "--as", "bert"]));
     expected.extend([entry("bert", "dead retry", &None), entry("bert", "dead discard", &kept)]);
@@ -68,7 +68,7 @@ async fn whoever_deletes_or_changes_a_letter_leaves_an_entry_with_the_event() {
     assert_eq!(trail(&stage).await, expected);
 }
 
-/// A worker that has run what was sent back leaves none.
+/// A worker that has run what was redriven leaves none.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_event_that_was_sent_back_and_is_done_leaves_no_further_entry() {
     let stage = Stage::new().await;

@@ -22,7 +22,7 @@ async fn send_back(work: &Work, subscriber: &str) -> usize {
     dead::retry(&work.outbox.postgres, "test", &filter).await.unwrap().len()
 }
 
-/// Writes the row of an event that was sent back.
+/// Writes the row of an event that was redriven.
 async fn put_row(work: &Work, subscriber: &str, event: &Envelope) {
     sqlx::query(
         "insert into aftercommit.redrive

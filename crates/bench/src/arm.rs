@@ -9,9 +9,9 @@ use aftercommit_core::{jetstream, postgres};
 /// What such a process does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Arm {
-    /// Publish the events of an outbox, prepared in memory, many under way, each naming its predecessor
+    /// Publish the events of an outbox, prepared in memory, many in flight, each naming its predecessor
     PublishChained,
-    /// Publish them in atomic batches, some of them under way
+    /// Publish them in atomic batches, some of them in flight
     PublishBatches,
     /// Read the events of an outbox, page by page
     Read,

@@ -1,4 +1,4 @@
-//! Whether a process gets on with its work, as its health checks say it.
+//! Whether a process makes progress, as its health checks say.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ pub struct Health {
 
 /// What can be checked from outside: a relay's monitor, a worker's, a runner's.
 pub trait Check: Send + Sync + 'static {
-    /// Whether the process gets on with its work.
+    /// Whether the process makes progress.
     fn health(&self) -> Health;
 
     /// Whether it has what it needs to work: its servers, and the lead or a place in the queue for it.
@@ -63,12 +63,12 @@ pub struct Facts<'a> {
     pub blocked: bool,
     /// Why the connection to NATS does not stand, as far as that is known; none when it does.
     pub outage: Option<&'a str>,
-    /// When it last got on: published something, found nothing to do, or found another one leading.
+    /// When it last made progress: published something, found nothing to do, or found another one leading.
     pub progressed: Instant,
 }
 
 impl Facts<'_> {
-    /// Unhealthy is who has got on with nothing for longer than `patience` while work waits or may wait.
+    /// Unhealthy after longer than `patience` without progress while work waits or may wait.
     pub fn health(&self, patience: Duration, now: Instant) -> Health {
         let stalled = now.saturating_duration_since(self.progressed);
         if self.phase == Phase::Paused {

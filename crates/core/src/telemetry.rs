@@ -68,16 +68,16 @@ metrics! {
     RELAY_LATENCY_SECONDS, Histogram, "aftercommit_relay_latency_seconds", ["stream"]:
         "From the event's `created_at` until the same; it holds the rest of the publisher's transaction, and the \
          difference between the database's clock and the relay's.";
-    RELAY_UNDER_WAY, Gauge, "aftercommit_relay_under_way", ["stream"]:
-        "Messages that are sent and not acknowledged.";
-    RELAY_UNDER_WAY_LIMIT, Gauge, "aftercommit_relay_under_way_limit", ["stream"]:
-        "How many messages may be under way.";
+    RELAY_IN_FLIGHT, Gauge, "aftercommit_relay_in_flight", ["stream"]:
+        "Messages in flight: sent and not acknowledged.";
+    RELAY_IN_FLIGHT_LIMIT, Gauge, "aftercommit_relay_in_flight_limit", ["stream"]:
+        "How many messages may be in flight: sent and not acknowledged.";
     RELAY_WINDOW_EVENTS, Histogram, "aftercommit_relay_window_events", ["stream"]:
         "Events per window, when the window is in the stream. Many large windows mean that the relay is behind.";
     RELAY_INTERRUPTIONS_TOTAL, Counter, "aftercommit_relay_interruptions_total", ["stream", "class"]:
         "How often publishing was interrupted and what is stored had to be read from the stream, by class.";
     RELAY_PARKED, Gauge, "aftercommit_relay_parked", ["stream"]:
-        "Events that are set aside because the stream will never take them, and those that wait behind them, \
+        "Parked events: the stream will never take them; and those that wait behind them, \
          until an operator decides (`aftercommit parked list`). `NaN` while the database does not answer.";
     RELAY_LEADER, Gauge, "aftercommit_relay_leader", ["stream"]:
         "1 for the relay that leads, 0 for one that stands by or connects.";
@@ -133,7 +133,7 @@ metrics! {
     WORKER_DEAD_LETTERS, Gauge, "aftercommit_worker_dead_letters", ["subscriber"]:
         "Events that the subscriber gave up on (`aftercommit.dead_letter`), until an operator decides. `NaN` as above.";
     WORKER_REDRIVE, Gauge, "aftercommit_worker_redrive", ["subscriber"]:
-        "Events that an operator has sent back and that are not done yet (`aftercommit.redrive`). `NaN` as above.";
+        "Events that an operator has redriven and that are not done yet (`aftercommit.redrive`). `NaN` as above.";
     WORKER_ACTIVE, Gauge, "aftercommit_worker_active", ["subscriber"]:
         "1 for the instance that is active for the subscriber, paused or not, 0 for one that stands by or connects.";
     WORKER_EPOCH, Gauge, "aftercommit_worker_epoch", ["subscriber"]:

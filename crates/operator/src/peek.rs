@@ -35,7 +35,7 @@ pub struct Peek {
     /// Whether an operator has paused the subscriber, or its consumer is paused; none when its database was not asked and
     /// the consumer is not paused.
     pub paused: Option<bool>,
-    /// Events that an operator sent back, and which have not run since; none when the database was not asked.
+    /// Events that an operator redrove, and which have not run since; none when the database was not asked.
     pub redrive: Option<i64>,
     /// What keeps the whole subscriber from working; none when nothing does, or the database was not asked.
     pub obstacle: Option<String>,
@@ -128,7 +128,7 @@ pub async fn peek(
             Some(session)
         }
         Err(error) => {
-            peek.unknown.push(format!("what is done, fails or was sent back: {}", error.report()));
+            peek.unknown.push(format!("what is done, fails or was redriven: {}", error.report()));
             None
         }
     };
@@ -172,7 +172,7 @@ fn no_consumer(naming: &Naming, subscriber: &str) -> Error {
     )
 }
 
-/// Why nothing gets on, whatever the event.
+/// Why there is no progress, whatever the event.
 fn obstacle(at_work: Option<&AtWork>, instance: Option<&Instance>) -> Option<String> {
     match (at_work, instance) {
         (None, _) => Some("no worker has served it from this database".into()),

@@ -39,7 +39,7 @@ pub async fn may_be_forgotten(config: &PostgresConfig, name: &str) -> Result<(),
 /// The inbox goes in transactions of 10,000 rows; when it is broken off, run it again.
 ///
 /// # Errors
-/// When a worker still serves it, when it has dead letters or events that were sent back, which have to be decided about
+/// When a worker still serves it, when it has dead letters or events that were redriven, which have to be decided about
 /// first, when nothing is known of it, or when the database cannot be reached, has no schema, or refuses.
 pub async fn forget(config: &PostgresConfig, name: &str, who: &str) -> Result<Forgotten, Error> {
     check_name(name).map_err(|problem| Error::new(ErrorKind::Config, problem))?;
@@ -82,7 +82,7 @@ fn check(name: &str, remains: &Remains) -> Result<(), Error> {
     if remains.redrive > 0 {
         let events = remains.redrive;
         return refuse(format!(
-            "{events} events that were sent back to the subscriber {name} have not run: let a worker run them first"
+            "{events} events that were redriven to the subscriber {name} have not run: let a worker run them first"
         ));
     }
     Ok(())
@@ -100,7 +100,7 @@ mod tests {
             (Remains { active: Some("host:1:2".into()), ..gone.clone() }, "host:1:2 serves"),
             (Remains { known: false, ..gone.clone() }, "is the name right"),
             (Remains { dead_letters: 3, ..gone.clone() }, "3 dead letters"),
-            (Remains { redrive: 2, ..gone.clone() }, "2 events that were sent back"),
+            (Remains { redrive: 2, ..gone.clone() }, "2 events that were redriven"),
         ] {
             let error = check("a", &remains).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");

@@ -32,7 +32,6 @@ use std::sync::Arc;
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
-use uuid::Uuid;
 
 use aftercommit_core::backoff::Backoff;
 use aftercommit_core::config::Naming;
@@ -44,10 +43,11 @@ use aftercommit_core::jetstream::service::{self, Service};
 use aftercommit_core::jetstream::stream::StreamReader;
 use aftercommit_core::jetstream::{self, Connection, topology};
 use aftercommit_core::outbox_query;
+use aftercommit_core::postgres::lease::{self, Tenure};
 use aftercommit_core::postgres::relay_log::{self, Appended};
 use aftercommit_core::postgres::relay_status::{self, Report};
 use aftercommit_core::postgres::session::Session;
-use aftercommit_core::postgres::{self, database_error, lease, pause, sequence};
+use aftercommit_core::postgres::{self, database_error, pause, sequence};
 use aftercommit_core::relay::{LEASE, Mode};
 use cause::Cause;
 pub use config::{ParkPolicy, RelayConfig};
@@ -78,8 +78,7 @@ pub struct Relay {
 impl Relay {
     /// A relay of its own identity. Its metrics go to the recorder that is installed now.
     pub fn new(config: RelayConfig) -> Self {
-        let host = gethostname();
-        let holder = format!("{host}:{}:{}", std::process::id(), Uuid::new_v4().simple());
+        let holder = lease::new_holder();
         let naming = Arc::new(config.naming.clone());
         let progress = Progress::new(&naming.stream, config.max_in_flight);
         Self { config, holder, naming, progress, samples: watch::Sender::new(None), nats: watch::Sender::new(None) }
@@ -155,12 +154,12 @@ impl Relay {
         let stood_by = tokio::time::Instant::now();
         while !shutdown.is_cancelled() {
             *failures = 0;
-            let epoch = lease::acquire(&mut log, LEASE, &self.holder, self.config.lease)
+            let tenure = lease::acquire(&mut log, LEASE, &self.holder, self.config.lease)
                 .await
                 .map_err(|error| database_error("asking for the relay's lease failed", error))?;
-            if let Some(epoch) = epoch {
-                self.progress.lead(epoch);
-                return Box::pin(self.lead(epoch, log, &nats, stream, shutdown)).await;
+            if let Some(tenure) = tenure {
+                self.progress.lead(tenure.epoch);
+                return Box::pin(self.lead(tenure, log, &nats, stream, shutdown)).await;
             }
             self.progress.enter(Phase::StandingBy, "another relay leads");
             // One that died would have lost its lease by now.
@@ -219,12 +218,13 @@ impl Relay {
 
     async fn lead(
         &self,
-        epoch: i64,
+        tenure: Tenure,
         mut log: Session,
         nats: &Connection,
         stream: StreamReader,
         shutdown: &CancellationToken,
     ) -> Result<(), Error> {
+        let epoch = tenure.epoch;
         tracing::info!(epoch, stream = %self.naming.stream, "leading");
         let was_paused = pause::is_paused(&mut log, &[LEASE]).await;
         let was_paused =
@@ -234,7 +234,7 @@ impl Relay {
         let guarding = self.guard(&stream).watch(unfit, self.progress.subscribe());
         let answering = outbox_query::server::answer(self.config.postgres.clone(), nats.clone(), self.naming.clone());
         let _answering = AbortOnDropHandle::new(tokio::spawn(answering));
-        let heartbeat = self.heartbeat(epoch, self.progress.subscribe(), paused);
+        let heartbeat = self.heartbeat(&tenure, self.progress.subscribe(), paused);
         let leading = async {
             let newest = relay_log::newest(&mut log).await;
             let newest = newest.map_err(|error| database_error("reading the relay's log failed", error))?;
@@ -282,7 +282,7 @@ impl Relay {
             error = self.prune() => Err(error),
         };
         if !matches!(&result, Err(error) if error.kind() == ErrorKind::Fenced) {
-            self.release(epoch).await;
+            self.release(&tenure).await;
         }
         result
     }
@@ -290,7 +290,7 @@ impl Relay {
     /// Renews the lease and tells how far the leader is. Ends with the reason when the lease cannot be kept.
     async fn heartbeat(
         &self,
-        epoch: i64,
+        tenure: &Tenure,
         position: watch::Receiver<RelayPosition>,
         paused: watch::Sender<bool>,
     ) -> Error {
@@ -301,7 +301,7 @@ impl Relay {
         loop {
             let report = position.borrow().clone();
             let attempt =
-                tokio::time::timeout_at(renewed + self.config.lease, self.beat(&mut connection, epoch, report));
+                tokio::time::timeout_at(renewed + self.config.lease, self.beat(&mut connection, tenure, report));
             match attempt.await {
                 Ok(Ok(Some(pause))) => {
                     renewed = tokio::time::Instant::now();
@@ -330,7 +330,7 @@ impl Relay {
     async fn beat(
         &self,
         connection: &mut Option<Session>,
-        epoch: i64,
+        tenure: &Tenure,
         position: RelayPosition,
     ) -> Result<Option<bool>, Error> {
         let mut open = match connection.take() {
@@ -339,12 +339,12 @@ impl Relay {
         };
         let failed = |error| database_error("renewing the relay's lease failed", error);
         fault::point("relay-renew");
-        if !lease::renew(&mut open, LEASE, &self.holder, epoch, self.config.lease).await.map_err(failed)? {
+        if !tenure.renew(&mut open, self.config.lease).await.map_err(failed)? {
             return Ok(None);
         }
         let report = Report {
-            holder: self.holder.clone(),
-            epoch,
+            holder: tenure.holder.clone(),
+            epoch: tenure.epoch,
             stream: self.naming.stream.clone(),
             last_id: position.last_id,
             last_sequence: position.last_sequence,
@@ -383,15 +383,13 @@ impl Relay {
     }
 
     /// Lets a standby lead at once. If it cannot be told, the lease runs out by itself.
-    async fn release(&self, epoch: i64) {
+    async fn release(&self, tenure: &Tenure) {
         let released = async {
             let mut connection = self.connect().await?;
-            lease::release(&mut connection, LEASE, &self.holder, epoch)
-                .await
-                .map_err(|error| database_error("releasing the lease failed", error))
+            tenure.release(&mut connection).await.map_err(|error| database_error("releasing the lease failed", error))
         };
         match tokio::time::timeout(self.config.lease, released).await {
-            Ok(Ok(())) => tracing::info!(epoch, "lease released"),
+            Ok(Ok(())) => tracing::info!(epoch = tenure.epoch, "lease released"),
             Ok(Err(error)) => tracing::warn!(error = error.report(), "the lease will run out by itself"),
             Err(_) => tracing::warn!("the lease will run out by itself: the database does not answer"),
         }
@@ -428,14 +426,4 @@ impl fmt::Debug for Relay {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Relay").field("config", &self.config).field("holder", &self.holder).finish_non_exhaustive()
     }
-}
-
-/// The machine's name, for people who read the lease table.
-fn gethostname() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/hostname")
-        .ok()
-        .map(|name| name.trim().to_string())
-        .or_else(|| std::env::var("HOSTNAME").ok())
-        .filter(|name| !name.is_empty())
-        .unwrap_or_else(|| "unknown".into())
 }

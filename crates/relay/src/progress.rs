@@ -51,7 +51,7 @@ impl Progress {
             progressed: Instant::now(),
             before_window: 0,
         };
-        gauge!(telemetry::RELAY_UNDER_WAY_LIMIT.name, "stream" => stream.to_string()).set(in_flight_limit as f64);
+        gauge!(telemetry::RELAY_IN_FLIGHT_LIMIT.name, "stream" => stream.to_string()).set(in_flight_limit as f64);
         Self { position: watch::Sender::new(position), metrics: Metrics::new(stream) }
     }
 
@@ -180,7 +180,7 @@ impl Metrics {
             published: counter!(telemetry::RELAY_PUBLISHED_TOTAL.name, "stream" => stream.to_string()),
             ack: histogram(telemetry::RELAY_ACK_SECONDS),
             latency: histogram(telemetry::RELAY_LATENCY_SECONDS),
-            in_flight: gauge(telemetry::RELAY_UNDER_WAY),
+            in_flight: gauge(telemetry::RELAY_IN_FLIGHT),
             window_events: histogram(telemetry::RELAY_WINDOW_EVENTS),
             leader: gauge(telemetry::RELAY_LEADER),
             epoch: gauge(telemetry::RELAY_EPOCH),

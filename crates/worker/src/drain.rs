@@ -94,9 +94,7 @@ pub async fn drain(
         Ok(()) => run.run().await,
         Err(error) => Err(error),
     };
-    let released = connections
-        .run(async |connection| lease::release(connection, &tenure.name, &tenure.holder, tenure.epoch).await)
-        .await;
+    let released = connections.run(async |connection| tenure.release(connection).await).await;
     drained?;
     released.map_err(|error| database_error("the subscriber's lease cannot be given back", error))?;
     Ok(run.outcome)
@@ -105,11 +103,12 @@ pub async fn drain(
 /// The subscriber's lease, so that no worker runs it at the same time. One of a drain that was cut off runs out.
 async fn acquire(subscriber: &str, connections: &Connections) -> Result<Tenure, Error> {
     let (name, holder) = (lease_name(subscriber), lease::new_holder());
-    let mut epoch = None;
+    let mut tenure = None;
     let acquired = tokio::time::timeout(LEASE + LEASE / 4, async {
-        while epoch.is_none() {
-            epoch = connections.run(async |connection| lease::acquire(connection, &name, &holder, LEASE).await).await?;
-            if epoch.is_none() {
+        while tenure.is_none() {
+            tenure =
+                connections.run(async |connection| lease::acquire(connection, &name, &holder, LEASE).await).await?;
+            if tenure.is_none() {
                 tokio::time::sleep(LEASE / 40).await;
             }
         }
@@ -120,13 +119,12 @@ async fn acquire(subscriber: &str, connections: &Connections) -> Result<Tenure, 
             database_error(format!("asking for the lease of subscriber {subscriber} failed"), error)
         })?;
     }
-    match epoch {
-        Some(epoch) => Ok(Tenure { name, holder, epoch }),
-        None => Err(Error::new(
+    tenure.ok_or_else(|| {
+        Error::new(
             ErrorKind::NotReady,
             format!("a worker runs the subscriber {subscriber} in this database: stop it before draining"),
-        )),
-    }
+        )
+    })
 }
 
 /// One stretch of work.

@@ -117,9 +117,7 @@ impl SubscriberRun {
             .run_for_lease(async |connection| lease::acquire(connection, &name, &self.holder, ttl).await)
             .await;
         term.took(asked.elapsed());
-        let epoch =
-            acquired.map_err(|error| postgres::database_error("asking for the subscriber's lease failed", error))?;
-        Ok(epoch.map(|epoch| Tenure { name, holder: self.holder.clone(), epoch }))
+        acquired.map_err(|error| postgres::database_error("asking for the subscriber's lease failed", error))
     }
 
     /// Works as long as the lease is ours, and returns how long the next one should last.
@@ -225,9 +223,7 @@ impl SubscriberRun {
 
     /// Gives the lease up. What runs here goes on, and its keys wait for it at the successor.
     async fn hand_over(&self, tenure: &Tenure) {
-        let released = self.connections.run_for_lease(async |connection| {
-            lease::release(connection, &tenure.name, &tenure.holder, tenure.epoch).await
-        });
+        let released = self.connections.run_for_lease(async |connection| tenure.release(connection).await);
         match tokio::time::timeout(Duration::from_secs(2), released).await {
             Ok(Ok(())) => tracing::info!(subscriber = self.name(), epoch = tenure.epoch, "handed over"),
             // It runs out by itself.
@@ -447,7 +443,7 @@ impl Keeper {
     async fn renew(&self, ttl: Duration) -> Result<(bool, Option<Pause>), sqlx::Error> {
         let tenure = &self.tenure;
         let renewed = self.connections.run_for_lease(async |connection| {
-            let ours = lease::renew(connection, &tenure.name, &tenure.holder, tenure.epoch, ttl).await?;
+            let ours = tenure.renew(connection, ttl).await?;
             Ok((ours, pause::first(connection, &[&tenure.name, ALL]).await?))
         });
         renewed.await

@@ -36,8 +36,8 @@ pub(super) enum Step {
 pub(super) struct Chain {
     pub(super) sequence: u8,
     message_id: Option<Event>,
-    /// Messages under way, and whether each is known to be stored.
-    pub(super) under_way: Vec<(Event, bool)>,
+    /// Messages in flight, and whether each is known to be stored.
+    pub(super) in_flight: Vec<(Event, bool)>,
 }
 
 /// What the server says to a message.
@@ -52,23 +52,23 @@ impl Chain {
         Self { sequence, ..Self::default() }
     }
 
-    /// Takes the next message up as under way and says what it must be behind.
+    /// Takes the next message up as in flight and says what it must be behind.
     pub(super) fn send(&mut self, event: Event) -> (u8, Option<Event>) {
-        let sequence = self.sequence + self.under_way.len() as u8;
-        let id = self.under_way.last().map_or(self.message_id, |(event, _)| Some(*event));
-        self.under_way.push((event, false));
+        let sequence = self.sequence + self.in_flight.len() as u8;
+        let id = self.in_flight.last().map_or(self.message_id, |(event, _)| Some(*event));
+        self.in_flight.push((event, false));
         (sequence, id)
     }
 
     /// Takes an answer in; false when the chain ends with it.
     pub(super) fn answered(&mut self, event: Event, answer: Answer) -> bool {
-        let Some(at) = self.under_way.iter().position(|(sent, _)| *sent == event) else { return true };
+        let Some(at) = self.in_flight.iter().position(|(sent, _)| *sent == event) else { return true };
         if answer != Answer::Stored(self.sequence + at as u8 + 1) {
             return false;
         }
-        self.under_way[at].1 = true;
-        while let Some((event, true)) = self.under_way.first().copied() {
-            self.under_way.remove(0);
+        self.in_flight[at].1 = true;
+        while let Some((event, true)) = self.in_flight.first().copied() {
+            self.in_flight.remove(0);
             self.sequence += 1;
             self.message_id = Some(event);
         }
@@ -238,10 +238,10 @@ impl Leader {
         Some(Publish { event, outbox_id, expected_sequence, expected_id, sender: Some(sender) })
     }
 
-    /// Publishing has come to its end when nothing is left to send or under way.
+    /// Publishing has come to its end when nothing is left to send or in flight.
     pub(super) fn rest_if_done(&mut self) {
         if let Step::Publishing { chain, to_do } = &self.step
-            && chain.under_way.is_empty()
+            && chain.in_flight.is_empty()
             && to_do.is_empty()
         {
             self.step = Step::Idle(chain.clone());

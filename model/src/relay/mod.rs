@@ -21,8 +21,8 @@ pub struct Scope {
     pub unfit: Vec<u8>,
     /// Relay processes.
     pub relays: usize,
-    /// Messages under way at most.
-    pub under_way: usize,
+    /// Messages in flight at most.
+    pub in_flight: usize,
     /// How often what may go wrong.
     pub faults: Faults,
     /// Whether ids are taken in advance, before the transaction that writes them has its own.

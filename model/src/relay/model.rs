@@ -181,13 +181,13 @@ impl Scope {
                             actions.push(Action::Park(at));
                         }
                     }
-                    Some(_) if chain.under_way.len() < self.under_way => actions.push(Action::Send(at)),
+                    Some(_) if chain.in_flight.len() < self.in_flight => actions.push(Action::Send(at)),
                     _ => {}
                 }
                 let on_the_way =
                     |event| state.wire.iter().any(|message| message.sender == Some(at as u8) && message.event == event);
-                let unanswerable = chain.under_way.iter().any(|(event, stored)| !stored && !on_the_way(*event));
-                if unanswerable || (state.left.timeouts > 0 && !chain.under_way.is_empty()) {
+                let unanswerable = chain.in_flight.iter().any(|(event, stored)| !stored && !on_the_way(*event));
+                if unanswerable || (state.left.timeouts > 0 && !chain.in_flight.is_empty()) {
                     actions.push(Action::GiveUp(at));
                 }
             }
@@ -266,7 +266,7 @@ impl State {
             Action::GiveUp(at) => {
                 let on_the_way = self.wire.iter().filter(|message| message.sender == Some(at as u8)).count();
                 let Step::Publishing { chain, .. } = &self.leader(at).step else { return };
-                if chain.under_way.iter().filter(|(_, stored)| !stored).count() == on_the_way {
+                if chain.in_flight.iter().filter(|(_, stored)| !stored).count() == on_the_way {
                     self.left.timeouts -= 1;
                 }
                 self.doubt(at);

@@ -73,7 +73,7 @@ fn text(status: &Status) -> String {
             if one.pending.is_none() { "?".into() } else { age(one.oldest_seconds) },
         ]);
     }
-    let mut text = table(&["", "waiting", "in flight", "failing", "sent back", "dead", "oldest"], &rows);
+    let mut text = table(&["", "waiting", "in flight", "failing", "redriven", "dead", "oldest"], &rows);
     text.extend(status.stream_error.iter().map(|error| format!("not known: {}\n", plain(error))));
     text
 }

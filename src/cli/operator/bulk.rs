@@ -43,7 +43,7 @@ pub(super) trait Act {
     fn command(&self) -> &'static str;
     /// One of what it is done to, such as `dead letter`.
     fn noun(&self) -> &'static str;
-    /// Such as `sent back`.
+    /// Such as `redriven`.
     fn done(&self) -> &'static str;
     /// Where those that are not found can be looked for.
     fn look(&self) -> &'static str;

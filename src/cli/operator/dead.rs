@@ -214,7 +214,7 @@ impl Act for Action {
 
     fn done(&self) -> &'static str {
         match self {
-            Self::Retry => "sent back",
+            Self::Retry => "redriven",
             Self::Discard => "discarded",
         }
     }
@@ -270,7 +270,7 @@ fn edited_text(id: i64, edited: &Edited) -> String {
         text.extend(names.iter().map(|name| format!("{what} {}\n", plain(name))));
     }
     text + &match retried {
-        true => "sent back to its subscriber\n".into(),
+        true => "redriven to its subscriber\n".into(),
         false => format!("`aftercommit dead retry {id}` sends it back to its subscriber\n"),
     }
 }

@@ -57,10 +57,10 @@ fn text(peek: &peek::Peek, with_payload: bool) -> String {
         text += ", paused";
     }
     if let Some(events) = peek.redrive.filter(|events| *events > 0) {
-        text += &format!(", {events} sent back by operators");
+        text += &format!(", {events} redriven by operators");
     }
     text += "\n";
-    text.extend(peek.obstacle.iter().map(|obstacle| format!("nothing gets on: {}\n", cut(obstacle, 300))));
+    text.extend(peek.obstacle.iter().map(|obstacle| format!("no progress: {}\n", cut(obstacle, 300))));
     if peek.messages.is_empty() {
         text += "nothing waits in the stream\n";
     } else {

@@ -19,7 +19,7 @@ use aftercommit_core::jetstream::publisher::Outgoing;
 use aftercommit_core::jetstream::stream::StreamReader;
 use aftercommit_core::jetstream::{Connection, envelope};
 
-/// Messages under way, as the relay has them by default.
+/// Messages in flight, as the relay has them by default.
 const WINDOW: u64 = 2048;
 
 /// A message with everything that goes out with it.
@@ -49,7 +49,7 @@ struct Stored {
     seq: u64,
 }
 
-/// A floor: publishes messages with many under way, and sees that each is stored in its place. One inbox for all
+/// A floor: publishes messages with many in flight, and sees that each is stored in its place. One inbox for all
 /// answers, no task per message: the quickest way that this client has.
 pub(crate) async fn publish(connection: &Connection, messages: Vec<Ready>) -> Result<(), Error> {
     let client = &connection.client;
@@ -78,7 +78,7 @@ pub(crate) async fn publish(connection: &Connection, messages: Vec<Ready>) -> Re
     Ok(())
 }
 
-/// Messages of an atomic batch, and batches under way. More batches than two do not make it faster.
+/// Messages of an atomic batch, and batches in flight. More batches than two do not make it faster.
 const BATCH: usize = 1000;
 const BATCHES: usize = 2;
 
@@ -109,13 +109,13 @@ pub(crate) async fn publish_batches(connection: &Connection, batches: Vec<Vec<Re
     let client = &connection.client;
     let inbox = client.new_inbox();
     let mut answers = client.subscribe(format!("{inbox}.*")).await.map_err(|error| failed(error.into()))?;
-    let (mut under_way, mut stored) = (VecDeque::new(), 0);
+    let (mut in_flight, mut stored) = (VecDeque::new(), 0);
     let mut batches = batches.into_iter().enumerate();
     loop {
-        while under_way.len() < BATCHES
+        while in_flight.len() < BATCHES
             && let Some((number, batch)) = batches.next()
         {
-            under_way.push_back(batch.len() as u64);
+            in_flight.push_back(batch.len() as u64);
             let last = batch.len() - 1;
             for (position, Ready { subject, headers, payload }) in batch.into_iter().enumerate() {
                 let published = if position == last {
@@ -127,7 +127,7 @@ pub(crate) async fn publish_batches(connection: &Connection, batches: Vec<Vec<Re
                 published.map_err(|error| failed(error.into()))?;
             }
         }
-        let Some(size) = under_way.pop_front() else { return Ok(()) };
+        let Some(size) = in_flight.pop_front() else { return Ok(()) };
         stored += size;
         let Some(answer) = answers.next().await else { return Err(failed("the client was closed".into())) };
         let stored_as: Stored = serde_json::from_slice(&answer.payload).map_err(|error| failed(error.into()))?;

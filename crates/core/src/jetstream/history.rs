@@ -30,7 +30,7 @@ pub(super) const BATCH_BYTES: u64 = 4 << 20;
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 /// With so many wanted messages in it, the whole batch is read.
 const DENSE: usize = 100;
-/// Questions to the leader that are under way at the same time.
+/// Questions to the leader that are in flight at the same time.
 const QUESTIONS: usize = 32;
 
 /// A stream that is read from one sequence to another.

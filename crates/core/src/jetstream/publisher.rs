@@ -169,7 +169,7 @@ pub enum SendError {
     /// It is larger than the server takes.
     TooLarge { limit: usize },
     /// It was larger than the server took when this connection was made. The server takes more now, and the connection is
-    /// made anew for that: what was under way is unknown.
+    /// made anew for that: what was in flight is unknown.
     Renewed,
     /// The client is closed.
     Closed,
@@ -201,7 +201,7 @@ impl Publisher {
         Ok(Self { connection, inbox, answers, generation: 0, replies, asked_size: None })
     }
 
-    /// Forgets what is under way.
+    /// Forgets what is in flight.
     pub fn restart(&mut self) {
         self.generation += 1;
         self.replies = format!("{}.{}.", self.inbox, self.generation);

@@ -15,7 +15,7 @@ use crate::outbox_query::client::OutboxClient;
 use aftercommit_outbox::event::EventId;
 use aftercommit_outbox::subject;
 
-/// Requests that are under way at the same time, per subject.
+/// Requests that are in flight at the same time, per subject.
 const PIPELINE: u64 = 64;
 /// Sequences that one of them walks through.
 const STRIDE: u64 = 8;

@@ -253,7 +253,7 @@ fn corrected(current: &Fields, naming: &Naming, settings: &StreamSettings, atomi
     wanted("max_bytes", settings.max_bytes.map(|bytes| json!(bytes)));
     wanted("num_replicas", settings.replicas.map(|replicas| json!(replicas)));
     if number(&config, "num_replicas") > 1 && atomic {
-        // Else the relay can have one message under way only.
+        // Else the relay can have one message in flight only.
         changes.extend(set(&mut config, "allow_atomic", json!(true)));
     }
     (config, changes)

@@ -49,7 +49,7 @@ pub struct Row {
     pub stream_seq: i64,
     /// Its place in the publisher's outbox, if that is known.
     pub sequence: Option<i64>,
-    /// The key of an event that comes from the stream: it waits while others of the key were sent back.
+    /// The key of an event that comes from the stream: it waits while others of the key were redriven.
     pub live_key: Option<String>,
 }
 
@@ -58,7 +58,7 @@ pub struct Row {
 pub struct Entered {
     /// Those that are new, each with the number of its failed attempts, if there is something on record about it.
     pub fresh: Vec<(Uuid, Option<i32>)>,
-    /// Those that may not run yet, because events of their key that were sent back wait.
+    /// Those that may not run yet, because events of their key that were redriven wait.
     pub held: Vec<Uuid>,
     /// All but those, when a successor has taken the marker: it has just counted a crash for those that were not done, and
     /// they are now.
@@ -68,7 +68,7 @@ pub struct Entered {
 }
 
 /// Writes the inbox rows of `events` and removes the marker, both valid with the commit. Waits for another transaction
-/// that is handling one of them right now. An event that was sent back is neither new nor held as long as its row waits:
+/// that is handling one of them right now. An event that was redriven is neither new nor held as long as its row waits:
 /// it runs from there.
 pub async fn insert(tx: &mut Tx<'_>, marker: Marker<'_>, events: &[Row]) -> Result<Entered, sqlx::Error> {
     /// An event that is new, or held, or suspected.

@@ -6,8 +6,7 @@ use sqlx::PgExecutor;
 
 use super::session::Session;
 
-/// Takes a lease that is free, has expired, or is already the holder's own. Returns the new epoch, or none while
-/// somebody else holds it.
+/// Takes a lease that is free, has expired, or is already the holder's own. None while somebody else holds it.
 ///
 /// One that ends in more than a minute, and more than twice `ttl`, was written before the database's clock went back, and
 /// its end says nothing: it is free too. A holder that lives has written it anew by then, or notices by the epoch that it lost it.
@@ -18,8 +17,8 @@ pub async fn acquire(
     name: &str,
     holder: &str,
     ttl: Duration,
-) -> Result<Option<i64>, sqlx::Error> {
-    sqlx::query_scalar(
+) -> Result<Option<Tenure>, sqlx::Error> {
+    let epoch: Option<i64> = sqlx::query_scalar(
         "insert into aftercommit.lease as l (name, holder, epoch, expires_at)
          select $1, $2, 1, clock_timestamp() + make_interval(secs => $3)
           where not exists (
@@ -36,41 +35,8 @@ pub async fn acquire(
     .bind(holder)
     .bind(ttl.as_secs_f64())
     .fetch_optional(connection)
-    .await
-}
-
-/// Extends a lease that is still held. False when it has passed to another holder or epoch.
-pub async fn renew(
-    connection: &mut Session,
-    name: &str,
-    holder: &str,
-    epoch: i64,
-    ttl: Duration,
-) -> Result<bool, sqlx::Error> {
-    let done = sqlx::query(
-        "update aftercommit.lease set expires_at = clock_timestamp() + make_interval(secs => $4)
-          where name = $1 and holder = $2 and epoch = $3",
-    )
-    .bind(name)
-    .bind(holder)
-    .bind(epoch)
-    .bind(ttl.as_secs_f64())
-    .execute(connection)
     .await?;
-    Ok(done.rows_affected() == 1)
-}
-
-/// Gives a lease up, so that a standby can take it at once. The epoch stays.
-pub async fn release(connection: &mut Session, name: &str, holder: &str, epoch: i64) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "update aftercommit.lease set expires_at = to_timestamp(0) where name = $1 and holder = $2 and epoch = $3",
-    )
-    .bind(name)
-    .bind(holder)
-    .bind(epoch)
-    .execute(connection)
-    .await
-    .map(drop)
+    Ok(epoch.map(|epoch| Tenure { name: name.into(), holder: holder.into(), epoch }))
 }
 
 /// Whether anybody has ever held the lease.
@@ -114,6 +80,36 @@ pub struct Tenure {
     pub name: String,
     pub holder: String,
     pub epoch: i64,
+}
+
+impl Tenure {
+    /// Extends the lease. False when it has passed to another holder or epoch.
+    pub async fn renew(&self, connection: &mut Session, ttl: Duration) -> Result<bool, sqlx::Error> {
+        let done = sqlx::query(
+            "update aftercommit.lease set expires_at = clock_timestamp() + make_interval(secs => $4)
+              where name = $1 and holder = $2 and epoch = $3",
+        )
+        .bind(&self.name)
+        .bind(&self.holder)
+        .bind(self.epoch)
+        .bind(ttl.as_secs_f64())
+        .execute(connection)
+        .await?;
+        Ok(done.rows_affected() == 1)
+    }
+
+    /// Gives the lease up, so that a standby can take it at once. The epoch stays.
+    pub async fn release(&self, connection: &mut Session) -> Result<(), sqlx::Error> {
+        sqlx::query(
+            "update aftercommit.lease set expires_at = to_timestamp(0) where name = $1 and holder = $2 and epoch = $3",
+        )
+        .bind(&self.name)
+        .bind(&self.holder)
+        .bind(self.epoch)
+        .execute(connection)
+        .await
+        .map(drop)
+    }
 }
 
 /// A new name for who holds a lease: host, process, and something random, because process numbers come again.

@@ -1,4 +1,4 @@
-//! Events that an operator sent back to a subscriber: they run from their rows here, not from the stream.
+//! Events that an operator redrove to a subscriber: they run from their rows here, not from the stream.
 
 use std::collections::BTreeMap;
 

@@ -72,7 +72,7 @@ pub struct Event {
     pub sequence: u64,
 }
 
-/// Whose events are sent back, and who does it.
+/// Whose events are redriven, and who does it.
 #[derive(Debug, Clone)]
 pub struct Order {
     pub subscriber: String,

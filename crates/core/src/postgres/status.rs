@@ -136,7 +136,7 @@ pub struct AtWork {
     pub paused: bool,
     /// Events of which attempts have failed, and which are to be tried again.
     pub failing: i64,
-    /// Events that an operator sent back, and which have not run since.
+    /// Events that an operator redrove, and which have not run since.
     pub redrive: i64,
     pub dead_letters: i64,
     /// The failed attempt that was the last one.
@@ -230,7 +230,7 @@ pub struct Counts {
     /// Events with failed attempts that are still to be retried.
     pub failing: u64,
     pub dead_letters: u64,
-    /// Events that an operator has sent back.
+    /// Events that an operator has redriven.
     pub redrive: u64,
 }
 

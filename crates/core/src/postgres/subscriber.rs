@@ -11,7 +11,7 @@ pub struct Remains {
     pub known: bool,
     /// Events that it gave up and that nobody has decided about.
     pub dead_letters: i64,
-    /// Events that were sent back to it and have not run.
+    /// Events that were redriven to it and have not run.
     pub redrive: i64,
 }
 

@@ -399,7 +399,7 @@ impl Place<'_> {
         }
         if let Some((_, who)) = &here.redrive {
             let failing = failing.map(|failing| format!("; {failing}")).unwrap_or_default();
-            return Some(("redrive", format!("sent back by {who}, waits to run again{failing}{trouble}")));
+            return Some(("redrive", format!("redriven by {who}, waits to run again{failing}{trouble}")));
         }
         let next = self.next_try_at().map(|next| format!(", next try at {}", at(next))).unwrap_or_default();
         failing.map(|failing| ("failing", format!("{failing}; it is tried again{next}{trouble}")))

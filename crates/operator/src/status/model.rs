@@ -171,7 +171,7 @@ pub struct SubscriberStatus {
     /// Events of which attempts have failed, and which are to be tried again; none when this database has never served the
     /// subscriber. So for everything below but `paused`.
     pub failing: Option<i64>,
-    /// Events that an operator sent back, and which have not run since.
+    /// Events that an operator redrove, and which have not run since.
     pub redrive: Option<i64>,
     /// Dead letters.
     pub dead_letters: Option<i64>,

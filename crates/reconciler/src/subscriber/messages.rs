@@ -1,4 +1,4 @@
-//! The stream as a source of events that are sent back.
+//! The stream as a source of events that are redriven.
 
 use std::collections::HashMap;
 

@@ -1,5 +1,5 @@
 //! What reconcilers look at beside a worker, in the subscriber's database: the stream and the consumer (consumer comparison), and the
-//! outbox of the publisher (inbox comparison). What a subscriber has not handled is sent back to it alone.
+//! outbox of the publisher (inbox comparison). What a subscriber has not handled is redriven to it alone.
 
 mod consumer;
 mod displaced;
@@ -115,7 +115,7 @@ fn failed(run: &Run, error: sqlx::Error) -> Error {
 }
 
 fn failed_to_send(subscriber: &str, error: sqlx::Error) -> Error {
-    database_error(format!("events cannot be sent back to subscriber {subscriber}"), error)
+    database_error(format!("events cannot be redriven to subscriber {subscriber}"), error)
 }
 
 /// Where the subscriber starts, when that is not the oldest event.
