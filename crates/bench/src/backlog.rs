@@ -9,10 +9,10 @@ use crate::counts::Counts;
 use crate::figure::{Goal, Row, Series};
 use crate::scratch::Scratch;
 use aftercommit_core::error::Error;
+use aftercommit_core::postgres::outbox_event::OutboxEvent;
 use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::snapshot::Mark;
 use aftercommit_core::postgres::walk::Walk;
-use aftercommit_core::postgres::window::OutboxEvent;
 use aftercommit_core::postgres::{self, database_error};
 
 const LARGE: u64 = 10_000_000;

@@ -14,10 +14,11 @@ use aftercommit_core::error::Error;
 use aftercommit_core::fault;
 use aftercommit_core::jetstream::publisher::{Messages, Outgoing};
 use aftercommit_core::postgres::fence::Written;
+use aftercommit_core::postgres::outbox_event::OutboxEvent;
 use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::snapshot::Mark;
 use aftercommit_core::postgres::walk::Walk;
-use aftercommit_core::postgres::window::{self, OutboxEvent};
+use aftercommit_core::postgres::window;
 use aftercommit_core::postgres::{database_error, parked};
 
 /// Rows per query. Rows of more than 4 KiB are fetched one by one, so a page is at most 4 MiB.

@@ -9,6 +9,7 @@ pub mod consumer;
 pub mod doctor;
 pub mod feed;
 pub mod history;
+pub mod moment;
 pub mod monitoring;
 pub mod publisher;
 pub mod search;

@@ -9,10 +9,10 @@ use sqlx::postgres::PgRow;
 use sqlx::{FromRow, Row};
 use uuid::Uuid;
 
+use super::outbox_event;
 use super::session::Session;
 use super::snapshot::Mark;
 use super::time;
-use super::window;
 
 /// A row of the outbox that a message says it was made of.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,7 +65,7 @@ impl FromRow<'_, PgRow> for Original {
             key: row.try_get("key")?,
             content_type: row.try_get("content_type")?,
             created_at: time::at(row, "created_at")?,
-            headers: window::read_headers(row.try_get("headers")?)?,
+            headers: outbox_event::read_headers(row.try_get("headers")?)?,
             payload: row.try_get::<Option<Vec<u8>>, _>("payload")?.map(Bytes::from),
         })
     }

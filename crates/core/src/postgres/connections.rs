@@ -15,7 +15,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::Way;
 use super::pins::Whose;
 use super::servers::Servers;
-use super::session::Session;
+use super::session::{InUse, Session};
 use crate::config::PostgresConfig;
 use crate::error::Error;
 use aftercommit_outbox::schema::Schema;
@@ -76,23 +76,6 @@ impl Kept {
             Self::Ready(session) => Some(session),
             Self::Cleaning(cleaned) => cleaned.await.ok().flatten(),
         }
-    }
-}
-
-/// Counts a session as used until it is dropped.
-#[derive(Debug)]
-pub(super) struct InUse(Arc<AtomicUsize>);
-
-impl InUse {
-    fn new(count: &Arc<AtomicUsize>) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(count))
-    }
-}
-
-impl Drop for InUse {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

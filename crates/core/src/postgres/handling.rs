@@ -7,17 +7,8 @@ use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, Executor, Row};
 
+use super::pins::state;
 use super::session::{Session, Tx};
-
-/// What a handler can change of a session that other events would notice.
-macro_rules! state {
-    () => {
-        "pg_catalog.concat_ws('|', pg_catalog.current_setting('search_path'), pg_catalog.current_setting('role'),
-            session_user, pg_catalog.current_setting('session_replication_role'),
-            pg_catalog.current_setting('TimeZone'), pg_catalog.current_setting('DateStyle'))"
-    };
-}
-pub(super) use state;
 
 /// Says that a handling transaction begins; what a handler commits before [`close`] is refused.
 pub(super) const OPEN: &str = "set local aftercommit.handling = 'on'";
@@ -76,11 +67,6 @@ async fn has_temporary_tables(tx: &mut Tx<'_>) -> Result<bool, sqlx::Error> {
                                      where relnamespace operator(pg_catalog.=) pg_catalog.pg_my_temp_schema())";
     tx.fetch_one(sqlx::raw_sql(statement)).await?.try_get(0)
 }
-
-/// How a session gets back what it began with, after code that is not ours. Prepared statements stay: the driver counts on
-/// its own.
-pub(super) const RESET: &str = "close all; unlisten *; set session authorization default; reset role; reset all;
-    select pg_catalog.pg_advisory_unlock_all(); discard temp; discard sequences";
 
 /// Takes back what handlers have made of a session, before the next one gets it.
 pub async fn reset(connection: &mut Session) -> Result<(), sqlx::Error> {

@@ -18,8 +18,10 @@ pub mod identity;
 pub mod inbox;
 pub mod lease;
 pub mod migrate;
+pub mod outbox_event;
 pub mod parked;
 pub mod parked_choice;
+mod patience;
 pub mod pause;
 pub mod pins;
 pub mod place;
@@ -126,7 +128,7 @@ impl Way {
             let ends_with_client = !self.pooled && session::end_with_client(&mut connection).await?;
             Ok((server, state, ends_with_client))
         };
-        let (server, state, ends_with_client) = session::heard(Some(url::CONNECT), checked).await?;
+        let (server, state, ends_with_client) = patience::heard(Some(url::CONNECT), checked).await?;
         Ok(Opened { connection, server, state, ends_with_client })
     }
 }

@@ -14,8 +14,6 @@
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Error, PgConnection, Row};
 
-use super::handling::state;
-
 /// `pg_temp` last, because without it a session's temporary tables and types come first.
 const SEARCH_PATH: &str = "pg_catalog, pg_temp";
 
@@ -36,6 +34,21 @@ const SETTINGS: [(&str, &str); 11] = [
     ("intervalstyle", "postgres"),
     ("bytea_output", "hex"),
 ];
+
+/// What a handler can change of a session that other events would notice.
+macro_rules! state {
+    () => {
+        "pg_catalog.concat_ws('|', pg_catalog.current_setting('search_path'), pg_catalog.current_setting('role'),
+            session_user, pg_catalog.current_setting('session_replication_role'),
+            pg_catalog.current_setting('TimeZone'), pg_catalog.current_setting('DateStyle'))"
+    };
+}
+pub(super) use state;
+
+/// How a session gets back what it began with, after code that is not ours. Prepared statements stay: the driver counts on
+/// its own.
+pub(super) const RESET: &str = "close all; unlisten *; set session authorization default; reset role; reset all;
+    select pg_catalog.pg_advisory_unlock_all(); discard temp; discard sequences";
 
 /// A session that may rest: it is ours, and we keep it.
 const RESTS: (&str, &str) = ("idle_session_timeout", "0");

@@ -5,7 +5,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{FromRow, PgExecutor, Row};
 
 use super::session::{Session, Tx};
-use super::snapshot::Mark;
+use super::snapshot::{self, Mark};
 use super::time;
 use super::{parked, repair};
 use crate::fault;
@@ -279,7 +279,7 @@ impl FromRow<'_, PgRow> for State {
     fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
         let floor = row.try_get("floor")?;
         let target = match row.try_get::<Option<i64>, _>("target_id")? {
-            Some(_) => Some(mark(row, ["target", "target_id", "target_xid"], floor)?),
+            Some(_) => Some(snapshot::mark(row, ["target", "target_id", "target_xid"], floor)?),
             None => None,
         };
         let base = match row.try_get("stream")? {
@@ -292,7 +292,7 @@ impl FromRow<'_, PgRow> for State {
         };
         Ok(Self {
             seq: row.try_get("seq")?,
-            settled: mark(row, ["settled", "settled_id", "settled_xid"], row.try_get("settled_floor")?)?,
+            settled: snapshot::mark(row, ["settled", "settled_id", "settled_xid"], row.try_get("settled_floor")?)?,
             target,
             base,
             scattered: row.try_get("scattered")?,
@@ -301,14 +301,4 @@ impl FromRow<'_, PgRow> for State {
             timeline: row.try_get("timeline")?,
         })
     }
-}
-
-/// The mark in three columns: its snapshot and the next transaction's id, both as text, and between them the last id.
-pub(super) fn mark(row: &PgRow, [snapshot, last_id, next_xid]: [&str; 3], floor: i64) -> Result<Mark, sqlx::Error> {
-    Ok(Mark {
-        snapshot: row.try_get::<&str, _>(snapshot)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
-        last_id: row.try_get(last_id)?,
-        next_xid: row.try_get::<&str, _>(next_xid)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
-        floor,
-    })
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use sqlx::{ConnectOptions, Connection, PgConnection};
 
-use super::{is_outage, message, session};
+use super::{is_outage, message, patience};
 use crate::config::stays_here;
 
 /// What a server has to be for, as libpq's `target_session_attrs`.
@@ -116,7 +116,7 @@ impl Servers {
     }
 
     async fn open(&self, server: &PgConnectOptions) -> Result<PgConnection, sqlx::Error> {
-        session::heard(Some(self.patience), Box::pin(server.connect())).await
+        patience::heard(Some(self.patience), Box::pin(server.connect())).await
     }
 
     /// A connection, and why it is not wanted.
@@ -129,7 +129,7 @@ impl Servers {
         let ask = "select pg_catalog.pg_is_in_recovery()::pg_catalog.text, \
                    pg_catalog.current_setting('transaction_read_only')";
         let answer = sqlx::raw_sql(ask).fetch_one(&mut connection);
-        let row = session::heard(Some(self.patience), answer).await?;
+        let row = patience::heard(Some(self.patience), answer).await?;
         let is_standby = sqlx::Row::try_get::<&str, _>(&row, 0)? == "true";
         let is_read_only = sqlx::Row::try_get::<&str, _>(&row, 1)? == "on";
         Ok((connection, self.target.misfit(is_standby, is_read_only)))

@@ -15,25 +15,24 @@
 //! no state of a session is relied upon.
 
 use std::borrow::Cow;
-use std::io;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream};
-use futures_util::{Stream, StreamExt, TryFutureExt, TryStreamExt};
+use futures_util::{TryFutureExt, TryStreamExt};
 use sqlx::postgres::{PgArguments, PgQueryResult, PgRow, PgStatement, PgTypeInfo};
 use sqlx::{
     AssertSqlSafe, Connection, Describe, Either, Error, Execute, Executor, PgConnection, PgTransaction, Postgres,
     SqlSafeStr, SqlStr,
 };
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
-use super::connections::InUse;
+use super::patience::{heard, heard_out};
 use super::pins::{self, Server};
-use super::{Opened, Way, handling};
+use super::{Opened, Way};
 use aftercommit_outbox::schema::Schema;
 
 /// How long a process that must go on waits for a statement to be answered, or for the next row.
@@ -58,6 +57,23 @@ pub(super) async fn end_with_client(connection: &mut PgConnection) -> Result<boo
     }
 }
 
+/// Counts a session as used until it is dropped.
+#[derive(Debug)]
+pub(super) struct InUse(Arc<AtomicUsize>);
+
+impl InUse {
+    pub(super) fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Runs single statements, each in a transaction of its own, and transactions. One that is cancelled while it begins
 /// has done nothing, and ends with the next statement. After an outage it must not be used any more.
 #[derive(Debug)]
@@ -66,7 +82,7 @@ pub struct Session {
     way: Arc<Way>,
     /// Where the connection leads.
     server: Server,
-    /// What it began with: see [`handling`].
+    /// What it began with: see [`pins::state`].
     state: String,
     /// Whether the server ends a statement whose client is gone.
     ends_with_client: bool,
@@ -124,8 +140,8 @@ impl Session {
             return Ok(());
         }
         let reset = match self.ends_with_client {
-            true => format!("{}; {END_WITH_CLIENT}", handling::RESET),
-            false => handling::RESET.into(),
+            true => format!("{}; {END_WITH_CLIENT}", pins::RESET),
+            false => pins::RESET.into(),
         };
         heard(self.patience, sqlx::raw_sql(AssertSqlSafe(reset)).execute(&mut self.connection)).await.map(drop)
     }
@@ -340,69 +356,6 @@ impl<'c, 's> Executor<'c> for &'c mut Tx<'s> {
     }
 }
 
-/// An answer, if it comes in time.
-pub(super) async fn heard<T>(
-    patience: Option<Duration>,
-    answer: impl Future<Output = Result<T, Error>>,
-) -> Result<T, Error> {
-    match patience {
-        Some(patience) => tokio::time::timeout(patience, answer).await.unwrap_or_else(|_| Err(silent())),
-        None => answer.await,
-    }
-}
-
-/// The same for each row of one.
-fn heard_out<'e, T: Send + 'e>(
-    patience: Option<Duration>,
-    rows: BoxStream<'e, Result<T, Error>>,
-) -> BoxStream<'e, Result<T, Error>> {
-    match patience {
-        Some(patience) => {
-            let silence = Box::pin(tokio::time::sleep(patience));
-            Box::pin(HeardOut { rows: Some(rows), patience, silence, heard: false })
-        }
-        None => rows,
-    }
-}
-
-fn silent() -> Error {
-    Error::Io(io::Error::new(io::ErrorKind::TimedOut, "PostgreSQL does not answer"))
-}
-
-/// Rows, and an error at the end when the next one does not come in time.
-struct HeardOut<'e, T> {
-    /// None behind the end.
-    rows: Option<BoxStream<'e, T>>,
-    patience: Duration,
-    /// One timer for all rows: it is set anew only when one has to be waited for.
-    silence: Pin<Box<Sleep>>,
-    /// Whether something came since it was set.
-    heard: bool,
-}
-
-impl<T> Stream for HeardOut<'_, Result<T, Error>> {
-    type Item = Result<T, Error>;
-
-    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let this = self.get_mut();
-        let Some(rows) = &mut this.rows else { return Poll::Ready(None) };
-        if let Poll::Ready(next) = rows.poll_next_unpin(context) {
-            this.heard = true;
-            return Poll::Ready(next);
-        }
-        if std::mem::take(&mut this.heard) {
-            this.silence.as_mut().reset(Instant::now() + this.patience);
-        }
-        match this.silence.as_mut().poll(context) {
-            Poll::Ready(()) => {
-                this.rows = None;
-                Poll::Ready(Some(Err(silent())))
-            }
-            Poll::Pending => Poll::Pending,
-        }
-    }
-}
-
 /// A query for the schema that the session is for. Its prepared statement has no name behind a pooler, so that it is gone when
 /// the next one comes.
 struct Statement<E> {
@@ -436,40 +389,6 @@ impl<'q, E: Execute<'q, Postgres>> Execute<'q, Postgres> for Statement<E> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Rows that come after these pauses in seconds, heard with a patience of one minute: each row, or why there is
-    /// none.
-    async fn rows(pauses: &'static [u64], ends: bool) -> Vec<Result<u64, io::ErrorKind>> {
-        let rows = stream::iter(pauses).then(async |pause| {
-            tokio::time::sleep(Duration::from_secs(*pause)).await;
-            Ok(*pause)
-        });
-        let rows = if ends { rows.boxed() } else { rows.chain(stream::pending()).boxed() };
-        let heard = heard_out(Some(SILENCE), rows).map_err(|error| match error {
-            Error::Io(error) => error.kind(),
-            other => panic!("{other}"),
-        });
-        heard.collect().await
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn rows_are_waited_for_one_by_one() {
-        assert_eq!(rows(&[50, 59, 0, 59], true).await, [Ok(50), Ok(59), Ok(0), Ok(59)]);
-        assert_eq!(rows(&[50, 61, 0], true).await, [Ok(50), Err(io::ErrorKind::TimedOut)], "and nothing behind it");
-        assert_eq!(rows(&[], false).await, [Err(io::ErrorKind::TimedOut)]);
-        assert_eq!(rows(&[1, 2], false).await, [Ok(1), Ok(2), Err(io::ErrorKind::TimedOut)]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn without_a_limit_an_answer_may_take_hours() {
-        let late = async {
-            tokio::time::sleep(Duration::from_hours(5)).await;
-            Ok(7)
-        };
-        assert_eq!(heard(None, late).await.unwrap(), 7);
-        let silent = heard(Some(SILENCE), std::future::pending::<Result<(), Error>>()).await.unwrap_err();
-        assert!(crate::postgres::is_outage(&silent), "{silent}");
-    }
 
     /// What the servers of these sessions still run.
     async fn still_runs(config: &crate::config::PostgresConfig, mark: &str) -> bool {

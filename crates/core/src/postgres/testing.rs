@@ -8,9 +8,8 @@ use std::collections::BTreeMap;
 use sqlx::{AssertSqlSafe, PgConnection};
 use uuid::Uuid;
 
-use super::relay_log;
 use super::session::Session;
-use super::snapshot::Mark;
+use super::snapshot::{self, Mark};
 
 /// The types of all events that are in the outbox.
 pub async fn types(connection: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
@@ -94,7 +93,7 @@ pub async fn now(connection: &mut Session) -> Result<Mark, sqlx::Error> {
     )
     .fetch_one(connection)
     .await?;
-    relay_log::mark(&row, ["snapshot", "last_id", "next_xid"], 0)
+    snapshot::mark(&row, ["snapshot", "last_id", "next_xid"], 0)
 }
 
 /// The failed attempts of those of these events that have some, each with the last error.

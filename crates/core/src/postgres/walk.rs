@@ -11,9 +11,9 @@ use std::collections::{BTreeSet, BinaryHeap, VecDeque};
 use sqlx::postgres::PgRow;
 use sqlx::{FromRow, Row};
 
+use super::outbox_event::OutboxEvent;
 use super::session::Session;
 use super::snapshot::{Mark, xids};
-use super::window::OutboxEvent;
 use crate::fault;
 
 /// Rows of new transactions that are looked through for late ones at a time: so few that no plan reads the whole table.

@@ -1,13 +1,12 @@
 //! Reading the outbox: is there anything new, and single events. [`Walk`] reads the rows of a window.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
-use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use sqlx::postgres::PgRow;
 use sqlx::{FromRow, Row};
 use uuid::Uuid;
 
+use super::outbox_event::{Body, OutboxEvent, read_body, read_headers};
 use super::session::Session;
 use super::snapshot::{Mark, xids};
 use super::time;
@@ -17,40 +16,6 @@ use crate::envelope::Envelope;
 
 /// Rows of new transactions that a look goes through for low ids. More ids than that move the mark.
 const LATE: i64 = 2000;
-
-/// An event of the outbox.
-#[derive(Clone)]
-pub struct OutboxEvent {
-    pub id: i64,
-    pub event_id: Uuid,
-    pub event_type: String,
-    pub version: i32,
-    pub key: Option<String>,
-    pub content_type: String,
-    pub created_at: DateTime<Utc>,
-    /// Headers and payload; none when they are so large that they are read one by one, see [`body`].
-    pub body: Option<Body>,
-}
-
-/// The columns of an event, in the order in which every statement selects them.
-type Columns<'r> = (i64, Uuid, String, i32, Option<String>, String, time::Time, Option<&'r str>, Option<Vec<u8>>);
-
-impl<'r> FromRow<'r, PgRow> for OutboxEvent {
-    /// By place and not by name: the relay does this for every event, and each name would be looked up in a map.
-    fn from_row(row: &'r PgRow) -> Result<Self, sqlx::Error> {
-        let (id, event_id, event_type, version, key, content_type, created_at, headers, payload) =
-            Columns::from_row(row)?;
-        let body = payload.map(|payload| read_body(headers, payload)).transpose()?;
-        Ok(Self { id, event_id, event_type, version, key, content_type, created_at: created_at.into(), body })
-    }
-}
-
-/// The part of an event that can be large.
-#[derive(Clone)]
-pub struct Body {
-    pub headers: BTreeMap<String, String>,
-    pub payload: Bytes,
-}
 
 /// What a look at the outbox found.
 #[derive(Debug, FromRow)]
@@ -237,15 +202,4 @@ pub async fn first(connection: &mut Session) -> Result<Option<(i64, DateTime<Utc
             .fetch_optional(connection)
             .await?;
     Ok(first.map(|(id, time)| (id, time.0)))
-}
-
-fn read_body(headers: Option<&str>, payload: Vec<u8>) -> Result<Body, sqlx::Error> {
-    Ok(Body { headers: read_headers(headers)?, payload: payload.into() })
-}
-
-/// Headers as they were read; none stand for an empty object.
-pub(super) fn read_headers(headers: Option<&str>) -> Result<BTreeMap<String, String>, sqlx::Error> {
-    headers.map_or(Ok(BTreeMap::new()), |headers| {
-        serde_json::from_str(headers).map_err(|error| sqlx::Error::Decode(Box::new(error)))
-    })
 }

@@ -2,8 +2,8 @@
 
 use chrono::Utc;
 use futures_util::StreamExt;
+use serde::Serialize;
 
-use super::model::StreamStatus;
 use aftercommit_core::config::{Naming, NatsConfig};
 use aftercommit_core::error::Error;
 use aftercommit_core::jetstream;
@@ -11,6 +11,19 @@ use aftercommit_core::jetstream::stream::{ConsumerPosition, StreamReader};
 
 /// Consumers that are looked at at the same time.
 const LOOKS: usize = 16;
+
+/// The stream's extent.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StreamStatus {
+    /// Its name.
+    pub name: String,
+    /// Messages in it.
+    pub messages: u64,
+    /// The first sequence that is still there.
+    pub first_stream_sequence: u64,
+    /// The last sequence.
+    pub last_stream_sequence: u64,
+}
 
 pub(super) struct Broker {
     pub(super) stream: StreamStatus,

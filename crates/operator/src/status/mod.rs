@@ -6,9 +6,10 @@ mod model;
 mod screen;
 mod verdict;
 
+pub use broker::StreamStatus;
 pub use model::{
     Backlog, Kind, LastDeadLetter, LastFailure, OtherConsumer, Parked, Paused, Problem, RelayStatus, RunningEvents,
-    Severity, Status, StreamStatus, SubscriberStatus, WaitReason, WaitingEvent,
+    Severity, Status, SubscriberStatus, WaitReason, WaitingEvent,
 };
 #[cfg(feature = "cli")]
 pub use screen::{Paint, screen};

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
-use super::broker::{Broker, Consumer};
+use super::broker::{Broker, Consumer, StreamStatus};
 use super::database::Database;
 use aftercommit_core::error::Error;
 use aftercommit_core::postgres::pause::Pause;
@@ -140,19 +140,6 @@ pub struct RelayStatus {
     pub last_stream_sequence: Option<i64>,
     /// What it does or waits for, as of its last heartbeat.
     pub state: Option<String>,
-}
-
-/// The stream's extent.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct StreamStatus {
-    /// Its name.
-    pub name: String,
-    /// Messages in it.
-    pub messages: u64,
-    /// The first sequence that is still there.
-    pub first_stream_sequence: u64,
-    /// The last sequence.
-    pub last_stream_sequence: u64,
 }
 
 /// A subscriber's position.
