@@ -37,11 +37,11 @@ fn a_repair_that_goes_by_sequences_breaks_the_order_of_keys() {
 }
 
 #[test]
-fn a_run_that_does_not_look_whether_the_stream_is_the_same_calls_events_missed_that_wait() {
+fn a_run_that_trusts_the_stream_calls_waiting_events_missed() {
     is_caught(Broken::NoMoment, scope(true), FOUND_RIGHTLY);
 }
 
 #[test]
-fn a_worker_that_begins_where_the_consumer_stands_breaks_the_order_of_keys() {
+fn beginning_where_the_consumer_stands_breaks_the_order() {
     is_caught(Broken::TrustsConsumer, two_late(false), IN_ORDER);
 }

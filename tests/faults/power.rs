@@ -90,7 +90,7 @@ async fn cut_twice(system: &mut Scenario, disk: &Disk) -> Losses {
 
 /// A power cut is of one moment only if nothing is written after the server was halted.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_waits_for_its_disk_is_halted_when_the_disk_has_answered() {
+async fn a_server_that_waits_for_its_disk_is_halted() {
     let mut nats = Nats::start(NatsOptions::default()).await.unwrap();
     nats.stop().await.unwrap();
     let Some(_) = Disk::in_file(&nats.store_directory(), 64) else { return };

@@ -59,7 +59,7 @@ pub(super) async fn publish(pool: &PgPool, events: i32) -> Result<(), sqlx::Erro
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_prepared_transaction_holds_up_nobody_and_its_event_comes_in_the_end() {
+async fn a_prepared_transaction_holds_up_nobody() {
     let settings = vec![("max_prepared_transactions".to_string(), "5".to_string())];
     let mut postgres = Postgres::start(PostgresOptions { fsync: false, settings }).await.unwrap();
     let outbox = Outbox::new(postgres.create_database().await.unwrap(), Nats::shared().await.unwrap().url()).await;

@@ -296,7 +296,7 @@ impl Taken {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_table_takes_comes_out_as_it_was_written_and_the_rest_is_refused_by_name() {
+async fn what_the_table_takes_comes_out_unchanged() {
     let seed: u8 = std::env::var("AFTERCOMMIT_SEED").map_or(7, |seed| seed.parse().unwrap());
     println!("AFTERCOMMIT_SEED={seed}");
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[seed; 32]);

@@ -98,7 +98,7 @@ async fn what_somebody_else_took_from_the_consumer_runs_in_order() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_goes_back_is_noticed_by_the_next_run_over_what_is_new() {
+async fn a_database_that_goes_back_is_noticed_by_the_next_run() {
     let work = Work::shared().await;
     send(&work, 1..=10).await;
     run_until(&work, 40).await;
@@ -350,7 +350,7 @@ async fn killed_at_every_step_and_resumed() {
 
 /// The planner's idea of the table is from a time when it was empty.
 #[tokio::test(flavor = "multi_thread")]
-async fn many_missing_events_of_a_key_are_sent_back_without_reading_them_again_and_again() {
+async fn many_missing_events_of_a_key_are_read_once() {
     const EVENTS: usize = 3000;
     let work = Work::shared().await;
     work.worker_with(subscriber()).provision().await.unwrap();

@@ -113,7 +113,7 @@ pub async fn findings(work: &Work) -> Vec<(String, String, i64)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_stream_has_removed_before_it_was_handled_runs_from_the_outbox() {
+async fn what_the_stream_removed_unhandled_runs_from_the_outbox() {
     let apart = Apart::shared().await;
     let work = &apart.work;
     let relay = apart.publisher.relay();
@@ -262,7 +262,7 @@ async fn a_stream_that_has_lost_its_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_has_lost_its_end_on_a_server_that_skips_what_comes_then() {
+async fn a_lost_stream_end_on_a_server_that_skips_new_messages() {
     assert!(the_stream_loses_its_end_under_a_consumer_that_is_ahead(Some("2.12.8")).await, "it puts consumers right");
 }
 

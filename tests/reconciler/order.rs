@@ -37,7 +37,7 @@ async fn handle_by_hand(apart: &Apart, messages: usize) {
 /// again. What had been lost at that moment is no more missed by the subscriber than the earlier events of its keys, which
 /// wait in the stream.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_loses_its_end_while_it_is_compared_costs_no_key_its_order() {
+async fn a_stream_end_lost_during_a_comparison_keeps_the_order() {
     let mut nats = Nats::start(NatsOptions::default()).await.unwrap();
     let apart = Apart::on(nats.url()).await;
     apart.publisher.forget_message_ids().await;

@@ -101,7 +101,7 @@ pub fn reconcile_command(outbox: &Outbox, arguments: &[&str]) -> std::process::C
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn single_messages_are_missed_and_published_again_within_the_duplicate_window() {
+async fn single_missed_messages_are_published_again() {
     let outbox = shared().await;
     let relay = outbox.relay();
     publish(&outbox, 0..50).await;
@@ -375,7 +375,7 @@ async fn a_repair_that_can_never_be_stored_is_refused() {
 
 /// `aftercommit reconcile --every`: an outbox, without a word of which leg, as a process of its own.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_process_of_its_own_repairs_again_and_again_until_it_is_told_to_stop() {
+async fn a_process_of_its_own_repairs_until_it_is_stopped() {
     let outbox = shared().await;
     let _relay = outbox.relay_process();
     publish(&outbox, 1..21).await;

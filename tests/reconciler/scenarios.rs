@@ -169,7 +169,7 @@ async fn an_old_transaction_commits_into_the_lost_tail() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_old_transaction_commits_into_the_lost_tail_of_a_server_that_skips_what_comes_then() {
+async fn an_old_transaction_commits_into_a_lost_tail() {
     old_transactions_commit_into_the_lost_tail(Some("2.12.8")).await;
 }
 

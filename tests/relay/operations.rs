@@ -254,7 +254,7 @@ async fn nobody_makes_the_relay_answer_into_its_stream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_the_permissions_of_a_service_there_is_one_warning_of_each_kind() {
+async fn without_a_services_permissions_there_is_one_warning_each() {
     let config = "no_auth_user: admin
     authorization { users: [
         { user: admin, password: admin },

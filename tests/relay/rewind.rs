@@ -192,7 +192,7 @@ async fn the_stream_is_recreated_under_a_busy_relay() {
 /// While everything is published again, the stream refuses a part of what is in flight. What was in flight behind that is
 /// not stored either, though events behind it wait to be sent.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_in_flight_when_the_new_stream_refused_it_is_published_all_the_same() {
+async fn what_a_new_stream_refused_in_flight_is_published() {
     let outbox = shared().await;
     let config_of_relay = || RelayConfig { max_in_flight: 20, ..outbox.relay_config() };
     let relay = RunningRelay::start(config_of_relay());

@@ -69,7 +69,7 @@ async fn max_msg_size_that_is_lowered_and_raised_again_parks_nothing() {
 /// What stays too large is parked in the end, so that it holds up its own key only; and once the limit is raised it can
 /// be released, without a restart of the relay.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_stays_too_large_is_parked_and_can_be_released_when_the_limit_is_raised() {
+async fn what_is_too_large_is_parked_until_the_limit_is_raised() {
     let (outbox, mut nats) = outbox("max_payload: 4096").await;
     let config = RelayConfig { park_after: Duration::from_secs(1), ..outbox.relay_config() };
     let relay = RunningRelay::start(config);

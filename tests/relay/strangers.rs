@@ -108,7 +108,7 @@ async fn a_forged_copy_under_the_events_message_id_is_noticed_and_replaced() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_forged_copy_that_nobody_noticed_is_found_and_replaced_by_the_reconciler() {
+async fn the_reconciler_finds_and_replaces_a_forged_copy() {
     a_forged_copy_does_not_pass_for_the_event(Mode::Shared, false).await;
 }
 

@@ -134,7 +134,7 @@ async fn caught(pool: &PgPool) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_look_alike_is_run_by_any_process_nor_by_what_an_administrator_runs() {
+async fn no_look_alike_is_run_by_processes_or_administrators() {
     let stage = Stage::on(planted().await, server(None).await.unwrap()).await.provision().await;
     every_process_works(&stage).await;
     let reconciler = stage.run("aftercommit", "relay", "operator", &["doctor", "--role", "relay"]);

@@ -164,7 +164,7 @@ fn body(subject: &str) -> &'static str {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_commands_of_the_page_ask_is_answered_and_what_is_refused_is_not() {
+async fn the_commands_of_the_page_get_what_they_ask() {
     let scene = Scene::new().await;
     for line in works() {
         for subject in line.subjects {
@@ -188,7 +188,7 @@ fn advisory(kind: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_operator_hears_what_is_announced_of_the_stream_and_nothing_of_requests() {
+async fn the_operator_hears_advisories_and_no_requests() {
     let scene = Scene::new().await;
     let client = scene.stage.options("operator").connect(scene.stage.nats.url()).await.unwrap();
     let subjects: BTreeSet<&str> = listens().into_iter().flat_map(|line| line.subjects).collect();

@@ -16,7 +16,7 @@ const EVENT_TRIGGER: &str = "create function public.secure() returns event_trigg
     create event trigger secure on ddl_command_end when tag in ('CREATE TABLE') execute function public.secure()";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_process_works_where_row_level_security_is_turned_on_for_new_tables() {
+async fn every_process_works_with_row_level_security_on() {
     let database = Database::empty().await;
     database.execute(EVENT_TRIGGER).await;
     let stage = Stage::on(database, server(None).await.unwrap()).await.provision().await;

@@ -42,7 +42,7 @@ async fn a_relay_that_died_behind_its_window_publishes_nothing_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_purged_from_an_open_window_is_published_again_and_handled_once() {
+async fn what_was_purged_from_an_open_window_is_published_again() {
     let work = Work::shared().await;
     publish(&work, 1..=5).await;
     relay_dies_behind_its_window(&work.outbox).await;
@@ -102,7 +102,7 @@ async fn in_another_stream_the_inbox_recognises_the_events() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_released_event_goes_out_once_although_its_relay_died_before_writing_that_down() {
+async fn a_released_event_goes_out_once_when_its_relay_dies() {
     let work = Work::shared().await;
     let outbox = &work.outbox;
     let limit = async |bytes| {

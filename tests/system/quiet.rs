@@ -65,7 +65,7 @@ async fn times_after_quiet(outbox: &Outbox) -> (Duration, Duration) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_first_event_after_quiet_is_prompt_where_a_proxy_forgets_connections() {
+async fn the_first_event_after_quiet_is_prompt_behind_a_proxy() {
     let outbox = outbox(Postgres::shared().await.unwrap().create_database().await.unwrap()).await;
     let mut config = outbox.relay_config();
     let (proxy, url) = proxied(&config.postgres.url).await;
@@ -88,7 +88,7 @@ async fn the_first_event_after_quiet_is_prompt_where_a_proxy_forgets_connections
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_takes_the_first_event_after_quiet_at_once_where_a_proxy_forgets_connections() {
+async fn a_worker_is_prompt_after_quiet_behind_a_forgetful_proxy() {
     let mut work = Work::shared().await;
     let (proxy, url) = proxied(&work.outbox.postgres.url).await;
     work.outbox.postgres.url = url;

@@ -99,7 +99,7 @@ async fn crashes(work: &Work) -> Vec<i32> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_event_that_kills_the_process_ends_as_a_dead_letter_and_its_neighbours_are_handled() {
+async fn an_event_that_kills_the_process_becomes_a_dead_letter() {
     let work = Work::shared().await;
     work.worker_with(fragile()).provision().await.unwrap();
     for n in 1..=20 {
@@ -153,7 +153,7 @@ async fn restart_until(work: &Work, process: &mut Child, done: impl AsyncFn() ->
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killer_that_is_sent_back_is_counted_anew_and_runs_in_the_same_tenure_once_it_is_healed() {
+async fn a_redriven_killer_is_counted_anew_and_runs_once_healed() {
     let work = Work::shared().await;
     work.worker_with(fragile()).provision().await.unwrap();
     work.send_many(&["a"], 3).await;

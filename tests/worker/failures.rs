@@ -231,7 +231,7 @@ async fn deadlocks_between_lanes_cost_no_attempt() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failing_key_with_more_followers_than_fit_into_memory_stops_no_other_key() {
+async fn a_failing_key_that_fills_the_memory_stops_no_other_key() {
     let work = Work::shared().await;
     let failing = Arc::new(AtomicUsize::new(1));
     let switch = Arc::clone(&failing);

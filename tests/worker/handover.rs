@@ -119,13 +119,13 @@ async fn a_successor_works_while_the_slowest_handlers_of_its_predecessor_end() {
 
 /// What fails at an instance that has handed over is its successor's to decide: it runs once here and once there.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_fails_behind_a_handover_runs_at_the_successor_and_costs_no_attempt() {
+async fn what_fails_behind_a_handover_costs_no_attempt() {
     completes_behind_the_handover(true, 2).await;
 }
 
 /// As when whoever stops it loses patience.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_instance_that_is_killed_behind_its_handover_puts_no_event_under_suspicion() {
+async fn a_kill_behind_a_handover_puts_no_event_under_suspicion() {
     let mut handover = Handover::begin(false).await;
     let first = handover.first.take().unwrap();
     {

@@ -171,7 +171,7 @@ async fn an_overloaded_endpoint_costs_no_attempt_and_says_when_to_come_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_endpoint_that_does_not_answer_in_time_costs_attempts_and_holds_up_no_other_key() {
+async fn a_slow_endpoint_costs_attempts_and_holds_up_no_other_key() {
     let work = Work::shared().await;
     let endpoint = Endpoint::start(|request, before| match (request.number(), before) {
         (1, 0) | (2, _) => Reply::Hang,

@@ -47,7 +47,7 @@ async fn send_back(work: &Work) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whichever_instance_is_active_dies_at_each_step_and_nothing_is_lost_repeated_or_reordered() {
+async fn the_active_instance_dies_at_each_step_and_nothing_is_lost() {
     let work = Work::shared().await;
     work.create_apply(REFUSE).await;
     let doomed = |(step, times): (&str, u32)| -> Child {
@@ -208,7 +208,7 @@ async fn a_batch_slower_than_the_ack_wait_runs_once_although_others_stand_by() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_batch_slower_than_the_ack_wait_runs_once_when_its_worker_stops_meanwhile() {
+async fn a_slow_batch_runs_once_when_its_worker_stops() {
     let work = Work::shared().await;
     let runs = Arc::default();
     let first = work.run(slow(&runs)).await;
@@ -226,7 +226,7 @@ async fn a_batch_slower_than_the_ack_wait_runs_once_when_its_worker_stops_meanwh
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_batch_slower_than_the_ack_wait_runs_once_more_after_a_crash_and_no_more_than_that() {
+async fn a_slow_batch_runs_once_more_after_a_crash() {
     let work = Work::shared().await;
     let runs = Arc::default();
     // So that all three are in the first batch.

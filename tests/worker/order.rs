@@ -52,7 +52,7 @@ fn hanging(reached: &Arc<AtomicUsize>) -> Record {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_successor_runs_what_was_left_unacked_before_newer_events_and_at_once() {
+async fn a_successor_runs_what_was_left_unacked_first() {
     let work = Work::shared().await;
     work.send_many(&KEYS, 10).await;
     let reached = Arc::new(AtomicUsize::new(0));
@@ -80,7 +80,7 @@ async fn messages_that_were_lost_on_the_way_are_read_from_the_stream() {
 
 /// What comes again has a newer delivery number than what was lost.
 #[tokio::test(flavor = "multi_thread")]
-async fn messages_that_were_lost_between_redeliveries_are_read_from_the_stream_too() {
+async fn messages_lost_between_redeliveries_are_read_too() {
     lose_messages(&["p", "q", "r", "s", "t", "u"]).await;
 }
 

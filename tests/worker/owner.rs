@@ -66,7 +66,7 @@ async fn a_consumer_is_taken_over_by_another_database_that_says_so() {
 
 /// Two services in one database have a subscriber of the same name, with other types.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_consumer_delivers_is_not_filtered_away_by_another_subscriber_of_its_name() {
+async fn a_namesake_does_not_narrow_a_consumer() {
     let work = Work::shared().await;
     work.worker_with(numbers()).provision().await.unwrap();
     let other = || Subscriber::sql("shared", "apply", ["other.type"]).unwrap();

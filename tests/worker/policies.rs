@@ -244,7 +244,7 @@ impl Handler<Mark> for RecordMark {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn batches_of_one_type_and_single_events_of_another_keep_the_order_of_a_key() {
+async fn batches_and_single_events_keep_the_order_of_a_key() {
     let work = Work::shared().await;
     for n in 1..=40 {
         for key in KEYS {
@@ -266,7 +266,7 @@ async fn batches_of_one_type_and_single_events_of_another_keep_the_order_of_a_ke
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn debounced_events_of_a_key_run_in_one_batch_and_other_keys_at_their_own_time() {
+async fn debounced_events_of_a_key_run_in_one_batch() {
     let work = Work::shared().await;
     for n in 1..=100 {
         work.send("a", n).await;

@@ -51,7 +51,7 @@ async fn delete_messages_below(work: &Work, sequence: u64) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_stream_still_holds_is_remembered_however_short_the_retention_is() {
+async fn what_the_stream_holds_is_remembered_whatever_the_retention() {
     let work = Work::shared().await;
     work.without_max_age().await;
     work.send_many(&["a"], 10).await;

@@ -18,7 +18,7 @@ async fn run(work: &Work, sql: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_function_that_cannot_be_called_is_waited_for_at_the_start_and_later() {
+async fn a_function_that_cannot_be_called_is_waited_for() {
     let work = Work::shared().await;
     run(&work, "create procedure apply(event jsonb) language sql as 'select 1'").await;
     let subscriber = Subscriber::sql("late", "apply", ["test.number"]).unwrap().max_attempts(1).max_batch(4);
@@ -67,7 +67,7 @@ fn older() -> Subscriber {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_event_of_a_type_that_the_active_instance_does_not_know_waits_for_one_that_does() {
+async fn an_event_of_an_unknown_type_waits_for_a_newer_instance() {
     let work = Work::shared().await;
     let active = work.run(older()).await;
     work.send("a", 1).await;

@@ -76,7 +76,7 @@ fn refusing(refuse: &Arc<AtomicBool>) -> Record {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redriven_event_takes_effect_once_at_its_subscriber_and_nats_has_no_part_in_it() {
+async fn a_redriven_event_takes_effect_once_without_nats() {
     let work = Work::shared().await;
     sqlx::raw_sql(
         "create table other (event_id uuid);
@@ -130,7 +130,7 @@ async fn a_redriven_event_takes_effect_once_at_its_subscriber_and_nats_has_no_pa
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redriven_events_run_in_their_order_and_before_waiting_live_ones_of_their_key() {
+async fn redriven_events_run_in_order_before_live_ones_of_their_key() {
     let work = Work::shared().await;
     work.send_many(&["a", "b"], 3).await;
     let refuse = Arc::new(AtomicBool::new(true));
@@ -162,7 +162,7 @@ async fn redriven_events_run_in_their_order_and_before_waiting_live_ones_of_thei
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redriven_event_waits_for_the_running_one_of_its_key_and_for_no_other() {
+async fn a_redriven_event_waits_only_for_the_running_one_of_its_key() {
     let work = Work::shared().await;
     let go = Arc::new(AtomicBool::new(false));
     let reached = Arc::new(AtomicBool::new(false));
@@ -189,7 +189,7 @@ async fn a_redriven_event_waits_for_the_running_one_of_its_key_and_for_no_other(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_sent_back_during_a_pause_runs_after_it_and_before_the_live_events_of_its_key() {
+async fn what_is_redriven_during_a_pause_runs_first_after_it() {
     let work = Work::shared().await;
     let refuse = Arc::new(AtomicBool::new(true));
     let worker = work.run(Subscriber::new("back").on::<Number>(refusing(&refuse))).await;
@@ -275,7 +275,7 @@ async fn killed_at_every_step_of_a_redrive() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_instances_that_both_believe_to_be_active_run_a_redriven_event_once() {
+async fn two_active_instances_run_a_redriven_event_once() {
     let work = Work::shared().await;
     put_rows(&work, "back", &KEYS, 60).await;
     let subscriber = || {
@@ -310,7 +310,7 @@ async fn ten_thousand_redriven_events_leave_room_for_live_ones_of_other_keys() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_event_that_is_sent_back_and_redelivered_at_the_same_time_runs_once_and_from_its_row() {
+async fn an_event_redriven_and_redelivered_at_once_runs_once() {
     let work = Work::shared().await;
     let runs = Arc::new(AtomicUsize::new(0));
     let running = Arc::new(AtomicUsize::new(0));

@@ -96,7 +96,7 @@ fn end(command: &mut Command) -> (Option<i32>, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_program_refuses_queues_that_nobody_uses_and_serves_those_that_it_is_given() {
+async fn the_program_serves_its_queues_and_refuses_unknown_ones() {
     let work = Work::shared().await;
     work.create_apply("").await;
     for (arguments, named) in [
@@ -176,7 +176,7 @@ fn the_coverage_check_reads_a_worker_toml() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_is_missing_is_named_and_the_other_consumers_are_provisioned() {
+async fn a_missing_stream_is_named_and_the_rest_is_provisioned() {
     let work = Work::shared().await;
     let file = format!("{FILE}stream = \"NOWHERE\"\nprefix = \"nowhere\"\n");
     let path = std::env::temp_dir().join(format!("{}-missing.toml", work.outbox.naming.stream));

@@ -201,7 +201,7 @@ async fn count(work: &Work) -> i64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_dies_each_subscriber_gets_each_event_once_and_in_the_order_it_was_promised() {
+async fn whatever_dies_each_event_is_handled_once_and_in_order() {
     let setting = |name, default| std::env::var(name).map_or(default, |value: String| value.parse().unwrap());
     let seed = setting("SOAK_SEED", uuid::Uuid::now_v7().as_u128() as u64 % 1_000_000);
     let length = Duration::from_secs(setting("SOAK_SECONDS", 8));

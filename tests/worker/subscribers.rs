@@ -44,7 +44,7 @@ async fn a_failing_subscriber_stops_neither_the_others_nor_other_events() {
 
 /// Whatever handles the events: the name is the identity.
 #[tokio::test(flavor = "multi_thread")]
-async fn another_handler_under_the_same_name_goes_on_where_the_first_one_ended() {
+async fn another_handler_goes_on_where_the_first_one_ended() {
     struct Renamed;
     impl Handler<Number> for Renamed {
         async fn handle(&self, tx: &mut PgTransaction<'_>, number: &Delivery<Number>) -> Result<(), HandlerError> {
@@ -101,7 +101,7 @@ async fn nothing_of_one_event_leaks_into_the_next_run() {
 
 /// A worker does not begin on a consumer that delivers something else than its subscriber needs.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_consumer_that_has_drifted_is_told_at_the_start_and_worked_on_once_it_is_right() {
+async fn a_drifted_consumer_is_named_and_used_once_corrected() {
     let work = Work::shared().await;
     work.create_apply("").await;
     let subscriber = |event_type| Subscriber::sql("drifted", "apply", [event_type]).unwrap();

@@ -23,7 +23,7 @@ async fn received(nats: &Nats) -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_successor_reads_what_its_predecessor_did_once_and_is_at_work_within_seconds() {
+async fn a_successor_reads_what_was_done_once_and_works_in_seconds() {
     let nats = Nats::start(NatsOptions::default()).await.unwrap();
     let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
     let work = Work::on(database, nats.url()).await;

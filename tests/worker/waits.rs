@@ -121,7 +121,7 @@ async fn an_event_waits_through_restarts_pauses_and_take_overs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_a_restart_a_key_still_passes_an_event_that_failed_and_may_be_passed() {
+async fn after_a_restart_a_key_still_passes_a_skipped_event() {
     let waits = Waits::new(Cause::Fails, FailurePolicy::Skip).await;
     waits.work.send("waits", 1).await;
     let worker = waits.start().await;

@@ -55,7 +55,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn whatever_is_set_the_wait_doubles_up_to_the_maximum_and_jitter_adds_as_much_again_at_most(
+        fn the_wait_doubles_to_the_maximum_and_jitter_adds_as_much(
             first in 0..10_000_000_u64, max in 0..40_000_000_000_u64, failures in 0..80_u32
         ) {
             let wait = Backoff { first: Duration::from_millis(first), max: Duration::from_millis(max) }.after(failures);

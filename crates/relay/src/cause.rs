@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_stores_nothing_and_says_nothing_is_told_apart_from_one_slow_answer() {
+    fn a_silent_server_is_told_apart_from_a_slow_answer() {
         for doubt in [unanswered(), TIMEOUT] {
             let mut cause = Cause::default();
             assert_eq!(cause.of(&doubt, 7).class, Class::Unknown);
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_without_jetstream_is_told_from_a_missing_stream_and_a_missing_server() {
+    fn a_server_without_jetstream_is_named_as_such() {
         assert!(
             unreadable(&Error::new(ErrorKind::Broker, "timed out"), 2, true)
                 .is_some_and(|remedy| remedy.contains("disk is full"))

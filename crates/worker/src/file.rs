@@ -338,7 +338,7 @@ key = "k"
 "#;
 
     #[test]
-    fn an_http_subscriber_posts_one_event_at_a_time_and_needs_no_secret_to_be_read() {
+    fn an_http_subscriber_posts_one_event_at_a_time() {
         let subscribers = parse(WEBHOOK).unwrap();
         assert_eq!(subscribers[0].settings.max_batch, 1);
         let Work::Http { endpoint, .. } = &subscribers[0].work else { panic!("{:?}", subscribers[0]) };

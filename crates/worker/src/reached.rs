@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn behind_an_event_that_is_long_not_done_not_every_message_is_remembered() {
+    fn what_waits_behind_a_slow_event_is_not_all_remembered() {
         let mut account = account();
         account.saw(at(1));
         account.opened(1);

@@ -394,7 +394,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_answer_says_that_a_message_is_stored_without_a_sequence_or_beside_an_error(
+        fn an_answer_without_sequence_or_with_error_is_not_stored(
             bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..100),
             sequence in proptest::prop_oneof!["-?[0-9]{1,25}", "null", "\"7\"", "7\\.5", "[7]"],
             stream in proptest::prop_oneof!["\"[A-Z]{0,5}\"", "null", "7", "\"\\\\u0000\""],

@@ -311,7 +311,7 @@ mod tests {
     /// As a session with ids that it took in advance writes: the table's column `xid` stands before `id`, so that its
     /// default is evaluated first, but that alone does not make the order certain.
     #[test]
-    fn a_row_whose_id_is_older_than_its_transactions_number_is_in_one_window() {
+    fn a_row_older_than_its_transaction_is_in_one_window() {
         let mut cluster = Cluster { ids: 1, ..Cluster::default() };
         (0..3).for_each(|_| cluster.look());
         cluster.act(0, 0);
