@@ -1,7 +1,5 @@
 //! The audit trail: what operators did, and who and when.
 
-use serde_json::Value;
-
 use super::When;
 pub use aftercommit_core::postgres::audit::AuditEntry;
 
@@ -64,7 +62,7 @@ pub async fn reconciled(config: &PostgresConfig, who: &str, reconciler: &str, re
 }
 
 #[cfg(feature = "cli")]
-async fn write(config: &PostgresConfig, who: &str, action: &str, detail: Value) -> Result<(), Error> {
+async fn write(config: &PostgresConfig, who: &str, action: &str, detail: serde_json::Value) -> Result<(), Error> {
     let failed = |error| database_error("writing the audit trail failed", error);
     let mut session = postgres::connect(config, "aftercommit").await?;
     let mut tx = session.begin().await.map_err(failed)?;

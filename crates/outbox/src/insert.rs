@@ -8,10 +8,10 @@ use crate::check::{self, NewEvent};
 use crate::error::PublishError;
 use crate::event::{Event, EventId};
 use crate::raw::RawEvent;
-use crate::schema::Statement;
+use crate::schema::PublishStatement;
 
 /// One event: the usual case. For one row, arrays take PostgreSQL a tenth longer than plain parameters.
-pub(crate) static ONE: Statement = Statement::new(
+pub(crate) static ONE: PublishStatement = PublishStatement::new(
     "insert into aftercommit.outbox (event_id, type, version, key, headers, payload, content_type)
          values ($1, $2, $3, $4, $5, $6, $7)",
 );
@@ -19,7 +19,7 @@ pub(crate) static ONE: Statement = Statement::new(
 /// Any number of events, as arrays, so that their number never meets the limit on bind parameters. `unnest` keeps their
 /// order, and the outbox ids follow it. It runs in the service's transaction, so it names the schema of each type; an
 /// `unnest` of several arrays is always PostgreSQL's own.
-pub(crate) static MANY: Statement = Statement::new(
+pub(crate) static MANY: PublishStatement = PublishStatement::new(
     "insert into aftercommit.outbox (event_id, type, version, key, headers, payload, content_type)
          select * from unnest($1::pg_catalog.uuid[], $2::pg_catalog.text[], $3::integer[], $4::pg_catalog.text[],
                               $5::pg_catalog.jsonb[], $6::pg_catalog.bytea[], $7::pg_catalog.text[])",

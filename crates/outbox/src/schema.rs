@@ -138,14 +138,14 @@ pub fn set_schema(name: &str) -> Result<(), SchemaError> {
 
 /// A statement that publishes.
 #[cfg_attr(not(feature = "sqlx09"), allow(dead_code))]
-pub(crate) struct Statement {
+pub(crate) struct PublishStatement {
     text: &'static str,
     /// For another schema.
     other: OnceLock<String>,
 }
 
 #[cfg_attr(not(feature = "sqlx09"), allow(dead_code))]
-impl Statement {
+impl PublishStatement {
     pub(crate) const fn new(text: &'static str) -> Self {
         Self { text, other: OnceLock::new() }
     }

@@ -67,12 +67,12 @@ use crate::error::{Problem, PublishError, PublishErrorKind};
 use crate::event::{Event, EventId};
 use crate::insert::{Columns, ONE, admitted, statements, written};
 use crate::raw::RawEvent;
-use crate::schema::Statement;
+use crate::schema::PublishStatement;
 use crate::sqlx09;
 
 /// Any number of events, as [`MANY`](crate::insert::MANY) has them. An array of SeaORM cannot hold nulls, so an event
 /// without a key comes with an empty one, which none may have.
-static MANY: Statement = Statement::new(
+static MANY: PublishStatement = PublishStatement::new(
     "insert into aftercommit.outbox (event_id, type, version, key, headers, payload, content_type)
          select event_id, type, version, case when key operator(pg_catalog.<>) '' then key end,
                 headers, payload, content_type
