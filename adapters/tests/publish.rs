@@ -252,7 +252,8 @@ async fn a_missing_schema_is_named_with_the_way_out<C: Connection>() {
     assert_eq!(
         error.to_string(),
         "event \"order.placed\" was not written: relation \"aftercommit.outbox\" does not exist [42P01] \
-         (is the schema there, and up to date? run `aftercommit migrate`)"
+         (is the schema there, and up to date? run `aftercommit migrate`, or name another schema with --schema, \
+         AFTERCOMMIT_SCHEMA)"
     );
     tx.rollback().await;
 }

@@ -227,7 +227,8 @@ select format('drop policy if exists %I on %s', :'owner', c.oid::regclass),
 \gexec
 
 \else
-\echo 'The roles are made. Now run `aftercommit migrate`, and then this again.'
+\echo 'The roles are made. They have no rights yet: this database has no schema' :schema
+\echo 'Now run `aftercommit migrate` (with --schema if it has another name than aftercommit), and then this again.'
 \endif
 
 commit;

@@ -2,7 +2,8 @@
 
 use std::process::Command;
 
-use crate::support::{Act, Number, Record, Work};
+use crate::support::{Act, Database, Number, Record, Roles, Work};
+use aftercommit::config::PostgresConfig;
 use aftercommit::operator;
 use aftercommit::operator::audit::{self, AuditFilter};
 use aftercommit::operator::dead::{self, Filter};
@@ -52,6 +53,17 @@ async fn a_subscriber_is_forgotten_when_nobody_needs_it_any_more() {
     dead::discard(&work.outbox.postgres, "jane", &letters).await.unwrap();
     let (code, said) = forget(&work, &["old"]);
     assert!(code == Some(2) && said.contains("forget old --yes"), "{code:?}: {said}");
+    assert_eq!(inbox(&work).await, 4, "nothing was done");
+    // Whoever may remove the inbox and not the rest removes nothing: the subscriber would handle everything again.
+    let database = Database { config: work.outbox.postgres.clone() };
+    let roles = Roles::of(&database);
+    let login = PostgresConfig::new(database.url_of(&roles.login(&database, "operator", &["operator"]).await));
+    for refused in [
+        operator::subscriber::may_be_forgotten(&login, "old").await.unwrap_err(),
+        operator::subscriber::forget(&login, "old", "jane").await.unwrap_err(),
+    ] {
+        assert!(refused.to_string().contains("nothing was removed"), "{}", refused.report());
+    }
     assert_eq!(inbox(&work).await, 4, "nothing was done");
     let (code, said) = forget(&work, &["old", "--yes"]);
     assert!(code == Some(0) && said.contains("forgotten: old, 4 inbox rows"), "{code:?}: {said}");

@@ -170,6 +170,9 @@ async fn two_systems_in_one_database_do_not_meet() {
     }
     // A consumer belongs to an inbox, and there are two of them.
     let foreign = Outbox { naming: first.naming.clone(), ..second };
+    let refused = foreign.operator(&["replay", "--subscriber", "all", "--again", "--yes"]);
+    let told = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && told.contains("feeds the inbox of"), "{told}");
     let refused: Output = Command::new(env!("CARGO_BIN_EXE_aftercommit"))
         .args(["provision", "--config"])
         .arg({

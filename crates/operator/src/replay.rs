@@ -19,7 +19,7 @@ use aftercommit_core::outbox_query::reader::OutboxReader;
 use aftercommit_core::outbox_query::wire::{Listed, Page};
 use aftercommit_core::postgres::resend::{self, Event, Known, Order};
 use aftercommit_core::postgres::session::Session;
-use aftercommit_core::postgres::{self, database_error};
+use aftercommit_core::postgres::{self, database_error, identity};
 use aftercommit_core::sending::Sending;
 use aftercommit_core::subscription::Subscription;
 use aftercommit_outbox::event::EventId;
@@ -111,7 +111,7 @@ impl Filter {
 /// What is older than the stream's first message comes from the outbox, through the publisher's relay or from its database.
 ///
 /// # Errors
-/// When a server cannot be reached or does not answer, or the consumer does not exist. What was sent before an error stays
+/// When a server cannot be reached or does not answer, or the consumer does not exist or feeds another inbox. What was sent before an error stays
 /// sent.
 pub async fn replay(
     postgres: &PostgresConfig,
@@ -120,7 +120,7 @@ pub async fn replay(
     who: &str,
     replay: &Replay,
 ) -> Result<Replayed, Error> {
-    let session = postgres::connect(postgres, "aftercommit").await?;
+    let mut session = postgres::connect(postgres, "aftercommit").await?;
     let nats = subscription.connect(nats).await?;
     let spec = &subscription.spec;
     let found = consumer::locate(&nats.jetstream(), spec).await?;
@@ -129,6 +129,11 @@ pub async fn replay(
             format!("consumer {} of stream {} does not exist: {}", spec.name, spec.stream, subscription.remedy);
         Error::new(ErrorKind::NotReady, problem)
     })?;
+    if consumer.owner.is_some() {
+        let ours = identity::owner(&mut session).await;
+        let ours = ours.map_err(|error| database_error("looking which database this is failed", error))?;
+        consumer::is_of(spec, consumer.owner.as_ref(), &ours)?;
+    }
     let extent = StreamReader::new(&nats, &spec.stream).extent().await?;
     let order =
         Order { subscriber: spec.name.clone(), stream: spec.stream.clone(), who: who.into(), again: replay.again };

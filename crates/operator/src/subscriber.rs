@@ -5,6 +5,7 @@ use serde_json::json;
 use aftercommit_core::config::PostgresConfig;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::postgres::audit::{self, Entry};
+use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::subscriber::{self, Remains};
 use aftercommit_core::postgres::{self, database_error};
 use aftercommit_core::subscription::{check_name, lease_name};
@@ -28,7 +29,19 @@ pub async fn may_be_forgotten(config: &PostgresConfig, name: &str) -> Result<(),
     check_name(name).map_err(|problem| Error::new(ErrorKind::Config, problem))?;
     let mut connection = postgres::connect(config, "aftercommit").await?;
     let remains = subscriber::remains(&mut connection, name, &lease_name(name)).await;
-    check(name, &remains.map_err(|error| database_error("looking for the subscriber failed", error))?)
+    check(name, &remains.map_err(|error| database_error("looking for the subscriber failed", error))?)?;
+    try_out(&mut connection, name).await
+}
+
+/// Refuses a login that may remove the inbox and not all of the rest: with half of it gone a subscriber would begin anew.
+async fn try_out(connection: &mut Session, name: &str) -> Result<(), Error> {
+    let tried = async {
+        let mut tx = connection.begin().await?;
+        subscriber::forget(&mut tx, name, &lease_name(name)).await?;
+        tx.rollback().await
+    };
+    let doing = "nothing was removed: forgetting a subscriber needs the login that owns the schema";
+    tried.await.map_err(|error| database_error(doing, error))
 }
 
 /// Removes everything that a subscriber's database knows of it: inbox, attempts, lease, pause, and what its reconcilers
@@ -47,6 +60,7 @@ pub async fn forget(config: &PostgresConfig, name: &str, who: &str) -> Result<Fo
     let lease = lease_name(name);
     let mut connection = postgres::connect(config, "aftercommit").await?;
     check(name, &subscriber::remains(&mut connection, name, &lease).await.map_err(failed)?)?;
+    try_out(&mut connection, name).await?;
     let mut inbox = 0;
     loop {
         let removed = subscriber::forget_inbox(&mut connection, name, BATCH).await.map_err(failed)?;

@@ -32,7 +32,10 @@ pub fn is_mixed_up(code: &str) -> bool {
 pub fn hint(code: &str, message: &str) -> &'static str {
     match code {
         // A schema, a table, a column or a function that is not there.
-        "3F000" | "42P01" | "42703" | "42883" => " (is the schema there, and up to date? run `aftercommit migrate`)",
+        "3F000" | "42P01" | "42703" | "42883" => {
+            " (is the schema there, and up to date? run `aftercommit migrate`, or \
+             name another schema with --schema, AFTERCOMMIT_SCHEMA)"
+        }
         "42501" if message.contains("row-level security") => ROW_SECURITY,
         "42501" => " (the role lacks a grant)",
         code if is_mixed_up(code) || message.contains("startup parameter") => POOLED,

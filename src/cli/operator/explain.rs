@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::as_json;
 use super::terminal::{payload, payload_member, plain, time};
 use crate::cli::servers::Servers;
-use aftercommit_core::config::PostgresConfig;
+use aftercommit_core::config::{PostgresConfig, Schema};
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_operator::explain::{self, ExplainConfig, Explanation, Standing};
 
@@ -19,6 +19,9 @@ pub(super) struct Explain {
     /// spaces in between
     #[arg(long, env = "SUBSCRIBER_DATABASE_URL", hide_env_values = true, value_name = "URL", value_delimiter = ' ')]
     subscriber_database: Vec<String>,
+    /// The schema of aftercommit there. Defaults to --schema
+    #[arg(long, env = "SUBSCRIBER_SCHEMA", value_name = "NAME")]
+    subscriber_schema: Option<Schema>,
     /// Print the payload too
     #[arg(long = "show-payload", alias = "payload")]
     payload: bool,
@@ -31,9 +34,10 @@ pub(super) struct Explain {
 
 pub(super) async fn run(command: Explain) -> Result<String, Error> {
     let (publisher, nats, naming) = command.servers.config()?;
+    let schema = command.subscriber_schema.unwrap_or_else(|| publisher.schema.clone());
     let urls = command.subscriber_database.into_iter().filter(|url| !url.is_empty());
     let config = ExplainConfig {
-        subscribers: urls.map(|url| PostgresConfig { url, ..publisher.clone() }).collect(),
+        subscribers: urls.map(|url| PostgresConfig { url, schema: schema.clone(), ..publisher.clone() }).collect(),
         payload: command.payload,
         ..ExplainConfig::new(publisher, nats, naming)
     };

@@ -116,14 +116,16 @@ impl Waiting {
     fn what(self) -> &'static str {
         match self {
             Self::Migrator => "the advisory lock of migrations, which another session holds",
-            Self::Table => "a table of the schema aftercommit, which another transaction holds",
+            Self::Table => "a table of the schema, which another transaction holds",
         }
     }
 }
 
 /// Applies the first migration that is missing, or all of them to a database that has none.
 async fn step(session: &mut Session) -> Result<Step, Error> {
-    let failed = |error| super::database_error("migrating the schema aftercommit failed, nothing was changed", error);
+    let schema = session.schema().clone();
+    let doing = format!("migrating the schema {schema} failed, nothing was changed");
+    let failed = |error| super::database_error(doing.as_str(), error);
     let limit = format!("; set local lock_timeout = {}", LOCK_TIMEOUT.as_millis());
     let mut tx = session.begin_and(&limit).await.map_err(failed)?;
     let row = tx.fetch_one(AssertSqlSafe(format!("select pg_try_advisory_xact_lock({LOCK})"))).await;
@@ -131,7 +133,7 @@ async fn step(session: &mut Session) -> Result<Step, Error> {
         tx.rollback().await.map_err(failed)?;
         return Ok(Step::Waiting(Waiting::Migrator));
     }
-    let applied = applied(&mut tx).await?;
+    let applied = applied(&mut tx, &schema).await?;
     let mut missing = missing(&migrations(), &applied)?;
     if missing.is_empty() {
         tx.rollback().await.map_err(failed)?;
@@ -153,10 +155,7 @@ async fn step(session: &mut Session) -> Result<Step, Error> {
         Err(error) => {
             let names: Vec<String> = missing.iter().map(name).collect();
             let names = names.join(", ");
-            return Err(super::database_error(
-                format!("migrating the schema aftercommit failed, nothing was changed by {names}"),
-                error,
-            ));
+            return Err(super::database_error(format!("{doing} by {names}"), error));
         }
     }
     Ok(Step::Applied(missing.iter().map(name).collect()))
@@ -196,7 +195,7 @@ fn name(migration: &Migration) -> String {
 
 /// The versions that are recorded, each with its checksum. A schema without a record is somebody else's work, not ours
 /// to go on with.
-async fn applied(tx: &mut Tx<'_>) -> Result<BTreeMap<i64, Vec<u8>>, Error> {
+async fn applied(tx: &mut Tx<'_>, schema: &Schema) -> Result<BTreeMap<i64, Vec<u8>>, Error> {
     let failed = |error| super::database_error("looking for the migrations of aftercommit failed", error);
     let row = tx
         .fetch_one(AssertSqlSafe(format!(
@@ -213,8 +212,10 @@ async fn applied(tx: &mut Tx<'_>) -> Result<BTreeMap<i64, Vec<u8>>, Error> {
         (false, false) => Ok(BTreeMap::new()),
         (false, true) => Err(Error::new(
             ErrorKind::NotReady,
-            "the table aftercommit.outbox is there, but no record in aftercommit.migrations of how it came: go on with \
+            schema.sql(
+                "the table aftercommit.outbox is there, but no record in aftercommit.migrations of how it came: go on with \
              the tool that made it, or run the parts of `aftercommit migrate --print` that write the record",
+            ),
         )),
     }
 }

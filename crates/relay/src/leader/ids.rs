@@ -26,14 +26,12 @@ impl Leader<'_> {
         if !found.is_behind() {
             return Ok(());
         }
-        let failed = |error| {
-            database_error("the sequence aftercommit.outbox_id_seq is behind, and cannot be set forward", error)
-        };
+        let failed = |error| database_error("the sequence outbox_id_seq is behind, and cannot be set forward", error);
         if let Some(now) = sequence::catch_up(&mut self.log).await.map_err(failed)? {
             tracing::error!(
                 was = found.last_id,
                 now,
-                "the sequence aftercommit.outbox_id_seq was behind ids that had been handed out, and has been set forward: \
+                "the sequence outbox_id_seq was behind ids that had been handed out, and has been set forward: \
                  was it set back, or the outbox truncated or loaded by hand?"
             );
         }

@@ -26,7 +26,7 @@ impl Leader<'_> {
             let Appended::Yes(state) = appended else { return Err(fenced()) };
             self.state = *state;
             tracing::error!(
-                "the sequence aftercommit.outbox_id_seq was not restored and has been set forward; its ids do not tell \
+                "the sequence outbox_id_seq was not restored and has been set forward; its ids do not tell \
                  what was published, so every event that the stream does not hold is published"
             );
         }
