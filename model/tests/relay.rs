@@ -22,7 +22,7 @@ fn scope(transactions: &[Transaction], relays: usize, faults: Faults) -> Scope {
         transactions: transactions.to_vec(),
         unfit: Vec::new(),
         relays,
-        under_way: 2,
+        in_flight: 2,
         faults,
         ids_in_advance: false,
         broken: None,

@@ -17,6 +17,7 @@ pub mod handling;
 pub mod identity;
 pub mod inbox;
 pub mod lease;
+mod mark_row;
 pub mod migrate;
 pub mod outbox_event;
 pub mod parked;

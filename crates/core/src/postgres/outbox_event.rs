@@ -20,7 +20,7 @@ pub struct OutboxEvent {
     pub key: Option<String>,
     pub content_type: String,
     pub created_at: DateTime<Utc>,
-    /// Headers and payload; none when they are so large that they are read one by one, see [`body`].
+    /// Headers and payload; none when they are so large that they are read one by one, see [`body`](super::window::body).
     pub body: Option<Body>,
 }
 

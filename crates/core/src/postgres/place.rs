@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 use sqlx::postgres::PgRow;
 use sqlx::{FromRow, Row};
 
+use super::mark_row;
 use super::session::Session;
-use super::snapshot::{self, Mark};
+use super::snapshot::Mark;
 use super::time;
 
 /// A text that is not a place.
@@ -171,7 +172,7 @@ impl FromRow<'_, PgRow> for Place {
     fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
         Ok(Self {
             seq: row.try_get("seq")?,
-            mark: snapshot::mark(row, ["settled", "settled_id", "settled_xid"], row.try_get("settled_floor")?)?,
+            mark: mark_row::mark(row, ["settled", "settled_id", "settled_xid"], row.try_get("settled_floor")?)?,
             sequence: row.try_get::<i64, _>("base_sequence")?.cast_unsigned(),
         })
     }

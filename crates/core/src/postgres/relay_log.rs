@@ -4,8 +4,9 @@ use chrono::{DateTime, Utc};
 use sqlx::postgres::PgRow;
 use sqlx::{FromRow, PgExecutor, Row};
 
+use super::mark_row;
 use super::session::{Session, Tx};
-use super::snapshot::{self, Mark};
+use super::snapshot::Mark;
 use super::time;
 use super::{parked, repair};
 use crate::fault;
@@ -279,7 +280,7 @@ impl FromRow<'_, PgRow> for State {
     fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
         let floor = row.try_get("floor")?;
         let target = match row.try_get::<Option<i64>, _>("target_id")? {
-            Some(_) => Some(snapshot::mark(row, ["target", "target_id", "target_xid"], floor)?),
+            Some(_) => Some(mark_row::mark(row, ["target", "target_id", "target_xid"], floor)?),
             None => None,
         };
         let base = match row.try_get("stream")? {
@@ -292,7 +293,7 @@ impl FromRow<'_, PgRow> for State {
         };
         Ok(Self {
             seq: row.try_get("seq")?,
-            settled: snapshot::mark(row, ["settled", "settled_id", "settled_xid"], row.try_get("settled_floor")?)?,
+            settled: mark_row::mark(row, ["settled", "settled_id", "settled_xid"], row.try_get("settled_floor")?)?,
             target,
             base,
             scattered: row.try_get("scattered")?,

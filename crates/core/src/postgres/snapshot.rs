@@ -3,9 +3,6 @@
 use std::fmt;
 use std::str::FromStr;
 
-use sqlx::Row;
-use sqlx::postgres::PgRow;
-
 /// A `pg_snapshot`: `xmin:xmax:xip`, as the PostgreSQL documentation describes it in section 9.27.8.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Snapshot {
@@ -114,16 +111,6 @@ impl Mark {
 /// Transaction ids in the form in which they are bound as `text[]`.
 pub(crate) fn xids(ids: impl IntoIterator<Item = u64>) -> Vec<String> {
     ids.into_iter().map(|xid| xid.to_string()).collect()
-}
-
-/// The mark in three columns: its snapshot and the next transaction's id, both as text, and between them the last id.
-pub(super) fn mark(row: &PgRow, [snapshot, last_id, next_xid]: [&str; 3], floor: i64) -> Result<Mark, sqlx::Error> {
-    Ok(Mark {
-        snapshot: row.try_get::<&str, _>(snapshot)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
-        last_id: row.try_get(last_id)?,
-        next_xid: row.try_get::<&str, _>(next_xid)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
-        floor,
-    })
 }
 
 #[cfg(test)]

@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 use sqlx::{AssertSqlSafe, PgConnection};
 use uuid::Uuid;
 
+use super::mark_row;
 use super::session::Session;
-use super::snapshot::{self, Mark};
+use super::snapshot::Mark;
 
 /// The types of all events that are in the outbox.
 pub async fn types(connection: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
@@ -93,7 +94,7 @@ pub async fn now(connection: &mut Session) -> Result<Mark, sqlx::Error> {
     )
     .fetch_one(connection)
     .await?;
-    snapshot::mark(&row, ["snapshot", "last_id", "next_xid"], 0)
+    mark_row::mark(&row, ["snapshot", "last_id", "next_xid"], 0)
 }
 
 /// The failed attempts of those of these events that have some, each with the last error.
