@@ -40,11 +40,6 @@ impl PostgresArgs {
     pub fn config(&self) -> Result<PostgresConfig, Error> {
         let names = ("DATABASE_URL (--database-url)", "DATABASE_URL_FILE (--database-url-file)");
         let url = url(&self.database_url, &self.database_url_file, names)?;
-        // What handlers publish goes there as well.
-        if self.schema != Schema::default() {
-            aftercommit_outbox::set_schema(self.schema.name())
-                .map_err(|error| Error::with_source(ErrorKind::Config, "--schema cannot be used", error))?;
-        }
         Ok(PostgresConfig { url, pooled: self.pgbouncer, schema: self.schema.clone() })
     }
 }
@@ -73,7 +68,8 @@ pub(super) struct OutboxArgs {
 }
 
 impl OutboxArgs {
-    /// None when nothing is given; `own` is the database in which somebody works. The pooler stands in front of both databases or of none.
+    /// None when nothing is given; `own` is the database in which somebody works. The pooler stands in front of both databases
+    /// or of none.
     pub(super) fn config(&self, own: &PostgresConfig) -> Result<Option<PostgresConfig>, Error> {
         let names = ("OUTBOX_DATABASE_URL (--outbox-database)", "OUTBOX_DATABASE_URL_FILE (--outbox-database-file)");
         let url = url(&self.outbox_database, &self.outbox_database_file, names)?;

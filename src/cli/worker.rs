@@ -13,7 +13,7 @@ use super::http::{self, HttpArgs};
 use super::reconciling::{self, ReconcileArgs};
 use super::servers::Servers;
 use super::{fail, parse, run_role};
-use aftercommit_core::config::NatsConfig;
+use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig, Schema};
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::runner::{Mode, Runner, Scope};
 use aftercommit_reconciler::with_comparisons;
@@ -45,11 +45,21 @@ struct Cli {
 impl Cli {
     fn worker(&self) -> Result<(Worker, NatsConfig), Error> {
         let remedy = format!("run `aftercommit provision --config {}`", self.config.display());
-        let (postgres, nats, naming) = self.servers.config()?;
+        let (postgres, nats, naming) = servers(&self.servers)?;
         let worker = Worker::new(postgres, nats.clone(), naming).remedy(remedy);
         let worker = worker.unhealthy_after(self.http.unhealthy_after).max_connections(self.connections.most);
         Ok((worker.queues(self.queues.config()?).registry(read_file(&self.config)?), nats))
     }
+}
+
+/// The servers of a worker, whose handlers publish into the schema that it is for.
+fn servers(servers: &Servers) -> Result<(PostgresConfig, NatsConfig, Naming), Error> {
+    let (postgres, nats, naming) = servers.config()?;
+    if postgres.schema != Schema::default() {
+        aftercommit_outbox::set_schema(postgres.schema.name())
+            .map_err(|error| Error::with_source(ErrorKind::Config, "--schema cannot be used", error))?;
+    }
+    Ok((postgres, nats, naming))
 }
 
 /// How many connections it opens.
@@ -127,7 +137,7 @@ struct Service {
 pub(crate) fn serve(registry: Registry, arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli: Service = parse(arguments);
     let worker = || -> Result<(Worker, NatsConfig), Error> {
-        let (postgres, nats, naming) = cli.servers.config()?;
+        let (postgres, nats, naming) = servers(&cli.servers)?;
         let worker = Worker::new(postgres, nats.clone(), naming);
         let worker = worker.remedy("run this program with --provision".into());
         let worker = worker.unhealthy_after(cli.http.unhealthy_after);

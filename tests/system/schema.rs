@@ -113,7 +113,12 @@ async fn everything_works_in_a_database_that_only_has_another_schema() {
     publish(&outbox, 13).await;
     eventually(SOON, "a dead letter", async || !letters(&outbox).await.is_empty()).await.unwrap();
     run(&outbox, &["dead", "discard", &letters(&outbox).await[0].to_string()]);
-    run(&outbox, &["relay", "pause", "--reason", "a test"]);
+    run(&outbox, &["relay", "pause", "--reason", "aftercommit.outbox moves"]);
+    let look = async || {
+        doctor(&DoctorConfig::new(outbox.postgres.clone(), outbox.nats.clone(), outbox.naming.clone())).await.unwrap()
+    };
+    let report = look().await.to_string();
+    assert!(report.contains("aftercommit.outbox moves"), "words of people stay: {report}");
     run(&outbox, &["relay", "resume"]);
     run(&outbox, &["worker", "pause", "--subscriber", "all"]);
     run(&outbox, &["worker", "resume", "--subscriber", "all"]);
@@ -132,8 +137,7 @@ async fn everything_works_in_a_database_that_only_has_another_schema() {
     }
     run(&outbox, &["peek", "--subscriber", "all"]);
     assert!(run(&outbox, &["audit"]).contains("resume"), "acts are on record");
-    let report = doctor(&DoctorConfig::new(outbox.postgres.clone(), outbox.nats.clone(), outbox.naming.clone())).await;
-    let report = report.unwrap();
+    let report = look().await;
     assert!(report.checks.iter().all(|check| check.status != Severity::Fail || check.name == "fsync"), "{report}");
     assert!(operator::migrate(&outbox.postgres).await.unwrap().is_empty(), "it is up to date");
     let strays: Vec<String> = sqlx::query_scalar(

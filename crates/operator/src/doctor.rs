@@ -213,12 +213,6 @@ pub async fn doctor(config: &DoctorConfig) -> Result<Report, Error> {
     ] {
         checks.extend(encryption(&servers, remedy));
     }
-    // The texts name tables as the statements do.
-    let named = |text: &str| config.postgres.schema.sql(text).into_owned();
-    for check in &mut checks {
-        check.finding = named(&check.finding);
-        check.remedy = check.remedy.as_deref().map(named);
-    }
     let status = checks.iter().map(|check| check.status).max().unwrap_or(Severity::Ok);
     Ok(Report { status, checks })
 }

@@ -6,7 +6,7 @@ use serde_json::Value;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use super::event_id::MaybeEventId;
+use super::maybe::Maybe;
 use super::session::{Session, Tx};
 use super::time;
 use aftercommit_outbox::event::EventId;
@@ -63,7 +63,7 @@ pub struct AuditEntry {
     /// The subscriber that it concerns.
     pub subscriber: Option<String>,
     /// The event that it concerns.
-    #[sqlx(try_from = "MaybeEventId")]
+    #[sqlx(try_from = "Maybe<Uuid>")]
     pub event_id: Option<EventId>,
     /// More about it. Payloads and headers that an action kept stay in the table `aftercommit.audit`.
     pub detail: Value,

@@ -7,6 +7,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{FromRow, Row};
 use uuid::Uuid;
 
+use super::maybe::Maybe;
 use super::session::Session;
 use super::time;
 
@@ -84,7 +85,7 @@ pub struct Repair {
     pub state: String,
     #[sqlx(try_from = "time::Time")]
     pub queued_at: DateTime<Utc>,
-    #[sqlx(try_from = "time::MaybeTime")]
+    #[sqlx(try_from = "Maybe<time::Time>")]
     pub published_at: Option<DateTime<Utc>>,
     /// Where it is in the stream now.
     pub sequence: Option<i64>,

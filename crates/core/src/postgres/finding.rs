@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::event_id::MaybeEventId;
+use super::maybe::Maybe;
 use super::session::{Session, Tx};
 use super::time;
 use aftercommit_outbox::event::EventId;
@@ -192,7 +192,7 @@ pub struct Finding {
     /// What it is about.
     pub item: String,
     /// The event that it is about.
-    #[sqlx(try_from = "MaybeEventId")]
+    #[sqlx(try_from = "Maybe<Uuid>")]
     pub event_id: Option<EventId>,
     /// That event's key.
     pub key: Option<String>,
@@ -207,7 +207,7 @@ pub struct Finding {
     #[sqlx(try_from = "time::Time")]
     pub found_at: DateTime<Utc>,
     /// When it was settled.
-    #[sqlx(try_from = "time::MaybeTime")]
+    #[sqlx(try_from = "Maybe<time::Time>")]
     pub settled_at: Option<DateTime<Utc>>,
     /// The last run that found it.
     pub last_run: i64,

@@ -3,6 +3,7 @@
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
+use super::maybe::Maybe;
 use super::session::Session;
 use super::time;
 
@@ -13,7 +14,7 @@ pub struct ReconcilerRow {
     /// How long ago it last succeeded.
     pub(crate) since_success: Option<f64>,
     pub failures: i32,
-    #[sqlx(try_from = "time::MaybeTime")]
+    #[sqlx(try_from = "Maybe<time::Time>")]
     pub reconciled_up_to: Option<DateTime<Utc>>,
     /// What the last failed run said, if the last run that ended failed.
     pub error: Option<String>,
@@ -52,7 +53,7 @@ pub struct ReconcileRun {
     #[sqlx(try_from = "time::Time")]
     pub started_at: DateTime<Utc>,
     /// When it ended; none when it runs, or its process died and no other run has noticed yet.
-    #[sqlx(try_from = "time::MaybeTime")]
+    #[sqlx(try_from = "Maybe<time::Time>")]
     pub ended_at: Option<DateTime<Utc>>,
     /// `ok`, `failed` or `stopped`.
     pub result: Option<String>,

@@ -5,6 +5,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{FromRow, Row};
 use uuid::Uuid;
 
+use super::maybe::Maybe;
 use super::relay_log::State;
 use super::session::Session;
 use super::snapshot::xids;
@@ -85,7 +86,7 @@ pub struct Leader {
     pub last_sequence: Option<i64>,
     pub state: Option<String>,
     /// Since when it leads, as it says.
-    #[sqlx(try_from = "time::MaybeTime")]
+    #[sqlx(try_from = "Maybe<time::Time>")]
     pub since: Option<DateTime<Utc>>,
 }
 

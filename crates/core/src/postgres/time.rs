@@ -38,29 +38,6 @@ impl From<Time> for DateTime<Utc> {
     }
 }
 
-/// A `timestamptz` that may be null, for rows that are read into structs: the driver's derive has no conversion within an
-/// `Option`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct MaybeTime(Option<DateTime<Utc>>);
-
-impl Type<Postgres> for MaybeTime {
-    fn type_info() -> PgTypeInfo {
-        <Time as Type<Postgres>>::type_info()
-    }
-}
-
-impl<'r> Decode<'r, Postgres> for MaybeTime {
-    fn decode(value: PgValueRef<'r>) -> Result<Self, sqlx::error::BoxDynError> {
-        Ok(Self(<Option<Time> as Decode<Postgres>>::decode(value)?.map(DateTime::from)))
-    }
-}
-
-impl From<MaybeTime> for Option<DateTime<Utc>> {
-    fn from(time: MaybeTime) -> Self {
-        time.0
-    }
-}
-
 /// A number of seconds that is read as a [`span`].
 #[derive(Debug, Clone, Copy, sqlx::Type)]
 #[sqlx(transparent)]

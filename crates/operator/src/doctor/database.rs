@@ -5,6 +5,7 @@ use std::time::Duration;
 use chrono::{SecondsFormat, TimeDelta};
 
 use super::{Check, DatabaseFacts, DoctorConfig, Role, Work, connections, span};
+use aftercommit_core::config::Schema;
 use aftercommit_core::error::Error;
 use aftercommit_core::postgres::doctor::{Prepared, Server, Tables, Transaction};
 use aftercommit_core::postgres::migrate;
@@ -40,7 +41,7 @@ pub(super) fn judge(facts: &DatabaseFacts, config: &DoctorConfig) -> Vec<Check> 
     checks.push(connections::judge(&facts.connections));
     checks.extend(prepared(facts.prepared.as_ref()));
     checks.push(transactions(facts.longest.as_ref(), &facts.server));
-    checks.push(schema(facts.tables, facts.migrations.as_ref(), &facts.server.role));
+    checks.push(schema(facts.tables, facts.migrations.as_ref(), &facts.server.role, &config.postgres.schema));
     if facts.tables.outbox {
         checks.extend(grants(facts.rights.as_ref(), &facts.server.role, &config.roles));
     }
@@ -58,7 +59,10 @@ pub(super) fn judge(facts: &DatabaseFacts, config: &DoctorConfig) -> Vec<Check> 
         Some(Err(error)) => checks.push(Check::warn(
             "dead letters",
             error.report(),
-            "look as a role that may read aftercommit.dead_letter, in the subscriber's database",
+            format!(
+                "look as a role that may read {}.dead_letter, in the subscriber's database",
+                config.postgres.schema
+            ),
         )),
         None => {}
     }
@@ -184,20 +188,20 @@ fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-fn schema(tables: Tables, migrations: Option<&migrate::Difference>, role: &str) -> Check {
+fn schema(tables: Tables, migrations: Option<&migrate::Difference>, role: &str, schema: &Schema) -> Check {
     const NAME: &str = "schema";
     const MIGRATE: &str = "run `aftercommit migrate`";
     match (tables, migrations) {
-        (Tables { outbox: false, .. }, _) => Check::fail(NAME, "there is no table aftercommit.outbox", MIGRATE),
+        (Tables { outbox: false, .. }, _) => Check::fail(NAME, format!("there is no table {schema}.outbox"), MIGRATE),
         (Tables { migrations: false, .. }, _) => Check::warn(
             NAME,
-            "there is no record in aftercommit.migrations of how the schema came, so its version is unknown",
+            format!("there is no record in {schema}.migrations of how the schema came, so its version is unknown"),
             "run the parts of `aftercommit migrate --print` that write the record",
         ),
         (_, None) => Check::warn(
             NAME,
-            format!("it is there; its version is unknown, because the role {role} may not read aftercommit.migrations"),
-            format!("grant select on aftercommit.migrations to {}", quoted(role)),
+            format!("it is there; its version is unknown, because the role {role} may not read {schema}.migrations"),
+            format!("grant select on {schema}.migrations to {}", quoted(role)),
         ),
         (_, Some(migrate::Difference { missing, unknown, changed })) => {
             if !changed.is_empty() {
@@ -252,7 +256,7 @@ fn grants(rights: Option<&Difference>, login: &str, roles: &[Role]) -> Vec<Check
 
 fn work(work: &Work, config: &DoctorConfig) -> Vec<Check> {
     let relay_paused = work.paused.iter().any(|pause| pause.name == LEASE);
-    let mut checks: Vec<Check> = work.paused.iter().map(paused).collect();
+    let mut checks: Vec<Check> = work.paused.iter().map(|pause| paused(pause, &config.postgres.schema)).collect();
     checks.extend(relay(work.leader.as_ref(), &work.backlog, relay_paused));
     if work.parked > 0 {
         checks.push(Check::warn(
@@ -267,11 +271,11 @@ fn work(work: &Work, config: &DoctorConfig) -> Vec<Check> {
         checks.push(Check::ok("parked", "no event is parked"));
     }
     checks.extend(pruning(work.oldest_event, &work.backlog, config.retention));
-    checks.push(super::ids::judge(&work.sequence));
+    checks.push(super::ids::judge(&work.sequence, &config.postgres.schema));
     checks
 }
 
-fn paused(pause: &Pause) -> Check {
+fn paused(pause: &Pause, schema: &Schema) -> Check {
     let Pause { name, since, by, reason } = pause;
     let since = since.to_rfc3339_opts(SecondsFormat::Secs, true);
     let reason = reason.as_deref().unwrap_or("no reason given");
@@ -279,7 +283,7 @@ fn paused(pause: &Pause) -> Check {
         _ if name == LEASE => "`aftercommit relay resume`".to_string(),
         Some("*") => "`aftercommit worker resume --all`".to_string(),
         Some(subscriber) => format!("`aftercommit worker resume --subscriber {subscriber}`"),
-        None => format!("when it is time: `delete from aftercommit.pause where name = '{}'`", name.replace('\'', "''")),
+        None => format!("when it is time: `delete from {schema}.pause where name = '{}'`", name.replace('\'', "''")),
     };
     Check::warn("paused", format!("{name} was paused at {since} by {by}: {reason}"), remedy)
 }
@@ -477,8 +481,9 @@ mod tests {
     #[test]
     fn a_schema_of_another_version_fails() {
         let there = Tables { outbox: true, migrations: true, readable: true };
-        let judge =
-            |tables, difference: Option<migrate::Difference>| schema(tables, difference.as_ref(), "relay").status;
+        let judge = |tables, difference: Option<migrate::Difference>| {
+            schema(tables, difference.as_ref(), "relay", &Schema::default()).status
+        };
         assert_eq!(judge(there, Some(migrate::Difference::default())), Fine);
         assert_eq!(
             judge(there, Some(migrate::Difference { missing: vec!["0003 inbox".into()], ..Default::default() })),
