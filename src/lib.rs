@@ -7,6 +7,7 @@
 //! | handle events | [`worker::Subscriber`], [`worker::Handler`], [`worker::main`] |
 //! | run the relay in your own program | [`relay::Relay`] |
 //! | keep derived state right | [`reconciler::Reconciler`], [`reconciler::Runner`] |
+//! | delete old rows, with what refers to them | [`prune::Spec`], [`prune::Pruner`] |
 //! | look and act as an operator does | [`operator`] |
 //! | test all of this | `testing`, behind the feature of that name |
 //!
@@ -32,6 +33,7 @@ pub use aftercommit_operator as operator;
 pub use aftercommit_outbox as outbox;
 pub use aftercommit_outbox::{Event, EventId};
 pub use aftercommit_outbox::{event, subject};
+pub use aftercommit_prune as prune;
 
 /// The version of sqlx whose transactions handlers get.
 pub use sqlx;

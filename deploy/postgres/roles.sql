@@ -30,6 +30,9 @@
 \set outbox_reconciler :prefix outbox_reconciler
 \set inbox_reconciler :prefix inbox_reconciler
 \set own_reconciler :prefix own_reconciler
+\set pruner :prefix pruner
+\set sees_leases :prefix pruner_sees
+\set deletes_leases :prefix pruner_deletes
 \set reader :prefix reader
 \set operator :prefix operator
 
@@ -41,7 +44,7 @@ set local client_min_messages = warning;
 
 select format('create role %I nologin', role)
   from unnest(array[:'owner', :'publisher', :'relay', :'worker', :'outbox_reconciler', :'inbox_reconciler',
-                    :'own_reconciler', :'reader', :'operator']) as role
+                    :'own_reconciler', :'pruner', :'reader', :'operator']) as role
  where not exists (select from pg_roles where rolname = role)
 \gexec
 
@@ -71,18 +74,18 @@ select format('alter function %s owner to %I', oid::regprocedure, :'owner')
 revoke all on schema :"schema" from public;
 revoke all on all functions in schema :"schema" from public;
 revoke all on schema :"schema" from
-    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"reader", :"operator";
+    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"reader", :"operator";
 revoke all on all tables in schema :"schema" from
-    public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"reader", :"operator";
+    public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"reader", :"operator";
 revoke all on all sequences in schema :"schema" from
-    public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"reader", :"operator";
+    public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"reader", :"operator";
 revoke all on all functions in schema :"schema" from
-    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"reader", :"operator";
+    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"reader", :"operator";
 
 grant usage on schema :"schema" to
-    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"reader", :"operator";
+    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"reader", :"operator";
 -- Which version the schema has, for `aftercommit doctor`.
-grant select on :"schema".migrations to :"relay", :"worker", :"reader", :"operator";
+grant select on :"schema".migrations to :"relay", :"worker", :"pruner", :"reader", :"operator";
 
 -- The publishing service. It cannot read what it wrote, and it gives neither `id` nor `xid`.
 grant insert (event_id, type, version, key, headers, payload, content_type) on :"schema".outbox to :"publisher";
@@ -154,13 +157,23 @@ grant insert (who, action, subscriber, event_id, detail) on :"schema".audit to :
 
 -- A service's own reconcilers need nothing more, beside what they do themselves.
 
+-- Who prunes keeps a record of it: the relay and the worker what is theirs, and `aftercommit prune run` the application's tables,
+-- on which it needs rights of its own, the audit trail and leases of the dead.
+grant select, insert (category, swept_by, period),
+    update (swept_by, period, started_at, last_swept_at, result, error, removed, removed_total, place)
+    on :"schema".sweep to :"relay", :"worker", :"pruner";
+grant insert (event_id, type, version, key, headers, payload, content_type) on :"schema".outbox to :"pruner";
+grant select on :"schema".allowed_type to :"pruner";
+grant select, delete, insert, update (holder, epoch, expires_at) on :"schema".lease to :"pruner";
+grant select, delete on :"schema".audit to :"pruner";
+
 -- Operators who look: status, explain, peek, audit, findings, runs, dead list and show, parked list. They see payloads.
 grant select on
     :"schema".outbox, :"schema".events, :"schema".parked, :"schema".relay_log, :"schema".relay_status, :"schema".repair,
     :"schema".inbox, :"schema".attempt, :"schema".running, :"schema".dead_letter, :"schema".redrive,
     :"schema".reached, :"schema".inbox_pruned, :"schema".subscriber_start, :"schema".worker_status, :"schema".failure,
     :"schema".reconciler, :"schema".reconcile_run, :"schema".finding,
-    :"schema".lease, :"schema".pause, :"schema".audit, :"schema".allowed_type
+    :"schema".lease, :"schema".pause, :"schema".audit, :"schema".allowed_type, :"schema".sweep
     to :"reader", :"operator";
 grant select on sequence :"schema".outbox_id_seq to :"reader", :"operator";
 grant execute on function :"schema".payload_json, :"schema".reads_up_to to :"reader", :"operator";
@@ -191,6 +204,14 @@ drop policy if exists :"relay" on :"schema".lease;
 create policy :"relay" on :"schema".lease to :"relay" using (name = 'relay');
 drop policy if exists :"worker" on :"schema".lease;
 create policy :"worker" on :"schema".lease to :"worker" using (name like 'subscriber:%');
+-- Its own leases, and those of the dead, which it may only see and delete.
+drop policy if exists :"pruner" on :"schema".lease;
+create policy :"pruner" on :"schema".lease to :"pruner" using (name like 'prune:%');
+drop policy if exists :"sees_leases" on :"schema".lease;
+create policy :"sees_leases" on :"schema".lease for select to :"pruner" using (true);
+drop policy if exists :"deletes_leases" on :"schema".lease;
+create policy :"deletes_leases" on :"schema".lease for delete to :"pruner"
+    using (name <> 'relay' and expires_at < clock_timestamp() - interval '1 day');
 
 \set own_name 'name <> ''outbox'' and name not like ''consumer:%'' and name not like ''inbox:%'''
 select format('drop policy if exists %1$I on %3$I.%2$I', role, relation, :'schema'),
@@ -214,7 +235,7 @@ select format('drop policy if exists %I on %s', :'grants', c.oid::regclass),
   from pg_class c
  cross join (select string_agg(format('%I', role), ', ') as list
                from unnest(array[:'owner', :'publisher', :'relay', :'worker', :'outbox_reconciler', :'inbox_reconciler',
-                                 :'own_reconciler', :'reader', :'operator']) as role) as roles
+                                 :'own_reconciler', :'pruner', :'reader', :'operator']) as role) as roles
  where c.relnamespace = :'schema'::regnamespace and c.relkind in ('r', 'p') and c.relrowsecurity
    and c.relname not in ('lease', 'reconciler', 'reconcile_run', 'finding')
 \gexec

@@ -10,6 +10,7 @@ mod explain;
 mod findings;
 mod parked;
 mod peek;
+mod prune;
 mod reconcile;
 mod relay;
 mod replay;
@@ -86,6 +87,9 @@ enum Command {
     /// Create the stream and consumers, or correct settings of it that would lose events; prints what it changed
     #[command(after_help = "Example:\n  aftercommit provision --config worker.toml")]
     Provision(Box<setup::Provision>),
+    /// Delete finished rows of tables, with what refers to them, in bounded transactions
+    #[command(subcommand)]
+    Prune(prune::Prune),
     /// Write one event in a transaction of its own and print its id
     #[command(after_help = "Example:\n  aftercommit publish order.placed --key order-7 --payload '{\"cents\": 995}'")]
     Publish(setup::Publish),
@@ -118,7 +122,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
     ("Decide about events", &["dead", "parked", "replay"]),
     ("Stop and go on", &["relay", "worker"]),
     ("Set up", &["migrate", "provision", "publish", "subscriber"]),
-    ("Other", &["reconcile", "completions", "man", "help"]),
+    ("Other", &["reconcile", "prune", "completions", "man", "help"]),
 ];
 
 /// The help with the commands under headings: clap itself knows only one heading for all of them.
@@ -149,6 +153,7 @@ fn header(text: &str) -> Result<(String, String), String> {
 pub fn main() -> ExitCode {
     let result = match parse(env::args_os()) {
         Cli { command: Command::Reconcile(command) } if command.goes_on() => return reconcile::go_on(*command),
+        Cli { command: Command::Prune(command) } if command.goes_on() => return prune::go_on(command),
         cli => run(cli),
     };
     match result {
@@ -195,6 +200,11 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         }
         Command::Peek(command) => runtime.block_on(peek::run(*command))?,
         Command::Provision(command) => runtime.block_on(setup::provision(*command))?,
+        Command::Prune(command) => {
+            let (text, status) = runtime.block_on(prune::run(command))?;
+            exit = status;
+            text
+        }
         Command::Publish(command) => runtime.block_on(setup::publish(command))?,
         Command::Reconcile(command) => {
             start_logging();

@@ -149,6 +149,18 @@ const OWN_RECONCILER: [&str; 9] = [
     "insert into aftercommit.finding (name, kind, item, first_run, last_run) values ('outbox', 'x', 'x', 1, 1)",
 ];
 
+const PRUNER: [&str; 9] = [
+    "select from aftercommit.outbox",
+    "delete from aftercommit.outbox",
+    "delete from aftercommit.inbox",
+    "delete from aftercommit.dead_letter",
+    "insert into aftercommit.audit (who, action) values ('me', 'x')",
+    "update aftercommit.audit set who = 'another'",
+    "delete from aftercommit.sweep",
+    "delete from aftercommit.relay_log",
+    "insert into aftercommit.pause (name) values ('relay')",
+];
+
 const READER: [&str; 15] = [
     "delete from aftercommit.failure",
     "insert into aftercommit.outbox (event_id, type, payload) values (gen_random_uuid(), 'a', '')",
@@ -193,7 +205,9 @@ const OPERATOR: [&str; 22] = [
 ];
 
 /// Statements that run, and change no row of another role: row-level security hides it.
-const HIDDEN: [(&str, &str); 7] = [
+const HIDDEN: [(&str, &str); 9] = [
+    ("pruner", "update aftercommit.lease set expires_at = '-infinity' where name = 'relay'"),
+    ("pruner", "delete from aftercommit.lease where name in ('relay', 'subscriber:receipts')"),
     ("worker", "update aftercommit.lease set expires_at = '-infinity' where name = 'relay'"),
     ("relay", "update aftercommit.lease set expires_at = '-infinity' where name like 'subscriber:%'"),
     ("outbox_reconciler", "update aftercommit.reconciler set position = '{\"to\": 7}' where name <> 'outbox'"),
@@ -226,13 +240,14 @@ async fn attempt(connection: &mut PgConnection, sql: &str) -> Result<u64, String
 #[tokio::test(flavor = "multi_thread")]
 async fn every_step_beyond_is_refused_by_postgresql() {
     let stage = Stage::new().await;
-    let steps: [(&str, &[&str]); 8] = [
+    let steps: [(&str, &[&str]); 9] = [
         ("publisher", &PUBLISHER),
         ("relay", &RELAY),
         ("worker", &WORKER),
         ("outbox_reconciler", &OUTBOX_RECONCILER),
         ("inbox_reconciler", &INBOX_RECONCILER),
         ("own_reconciler", &OWN_RECONCILER),
+        ("pruner", &PRUNER),
         ("reader", &READER),
         ("operator", &OPERATOR),
     ];
@@ -268,7 +283,7 @@ async fn rows_of_other_roles_are_out_of_reach() {
         assert_ne!(attempt(&mut owner, sql).await, Ok(0), "{sql}");
     }
     let leases = "select from aftercommit.lease";
-    for (role, seen) in [("relay", 1), ("worker", 1), ("reader", 2), ("operator", 2)] {
+    for (role, seen) in [("relay", 1), ("worker", 1), ("pruner", 2), ("reader", 2), ("operator", 2)] {
         assert_eq!(attempt(&mut connect(&stage, role).await, leases).await, Ok(seen), "{role}");
     }
 }
@@ -313,6 +328,7 @@ async fn doctor_compares_a_login_with_its_role() {
         ("outbox_reconciler", "outbox_reconciler"),
         ("inbox_reconciler", "inbox_reconciler"),
         ("own_reconciler", "own_reconciler"),
+        ("pruner", "pruner"),
         ("reader", "reader"),
         ("operator", "operator"),
     ] {

@@ -72,6 +72,7 @@ impl Stage {
             ("outbox_reconciler", &["outbox_reconciler"]),
             ("inbox_reconciler", &["inbox_reconciler"]),
             ("own_reconciler", &["own_reconciler"]),
+            ("pruner", &["pruner"]),
             ("reader", &["reader"]),
             ("operator", &["operator"]),
         ] {

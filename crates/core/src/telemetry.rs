@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use metrics::{describe_counter, describe_gauge, describe_histogram};
+use metrics::{counter, describe_counter, describe_gauge, describe_histogram};
 
 /// How a metric behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,6 +108,10 @@ metrics! {
         "Those of them that were repaired, or whose repair was queued.";
     RECONCILER_FAILED_ITEMS_TOTAL, Counter, "aftercommit_reconciler_failed_items_total", ["reconciler"]:
         "Items that runs in this process could not reconcile.";
+    PRUNED_ROWS_TOTAL, Counter, "aftercommit_pruned_rows_total", ["category"]:
+        "Rows that sweeps of this process removed, by category, such as `outbox` or the name of a spec.";
+    SWEEPS_TOTAL, Counter, "aftercommit_sweeps_total", ["category", "result"]:
+        "Sweeps that this process has ended, by result: `done`, `budget`, `stopped`, `busy`, `failed`.";
     WORKER_EVENTS_TOTAL, Counter, "aftercommit_worker_events_total", ["subscriber", "outcome"]:
         "What became of events at this process, by outcome.";
     WORKER_HANDLER_SECONDS, Histogram, "aftercommit_worker_handler_seconds", ["subscriber"]:
@@ -143,6 +147,12 @@ metrics! {
     WORKER_SECONDS_SINCE_PROGRESS, Gauge, "aftercommit_worker_seconds_since_progress", ["subscriber"]:
         "Since this instance last decided about an event, found nothing to do, or found another instance active. \
          `/healthz` goes by it.";
+}
+
+/// Counts a sweep that ended with this result.
+pub fn swept(category: &str, removed: u64, result: &'static str) {
+    counter!(PRUNED_ROWS_TOTAL.name, "category" => category.to_string()).increment(removed);
+    counter!(SWEEPS_TOTAL.name, "category" => category.to_string(), "result" => result).increment(1);
 }
 
 /// Gives the installed recorder the meaning of every metric.

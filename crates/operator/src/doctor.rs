@@ -66,6 +66,8 @@ pub enum Role {
     InboxReconciler,
     /// A service with reconcilers of its own.
     OwnReconciler,
+    /// Who runs `aftercommit prune run`.
+    Pruner,
     /// An operator who looks.
     Reader,
     /// An operator who acts.
@@ -74,13 +76,14 @@ pub enum Role {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Publisher,
         Self::Relay,
         Self::Worker,
         Self::OutboxReconciler,
         Self::InboxReconciler,
         Self::OwnReconciler,
+        Self::Pruner,
         Self::Reader,
         Self::Operator,
     ];
@@ -94,6 +97,7 @@ impl Role {
             Self::OutboxReconciler => "outbox_reconciler",
             Self::InboxReconciler => "inbox_reconciler",
             Self::OwnReconciler => "own_reconciler",
+            Self::Pruner => "pruner",
             Self::Reader => "reader",
             Self::Operator => "operator",
         }

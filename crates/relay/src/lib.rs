@@ -20,9 +20,9 @@ mod method;
 mod monitor;
 mod polling;
 mod progress;
-mod pruner;
 mod pump;
 mod reader;
+mod retention;
 mod sample;
 mod signals;
 
@@ -60,7 +60,6 @@ use method::ActivePublishMethod;
 pub use method::PublishMethod;
 pub use monitor::{Monitor, RelayReport};
 use progress::{Progress, RelayPosition};
-use pruner::{Pruner, Removed};
 use reader::Exceptions;
 use sample::{Sample, Sampler};
 use signals::Signals;
@@ -355,31 +354,6 @@ impl Relay {
         let paused = pause::is_paused(&mut open, &[LEASE]).await.map_err(failed)?;
         *connection = Some(open);
         Ok(Some(paused))
-    }
-
-    /// Removes what is old, for as long as this relay leads. It ends only with the leadership: what could not be removed
-    /// now is removed later.
-    async fn prune(&self) -> Error {
-        let mut ticks = tokio::time::interval(self.config.prune_interval);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut pruner = Pruner::default();
-        loop {
-            ticks.tick().await;
-            match self.prune_once(&mut pruner).await {
-                Ok(removed) if removed == Removed::default() => {}
-                Ok(Removed { events, states, notes }) => {
-                    tracing::info!(events, states, notes, "pruned the outbox and the relay's log");
-                }
-                Err(error) => tracing::warn!(error = error.report(), "pruning failed, trying again later"),
-            }
-        }
-    }
-
-    async fn prune_once(&self, pruner: &mut Pruner) -> Result<Removed, Error> {
-        let failed = |error| database_error("pruning the outbox failed", error);
-        let mut connection = self.connect().await?;
-        let state = relay_log::newest(&mut connection).await.map_err(failed)?;
-        pruner.pass(&mut connection, &state, self.config.retention).await.map_err(failed)
     }
 
     /// Lets a standby lead at once. If it cannot be told, the lease runs out by itself.

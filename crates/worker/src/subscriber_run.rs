@@ -32,8 +32,8 @@ use super::dispatcher::{self, Dispatcher, End};
 use super::elsewhere::{self, Elsewhere};
 use super::executor::Executor;
 use super::progress::Progress;
-use super::pruner::Pruner;
 use super::reached::{Account, WrittenPlaces};
+use super::retention::Retention;
 use super::subscriber::{Subscriber, Work};
 use super::teller::Teller;
 use aftercommit_core::subscription::{ALL, lease_name};
@@ -138,7 +138,7 @@ impl SubscriberRun {
         };
         let mut beside = Some((
             AbortOnDropHandle::new(tokio::spawn(keeper.keep())),
-            AbortOnDropHandle::new(tokio::spawn(self.pruner().run())),
+            AbortOnDropHandle::new(tokio::spawn(self.retention(&tenure).run())),
         ));
         while !stop.is_cancelled() && !lost.is_cancelled() {
             let Some(pausing) = self.wait_until_resumed(&mut told, stop, &lost).await else { break };
@@ -213,8 +213,9 @@ impl SubscriberRun {
         Some(Pausing::new(told.clone(), stop))
     }
 
-    fn pruner(&self) -> Pruner {
-        Pruner {
+    fn retention(&self, tenure: &Tenure) -> Retention {
+        Retention {
+            holder: tenure.holder.clone(),
             subscriber: Arc::clone(&self.subscriber),
             connections: Arc::clone(&self.connections),
             source: Source::new(&self.nats, &self.spec.stream),

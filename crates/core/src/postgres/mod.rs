@@ -45,6 +45,7 @@ pub mod snapshot;
 pub mod start;
 pub mod status;
 pub mod subscriber;
+pub mod sweep;
 #[cfg(feature = "testing")]
 pub mod testing;
 pub mod time;

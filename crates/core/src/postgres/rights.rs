@@ -181,6 +181,7 @@ mod tests {
             "outbox_reconciler",
             "inbox_reconciler",
             "own_reconciler",
+            "pruner",
             "reader",
             "operator",
         ] {

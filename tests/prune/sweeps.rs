@@ -1,0 +1,304 @@
+//! Periodic pruning: budgets, places, leases, failures, and the command line.
+
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use aftercommit::prune::{Pace, Policy, PruneConfig, Pruner, Spec, SweepResult, SweepStatus, status};
+use tokio_util::sync::CancellationToken;
+
+use crate::sessions::{Sessions, whole};
+use crate::support::{Directory, SOON, succeeded};
+
+fn config(policy: Policy, pace: Pace) -> PruneConfig {
+    PruneConfig { pace, policies: vec![policy], ..PruneConfig::default() }
+}
+
+fn quick() -> Pace {
+    Pace { rest: 0.0, ..Pace::default() }
+}
+
+async fn sweep(sessions: &Sessions, config: &PruneConfig) -> (u64, Option<SweepResult>) {
+    let pruner = Pruner::new(&sessions.database.config, config.clone()).unwrap();
+    let swept = pruner.sweep(&CancellationToken::new()).await.unwrap().remove(0);
+    (swept.removed, swept.result)
+}
+
+async fn record(sessions: &Sessions) -> SweepStatus {
+    let all = status(&sessions.database.config).await.unwrap();
+    all.into_iter().find(|status| status.category == "sessions").unwrap()
+}
+
+/// Many finished sessions of which each ended at a time of its own.
+async fn many(sessions: &Sessions, count: u32) {
+    sessions
+        .database
+        .execute(&format!(
+            "truncate sessions cascade; create index on sessions (terminated_at) where status = 'terminated';
+             insert into sessions select n, 'terminated', now() - interval '1 day' - n * interval '1 s'
+               from generate_series(1, {count}) n"
+        ))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_what_is_older_than_the_period_goes() {
+    let sessions = Sessions::new().await;
+    let policy = Policy::new(whole(), Some(Duration::from_secs(3600)));
+    assert_eq!(sweep(&sessions, &config(policy.clone(), quick())).await, (3, Some(SweepResult::Done)));
+    let found = record(&sessions).await;
+    assert_eq!((found.removed, found.removed_total, found.period_seconds), (3, 3, Some(3600.0)));
+    assert!(
+        found.result.as_deref() == Some("done") && found.place.is_none() && found.last_swept_at.is_some(),
+        "{found:?}"
+    );
+    assert_eq!(sweep(&sessions, &config(policy.clone(), quick())).await, (0, Some(SweepResult::Done)));
+    assert_eq!((record(&sessions).await.removed, record(&sessions).await.removed_total), (0, 3));
+    let off =
+        PruneConfig { policies: vec![Policy { enabled: false, period: None, ..policy }], ..PruneConfig::default() };
+    let swept = Pruner::new(&sessions.database.config, off).unwrap().sweep(&CancellationToken::new()).await.unwrap();
+    assert_eq!(swept.iter().map(|swept| swept.category.as_str()).collect::<Vec<_>>(), ["leases"]);
+    assert_eq!(sessions.count("sessions").await, 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_budget_ends_a_sweep_and_the_next_goes_on_there() {
+    let sessions = Sessions::new().await;
+    many(&sessions, 100).await;
+    let policy = Policy::new(whole(), None);
+    let pace = Pace { batch: 20, budget: 50, rest: 0.0 };
+    assert_eq!(sweep(&sessions, &config(policy.clone(), pace)).await, (50, Some(SweepResult::Budget)));
+    let place = record(&sessions).await.place;
+    let last: Option<String> = sqlx::query_scalar("select (now() - interval '1 day' - interval '50 s')::text")
+        .fetch_one(&sessions.pool)
+        .await
+        .unwrap();
+    assert!(place.is_some() && place <= last, "{place:?} {last:?}");
+    // One that has become finished before that place is for the same sweep, too.
+    sessions.database.execute("insert into sessions values (1000, 'terminated', now() - interval '1 year')").await;
+    assert_eq!(sweep(&sessions, &config(policy, Pace { budget: 1000, ..pace })).await, (51, Some(SweepResult::Done)));
+    assert_eq!((sessions.count("sessions").await, record(&sessions).await.removed_total), (0, 101));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_ends_it_after_its_batch_and_nothing_is_lost() {
+    let sessions = Sessions::new().await;
+    many(&sessions, 1000).await;
+    let pace = Pace { batch: 10, ..quick() };
+    let pruner = Pruner::new(&sessions.database.config, config(Policy::new(whole(), None), pace)).unwrap();
+    let stop = CancellationToken::new();
+    stop.cancel();
+    assert!(pruner.sweep(&stop).await.unwrap().is_empty(), "it does not begin");
+    let stop = CancellationToken::new();
+    let sweeping = pruner.sweep(&stop);
+    let stopping = async {
+        let begun = async || sessions.count("sessions").await < 1000;
+        aftercommit::testing::eventually(SOON, "a batch is through", begun).await.unwrap();
+        stop.cancel();
+    };
+    let (swept, ()) = tokio::join!(sweeping, stopping);
+    let swept = swept.unwrap().remove(0);
+    assert_eq!(swept.result, Some(SweepResult::Stopped));
+    assert_eq!(sessions.count("sessions").await + swept.removed.cast_signed(), 1000);
+    assert_eq!(record(&sessions).await.removed_total, swept.removed.cast_signed());
+    // Who comes next need not wait until a lease runs out.
+    assert_eq!(sweep(&sessions, &config(Policy::new(whole(), None), quick())).await.1, Some(SweepResult::Done));
+    assert_eq!(sessions.count("sessions").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_process_sweeps_a_category_at_a_time() {
+    let sessions = Sessions::new().await;
+    sessions
+        .database
+        .execute(
+            "insert into aftercommit.lease (name, holder, epoch, expires_at) values ('prune:sessions', 'x', 3, now() + interval '50 s')",
+        )
+        .await;
+    let config = config(Policy::new(whole(), None), quick());
+    assert_eq!(sweep(&sessions, &config).await, (0, None));
+    sessions.database.execute("update aftercommit.lease set expires_at = now() - interval '1 s'").await;
+    assert_eq!(sweep(&sessions, &config).await, (5, Some(SweepResult::Done)), "its holder is dead");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn locked_rows_are_passed_over_and_gone_the_next_time() {
+    let sessions = Sessions::new().await;
+    let config = config(Policy::new(whole(), None), Pace { batch: 2, ..quick() });
+    let mut holds = sessions.pool.begin().await.unwrap();
+    sqlx::query("select from sessions where id = 1 for key share").execute(&mut *holds).await.unwrap();
+    assert_eq!(sweep(&sessions, &config).await, (4, Some(SweepResult::Done)));
+    holds.rollback().await.unwrap();
+    assert_eq!(sweep(&sessions, &config).await, (1, Some(SweepResult::Done)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_is_on_record_and_makes_the_process_unhealthy() {
+    use aftercommit::health::Check;
+    let sessions = Sessions::new().await;
+    let spec = Spec::new("sessions", "status = 'terminated'").name("sessions");
+    let broken = PruneConfig { interval: Duration::from_secs(1), ..config(Policy::new(spec, None), quick()) };
+    let pruner = Pruner::new(&sessions.database.config, broken).unwrap();
+    let (monitor, stop) = (pruner.monitor(), CancellationToken::new());
+    let running = tokio::spawn({
+        let stop = stop.clone();
+        async move { pruner.run(stop).await }
+    });
+    aftercommit::testing::eventually(SOON, "it says so", async || !monitor.health().ok).await.unwrap();
+    assert!(monitor.health().text.contains("kernels_session_id_fkey"), "{}", monitor.health().text);
+    let found = record(&sessions).await;
+    assert!(found.result.as_deref() == Some("failed") && found.error.unwrap().contains("[23503]"));
+    sessions.database.execute("truncate kernels").await;
+    aftercommit::testing::eventually(SOON, "it heals by itself", async || monitor.health().ok).await.unwrap();
+    assert_eq!(sessions.count("sessions").await, 3);
+    stop.cancel();
+    running.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_is_refused_before_anything_runs() {
+    let sessions = Sessions::new().await;
+    let policy = Policy::new(whole(), None);
+    let twice = PruneConfig { policies: vec![policy.clone(), policy.clone()], ..PruneConfig::default() };
+    let short = PruneConfig { interval: Duration::ZERO, ..PruneConfig::default() };
+    let pace = |pace| config(policy.clone(), pace);
+    for (config, told) in [
+        (twice, "two categories are called \"sessions\""),
+        (short, "interval must be at least 1s"),
+        (pace(Pace { batch: 0, ..quick() }), "batch must be"),
+        (pace(Pace { budget: 0, ..quick() }), "budget"),
+        (pace(Pace { rest: f64::NAN, ..quick() }), "rest must be"),
+    ] {
+        let error = Pruner::new(&sessions.database.config, config).unwrap_err();
+        assert!(error.kind() == aftercommit::ErrorKind::Config && error.to_string().contains(told), "{error}");
+    }
+}
+
+/// A directory with this `prune.toml`, and the command in the database.
+struct Cli<'a> {
+    sessions: &'a Sessions,
+    directory: Directory,
+}
+
+const TOML: &str = "
+rest = 0.0
+batch = 2
+[[category]]
+name = 'sessions'
+table = 'public.sessions'
+finished = \"status = 'terminated'\"
+before = 'terminated_at'
+period = '1h'
+[[category.child]]
+table = 'kernels'
+column = 'session_id'
+";
+
+impl Cli<'_> {
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_aftercommit"));
+        command.args(arguments).env("DATABASE_URL", &self.sessions.database.config.url);
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        let file = self.directory.write("prune.toml", TOML).display().to_string();
+        let arguments: Vec<&str> =
+            arguments.iter().map(|word| if *word == "FILE" { file.as_str() } else { word }).collect();
+        self.command(&arguments).output().unwrap()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_plans_runs_and_tells() {
+    let sessions = Sessions::new().await;
+    let cli = Cli { sessions: &sessions, directory: Directory::new() };
+    assert_eq!(succeeded(cli.run(&["prune", "status"])), "nothing was pruned yet\n");
+    let plan = succeeded(cli.run(&["prune", "plan", "--config", "FILE"]));
+    assert!(plan.contains("sessions: 3 rows\n  6 of public.kernels\n  warning: no index finds"), "{plan}");
+    assert_eq!(sessions.count("sessions").await, 8);
+    let swept = succeeded(cli.run(&["prune", "run", "--config", "FILE", "--once"]));
+    assert_eq!(swept, "sessions: 3 rows, done\nleases: 0 rows, done\n");
+    assert_eq!((sessions.count("sessions").await, sessions.told().await.len()), (5, 2));
+    let told = succeeded(cli.run(&["prune", "status"]));
+    assert!(told.contains("sessions  kept 3600 s  last swept 2") && told.contains("3 rows  3 in all  done"), "{told}");
+    let json: serde_json::Value = serde_json::from_str(&succeeded(cli.run(&["prune", "status", "--json"]))).unwrap();
+    assert_eq!(
+        (&json[1]["category"], &json[1]["removed_total"], &json[1]["result"]),
+        (&"sessions".into(), &3.into(), &"done".into())
+    );
+    sessions
+        .database
+        .execute(
+            "create table of_session (id bigint references sessions); insert into of_session values (4);
+                               update sessions set terminated_at = now() - interval '1 day'",
+        )
+        .await;
+    let failed = cli.run(&["prune", "run", "--config", "FILE", "--once", "--json"]);
+    let json: serde_json::Value = serde_json::from_slice(&failed.stdout).unwrap();
+    assert_eq!((failed.status.code(), &json[0]["result"]), (Some(1), &"failed".into()));
+    assert!(json[0]["error"].as_str().unwrap().contains("of_session_id_fkey"), "{json}");
+    for (arguments, told) in [
+        (&["prune", "run", "--config", "nowhere.toml", "--once"][..], "nowhere.toml: it cannot be read"),
+        (&["prune", "run", "--json"], "--once"),
+        (&["prune", "plan"], "--config"),
+    ] {
+        let output = cli.run(arguments);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(2) && text.contains(told), "{text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_any_moment_it_leaves_no_half() {
+    let sessions = Sessions::new().await;
+    many(&sessions, 3000).await;
+    sessions
+        .database
+        .execute("insert into kernels select n * 10 + k, n from generate_series(1, 3000) n, generate_series(1, 3) k")
+        .await;
+    let cli = Cli { sessions: &sessions, directory: Directory::new() };
+    let file = cli.directory.write("prune.toml", TOML).display().to_string();
+    for left in [2900, 2500, 2000, 1500, 1000] {
+        let mut pruner = cli.command(&["prune", "run", "--config", &file]).spawn().unwrap();
+        let begun = async || sessions.count("sessions").await < left;
+        aftercommit::testing::eventually(SOON, "it prunes", begun).await.unwrap();
+        pruner.kill().unwrap();
+        pruner.wait().unwrap();
+        let count = sessions.count("sessions").await;
+        assert_eq!(sessions.count("kernels").await, count * 3);
+        // Its lease would run out by itself.
+        sessions.database.execute("update aftercommit.lease set expires_at = to_timestamp(0)").await;
+    }
+    succeeded(cli.run(&["prune", "run", "--config", "FILE", "--once"]));
+    assert_eq!((sessions.count("sessions").await, sessions.count("kernels").await), (0, 0));
+    let told = sessions.told().await;
+    let mut ids: Vec<u32> = told
+        .iter()
+        .flat_map(|event| event["ids"].as_array().unwrap())
+        .map(|id| id.as_str().unwrap().parse().unwrap())
+        .collect();
+    ids.sort_unstable();
+    assert_eq!(ids, (1..=3000).collect::<Vec<_>>(), "each was told once");
+    assert_eq!(record(&sessions).await.removed_total, 3000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_role_of_the_pruner_suffices() {
+    use crate::support::Roles;
+    let sessions = Sessions::new().await;
+    let roles = Roles::of(&sessions.database);
+    let login = roles.login(&sessions.database, "prune", &["pruner"]).await;
+    sessions
+        .database
+        .execute(&format!(
+            "grant select, update, delete on sessions, kernels to {login};
+             insert into aftercommit.audit (at, who, action) values (now() - interval '9 days', 'me', 'x');
+             insert into aftercommit.lease values ('subscriber:gone', 'x', 1, now() - interval '1 year')"
+        ))
+        .await;
+    let cli = Cli { sessions: &sessions, directory: Directory::new() };
+    let file = cli.directory.write("prune.toml", &format!("audit = '5d'\n{TOML}")).display().to_string();
+    let mut command = cli.command(&["prune", "run", "--once", "--config", &file]);
+    let swept = succeeded(command.env("DATABASE_URL", sessions.database.url_of(&login)).output().unwrap());
+    assert_eq!(swept, "sessions: 3 rows, done\naudit: 1 rows, done\nleases: 1 rows, done\n");
+}
