@@ -31,8 +31,6 @@
 \set inbox_reconciler :prefix inbox_reconciler
 \set own_reconciler :prefix own_reconciler
 \set pruner :prefix pruner
-\set sees_leases :prefix pruner_sees
-\set deletes_leases :prefix pruner_deletes
 \set reader :prefix reader
 \set operator :prefix operator
 
@@ -158,14 +156,14 @@ grant insert (who, action, subscriber, event_id, detail) on :"schema".audit to :
 -- A service's own reconcilers need nothing more, beside what they do themselves.
 
 -- Who prunes keeps a record of it: the relay and the worker what is theirs, and `aftercommit prune run` the application's tables,
--- on which it needs rights of its own, the audit trail and leases of the dead.
+-- on which it needs rights of its own, and by functions the audit trail and leases of the dead.
 grant select, insert (category, swept_by, period),
     update (swept_by, period, started_at, last_swept_at, result, error, removed, removed_total, place)
     on :"schema".sweep to :"relay", :"worker", :"pruner";
 grant insert (event_id, type, version, key, headers, payload, content_type) on :"schema".outbox to :"pruner";
 grant select on :"schema".allowed_type to :"pruner";
-grant select, delete, insert, update (holder, epoch, expires_at) on :"schema".lease to :"pruner";
-grant select, delete on :"schema".audit to :"pruner";
+grant select, insert, update (holder, epoch, expires_at) on :"schema".lease to :"pruner";
+grant execute on function :"schema".prune_audit, :"schema".prune_leases to :"pruner";
 
 -- Operators who look: status, explain, peek, audit, findings, runs, dead list and show, parked list. They see payloads.
 grant select on
@@ -204,14 +202,8 @@ drop policy if exists :"relay" on :"schema".lease;
 create policy :"relay" on :"schema".lease to :"relay" using (name = 'relay');
 drop policy if exists :"worker" on :"schema".lease;
 create policy :"worker" on :"schema".lease to :"worker" using (name like 'subscriber:%');
--- Its own leases, and those of the dead, which it may only see and delete.
 drop policy if exists :"pruner" on :"schema".lease;
 create policy :"pruner" on :"schema".lease to :"pruner" using (name like 'prune:%');
-drop policy if exists :"sees_leases" on :"schema".lease;
-create policy :"sees_leases" on :"schema".lease for select to :"pruner" using (true);
-drop policy if exists :"deletes_leases" on :"schema".lease;
-create policy :"deletes_leases" on :"schema".lease for delete to :"pruner"
-    using (name <> 'relay' and expires_at < clock_timestamp() - interval '1 day');
 
 \set own_name 'name <> ''outbox'' and name not like ''consumer:%'' and name not like ''inbox:%'''
 select format('drop policy if exists %1$I on %3$I.%2$I', role, relation, :'schema'),

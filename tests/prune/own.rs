@@ -46,7 +46,7 @@ async fn the_audit_trail_has_a_period_of_its_own_or_stays() {
     database
         .execute(
             "insert into aftercommit.audit (at, who, action)
-             select now() - n * interval '1 day', 'me', 'x' from generate_series(0, 20) n",
+             select now() - n * interval '10 days', 'me', 'x' from generate_series(20, 0, -1) n",
         )
         .await;
     let entries = async || -> i64 {
@@ -55,10 +55,16 @@ async fn the_audit_trail_has_a_period_of_its_own_or_stays() {
     let stop = CancellationToken::new();
     Pruner::new(&database.config, PruneConfig::default()).unwrap().sweep(&stop).await.unwrap();
     assert_eq!(entries().await, 21, "kept for ever unless somebody says how long");
-    let config = PruneConfig { audit: Some(Duration::from_secs(10 * 86_400 + 60)), ..PruneConfig::default() };
+    let config = PruneConfig { audit: Some(Duration::from_secs(100 * 86_400 + 60)), ..PruneConfig::default() };
     let pruner = Pruner::new(&database.config, config).unwrap();
     pruner.sweep(&stop).await.unwrap();
-    assert_eq!(entries().await, 11);
+    assert_eq!(entries().await, 12, "and one that says it");
+    let told: serde_json::Value =
+        sqlx::query_scalar("select detail from aftercommit.audit where action = 'audit prune'")
+            .fetch_one(&pool)
+            .await
+            .unwrap();
+    assert_eq!(told["removed"], 10);
     assert_eq!(of(&database.config, "audit").await.unwrap().removed_total, 10);
 }
 
@@ -79,4 +85,18 @@ async fn leases_of_the_dead_go_and_no_others() {
     let left: Vec<String> =
         sqlx::query_scalar("select name from aftercommit.lease order by name").fetch_all(&pool).await.unwrap();
     assert_eq!(left, ["prune:leases", "relay", "subscriber:rests", "subscriber:stopped", "subscriber:works"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_deletes_what_was_written_in_the_last_thirty_days() {
+    let database = Database::migrated().await;
+    let config = PruneConfig { audit: Some(Duration::from_secs(29 * 86_400)), ..PruneConfig::default() };
+    let error = Pruner::new(&database.config, config).unwrap_err().to_string();
+    assert!(error.contains("audit must be at least 30d"), "{error}");
+    let pool = database.pool().await;
+    for age in ["29 days", "-1 day", "0"] {
+        let sql = "select aftercommit.prune_audit($1::interval, 10)";
+        let error = sqlx::query(sql).bind(age).execute(&pool).await.unwrap_err().to_string();
+        assert!(error.contains("at least 30 days"), "{error}");
+    }
 }

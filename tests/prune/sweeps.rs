@@ -292,13 +292,25 @@ async fn the_role_of_the_pruner_suffices() {
         .database
         .execute(&format!(
             "grant select, update, delete on sessions, kernels to {login};
-             insert into aftercommit.audit (at, who, action) values (now() - interval '9 days', 'me', 'x');
+             insert into aftercommit.audit (at, who, action) values (now() - interval '90 days', 'me', 'x');
              insert into aftercommit.lease values ('subscriber:gone', 'x', 1, now() - interval '1 year')"
         ))
         .await;
     let cli = Cli { sessions: &sessions, directory: Directory::new() };
-    let file = cli.directory.write("prune.toml", &format!("audit = '5d'\n{TOML}")).display().to_string();
+    let file = cli.directory.write("prune.toml", &format!("audit = '50d'\n{TOML}")).display().to_string();
     let mut command = cli.command(&["prune", "run", "--once", "--config", &file]);
     let swept = succeeded(command.env("DATABASE_URL", sessions.database.url_of(&login)).output().unwrap());
     assert_eq!(swept, "sessions: 3 rows, done\naudit: 1 rows, done\nleases: 1 rows, done\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_prunes_and_tells_in_another_schema() {
+    let sessions = Sessions::new().await;
+    sessions.database.execute("drop schema aftercommit cascade").await;
+    let cli = Cli { sessions: &sessions, directory: Directory::new() };
+    succeeded(cli.run(&["migrate", "--schema", "shop"]));
+    succeeded(cli.run(&["prune", "plan", "--schema", "shop", "--config", "FILE"]));
+    let swept = succeeded(cli.run(&["prune", "run", "--schema", "shop", "--config", "FILE", "--once"]));
+    assert_eq!(swept, "sessions: 3 rows, done\nleases: 0 rows, done\n");
+    assert_eq!(sessions.count("shop.outbox where type = 'rows.pruned'").await, 2);
 }

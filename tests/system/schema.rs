@@ -132,7 +132,17 @@ async fn everything_works_in_a_database_that_only_has_another_schema() {
     }
     let explained = run(&outbox, &["explain", &id]);
     assert!(explained.contains("handled"), "{explained}");
-    for look in ["status", "backlog", "audit", "findings", "runs", "parked list", "coverage"] {
+    for look in [
+        "status",
+        "backlog",
+        "audit",
+        "findings",
+        "runs",
+        "parked list",
+        "coverage",
+        "prune run --once",
+        "prune status",
+    ] {
         run(&outbox, &look.split(' ').collect::<Vec<_>>());
     }
     run(&outbox, &["peek", "--subscriber", "all"]);

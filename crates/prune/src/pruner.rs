@@ -19,6 +19,9 @@ use crate::sweep::{BatchError, Pace, Sweeper, Swept as SweptCategory};
 /// How long leases of the dead are kept.
 const DEAD_LEASES: Duration = Duration::from_hours(90 * 24);
 
+/// The database deletes no entry of the audit trail that is younger.
+const LEAST_AUDIT: Duration = Duration::from_hours(30 * 24);
+
 /// What is swept, how often and how fast.
 #[derive(Debug, Clone)]
 pub struct PruneConfig {
@@ -28,7 +31,7 @@ pub struct PruneConfig {
     pub pace: Pace,
     /// The application's own tables. Defaults to none.
     pub policies: Vec<Policy>,
-    /// How long the audit trail is kept. Defaults to none: for ever.
+    /// How long the audit trail is kept, at least 30 days. Defaults to none: for ever.
     pub audit: Option<Duration>,
 }
 
@@ -110,6 +113,9 @@ impl Pruner {
         }
         if !(0.0..=1000.0).contains(&rest) {
             return refuse("rest must be from 0 to 1000".into());
+        }
+        if config.audit.is_some_and(|period| period < LEAST_AUDIT) {
+            return refuse("audit must be at least 30d".into());
         }
         if config.interval < Duration::from_secs(1) {
             return refuse("interval must be at least 1s".into());

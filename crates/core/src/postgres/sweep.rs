@@ -139,38 +139,22 @@ pub async fn now(session: &mut Session) -> Result<DateTime<Utc>, sqlx::Error> {
     sqlx::query_scalar("select clock_timestamp()").fetch_one(session).await
 }
 
-/// Deletes up to `limit` entries of the audit trail that are older than `age`, the oldest first.
-pub async fn audit(session: &mut Session, age: Duration, limit: i64) -> Result<u64, sqlx::Error> {
-    let done = sqlx::query(
-        "delete from aftercommit.audit where id = any(array(
-            select id from aftercommit.audit
-             where at < clock_timestamp() - make_interval(secs => $1) order by id limit $2))",
-    )
-    .bind(age.as_secs_f64())
-    .bind(limit)
-    .execute(session)
-    .await?;
-    Ok(done.rows_affected())
+/// Deletes up to `limit` entries of the audit trail that are older than `age`, the oldest first, and leaves an entry that says so.
+pub async fn audit(session: &mut Session, age: Duration, limit: u32) -> Result<u64, sqlx::Error> {
+    let removed: i64 = sqlx::query_scalar("select aftercommit.prune_audit(make_interval(secs => $1), $2)")
+        .bind(age.as_secs_f64())
+        .bind(limit.cast_signed())
+        .fetch_one(session)
+        .await?;
+    Ok(removed.unsigned_abs())
 }
 
-/// Deletes up to `limit` leases that ran out more than `age` ago, because their holder died and nobody came after it, and those of
-/// categories that are swept no more. The relay's stays, because its epoch counts on; one that a subscriber gave back stays, because
-/// the subscriber may come back: `aftercommit subscriber forget` removes it.
-pub async fn leases(session: &mut Session, age: Duration, limit: i64) -> Result<u64, sqlx::Error> {
-    let done = sqlx::query(
-        "delete from aftercommit.lease where name = any(array(
-            select l.name from aftercommit.lease l
-             where l.expires_at < clock_timestamp() - make_interval(secs => $1)
-               and (l.name <> 'relay' and l.expires_at > to_timestamp(0)
-                    or l.name like 'prune:%'
-                    and not exists (select from aftercommit.sweep s
-                                     where l.name = 'prune:' || s.category
-                                       and s.started_at > clock_timestamp() - make_interval(secs => $1)))
-             order by l.name limit $2))",
-    )
-    .bind(age.as_secs_f64())
-    .bind(limit)
-    .execute(session)
-    .await?;
-    Ok(done.rows_affected())
+/// Deletes up to `limit` leases that ran out more than `age` ago, see the function.
+pub async fn leases(session: &mut Session, age: Duration, limit: u32) -> Result<u64, sqlx::Error> {
+    let removed: i64 = sqlx::query_scalar("select aftercommit.prune_leases(make_interval(secs => $1), $2)")
+        .bind(age.as_secs_f64())
+        .bind(limit.cast_signed())
+        .fetch_one(session)
+        .await?;
+    Ok(removed.unsigned_abs())
 }

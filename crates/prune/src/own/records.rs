@@ -7,7 +7,7 @@ use aftercommit_core::postgres::sweep;
 
 use crate::sweep::{Batch, BatchError, Category};
 
-/// Entries of the audit trail.
+/// Entries of the audit trail. The database keeps those of the last 30 days in any case.
 #[derive(Debug)]
 pub struct AuditTrail {
     /// How long they are kept.
@@ -28,7 +28,7 @@ impl Category for AuditTrail {
     }
 
     async fn batch(&mut self, connections: &Connections, limit: u32) -> Result<Batch, BatchError> {
-        let removed = connections.run(async |session| sweep::audit(session, self.period, limit.into()).await).await?;
+        let removed = connections.run(async |session| sweep::audit(session, self.period, limit).await).await?;
         Ok(Batch { removed, more: removed == u64::from(limit) })
     }
 }
@@ -54,7 +54,7 @@ impl Category for Leases {
     }
 
     async fn batch(&mut self, connections: &Connections, limit: u32) -> Result<Batch, BatchError> {
-        let removed = connections.run(async |session| sweep::leases(session, self.period, limit.into()).await).await?;
+        let removed = connections.run(async |session| sweep::leases(session, self.period, limit).await).await?;
         Ok(Batch { removed, more: removed == u64::from(limit) })
     }
 }
