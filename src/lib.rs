@@ -8,6 +8,7 @@
 //! | run the relay in your own program | [`relay::Relay`] |
 //! | keep derived state right | [`reconciler::Reconciler`], [`reconciler::Runner`] |
 //! | delete old rows, with what refers to them | [`prune::Spec`], [`prune::Pruner`] |
+//! | know what a delete will take, and tell it | [`hooks::DeleteHooks`], [`hooks::Links`] |
 //! | look and act as an operator does | [`operator`] |
 //! | test all of this | `testing`, behind the feature of that name |
 //!
@@ -29,6 +30,7 @@ pub mod worker;
 
 pub use aftercommit_core::{Error, ErrorKind};
 pub use aftercommit_core::{backoff, config, envelope, health, telemetry};
+pub use aftercommit_lifecycle::hooks;
 pub use aftercommit_operator as operator;
 pub use aftercommit_outbox as outbox;
 pub use aftercommit_outbox::{Event, EventId};

@@ -1,4 +1,4 @@
-//! The error of pruning.
+//! The error of pruning, and of what deletes as it does.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -8,7 +8,7 @@ use aftercommit_core::postgres;
 use aftercommit_outbox::PublishError;
 use aftercommit_outbox::sqlstate;
 
-/// Why nothing was pruned. What the statement had done so far was rolled back, and the caller's transaction goes on, unless
+/// Why nothing was deleted. What the statement had done so far was rolled back, and the caller's transaction goes on, unless
 /// the connection is gone.
 #[derive(Debug)]
 pub struct PruneError {
@@ -47,7 +47,8 @@ pub enum PruneErrorKind {
 }
 
 impl PruneError {
-    pub(crate) fn spec(message: impl Into<String>) -> Self {
+    /// What somebody asked for cannot be.
+    pub fn spec(message: impl Into<String>) -> Self {
         Self::new(PruneErrorKind::Spec, message)
     }
 
@@ -55,16 +56,16 @@ impl PruneError {
         Self { kind, message: message.into(), constraint: None, table: None, source: None }
     }
 
-    /// An error of the event that tells what was pruned from `table`.
-    pub(crate) fn event(table: &str, error: PublishError) -> Self {
-        let message = format!("pruning {table}: the event rows.pruned was not written, and nothing was deleted");
+    /// An error of the event that tells what was deleted from `table`.
+    pub fn event(table: &str, error: PublishError) -> Self {
+        let message = format!("deleting from {table}: the event was not written, and nothing was deleted");
         Self { source: Some(error.into()), ..Self::new(PruneErrorKind::Event, message) }
     }
 
     /// What PostgreSQL said of a statement about `table`.
-    pub(crate) fn database(table: &str, error: sqlx::Error) -> Self {
+    pub fn database(table: &str, error: sqlx::Error) -> Self {
         let Some(database) = error.as_database_error() else {
-            let message = format!("pruning {table} failed");
+            let message = format!("deleting from {table} failed");
             return Self { source: Some(error.into()), ..Self::new(PruneErrorKind::Database, message) };
         };
         let code = database.code().unwrap_or_default();
@@ -77,7 +78,7 @@ impl PruneError {
             code if sqlstate::is_conflict(code) => (PruneErrorKind::Busy, "; nothing was deleted, try again"),
             _ => (PruneErrorKind::Database, ""),
         };
-        let told = sqlstate::told(&format!("pruning {table} failed"), &code, database.message());
+        let told = sqlstate::told(&format!("deleting from {table} failed"), &code, database.message());
         Self {
             constraint: database.constraint().map(Into::into),
             table: database.table().map(Into::into),

@@ -3,3 +3,4 @@
 pub(crate) mod catalogue;
 pub(crate) mod indexes;
 pub(crate) mod statement;
+pub(crate) mod table;

@@ -42,8 +42,8 @@ pub(crate) struct Selected {
     pub(crate) place: Option<String>,
 }
 
-/// A name, between quotes.
-pub(crate) fn quoted(name: &str) -> String {
+/// A name of a column for a statement, between quotes.
+pub fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
