@@ -2,6 +2,7 @@
 
 mod batches;
 mod events;
+mod example;
 mod own;
 mod plan;
 mod sessions;
