@@ -353,3 +353,53 @@ async fn what_is_not_there_is_refused_by_name() {
         DeleteHooks::new("no such type", "systems").delete(&mut pool.begin().await.unwrap(), 1).await.unwrap_err();
     assert_eq!(error.kind(), DeleteErrorKind::Refused(PruneErrorKind::Event), "{error}");
 }
+
+/// A process of a test that deletes a system and perhaps dies on the way.
+#[tokio::test]
+#[ignore = "a process of a test"]
+async fn child() {
+    let Ok(url) = std::env::var("CHILD_DATABASE") else { return };
+    let pool = PgPool::connect(&url).await.unwrap();
+    let mut tx = pool.begin().await.unwrap();
+    let deleted = hooks().delete_many(&mut tx, &[1, 2]).await.unwrap();
+    let dies_at = |step| {
+        if std::env::var("AFTERCOMMIT_FAULT").unwrap() == step {
+            std::process::abort();
+        }
+    };
+    dies_at("before-commit:1");
+    tx.commit().await.unwrap();
+    dies_at("after-commit:1");
+    assert_eq!(deleted.rows.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_every_step_it_is_all_or_nothing() {
+    for (step, gone) in [
+        ("delete-locked:1", false),
+        ("delete-asked:1", false),
+        ("delete-asked:2", false),
+        ("delete-deleted:1", false),
+        ("delete-told:1", false),
+        ("before-commit:1", false),
+        ("after-commit:1", true),
+        ("none:1", true),
+    ] {
+        let (database, pool) = systems().await;
+        let died = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "hooks::child", "--ignored"])
+            .env("CHILD_DATABASE", &database.config.url)
+            .env("AFTERCOMMIT_FAULT", step)
+            .output()
+            .unwrap();
+        assert_eq!(died.status.success(), step == "none:1", "{step}");
+        let (left, events) = if gone { (3, 2) } else { (5, 0) };
+        let ended = async || {
+            count(&pool, "pg_stat_activity where datname = current_database() and state like '%in transaction%'").await
+                == 0
+        };
+        aftercommit::testing::eventually(SOON, "the server knows that it is gone", ended).await.unwrap();
+        assert_eq!((count(&pool, "systems").await, told(&pool).await.len()), (left, events), "{step}");
+        assert_eq!(count(&pool, "stewards").await, left * 2, "{step}");
+    }
+}

@@ -314,3 +314,28 @@ async fn it_prunes_and_tells_in_another_schema() {
     assert_eq!(swept, "sessions: 3 rows, done\nleases: 0 rows, done\n");
     assert_eq!(sessions.count("shop.outbox where type = 'rows.pruned'").await, 2);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_every_step_it_ends_in_the_same_state() {
+    for step in ["locked", "children-deleted", "deleted", "told", "recorded", "committed"] {
+        let sessions = Sessions::new().await;
+        let cli = Cli { sessions: &sessions, directory: Directory::new() };
+        let file = cli.directory.write("prune.toml", TOML).display().to_string();
+        // In the first batch, and in the second.
+        for times in [1, 2] {
+            let mut command = cli.command(&["prune", "run", "--once", "--config", &file]);
+            let output = command.env("AFTERCOMMIT_FAULT", format!("prune-{step}:{times}")).output().unwrap();
+            let died = output.status.code().is_none();
+            assert!(died || (step == "committed" && times == 2), "{step}:{times}");
+            assert_eq!(sessions.count("kernels").await, sessions.count("sessions").await * 2, "{step}:{times}");
+            sessions.database.execute("update aftercommit.lease set expires_at = to_timestamp(0)").await;
+        }
+        succeeded(cli.run(&["prune", "run", "--once", "--config", "FILE"]));
+        let told = sessions.told().await;
+        let mut ids: Vec<&str> =
+            told.iter().flat_map(|event| event["ids"].as_array().unwrap()).map(|id| id.as_str().unwrap()).collect();
+        ids.sort_unstable();
+        assert_eq!(ids, ["1", "2", "3"], "{step}: each was told once");
+        assert_eq!((sessions.count("sessions").await, record(&sessions).await.removed_total), (5, 3), "{step}");
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use aftercommit_core::fault;
 use aftercommit_core::postgres::connections::Connections;
 use aftercommit_core::postgres::sweep;
 use chrono::TimeDelta;
@@ -135,7 +136,9 @@ impl Category for Swept<'_> {
                 }
             };
             sweep::progress(&mut tx, &spec.name, pruned.count, pruned.next.as_deref()).await?;
+            fault::point("prune-recorded");
             tx.commit().await?;
+            fault::point("prune-committed");
             Ok((pruned.count, pruned.next))
         })
         .await?;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use aftercommit_core::fault;
 use aftercommit_outbox::EventId;
 use chrono::{DateTime, Utc};
 use sqlx::postgres::PgArguments;
@@ -167,6 +168,7 @@ impl<'a> Prune<'a> {
         if rows.is_empty() {
             return Ok(Pruned::default());
         }
+        fault::point("prune-locked");
         let full = rows.len() == self.limit as usize;
         let next = rows.last().filter(|_| full).and_then(|row| row.place.clone());
         let ids = ids_of(rows);
@@ -177,6 +179,7 @@ impl<'a> Prune<'a> {
                 delete_below(tx, &ids, child, &rows, &mut pruned.children).await?;
             }
         }
+        fault::point("prune-children-deleted");
         if self.associations {
             for association in &on.associations {
                 let statement = query(association.delete());
@@ -189,10 +192,12 @@ impl<'a> Prune<'a> {
         let failed = |error| PruneError::database(&on.table.label, error);
         let statement = sqlx::query_scalar(AssertSqlSafe(statement::delete_parents(&on)?)).persistent(false);
         let gone: Vec<String> = statement.bind(&ids).fetch_all(&mut **tx).await.map_err(failed)?;
+        fault::point("prune-deleted");
         pruned.count = gone.len() as u64;
         pruned.ids = in_order(ids, gone);
         if self.spec.event {
             pruned.events = self.tell(tx, &on, &pruned).await?;
+            fault::point("prune-told");
         }
         Ok(pruned)
     }

@@ -3,6 +3,7 @@
 use std::panic::AssertUnwindSafe;
 
 use aftercommit_core::error::panic_text;
+use aftercommit_core::fault;
 use aftercommit_core::postgres::describe;
 use aftercommit_outbox::{EventId, RawEvent, publish_raw};
 use aftercommit_prune::{PruneError, Table, quoted};
@@ -86,6 +87,7 @@ impl DeleteHooks {
                 .fetch_all(&mut **tx)
                 .await
                 .map_err(failed)?;
+            fault::point("delete-locked");
             let limit: String = sqlx::query_scalar("select pg_catalog.current_setting('statement_timeout')")
                 .persistent(false)
                 .fetch_one(&mut **tx)
@@ -106,6 +108,7 @@ impl DeleteHooks {
             .fetch_all(&mut **tx)
             .await
             .map_err(failed)?;
+        fault::point("delete-deleted");
         if self.hooks.is_empty() {
             said.extend(gone.iter().map(|id| (id.clone(), Said::default())));
         }
@@ -114,6 +117,7 @@ impl DeleteHooks {
             let event = self.tell(tx, &table, &id, row).await?;
             deleted.rows.push((id, event));
         }
+        fault::point("delete-told");
         deleted.missing = missing(tx, &table, kind, ids, &gone).await?;
         Ok(deleted)
     }
@@ -138,6 +142,7 @@ impl DeleteHooks {
                 let end = format!("set local statement_timeout = '{limit}'; release savepoint aftercommit_hook");
                 match sqlx::raw_sql(AssertSqlSafe(end)).execute(&mut **tx).await {
                     Ok(_) => {
+                        fault::point("delete-asked");
                         said.snapshot.insert(hook.name.clone(), value);
                         return Ok(());
                     }
