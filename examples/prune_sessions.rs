@@ -1,5 +1,5 @@
 //! Sessions that have ended are removed with their kernels and permissions, and subscribers learn which; then two pruners share a
-//! large backlog.
+//! large backlog, and an application goes on beside a sweep.
 //!
 //! `cargo run --release --features testing --example prune_sessions -- 1000000` does it on a server that it starts for itself, checks
 //! what came of it, and prints how long it took.
@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 
 use aftercommit::config::PostgresConfig;
 use aftercommit::operator;
-use aftercommit::prune::{Association, Child, Prune, Pruned, RowsPruned, Spec};
+use aftercommit::prune::{Association, Child, Policy, Prune, PruneConfig, Pruned, Pruner, RowsPruned, Spec};
 use aftercommit::testing::servers::Postgres;
 use chrono::Utc;
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
+use tokio_util::sync::CancellationToken;
 
 /// Whatever goes wrong ends the example.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -156,6 +157,59 @@ pub async fn backlog(rows: i64) -> Result<(Duration, Duration), Error> {
     Ok((took[0], took[1]))
 }
 
+/// What one session costs the application: it begins, and ends.
+async fn live(pool: &PgPool, id: i64) -> Result<Duration, Error> {
+    let started = Instant::now();
+    let mut tx = pool.begin().await?;
+    sqlx::query("insert into sessions values ($1, 'active')").bind(id).execute(&mut *tx).await?;
+    sqlx::query("insert into kernels values ($1, $1)").bind(id).execute(&mut *tx).await?;
+    sqlx::query("update sessions set ended_at = now() where id = $1").bind(id).execute(&mut *tx).await?;
+    tx.commit().await?;
+    Ok(started.elapsed())
+}
+
+/// The 99th of a hundred of the application's transactions, while nothing is swept and while a sweep runs as it does by default,
+/// in turn: the median ratio of some rounds.
+pub async fn beside(rows: i64, rounds: usize) -> Result<f64, Error> {
+    let url = Postgres::shared().await?.create_database().await?;
+    let config = PostgresConfig::new(url.clone());
+    operator::migrate(&config).await?;
+    let pool = PgPoolOptions::new().max_connections(8).connect(&url).await?;
+    sqlx::raw_sql(TABLES).execute(&pool).await?;
+    let (mut ratios, mut next) = (Vec::new(), 1_000_000_000);
+    for _ in 0..rounds {
+        let mut late = Vec::new();
+        for sweeping in [false, true] {
+            sqlx::raw_sql("truncate sessions, kernels").execute(&pool).await?;
+            let fill = "insert into sessions select n, 'terminated', now() - n * interval '1 ms' from generate_series(1, $1) n";
+            sqlx::query(fill).bind(rows).execute(&pool).await?;
+            sqlx::raw_sql("analyze; checkpoint").execute(&pool).await?;
+            let policies = if sweeping { vec![Policy::new(sessions(), None)] } else { Vec::new() };
+            let pruner = Pruner::new(&config, PruneConfig { policies, ..PruneConfig::default() })?;
+            let stop = CancellationToken::new();
+            let sweep = tokio::spawn({
+                let stop = stop.clone();
+                async move { pruner.sweep(&stop).await }
+            });
+            let mut times = Vec::new();
+            for _ in 0..3000 {
+                next += 1;
+                times.push(live(&pool, next).await?);
+                tokio::time::sleep(Duration::from_micros(500)).await;
+            }
+            let left = count(&pool, "select count(*) from sessions where status = 'terminated'").await?;
+            check(!sweeping || (left > 0 && left < rows), "the sweep runs all the time")?;
+            stop.cancel();
+            sweep.await??;
+            times.sort();
+            late.push(times[times.len() * 99 / 100]);
+        }
+        ratios.push(late[1].as_secs_f64() / late[0].as_secs_f64());
+    }
+    ratios.sort_by(f64::total_cmp);
+    Ok(ratios[ratios.len() / 2])
+}
+
 #[tokio::main]
 async fn main() -> ExitCode {
     let rows = std::env::args().nth(1).map_or(Ok(100_000), |rows| rows.parse());
@@ -166,6 +220,8 @@ async fn main() -> ExitCode {
         let (one, two) = backlog(rows).await?;
         let ratio = one.as_secs_f64() / two.as_secs_f64();
         println!("{rows} sessions: one pruner {one:.1?}, two pruners {two:.1?}, {ratio:.2} times as fast");
+        let ratio = beside(rows, 5).await?;
+        println!("99 % of the application's transactions beside a sweep: {ratio:.2} times as long as without");
         Ok::<(), Error>(())
     };
     match ran.await {

@@ -1,10 +1,85 @@
 //! The code of the guides about rows that go: each of their Rust blocks is in this file as it is there.
 
+use std::error::Error;
+
+use aftercommit::hooks::{DeleteError, DeleteHook, DeleteHooks, HookPolicy, Links, SqlSnapshot};
 use aftercommit::prune::{Association, Child, Condition, Prune, PruneError, Spec};
 use chrono::{TimeDelta, Utc};
+use serde_json::{Value, json};
 use sqlx::PgTransaction;
 
 use crate::support::Database;
+
+fn system_hooks() -> Result<DeleteHooks, DeleteError> {
+    let mut hooks = DeleteHooks::new("system", "public.systems");
+    // Who loses access with it. Without this nobody could tell afterwards, so nothing is deleted when it fails.
+    let access = SqlSnapshot::new(
+        "select jsonb_agg(jsonb_build_object('monitor', monitor_id, 'user', user_id))
+           from monitors join stewards using (system_id) where system_id = $1::bigint",
+    );
+    hooks.register("access", HookPolicy::Required, access)?;
+    // Nice to have: when it fails or takes too long, the event says so, and the delete goes on.
+    hooks.register("costs", HookPolicy::BestEffort, Costs)?;
+    Ok(hooks)
+}
+
+struct Costs;
+
+impl DeleteHook for Costs {
+    async fn before_delete(&self, tx: &mut PgTransaction<'_>, id: &str) -> Result<Value, Box<dyn Error + Send + Sync>> {
+        let cents: Option<i64> =
+            sqlx::query_scalar("select sum(cents)::bigint from bills where system_id = $1::bigint")
+                .bind(id)
+                .fetch_one(&mut **tx)
+                .await?;
+        Ok(cents.into())
+    }
+}
+
+async fn delete_systems(tx: &mut PgTransaction<'_>, hooks: &DeleteHooks, ids: &[i64]) -> Result<usize, DeleteError> {
+    let deleted = hooks.delete_many(tx, ids).await?;
+    Ok(deleted.rows.len()) // deleted.missing are those that were not there
+}
+
+async fn change_stewards(tx: &mut PgTransaction<'_>) -> Result<(), DeleteError> {
+    let stewards = Links::new("system.stewards_changed", "public.stewards", "system_id", "user_id");
+    stewards.add(tx, 7, ["ann", "bob"]).await?; // {"owner": "7", "added": ["ann", "bob"], "removed": []}
+    stewards.add(tx, 7, ["ann"]).await?; // she is there already: nothing is told
+    stewards.set(tx, 7, ["ann", "carl"]).await?; // carl was added, bob removed
+    stewards.remove_everywhere(tx, "ann").await?; // one event for each system
+    Ok(())
+}
+
+/// The tables of the guide about deletes.
+const SYSTEMS: &str = "
+create table systems (id bigint primary key);
+create table monitors (monitor_id bigint primary key, system_id bigint references systems on delete cascade);
+create table stewards (system_id bigint references systems on delete cascade, user_id text, primary key (system_id, user_id));
+insert into systems values (7), (8);
+insert into monitors values (3, 8);
+insert into stewards values (8, 'ann');
+";
+
+/// One hook for each kind that a framework has, and what is told of it: a delete, a steward, a link.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_three_shims_map_one_to_one() {
+    let database = Database::migrated().await;
+    database.execute(SYSTEMS).await;
+    let pool = database.pool().await;
+    let mut tx = pool.begin().await.unwrap();
+    change_stewards(&mut tx).await.unwrap();
+    assert_eq!(delete_systems(&mut tx, &system_hooks().unwrap(), &[8, 9]).await.unwrap(), 1);
+    tx.commit().await.unwrap();
+    let told: Vec<(String, Value)> =
+        sqlx::query_as("select type, data from aftercommit.events order by id").fetch_all(&pool).await.unwrap();
+    let [.., (kind, deleted)] = told.as_slice() else { panic!("{told:?}") };
+    assert_eq!((told.len(), kind.as_str()), (5, "system.deleted"));
+    assert_eq!(told[0].1, json!({ "owner": "7", "added": ["ann", "bob"], "removed": [] }));
+    assert_eq!(told[1].1, json!({ "owner": "7", "added": ["carl"], "removed": ["bob"] }));
+    // The hook that asks for a table that is not there is on record, and the delete went on.
+    assert_eq!(deleted["snapshot"], json!({ "access": null }), "ann was removed everywhere before");
+    assert!(deleted["failed"]["costs"].as_str().unwrap().contains("bills"), "{deleted}");
+}
 
 fn sessions() -> Spec {
     Spec::new("public.sessions", "status = 'terminated'")
