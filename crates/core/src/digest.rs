@@ -22,17 +22,24 @@ impl fmt::Debug for Digest {
 
 /// What an event is made of, beside its ids and its source.
 pub struct Contents<'a> {
+    /// The event's type, such as `order.placed`.
     pub event_type: &'a str,
+    /// The version of the type, from 1.
     pub version: u32,
+    /// The event's key; none when its order does not matter.
     pub key: Option<&'a str>,
+    /// The media type of the payload, such as `application/json`.
     pub content_type: &'a str,
+    /// When the event was written, by the database's clock. Only whole microseconds count.
     pub time: DateTime<Utc>,
+    /// The publisher's headers. Those with reserved names do not count.
     pub headers: &'a BTreeMap<String, String>,
     /// The SHA-256 of the payload.
     pub payload: &'a [u8],
 }
 
 impl Digest {
+    /// Computes the digest.
     pub fn of(contents: &Contents<'_>) -> Self {
         let Contents { event_type, version, key, content_type, time, headers, payload } = contents;
         let mut hash = Sha256::new();

@@ -54,6 +54,7 @@ impl Phase {
 /// What a health check is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Facts<'a> {
+    /// What the process is at.
     pub phase: Phase,
     /// What it does or waits for; of a paused one, that it is paused.
     pub state: &'a str,

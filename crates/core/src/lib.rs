@@ -4,7 +4,6 @@
 //! All SQL is below [`postgres`], all of NATS below [`jetstream`]; what both carry, the queries of an outbox, has its SQL and its
 //! NATS in files of its own in [`outbox_query`].
 #![warn(clippy::unwrap_used, clippy::expect_used)]
-#![allow(missing_docs)]
 
 pub mod backoff;
 pub mod config;

@@ -12,6 +12,7 @@ pub struct Owner {
     pub cluster: String,
     /// The database's oid.
     pub database: u32,
+    /// The database's name when this was written.
     pub name: String,
     /// The schema in it that has the inbox.
     pub schema: Schema,

@@ -18,10 +18,12 @@ pub struct Sending<'s> {
 }
 
 impl<'s> Sending<'s> {
+    /// Begins the transaction.
     pub async fn begin(session: &'s mut Session, order: Order) -> Result<Self, sqlx::Error> {
         Ok(Self { tx: resend::begin(session).await?, order, first: None, sent: 0 })
     }
 
+    /// Sends these events back, behind those of the calls before. Nothing is valid until [`commit`](Self::commit).
     pub async fn send(&mut self, events: &[Event]) -> Result<(), sqlx::Error> {
         if events.is_empty() {
             return Ok(());

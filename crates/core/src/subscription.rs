@@ -76,6 +76,7 @@ impl Subscription {
         })
     }
 
+    /// Connects to NATS with an inbox that a worker's user may subscribe to.
     pub async fn connect(&self, nats: &NatsConfig) -> Result<Connection, Error> {
         jetstream::connect(nats, "aftercommit-reconciler", "_INBOX_worker").await
     }

@@ -26,13 +26,17 @@ pub enum Why {
 /// An event that waits.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Waiting {
+    /// The event's id.
     pub event_id: EventId,
+    /// The event's key, cut to a bounded length; none when it has none.
     pub key: Option<String>,
+    /// What it waits for.
     pub why: Why,
     /// What is away; none for a failed attempt, whose error is on record elsewhere.
     pub reason: Option<String>,
     /// How often in a row that has happened; 0 for what is counted elsewhere.
     pub times: u32,
+    /// When it is run again, by the worker's clock.
     pub until: DateTime<Utc>,
 }
 
@@ -41,9 +45,11 @@ pub struct Waiting {
 pub struct Running {
     /// The first of them.
     pub event_id: EventId,
+    /// The key of the first of them, cut to a bounded length; none when it has none.
     pub key: Option<String>,
     /// How many they are.
     pub events: usize,
+    /// Since when they run, by the worker's clock.
     pub since: DateTime<Utc>,
 }
 
@@ -51,7 +57,9 @@ pub struct Running {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Told {
+    /// Events that wait; a bounded number.
     pub waiting: Vec<Waiting>,
+    /// Events that run for long; a bounded number.
     pub running: Vec<Running>,
 }
 

@@ -128,6 +128,7 @@ struct Which<'a> {
 #[derive(Deserialize)]
 #[serde(try_from = "Value", bound = "I: DeserializeOwned")]
 pub struct Described<I> {
+    /// What the client makes of the server's answer.
     pub info: I,
     /// The configuration with everything that the server says of it.
     pub config: Fields,

@@ -24,6 +24,7 @@ pub struct Permit {
 }
 
 impl Budget {
+    /// A budget of this many messages and this many bytes, of which nothing is used.
     pub fn new(max_messages: usize, max_bytes: usize) -> Arc<Self> {
         Arc::new(Self {
             max_messages,
@@ -41,6 +42,7 @@ impl Budget {
         messages.min(bytes.div_ceil(typical.max(1)))
     }
 
+    /// Whether there is no room for one more message.
     pub fn is_full(&self) -> bool {
         self.room(1) == 0
     }

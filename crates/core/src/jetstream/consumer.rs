@@ -236,6 +236,7 @@ pub fn is_of(spec: &ConsumerSpec, theirs: Option<&Owner>, ours: &Owner) -> Resul
 /// A consumer as those see it who do not read it.
 #[derive(Debug)]
 pub struct Survey {
+    /// How far it has come, and its ack wait.
     pub position: Position,
     /// What is wrong with it and can only be changed by making a new one.
     pub unfit: Option<String>,
@@ -249,6 +250,7 @@ pub struct Survey {
     pub in_flight: usize,
     /// Requests for messages that wait.
     pub requests: usize,
+    /// Whether the server has paused it, so that it delivers nothing.
     pub paused: bool,
     /// When a message was delivered last.
     pub delivered_at: Option<DateTime<Utc>>,

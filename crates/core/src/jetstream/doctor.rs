@@ -18,6 +18,7 @@ use aftercommit_outbox::subject;
 /// The server.
 #[derive(Debug, Clone)]
 pub struct Server {
+    /// The version of nats-server, such as `2.12.8`.
     pub version: String,
     /// Why it cannot be used at all.
     pub problem: Option<String>,
@@ -32,6 +33,7 @@ pub struct Stream {
     pub findings: Findings,
     /// That its newest event lies under another subject than that on which it was published.
     pub misplaced: Option<String>,
+    /// How many servers keep the stream.
     pub replicas: usize,
     /// Whether it takes atomic batches.
     pub batches: bool,
@@ -48,9 +50,11 @@ pub struct Stream {
 /// A subscriber's consumer.
 #[derive(Debug, Clone)]
 pub struct Consumer {
+    /// Its durable name: the subscriber's.
     pub name: String,
     /// What of its settings is not as subscribers need it.
     pub oddities: Oddities,
+    /// Whether the server has paused it, so that it delivers nothing.
     pub paused: bool,
     /// Whether it was made for a subscriber, as its description says.
     pub ours: bool,

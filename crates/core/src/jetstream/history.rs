@@ -47,6 +47,7 @@ pub struct History {
 /// Messages that follow each other in a stream.
 #[derive(Debug)]
 pub struct Batch {
+    /// The messages, by their sequences. Those that were deleted are left out.
     pub messages: Vec<StreamMessage>,
     /// Where to go on; none at the end of the range.
     pub next: Option<u64>,
@@ -61,6 +62,7 @@ enum Answer {
 }
 
 impl History {
+    /// Reads the stream of this name. The server is not asked yet.
     pub async fn new(connection: &Connection, name: &str) -> Result<Self, Error> {
         let context = connection.jetstream();
         let stream = context

@@ -51,6 +51,7 @@ const LOOK: Duration = Duration::from_secs(2);
 /// A connection that heals itself, the count of times that it broke, and what the server complained of last.
 #[derive(Clone)]
 pub struct Connection {
+    /// The client of async-nats, for calls that JetStream has no part in.
     pub client: Client,
     losses: watch::Receiver<u64>,
     complaint: watch::Receiver<Option<(Instant, String)>>,

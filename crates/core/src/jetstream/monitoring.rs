@@ -74,6 +74,7 @@ struct JetStreamConfig {
     sync_interval: u64,
 }
 
+/// Reads a whole HTTP answer of `/jsz` from `server`. None when it is not the answer of a nats-server with JetStream.
 pub fn parse(answer: &str, server: &str) -> Option<Sync> {
     let (head, body) = answer.split_once("\r\n\r\n")?;
     if head.split(' ').nth(1) != Some("200") {

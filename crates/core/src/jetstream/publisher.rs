@@ -74,6 +74,7 @@ impl Kind {
 }
 
 impl Messages {
+    /// Makes messages for subjects that begin with this prefix.
     pub fn new(prefix: SubjectPrefix) -> Self {
         Self { prefix, kinds: Vec::new() }
     }
@@ -135,16 +136,20 @@ impl Outgoing {
 /// already agreed upon, and stop the stream on all its servers for good when it is wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Predecessor {
+    /// The stream's last sequence must be this one.
     pub sequence: u64,
+    /// The `Nats-Msg-Id` of the stream's last message must be this one; none when it does not matter.
     pub message_id: Option<String>,
 }
 
 /// Where a message stands in an atomic batch.
 #[derive(Debug, Clone, Copy)]
 pub struct BatchPlace<'a> {
+    /// The batch's own id, the same in each of its messages.
     pub id: &'a str,
     /// From 1.
     pub position: usize,
+    /// Whether this is the last message: with it the server commits the batch.
     pub last: bool,
     /// The stream's last sequence before the batch.
     pub behind: u64,
@@ -154,9 +159,21 @@ pub struct BatchPlace<'a> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
     /// It is in this stream under this sequence; `duplicate` when an earlier one had the same `Nats-Msg-Id`.
-    Stored { stream: String, sequence: u64, duplicate: bool },
+    Stored {
+        /// Name of the stream.
+        stream: String,
+        /// The message's sequence in the stream.
+        sequence: u64,
+        /// Whether the server had a message with the same `Nats-Msg-Id` and stored nothing.
+        duplicate: bool,
+    },
     /// It is not stored, for JetStream's reason number `code`.
-    Refused { code: u64, description: String },
+    Refused {
+        /// JetStream's number for the reason, `err_code`.
+        code: u64,
+        /// The server's text.
+        description: String,
+    },
     /// No stream listens on the subject, or it has no leader at present.
     NoResponders,
     /// Something that is no JetStream answer.
@@ -167,7 +184,10 @@ pub enum Answer {
 #[derive(Debug)]
 pub enum SendError {
     /// It is larger than the server takes.
-    TooLarge { limit: usize },
+    TooLarge {
+        /// How many bytes the server takes, headers and payload together.
+        limit: usize,
+    },
     /// It was larger than the server took when this connection was made. The server takes more now, and the connection is
     /// made anew for that: what was in flight is unknown.
     Renewed,
@@ -192,6 +212,7 @@ pub struct Publisher {
 const FRESH: Duration = Duration::from_secs(1);
 
 impl Publisher {
+    /// Subscribes to an inbox of its own, to which the answers come.
     pub async fn new(connection: Connection) -> Result<Self, Error> {
         let inbox = connection.client.new_inbox();
         let answers = connection.client.subscribe(format!("{inbox}.*.*")).await.map_err(|error| {

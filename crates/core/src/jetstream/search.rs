@@ -19,9 +19,11 @@ const WALK: u64 = 4096;
 /// A message of the stream.
 #[derive(Debug, Clone)]
 pub struct Found {
+    /// Its sequence in the stream.
     pub sequence: u64,
     /// When the server stored it.
     pub stored_at: DateTime<Utc>,
+    /// Its header `Nats-Msg-Id`; none when it has none.
     pub message_id: Option<String>,
     /// Whether it was published out of the outbox's order.
     pub repair: bool,
@@ -32,7 +34,9 @@ pub struct Found {
 /// What is known of an event that is looked for.
 #[derive(Debug, Clone)]
 pub struct Wanted<'a> {
+    /// The event's id.
     pub id: Uuid,
+    /// The event's type; none when nobody knows it, which makes the search slower.
     pub event_type: Option<&'a str>,
     /// Its position in the outbox of this source.
     pub outbox: Option<(i64, &'a str)>,
@@ -51,10 +55,12 @@ pub struct Searcher<'a> {
 }
 
 impl<'a> Searcher<'a> {
+    /// Looks at `stream`, whose events are published on subjects with this prefix.
     pub fn new(connection: &'a Connection, stream: &'a str, prefix: &'a SubjectPrefix) -> Self {
         Self { reader: StreamReader::new(connection, stream), connection, stream, prefix }
     }
 
+    /// Reads single messages of the same stream.
     pub fn reader(&self) -> &StreamReader {
         &self.reader
     }

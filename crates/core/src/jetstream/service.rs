@@ -21,11 +21,15 @@ use crate::error::{Error, ErrorKind};
 /// What is registered.
 #[derive(Debug, Clone)]
 pub struct Service {
+    /// Name of the service, such as `aftercommit-relay`.
     pub name: &'static str,
+    /// What it is, in a few words for `nats micro info`.
     pub description: &'static str,
+    /// What else `nats micro info` shows of this process, such as its host.
     pub metadata: BTreeMap<&'static str, String>,
     /// The name of the only endpoint. Every instance answers, each for itself.
     pub endpoint: &'static str,
+    /// The subject of the endpoint.
     pub subject: String,
 }
 

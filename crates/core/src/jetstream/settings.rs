@@ -26,8 +26,11 @@ pub(super) type Table<C> = [(&'static str, Rule<C>)];
 /// A setting that would lose, change, double or re-order events, and the way out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
+    /// Name of the setting, as nats-server has it, such as `max_age`.
     pub setting: &'static str,
+    /// Why its value is wrong.
     pub why: String,
+    /// What to do about it.
     pub remedy: &'static str,
 }
 
@@ -40,6 +43,7 @@ impl std::fmt::Display for Problem {
 /// What a configuration comes to.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Findings {
+    /// Settings whose values are wrong.
     pub problems: Vec<Problem>,
     /// Settings that are set and that this version does not know: what they do to events cannot be told.
     pub unknown: Vec<String>,

@@ -25,6 +25,7 @@ const SPAN: u64 = PIPELINE * STRIDE;
 /// Some messages of a stream, in order.
 #[derive(Debug)]
 pub struct Stretch {
+    /// The messages by their sequences.
     pub messages: BTreeMap<u64, StreamMessage>,
     /// Where to go on; none when nothing follows.
     pub next: Option<u64>,
@@ -136,6 +137,7 @@ pub struct Source {
 }
 
 impl Source {
+    /// Reads the stream of this name.
     pub fn new(connection: &Connection, stream: &str) -> Self {
         Self { connection: Some(connection.clone()), stream: stream.to_string() }
     }
@@ -146,6 +148,7 @@ impl Source {
         Self { connection: None, stream: name.to_string() }
     }
 
+    /// Name of the stream, or of what events come from without one.
     pub fn stream(&self) -> &str {
         &self.stream
     }
@@ -192,6 +195,7 @@ impl Source {
 
 /// What there is at a sequence.
 pub enum Read {
+    /// This event.
     Event(Box<Envelope>),
     /// Nothing any more.
     Removed,

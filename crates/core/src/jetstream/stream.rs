@@ -37,6 +37,7 @@ pub struct Extent {
     pub created: DateTime<Utc>,
     /// The sequence of the first message, one above `last` when there is none.
     pub first: u64,
+    /// The sequence of the last message, also when it was deleted; 0 when there never was one.
     pub last: u64,
     /// Whether several servers keep it.
     pub replicated: bool,
@@ -45,6 +46,7 @@ pub struct Extent {
 }
 
 impl Extent {
+    /// Takes it from what the server says of the stream.
     pub fn of(info: &stream::Info) -> Self {
         let micros = i64::try_from(info.created.unix_timestamp_nanos() / 1000).ok();
         let created = micros.and_then(DateTime::from_timestamp_micros).unwrap_or_default();
@@ -58,7 +60,9 @@ impl Extent {
 /// Who a stored message says it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stored {
+    /// Its sequence in the stream.
     pub sequence: u64,
+    /// The subject under which it lies.
     pub subject: String,
     /// None for a message that is no event.
     pub identity: Option<Identity>,
@@ -69,10 +73,15 @@ pub struct Stored {
 /// Which event a message says it is, and what it is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
+    /// The event's id.
     pub event_id: Uuid,
+    /// The event's type, such as `order.placed`.
     pub event_type: String,
+    /// The source: names the outbox that it comes from.
     pub source: String,
+    /// The id of its row in the outbox.
     pub outbox_id: i64,
+    /// The digest of what the event is made of, computed from the message.
     pub digest: Digest,
 }
 
@@ -98,6 +107,7 @@ pub const UNMAP: &str = "subscribers miss such events: take the `mappings` of th
 /// Where a consumer stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConsumerPosition {
+    /// Name of the consumer. A subscriber's is the subscriber's name.
     pub name: String,
     /// Messages not delivered yet.
     pub pending: u64,
@@ -145,6 +155,7 @@ fn time_of(message: &StreamMessage) -> Option<DateTime<Utc>> {
 }
 
 impl StreamReader {
+    /// Reads the stream of this name.
     pub fn new(connection: &Connection, name: &str) -> Self {
         Self { context: connection.jetstream(), name: name.into() }
     }
@@ -174,6 +185,7 @@ impl StreamReader {
         reads.try_filter_map(async |message| Ok(message)).try_collect().await
     }
 
+    /// Name of the stream.
     pub fn name(&self) -> &str {
         &self.name
     }

@@ -20,8 +20,11 @@ const SHORTEST_DUPLICATE_WINDOW: Duration = Duration::from_secs(120);
 /// What a new stream gets. An existing one keeps its own limits.
 #[derive(Debug, Clone)]
 pub struct StreamSettings {
+    /// How many servers keep it. None: one for a new stream; an existing one keeps what it has.
     pub replicas: Option<usize>,
+    /// How long it keeps messages. None: 14 days for a new stream; an existing one keeps what it has.
     pub max_age: Option<Duration>,
+    /// How many bytes of messages it keeps. None: no limit for a new stream; an existing one keeps what it has.
     pub max_bytes: Option<i64>,
 }
 

@@ -14,16 +14,19 @@ use crate::fault;
 /// A stored message, known by when it was stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Witness {
+    /// The message's sequence in the stream.
     pub sequence: u64,
     /// In nanoseconds since 1970, by the server's clock.
     pub stored_at: i64,
 }
 
 impl Witness {
+    /// A message with this sequence that was stored at this time.
     pub fn new(sequence: u64, stored_at: StoredAt) -> Self {
         Self { sequence, stored_at: i64::try_from(stored_at.unix_timestamp_nanos()).unwrap_or_default() }
     }
 
+    /// The witness that a message is.
     pub fn of(message: &StreamMessage) -> Self {
         Self::new(message.sequence, message.time)
     }
@@ -57,10 +60,12 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// Reads the stream of this name.
     pub fn new(context: &Context, name: &str) -> Self {
         Self { context: context.clone(), name: name.into() }
     }
 
+    /// Name of the stream.
     pub fn name(&self) -> &str {
         &self.name
     }

@@ -31,6 +31,7 @@ pub struct OutboxClient {
 }
 
 impl OutboxClient {
+    /// Asks the outbox whose events are in `stream`.
     pub fn new(connection: &Connection, stream: &str) -> Self {
         Self { connection: connection.clone(), subject: subject(stream), patience: PATIENCE, tries: TRIES }
     }

@@ -61,6 +61,7 @@ pub struct Queries {
 }
 
 impl Queries {
+    /// Takes over queries for `stream` from now on.
     pub async fn subscribe(connection: &Connection, stream: &str) -> Result<Self, Error> {
         let subject = subject(stream);
         let subscription =
@@ -96,6 +97,7 @@ impl Reply {
         self.connection.client.server_info().max_payload
     }
 
+    /// Answers that the query is not answered, and why.
     pub async fn refuse(&self, why: &str) {
         self.send(Answer::One(json!({ "error": why }))).await;
     }

@@ -21,7 +21,9 @@ pub fn subject(stream: &str) -> String {
 pub enum Query {
     /// The events that lie in the stream at or before `up_to`, behind the token.
     Page {
+        /// The last stream sequence that counts.
         up_to: u64,
+        /// The token of the page before; none for the first page.
         #[serde(default)]
         after: Option<Value>,
         /// All when there are none.
@@ -30,32 +32,51 @@ pub enum Query {
     },
     /// The same, only their number and a digest of their ids.
     Digest {
+        /// The last stream sequence that counts.
         up_to: u64,
+        /// The token of the digest before; none for the first one.
         #[serde(default)]
         after: Option<Value>,
+        /// Event types that count; all when there are none.
         #[serde(default)]
         types: Vec<String>,
     },
     /// Events that are not where the outbox's order would have them, behind the token.
     Displaced {
+        /// The token of the answer before; none for the first one.
         #[serde(default)]
         after: Option<Value>,
     },
     /// Whole events by their ids.
-    Events { ids: Vec<Uuid> },
+    Events {
+        /// The ids of the events.
+        ids: Vec<Uuid>,
+    },
     /// Whole events of some keys, from an outbox id on, whether they are in the stream or not: at least all that do not lie
     /// there at or before `behind`.
-    Keys { keys: Vec<String>, from: i64, behind: u64 },
+    Keys {
+        /// The keys.
+        keys: Vec<String>,
+        /// The first outbox id that counts.
+        from: i64,
+        /// Events at or before this stream sequence may be left out.
+        behind: u64,
+    },
 }
 
 /// An event as a page tells it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Listed {
+    /// The id of its row in the outbox.
     pub id: i64,
+    /// The event's id.
     pub event_id: Uuid,
+    /// The event's type.
     #[serde(rename = "type")]
     pub event_type: String,
+    /// The event's key; none when it has none.
     pub key: Option<String>,
+    /// When it was written, by the database's clock.
     pub time: DateTime<Utc>,
 }
 
@@ -72,6 +93,8 @@ pub struct Page {
     /// Only in a digest: how many events there are, and the sum of the first 60 bits of the MD5 of each id.
     #[serde(default)]
     pub count: Option<u64>,
+    /// Only in a digest: the sum that `count` speaks of, as a decimal number. It is text because JSON's numbers are too
+    /// short for it.
     #[serde(default)]
     pub digest: Option<String>,
     /// What to ask behind next time.
@@ -86,18 +109,26 @@ pub struct Page {
 /// An event that is not where the outbox's order would have it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Moved {
+    /// The id of its row in the outbox.
     pub id: i64,
+    /// The event's id.
     pub event_id: Uuid,
+    /// The event's key; none when it has none.
     pub key: Option<String>,
     /// `queued`: it is missing in the stream; `published`: it is at `sequence`; `refused`: the stream will not take it.
     pub state: String,
+    /// Where it lies in the stream; none when it does not.
     pub sequence: Option<u64>,
 }
 
+/// The answer to [`Query::Displaced`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Displaced {
+    /// The events, in the order of the outbox.
     pub events: Vec<Moved>,
+    /// The token to ask behind next time.
     pub next: Value,
+    /// Whether there is more now.
     pub more: bool,
 }
 
@@ -112,6 +143,7 @@ pub struct Rest {
 
 /// What is answered.
 pub enum Answer {
+    /// One JSON value in one message.
     One(Value),
     /// Whole events, each a message as it is in the stream, and what stands behind them.
     Events(Vec<(String, Envelope)>, Rest),

@@ -27,14 +27,18 @@ pub struct Record {
     pub database_crashes: u32,
     /// How often its session ended while it ran.
     pub sessions_lost: u32,
+    /// Why the last attempt failed; a short text for operators.
     pub last_error: String,
 }
 
 /// What an event waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Waits {
+    /// The next attempt, after one that failed.
     Retry,
+    /// The time that its handler asked to be run at.
     Snooze,
+    /// A service that its handler needs, and that is not available.
     Unavailable,
 }
 
@@ -55,20 +59,25 @@ impl Waits {
 /// A record that a predecessor left, with the rest of the wait.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Left {
+    /// What is on record of it.
     pub record: Record,
+    /// What it waits for and how long it still has to; none when it may run at once.
     pub wait: Option<(Waits, Duration)>,
 }
 
 /// A session that ended while events ran.
 pub struct Lost<'a> {
+    /// Name of the subscriber.
     pub subscriber: &'a str,
     /// Where the batch was marked as running.
     pub lane: i64,
+    /// The ids of the events that ran in it.
     pub events: &'a [Uuid],
     /// Whether the event was the only one of its batch.
     pub alone: bool,
     /// The server that the session was on.
     pub server: &'a Server,
+    /// Why the session ended, as far as that is known.
     pub reason: &'a str,
     /// How long the event waits when the loss counts as an attempt.
     pub wait: Duration,

@@ -18,7 +18,9 @@ pub struct Entry<'a> {
     pub who: &'a str,
     /// Such as `relay pause`.
     pub action: &'a str,
+    /// The subscriber that it is about; none when it is about none.
     pub subscriber: Option<&'a str>,
+    /// The event that it is about; none when it is about several or none.
     pub event_id: Option<Uuid>,
     /// An object; no payload that is still elsewhere.
     pub detail: Value,
@@ -40,7 +42,9 @@ pub async fn write(tx: &mut Tx<'_>, entry: &Entry<'_>) -> Result<(), sqlx::Error
 /// Which rows are wanted; what is none does not matter.
 #[derive(Debug, Clone, Default)]
 pub struct Wanted<'a> {
+    /// Those about this event.
     pub event_id: Option<Uuid>,
+    /// Those about this subscriber.
     pub subscriber: Option<&'a str>,
     /// Those of the last so many seconds.
     pub since: Option<f64>,

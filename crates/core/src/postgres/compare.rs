@@ -17,12 +17,19 @@ use super::time;
 /// A row of the outbox that a message says it was made of.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Original {
+    /// The event's id.
     pub event_id: Uuid,
+    /// The event's type.
     pub event_type: String,
+    /// The version of the type, from 1.
     pub version: i32,
+    /// The event's key; none when it has none.
     pub key: Option<String>,
+    /// The media type of the payload.
     pub content_type: String,
+    /// When it was written, by the database's clock.
     pub created_at: DateTime<Utc>,
+    /// The publisher's headers.
     pub headers: BTreeMap<String, String>,
     /// None when it has another length than the message's.
     pub payload: Option<Bytes>,
@@ -100,10 +107,15 @@ pub async fn horizon(connection: &mut Session) -> Result<Horizon, sqlx::Error> {
 /// A row of the outbox that was not found in the stream where it should be.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Absent {
+    /// Its id in the outbox.
     pub id: i64,
+    /// The event's id.
     pub event_id: Uuid,
+    /// The event's type.
     pub event_type: String,
+    /// The event's key; none when it has none.
     pub key: Option<String>,
+    /// How long ago it was written, by the database's clock.
     pub age: Duration,
     /// What became of it when it was parked, and where it is then.
     pub parked: Option<(String, Option<u64>)>,
@@ -242,10 +254,15 @@ pub async fn forget_behind(
 /// An event that has been parked for long.
 #[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct LongParked {
+    /// Its id in the outbox.
     pub outbox_id: i64,
+    /// The event's id.
     pub event_id: Uuid,
+    /// The event's key; none when it has none.
     pub key: Option<String>,
+    /// Why it was parked.
     pub reason: String,
+    /// For how many seconds it has been parked.
     pub for_seconds: f64,
 }
 

@@ -126,6 +126,7 @@ impl Pool {
 }
 
 impl Connections {
+    /// As many connections as are asked for. `application` is the name that PostgreSQL shows for them.
     pub fn new(config: &PostgresConfig, application: &str) -> Result<Self, Error> {
         Ok(Self::with(super::options(config, application)?, (config.pooled, config.schema.clone()), None))
     }

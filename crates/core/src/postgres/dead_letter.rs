@@ -19,10 +19,15 @@ use aftercommit_outbox::event::EventId;
 
 /// A dead letter to be written.
 pub struct NewDeadLetter<'a> {
+    /// Name of the subscriber that gives up.
     pub subscriber: &'a str,
+    /// Name of the stream that the event came from.
     pub stream: &'a str,
+    /// The event's sequence in the stream.
     pub stream_seq: i64,
+    /// The event, with its payload.
     pub event: &'a Envelope,
+    /// Why it cannot be handled.
     pub reason: &'a str,
     /// Whether it was a failed run that decided, which then counts as an attempt.
     pub attempted: bool,
@@ -99,15 +104,23 @@ pub(super) fn storable_headers(headers: &BTreeMap<String, String>) -> BTreeMap<S
 /// that comes back while it runs is not taken again.
 #[derive(Debug, Clone)]
 pub struct Selection {
+    /// Letters with these ids.
     pub ids: Option<Vec<i64>>,
+    /// Letters of these events.
     pub events: Option<Vec<Uuid>>,
+    /// Letters of this subscriber.
     pub subscriber: Option<String>,
+    /// Letters of events of this type.
     pub event_type: Option<String>,
+    /// Letters of events with this key.
     pub key: Option<String>,
     /// A part of the reason.
     pub error: Option<String>,
+    /// Letters that came at or before this time.
     pub dead_before: Option<DateTime<Utc>>,
+    /// Letters that came after this time.
     pub dead_after: Option<DateTime<Utc>>,
+    /// Letters with ids up to this one.
     pub newest_id: i64,
 }
 
@@ -243,13 +256,19 @@ pub async fn count(connection: &mut Session, selection: &Selection) -> Result<i6
 /// Letters with the same subscriber, type and reason.
 #[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Group {
+    /// Name of the subscriber.
     pub subscriber: String,
+    /// The type of the events.
     #[sqlx(rename = "type")]
     pub event_type: String,
+    /// Why the subscriber gave up.
     pub reason: String,
+    /// How many letters there are.
     pub letters: i64,
+    /// When the oldest of them came.
     #[sqlx(try_from = "time::Time")]
     pub oldest: DateTime<Utc>,
+    /// When the newest of them came.
     #[sqlx(try_from = "time::Time")]
     pub newest: DateTime<Utc>,
 }
@@ -268,8 +287,10 @@ pub async fn groups(connection: &mut Session, selection: &Selection, limit: i64)
 /// What the event of a letter held.
 #[derive(FromRow)]
 pub struct Content {
+    /// Its headers.
     #[sqlx(json)]
     pub headers: BTreeMap<String, String>,
+    /// Its payload.
     pub payload: Vec<u8>,
 }
 
@@ -342,16 +363,22 @@ pub async fn discard(
 /// What is to be changed in a letter.
 #[derive(Debug, Clone, Copy)]
 pub struct Change<'a> {
+    /// The new payload; none to keep the old one.
     pub payload: Option<&'a [u8]>,
+    /// Headers that are added, or get another value.
     pub set_headers: &'a BTreeMap<String, String>,
+    /// Headers that are removed.
     pub remove_headers: &'a [String],
 }
 
 /// What an edit has changed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Changed {
+    /// All headers before and after.
     pub headers: (BTreeMap<String, String>, BTreeMap<String, String>),
+    /// The bytes of the payload before and after.
     pub payload_bytes: (i32, i32),
+    /// The SHA-256 of the payload before and after, in hex.
     pub payload_sha256: (String, String),
 }
 

@@ -12,16 +12,23 @@ use crate::error::Error;
 /// The server and its settings, as they are for this role and database.
 #[derive(Debug, Clone, sqlx::FromRow)]
 pub struct Server {
+    /// The version of PostgreSQL as text, such as `18.1`.
     pub version: String,
+    /// The version as a number, such as 180001.
     pub version_number: i32,
+    /// The role that this connection works as.
     pub role: String,
     /// Whether it only follows another server.
     pub standby: bool,
+    /// The setting `fsync`: without it a crash of the machine can lose and damage data.
     pub fsync: bool,
+    /// The setting `full_page_writes`: without it a crash of the machine can damage data.
     pub full_page_writes: bool,
+    /// The setting `synchronous_commit`, such as `on`.
     pub synchronous_commit: String,
     /// The port that the server's own process listens on; none over a socket.
     pub port: Option<i32>,
+    /// What the server's clock shows.
     #[sqlx(try_from = "time::Time")]
     pub clock: DateTime<Utc>,
     /// Whether the role sees what other roles do.
@@ -46,6 +53,7 @@ pub async fn server(connection: &mut Session) -> Result<Server, sqlx::Error> {
 pub struct Connections {
     /// How many there can be, those that are kept for superusers left out.
     pub limit: i64,
+    /// How many there are.
     pub used: i64,
     /// Those that carry the name of a program of aftercommit.
     pub ours: i64,
@@ -76,7 +84,9 @@ pub fn configured_ports(config: &PostgresConfig) -> Result<Vec<u16>, Error> {
 /// What of the schema is there, without reading any of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, sqlx::FromRow)]
 pub struct Tables {
+    /// Whether the table `outbox` exists.
     pub outbox: bool,
+    /// Whether the table `migrations` exists.
     pub migrations: bool,
     /// Whether the role may read the record of migrations.
     pub readable: bool,
@@ -110,10 +120,13 @@ pub async fn unlimited(connection: &mut Session) -> Result<bool, sqlx::Error> {
 /// Transactions that were prepared for a two-phase commit in this database.
 #[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Prepared {
+    /// How many there are.
     pub count: i64,
     /// The oldest.
     pub gid: String,
+    /// The role that prepared the oldest.
     pub owner: String,
+    /// How long ago the oldest was prepared.
     #[sqlx(try_from = "time::Seconds")]
     pub age: Duration,
 }
@@ -132,10 +145,15 @@ pub async fn prepared(connection: &mut Session) -> Result<Option<Prepared>, sqlx
 /// An open transaction.
 #[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Transaction {
+    /// The process id of its session.
     pub pid: i32,
+    /// The role; empty when the session has none or it cannot be seen.
     pub role: String,
+    /// The name that the session has given itself, `application_name`; empty when it has none.
     pub application: String,
+    /// What the session does, such as `idle in transaction`; empty when that cannot be seen.
     pub state: String,
+    /// How long it has been open.
     #[sqlx(try_from = "time::Seconds")]
     pub age: Duration,
 }

@@ -14,13 +14,21 @@ use super::time;
 /// An event as the outbox has it, without its payload.
 #[derive(Debug, Clone)]
 pub struct Written {
+    /// Its id in the outbox.
     pub id: i64,
+    /// The id of the transaction that wrote it.
     pub xid: u64,
+    /// The event's type.
     pub event_type: String,
+    /// The version of the type, from 1.
     pub version: i32,
+    /// The event's key; none when it has none.
     pub key: Option<String>,
+    /// The media type of the payload.
     pub content_type: String,
+    /// The bytes of the payload.
     pub payload_bytes: i32,
+    /// When it was written, by the database's clock.
     pub created_at: DateTime<Utc>,
 }
 
@@ -61,10 +69,14 @@ pub async fn payload(connection: &mut Session, event: Uuid) -> Result<Option<Vec
 /// An event that was set aside, whatever became of it.
 #[derive(Debug, Clone, FromRow)]
 pub struct Aside {
+    /// Why it was parked.
     pub reason: String,
+    /// `parked`, `released`, `published` or `discarded`.
     pub state: String,
+    /// When it was parked.
     #[sqlx(try_from = "time::Time")]
     pub parked_at: DateTime<Utc>,
+    /// When its state changed last.
     #[sqlx(try_from = "time::Time")]
     pub changed_at: DateTime<Utc>,
     /// Where it was published in the end.
@@ -82,9 +94,12 @@ pub async fn aside(connection: &mut Session, event: Uuid) -> Result<Option<Aside
 /// An event that a reconciler found missing in the stream.
 #[derive(Debug, Clone, FromRow)]
 pub struct Repair {
+    /// `queued`, `published` or `refused`.
     pub state: String,
+    /// When the repair was queued.
     #[sqlx(try_from = "time::Time")]
     pub queued_at: DateTime<Utc>,
+    /// When it was published again; none as long as it was not.
     #[sqlx(try_from = "Maybe<time::Time>")]
     pub published_at: Option<DateTime<Utc>>,
     /// Where it is in the stream now.
@@ -142,9 +157,13 @@ pub async fn bounds(
 /// What a subscriber's database knows of the event at one subscriber.
 #[derive(Debug, Clone)]
 pub struct AtSubscriber {
+    /// Name of the subscriber.
     pub subscriber: String,
+    /// That it is done; none when it is not.
     pub done: Option<Done>,
+    /// Its failed attempts; none when there are none, or it is done.
     pub failing: Option<Failing>,
+    /// Its dead letter; none when there is none.
     pub letter: Option<Letter>,
     /// When an operator sent it back, and who; it has not run since.
     pub redrive: Option<(DateTime<Utc>, String)>,
@@ -155,18 +174,26 @@ pub struct AtSubscriber {
 /// The subscriber is done with the event.
 #[derive(Debug, Clone)]
 pub struct Done {
+    /// `handled`, `dead` or `discarded`.
     pub outcome: String,
+    /// When it was done, by the database's clock.
     pub at: DateTime<Utc>,
+    /// The event's sequence in the stream.
     pub stream_seq: i64,
 }
 
 /// Attempts have failed, and there will be more.
 #[derive(Debug, Clone)]
 pub struct Failing {
+    /// How many attempts have failed.
     pub attempts: i32,
+    /// How often the worker's process died while it ran.
     pub crashes: i32,
+    /// Why the last attempt failed.
     pub last_error: String,
+    /// When the first attempt failed.
     pub first_failed_at: DateTime<Utc>,
+    /// When the last attempt failed.
     pub last_failed_at: DateTime<Utc>,
     /// When the next attempt begins; none when that is not on record.
     pub retry_at: Option<DateTime<Utc>>,
@@ -175,12 +202,19 @@ pub struct Failing {
 /// The subscriber gave up.
 #[derive(Debug, Clone)]
 pub struct Letter {
+    /// The letter's id, as `aftercommit dead` shows it.
     pub id: i64,
+    /// Why the subscriber gave up.
     pub reason: String,
+    /// How many attempts had failed by then.
     pub attempts: i32,
+    /// When the first attempt failed.
     pub first_failed_at: DateTime<Utc>,
+    /// When the event became a dead letter.
     pub dead_at: DateTime<Utc>,
+    /// Name of the stream that the event came from.
     pub stream: String,
+    /// The event's sequence in the stream.
     pub stream_seq: i64,
 }
 
@@ -272,7 +306,9 @@ pub struct Known {
 /// What is known of an event whose attempts have failed.
 #[derive(Debug, Clone)]
 pub struct KnownFailing {
+    /// How many attempts have failed.
     pub attempts: i32,
+    /// Why the last attempt failed.
     pub last_error: String,
     /// When the next attempt begins; none when that is not on record.
     pub retry_at: Option<DateTime<Utc>>,

@@ -16,10 +16,14 @@ const LENGTH: usize = 500;
 /// A failed attempt.
 #[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Failure {
+    /// Name of the subscriber.
     pub subscriber: String,
+    /// Which attempt it was, from 1.
     pub attempt: i32,
+    /// When it failed, by the database's clock.
     #[sqlx(try_from = "time::Time")]
     pub at: DateTime<Utc>,
+    /// Why it failed, cut to 500 characters.
     pub error: String,
     /// The next attempt does not begin before.
     #[sqlx(try_from = "time::Time")]

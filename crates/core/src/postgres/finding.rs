@@ -18,28 +18,36 @@ pub struct NewFinding {
     pub kind: &'static str,
     /// What it is about: an event id, a consumer, a user's key. With the kind, its identity.
     pub item: String,
+    /// The event that it is about; none when it is about something else.
     pub event_id: Option<Uuid>,
+    /// The event's id in the outbox; none when that is not known.
     pub outbox_id: Option<i64>,
+    /// The event's key; none when it has none or it is not known.
     pub key: Option<String>,
+    /// The event's sequence in the stream; none when it is not there or that is not known.
     pub stream_seq: Option<i64>,
     /// One line for a person, without payload.
     pub detail: String,
+    /// What was done about it.
     pub state: State,
 }
 
 /// What has become of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum State {
+    /// Nothing was done about it.
     #[default]
     Open,
     /// A repair was queued.
     Repairing,
+    /// It was put right.
     Repaired,
     /// It was not found any more.
     Gone,
 }
 
 impl State {
+    /// The state as the database has it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Open => "open",
@@ -173,7 +181,9 @@ pub(crate) async fn count_open(
 /// Which findings are wanted; what is none does not matter.
 #[derive(Debug, Clone, Default)]
 pub struct Wanted<'a> {
+    /// Those of this reconciler.
     pub reconciler: Option<&'a str>,
+    /// Those of this kind.
     pub kind: Option<&'a str>,
     /// Those that are settled, too.
     pub settled: bool,

@@ -45,7 +45,9 @@ fn begin_within(limit: Duration) -> String {
 
 /// An event that is about to be handled.
 pub struct Row {
+    /// The event's id.
     pub event_id: Uuid,
+    /// The event's sequence in the stream.
     pub stream_seq: i64,
     /// Its place in the publisher's outbox, if that is known.
     pub sequence: Option<i64>,

@@ -59,6 +59,7 @@ impl Term {
     /// The longest: somebody who died with it keeps others out for so long.
     const MAX: Duration = Duration::from_secs(30);
 
+    /// Asks for `usual` as long as statements are fast.
     pub fn new(usual: Duration) -> Self {
         Self { usual, slowest: Duration::ZERO }
     }
@@ -77,8 +78,11 @@ impl Term {
 /// A lease that somebody holds, or held: other writes can be made conditional on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tenure {
+    /// Name of the lease, such as `relay`.
     pub name: String,
+    /// Who holds it: host, process id and a random part.
     pub holder: String,
+    /// The lease's epoch, which grows by one at each change of hands.
     pub epoch: i64,
 }
 

@@ -13,12 +13,19 @@ use super::time;
 /// An event of the outbox.
 #[derive(Clone)]
 pub struct OutboxEvent {
+    /// Its id in the outbox.
     pub id: i64,
+    /// The event's id.
     pub event_id: Uuid,
+    /// The event's type.
     pub event_type: String,
+    /// The version of the type, from 1.
     pub version: i32,
+    /// The event's key; none when its order does not matter.
     pub key: Option<String>,
+    /// The media type of the payload.
     pub content_type: String,
+    /// When it was written, by the database's clock.
     pub created_at: DateTime<Utc>,
     /// Headers and payload; none when they are so large that they are read one by one, see [`body`](super::window::body).
     pub body: Option<Body>,
@@ -40,7 +47,9 @@ impl<'r> FromRow<'r, PgRow> for OutboxEvent {
 /// The part of an event that can be large.
 #[derive(Clone)]
 pub struct Body {
+    /// The publisher's headers.
     pub headers: BTreeMap<String, String>,
+    /// The payload, as it was written.
     pub payload: Bytes,
 }
 

@@ -12,12 +12,17 @@ use super::session::Session;
 /// Which events are meant; what is none does not matter. Those that only wait behind another are let go with it.
 #[derive(Debug, Clone)]
 pub struct Choice {
+    /// Events with these ids.
     pub events: Option<Vec<Uuid>>,
+    /// Events of this type.
     pub event_type: Option<String>,
+    /// Events with this key.
     pub key: Option<String>,
     /// A part of the reason.
     pub error: Option<String>,
+    /// Events parked at or before this time.
     pub parked_before: Option<DateTime<Utc>>,
+    /// Events parked after this time.
     pub parked_after: Option<DateTime<Utc>>,
     /// Behind this outbox id.
     pub after: i64,

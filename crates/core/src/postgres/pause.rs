@@ -50,11 +50,15 @@ pub async fn resume(connection: impl PgExecutor<'_>, name: &str) -> Result<bool,
 /// Something that is switched off.
 #[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Pause {
+    /// What is switched off: the name of a lease, such as `relay`.
     pub name: String,
+    /// When it was switched off, by the database's clock.
     #[sqlx(rename = "paused_at", try_from = "time::Time")]
     pub since: DateTime<Utc>,
+    /// Who switched it off, as the operator's tool was told.
     #[sqlx(rename = "paused_by")]
     pub by: String,
+    /// Why; none when no reason was given.
     pub reason: Option<String>,
 }
 

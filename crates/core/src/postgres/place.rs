@@ -14,8 +14,10 @@ use super::time;
 /// A text that is not a place.
 #[derive(Debug, thiserror::Error)]
 pub enum PlaceError {
+    /// Its snapshot is not one.
     #[error(transparent)]
     Snapshot(#[from] super::snapshot::SnapshotError),
+    /// Its snapshot has more running transactions than PostgreSQL can have.
     #[error("more transactions are running than can be")]
     Running,
 }
@@ -26,7 +28,9 @@ pub enum PlaceError {
 pub struct Place {
     /// The row of the log; -1 for the beginning of all.
     pub seq: i64,
+    /// What had been settled.
     pub mark: Mark,
+    /// The last sequence of the stream by then.
     pub sequence: u64,
 }
 

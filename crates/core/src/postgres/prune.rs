@@ -10,6 +10,7 @@ use super::snapshot::Mark;
 /// What a batch came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Batch {
+    /// How many rows were removed.
     pub removed: u64,
     /// The next one goes on behind this id, or place.
     pub next: i64,

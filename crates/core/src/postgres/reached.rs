@@ -5,7 +5,9 @@ use super::session::Session;
 /// A message at or before which everything is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, sqlx::FromRow)]
 pub struct Row {
+    /// The number of the row; a later one is higher.
     pub id: i64,
+    /// The message's sequence in the stream.
     pub sequence: i64,
     /// When it was stored, in nanoseconds since 1970.
     pub stored_at: i64,

@@ -12,6 +12,7 @@ use super::session::{Session, Tx};
 /// What shall be run.
 #[derive(Debug, Clone)]
 pub struct NewRun<'a> {
+    /// Name of the reconciler.
     pub name: &'a str,
     /// `scheduled` or `demand`.
     pub cause: &'a str,
@@ -19,6 +20,7 @@ pub struct NewRun<'a> {
     pub mode: &'a str,
     /// `new`, `full` or `keys`; `new` becomes `full` when a full sweep is due.
     pub scope: &'a str,
+    /// The process that runs it.
     pub holder: &'a str,
     /// How often a scheduled run is due after one that succeeded.
     pub interval: Duration,
@@ -31,24 +33,32 @@ pub struct NewRun<'a> {
 /// What came of the wish to run.
 #[derive(Debug)]
 pub enum Begun {
+    /// It begins now.
     Run(RunRow),
     /// Another process runs it since so many seconds.
     Busy {
+        /// The other process.
         holder: String,
+        /// For how many seconds it has run.
         seconds: f64,
     },
     /// It succeeded so many seconds ago, and is due in so many.
     NotDue {
+        /// How many seconds ago it succeeded.
         seconds: f64,
+        /// In how many seconds it is due.
         due_in: f64,
     },
     /// It failed last, and may be tried again in so many seconds.
     TooSoon {
+        /// How many runs in a row have failed.
         failures: i32,
+        /// In how many seconds it may be tried again.
         due_in: f64,
     },
     /// Runs of dead processes were closed as failed; now it has to wait as after any failure.
     Closed {
+        /// How many runs in a row have failed, those of the dead processes counted.
         failures: i32,
     },
 }
@@ -56,8 +66,11 @@ pub enum Begun {
 /// A run that has begun.
 #[derive(Debug, Clone)]
 pub struct RunRow {
+    /// The run's id.
     pub id: i64,
+    /// `new`, `full` or `keys`: what it looks at.
     pub scope: String,
+    /// Where the run before it stopped; `{}` for the beginning.
     pub position: Value,
     /// Failures in a row before it.
     pub failures: i32,
@@ -66,9 +79,13 @@ pub struct RunRow {
 /// What a run has done so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
+    /// Items that were looked at.
     pub scanned: i64,
+    /// Differences that were found.
     pub found: i64,
+    /// Differences that were repaired, or whose repair was queued.
     pub repaired: i64,
+    /// Items that failed.
     pub failed: i64,
 }
 
@@ -77,14 +94,19 @@ pub struct Counts {
 pub struct Ending<'a> {
     /// `ok`, `failed` or `stopped`.
     pub result: &'a str,
+    /// Why it failed; none when it did not.
     pub error: Option<&'a str>,
+    /// What it has done.
     pub counts: Counts,
+    /// Where the next run goes on; none to leave that as it was saved.
     pub position: Option<&'a Value>,
+    /// More about the run for its row; none for nothing.
     pub detail: Option<&'a Value>,
     /// Whether it counts as a success of the schedule.
     pub(crate) counts_as_success: bool,
     /// Whether it counts as a failure, and how long to wait then.
     pub retry_after: Option<Duration>,
+    /// Everything committed before this time is accounted for; none when the run says nothing of that.
     pub reconciled_up_to: Option<DateTime<Utc>>,
     /// The run with which a sweep over everything began that has now ended.
     pub swept_since: Option<i64>,

@@ -10,10 +10,13 @@ use super::time;
 /// A reconciler as its health shows it.
 #[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct ReconcilerRow {
+    /// Name of the reconciler.
     pub name: String,
     /// How long ago it last succeeded.
     pub(crate) since_success: Option<f64>,
+    /// How many runs in a row have failed.
     pub failures: i32,
+    /// Everything committed before this time is accounted for; none when no run has said so.
     #[sqlx(try_from = "Maybe<time::Time>")]
     pub reconciled_up_to: Option<DateTime<Utc>>,
     /// What the last failed run said, if the last run that ended failed.

@@ -16,18 +16,24 @@ use super::time;
 /// A row that waits, without its event.
 #[derive(Debug, FromRow)]
 pub struct Waiting {
+    /// The row's id. Rows run in the order of their ids.
     pub id: i64,
+    /// The event's id.
     pub event_id: Uuid,
+    /// The event's key; none when it has none.
     pub key: Option<String>,
 }
 
 /// The event of a row.
 #[derive(Debug)]
 pub struct Redriven {
+    /// The row's id.
     pub id: i64,
     /// None when the rows before it were too large together for it to be read too.
     pub event: Option<Envelope>,
+    /// Name of the stream that the event came from.
     pub stream: String,
+    /// The event's sequence in the stream.
     pub stream_seq: i64,
 }
 

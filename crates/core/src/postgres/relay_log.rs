@@ -23,7 +23,9 @@ pub(super) use columns;
 /// The relay's state as the log holds it.
 #[derive(Debug, Clone)]
 pub struct State {
+    /// The number of the state; each has that of its predecessor plus one.
     pub seq: i64,
+    /// What is in the stream for certain.
     pub settled: Mark,
     /// An open window: what this mark holds and `settled` does not is on its way into the stream.
     pub target: Option<Mark>,
@@ -33,6 +35,7 @@ pub struct State {
     pub scattered: bool,
     /// The cluster in which the state was written.
     pub system_identifier: i64,
+    /// When the state was written, by the database's clock.
     pub created_at: DateTime<Utc>,
     /// The timeline of the write-ahead log in which the state was written. Another one means that a standby was
     /// promoted, or the cluster recovered to a point in time: every later write may have been forgotten.
@@ -42,9 +45,11 @@ pub struct State {
 /// A place in a stream: what is settled lies at or before it, what is not settled lies behind it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Base {
+    /// Name of the stream.
     pub stream: String,
     /// When the stream was created, in whole microseconds.
     pub created: DateTime<Utc>,
+    /// The sequence of the place.
     pub sequence: u64,
 }
 

@@ -5,12 +5,19 @@ use super::session::Session;
 /// A leader's report, written with each heartbeat.
 #[derive(Debug, Clone)]
 pub struct Report {
+    /// The leading relay: host, process id and a random part.
     pub holder: String,
+    /// The epoch of its lease.
     pub epoch: i64,
+    /// Name of the stream that it publishes to.
     pub stream: String,
+    /// The outbox id of the last event stored in the stream; 0 before the first.
     pub last_id: i64,
+    /// The stream sequence of that event; 0 before the first.
     pub last_sequence: u64,
+    /// Events stored in the stream since this relay took the lead.
     pub published: u64,
+    /// What it does or waits for, for a person.
     pub state: String,
 }
 

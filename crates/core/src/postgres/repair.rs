@@ -10,7 +10,9 @@ use super::session::{Session, Tx};
 /// A repair that waits for the relay.
 #[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
 pub struct Queued {
+    /// The event's id in the outbox.
     pub outbox_id: i64,
+    /// The event's id.
     pub event_id: Uuid,
     /// How often the event was missing. A part of the message's id, so that no server takes it for the lost one.
     pub times: i32,

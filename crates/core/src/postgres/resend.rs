@@ -67,6 +67,7 @@ pub async fn digest(session: &mut Session, subscriber: &str, behind: u64, to: u6
 /// An event that shall run at a subscriber.
 #[derive(Debug)]
 pub struct Event {
+    /// The event, with its payload.
     pub event: Envelope,
     /// Where it is in the stream; 0 when it is not there any more.
     pub sequence: u64,
@@ -75,8 +76,11 @@ pub struct Event {
 /// Whose events are redriven, and who does it.
 #[derive(Debug, Clone)]
 pub struct Order {
+    /// Name of the subscriber.
     pub subscriber: String,
+    /// Name of the stream that the events come from.
     pub stream: String,
+    /// Who redrives them, for the audit trail.
     pub who: String,
     /// Whether events that are done run once more.
     pub again: bool,
@@ -234,10 +238,15 @@ pub async fn settle_lost(
 /// A finding about an event that nothing was done about.
 #[derive(Debug, sqlx::FromRow)]
 pub struct Open {
+    /// The finding's id.
     pub id: i64,
+    /// The event's id.
     pub event_id: Uuid,
+    /// The event's key; none when it has none or it is not known.
     pub key: Option<String>,
+    /// The event's id in the outbox; none when that is not known.
     pub outbox_id: Option<i64>,
+    /// The event's sequence in the stream; none when that is not known.
     pub stream_seq: Option<i64>,
 }
 
@@ -264,11 +273,17 @@ pub async fn open(
 /// A dead letter that nobody has decided about.
 #[derive(Debug, sqlx::FromRow)]
 pub struct OldLetter {
+    /// The letter's id.
     pub id: i64,
+    /// The event's id.
     pub event_id: Uuid,
+    /// The event's key; none when it has none.
     pub key: Option<String>,
+    /// The event's sequence in the stream.
     pub stream_seq: i64,
+    /// For how many seconds it has been a dead letter.
     pub for_seconds: f64,
+    /// Why the subscriber gave up, cut to 200 characters.
     pub reason: String,
 }
 

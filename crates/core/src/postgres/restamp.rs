@@ -18,9 +18,17 @@ const ROWS: i64 = 10_000;
 #[derive(Debug)]
 pub enum Step {
     /// Up to this id everything is done, and so many rows were given a transaction id of this cluster.
-    Done { up_to: i64, rows: u64 },
+    Done {
+        /// The last outbox id that was looked at.
+        up_to: i64,
+        /// How many rows were given a transaction id of this cluster.
+        rows: u64,
+    },
     /// There is nothing behind it.
-    End { rows: u64 },
+    End {
+        /// How many rows were given a transaction id of this cluster.
+        rows: u64,
+    },
     /// Somebody else leads.
     Fenced,
 }

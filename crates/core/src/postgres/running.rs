@@ -10,8 +10,11 @@ use super::session::Session;
 /// Where one lane of a tenure writes down what it runs.
 #[derive(Debug, Clone, Copy)]
 pub struct Marker<'a> {
+    /// Name of the subscriber.
     pub subscriber: &'a str,
+    /// The epoch of the worker's lease.
     pub epoch: i64,
+    /// The number of the lane.
     pub lane: i64,
     /// Whether nothing else runs in the process meanwhile.
     pub alone: bool,

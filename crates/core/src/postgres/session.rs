@@ -306,6 +306,7 @@ impl<'s> Tx<'s> {
         Self { patience: None, ..self }
     }
 
+    /// Commits. An error leaves open whether it is committed, unless the server has refused.
     pub async fn commit(self) -> Result<(), Error> {
         heard(self.patience, self.tx.commit()).await
     }

@@ -64,8 +64,11 @@ const MOST_RUNNING: u64 = 1_000_000;
 /// has an id above `last_id`, or its transaction is one of [`Mark::running`].
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Mark {
+    /// Which transactions were finished.
     pub snapshot: Snapshot,
+    /// The last outbox id that had been handed out.
     pub last_id: i64,
+    /// The transaction id that was to be given out next.
     pub next_xid: u64,
     /// Rows with ids up to here came in a dump of another cluster. Their transaction ids mean nothing in this one; the
     /// mark holds them all. 0 when there are none.

@@ -78,12 +78,17 @@ pub async fn backlog(connection: &mut Session, state: &State, last_id: i64) -> R
 /// The leading relay as its lease and its last report show it.
 #[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Leader {
+    /// Who holds the lease: host, process id and a random part.
     pub holder: String,
+    /// The epoch of the lease.
     pub epoch: i64,
     /// Seconds until the lease runs out; negative when it has.
     pub lease_left: f64,
+    /// The outbox id of the last event that it stored in the stream; none when no relay has reported.
     pub last_id: Option<i64>,
+    /// The stream sequence of that event; none when no relay has reported.
     pub last_sequence: Option<i64>,
+    /// What it does or waits for; none when no relay has reported.
     pub state: Option<String>,
     /// Since when it leads, as it says.
     #[sqlx(try_from = "Maybe<time::Time>")]
@@ -130,6 +135,7 @@ pub async fn dead_letters(connection: &mut Session) -> Result<Vec<(String, i64)>
 /// A subscriber as its database knows it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AtWork {
+    /// Name of the subscriber.
     pub subscriber: String,
     /// The active worker.
     pub active: Option<String>,
@@ -139,6 +145,7 @@ pub struct AtWork {
     pub failing: i64,
     /// Events that an operator redrove, and which have not run since.
     pub redrive: i64,
+    /// How many dead letters it has.
     pub dead_letters: i64,
     /// The failed attempt that was the last one.
     pub last_failure: Option<LastFailure>,
@@ -149,9 +156,13 @@ pub struct AtWork {
 /// A failed attempt of an event that is tried again.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LastFailure {
+    /// The event's id.
     pub event_id: Uuid,
+    /// How many of its attempts have failed.
     pub attempts: i32,
+    /// Why this one failed.
     pub error: String,
+    /// When it failed, by the database's clock.
     pub at: DateTime<Utc>,
     /// When the next attempt of any of the subscriber's events begins.
     pub next_attempt_at: Option<DateTime<Utc>>,
@@ -230,6 +241,7 @@ pub async fn subscribers(connection: &mut Session) -> Result<Vec<AtWork>, sqlx::
 pub struct Counts {
     /// Events with failed attempts that are still to be retried.
     pub failing: u64,
+    /// Dead letters.
     pub dead_letters: u64,
     /// Events that an operator has redriven.
     pub redrive: u64,

@@ -20,13 +20,20 @@ pub async fn types(connection: &mut PgConnection) -> Result<Vec<String>, sqlx::E
 /// A row that the open transaction has written into the outbox.
 #[derive(sqlx::FromRow)]
 pub struct PendingRow {
+    /// The event's id.
     pub event_id: Uuid,
+    /// The event's type.
     #[sqlx(rename = "type")]
     pub event_type: String,
+    /// The version of the type, from 1.
     pub version: i32,
+    /// The event's key; none when it has none.
     pub key: Option<String>,
+    /// The publisher's headers, as a JSON object.
     pub headers: String,
+    /// The media type of the payload.
     pub content_type: String,
+    /// The payload.
     pub payload: Vec<u8>,
 }
 
@@ -54,6 +61,7 @@ pub async fn clear(connection: &mut PgConnection) -> Result<u64, sqlx::Error> {
 /// What a table holds, in short.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fingerprint {
+    /// How many rows it has.
     pub rows: i64,
     hash: String,
 }

@@ -31,7 +31,9 @@ pub trait Item: Sized {
     /// Whether a statement that sees less than the target is refused, and not only one that was sent to a standby.
     const TO_TARGET: bool;
 
+    /// Reads an item from a row of one of these statements.
     fn read(row: &PgRow) -> Result<Self, sqlx::Error>;
+    /// The item's id in the outbox.
     fn id(&self) -> i64;
 }
 

@@ -37,6 +37,7 @@ pub struct Watch {
 }
 
 impl Watch {
+    /// Looks for rows that `mark` does not hold.
     pub fn new(mark: &Mark) -> Self {
         Self { mark: mark.clone(), running: xids(mark.running()) }
     }
@@ -153,7 +154,9 @@ pub async fn envelope(connection: &mut Session, row: OutboxEvent, source: &str) 
 /// A row of the outbox that a message of the stream was made of.
 #[derive(Debug, Clone, Copy)]
 pub struct Known {
+    /// Its id in the outbox.
     pub id: i64,
+    /// The id of the transaction that wrote it.
     pub xid: u64,
     /// Of what the event is made of: a message with its ids and another digest is a forgery.
     pub digest: Digest,

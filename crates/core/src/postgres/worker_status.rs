@@ -10,14 +10,19 @@ use super::time;
 /// What a process says of one of its subscribers.
 #[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Said {
+    /// Name of the subscriber.
     pub subscriber: String,
+    /// The process: host, process id and a random part.
     pub instance: String,
+    /// Whether this process handles the subscriber's events, or stands by.
     pub active: bool,
+    /// `connecting`, `standing_by`, `leading`, `paused` or `stopped`.
     pub phase: String,
     /// Whether nothing keeps it from working.
     pub ready: bool,
     /// What it does or waits for.
     pub state: String,
+    /// After how many failed attempts an event becomes a dead letter.
     pub max_attempts: i64,
     /// See [`crate::told`]: single events that wait, or run for long.
     pub notes: Value,
@@ -53,11 +58,13 @@ pub async fn write(connection: &mut Session, said: &Said) -> Result<(), sqlx::Er
 /// What was said, and when.
 #[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct Heard {
+    /// What it said.
     #[sqlx(flatten)]
     pub said: Said,
     /// Since when it is active, or not.
     #[sqlx(try_from = "time::Time")]
     pub since: DateTime<Utc>,
+    /// When it said that, by the database's clock.
     #[sqlx(try_from = "time::Time")]
     pub seen_at: DateTime<Utc>,
     /// How long ago that was, in seconds.

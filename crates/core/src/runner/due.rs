@@ -203,6 +203,7 @@ impl Definition {
         Self { job: Arc::new(job), problem: None }
     }
 
+    /// Of a reconciler that goes from item to item.
     pub fn of(reconciler: impl Reconciler) -> Self {
         Self { problem: super::item::problem(&reconciler), job: Arc::new(ItemJob::new(reconciler)) }
     }

@@ -30,8 +30,10 @@ pub trait Job: Send + Sync + 'static {
     /// The key of its row in `aftercommit.reconciler`.
     fn name(&self) -> &str;
 
+    /// When it runs by itself, and how.
     fn schedule(&self) -> Schedule;
 
+    /// Runs it once.
     fn run<'a>(&'a self, run: &'a mut Run) -> BoxFuture<'a, Result<Done, Error>>;
 }
 
@@ -42,6 +44,7 @@ pub struct Schedule {
     pub interval: Duration,
     /// From the end of a sweep over everything to the next; none when it is never scheduled.
     pub full_every: Option<Duration>,
+    /// Whether scheduled runs only report, or repair too.
     pub mode: Mode,
     /// After failed runs, but never longer than the interval.
     pub retry: Backoff,
@@ -68,9 +71,13 @@ pub struct Done {
 
 /// A run that is under way.
 pub struct Run {
+    /// Connections to the database that has the runs and findings.
     pub connections: Arc<Connections>,
+    /// The run's id in `aftercommit.reconcile_run`.
     pub id: i64,
+    /// Name of the reconciler.
     pub name: String,
+    /// Whether this run only reports, or repairs too.
     pub mode: Mode,
     /// Never `New` when a full sweep is due.
     pub scope: Scope,
@@ -215,6 +222,7 @@ pub struct Pace {
 }
 
 impl Pace {
+    /// Lets `per_second` items through each second, the first one at once.
     pub fn new(per_second: f64) -> Self {
         Self { each: Duration::from_secs_f64(1.0 / per_second.max(0.001)), next: Instant::now() }
     }
