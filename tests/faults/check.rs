@@ -214,7 +214,7 @@ fn commits(facts: &Facts<'_>, found: &mut Vec<Violation>) {
     }
     for (event, reason) in &facts.parked {
         if !facts.fates.get(event).is_some_and(|(_, oversize)| *oversize) {
-            broken(found, Invariant::OnlyPoison, *event, format!("the relay set it aside: {reason}"));
+            broken(found, Invariant::OnlyPoison, *event, format!("the relay parked it: {reason}"));
         }
     }
 }
@@ -279,7 +279,7 @@ fn effects(facts: &Facts<'_>, subscriber: &str, skips: bool, found: &mut Vec<Vio
     }
 }
 
-/// Every committed event came to a subscriber, or is visibly set aside.
+/// Every committed event came to a subscriber, or is parked or a dead letter.
 fn completeness(facts: &Facts<'_>, subscriber: &str, found: &mut Vec<Violation>) {
     let done: HashSet<Uuid> = facts.effects.get(subscriber).into_iter().flatten().map(|effect| effect.event).collect();
     for event in facts.kept.keys() {

@@ -99,7 +99,7 @@ pub enum What {
         event: Uuid,
         bytes: u64,
     },
-    /// At the end: the relay had set it aside.
+    /// At the end: the relay had parked it.
     Parked {
         event: Uuid,
         reason: String,

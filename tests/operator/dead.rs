@@ -1,4 +1,4 @@
-//! G1 and G6 at the operator: dead letters are found, looked at, changed, redriven and given up, and each of these is
+//! G1 and G6 at the operator: dead letters are found, looked at, changed, redriven and discarded, and each of these is
 //! on record.
 
 use std::io::Write;

@@ -160,7 +160,7 @@ async fn a_failing_event_is_followed_to_its_dead_letter_and_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_event_that_is_set_aside_says_so() {
+async fn a_parked_event_says_so() {
     let outbox = Work::shared().await.outbox;
     let event = outbox.written("a", 1).await;
     sqlx::query(

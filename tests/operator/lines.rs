@@ -231,9 +231,9 @@ async fn health_shows_no_handler_text() {
     let worker = work.run(Subscriber::new("mails").on::<Number>(away)).await;
     work.send("a", 1).await;
     let mut health = String::new();
-    eventually(SOON, "it says that something is away", async || {
+    eventually(SOON, "it says that a service is not available", async || {
         health = worker.report().subscribers[0].health.clone();
-        health.contains("what an event needs is away")
+        health.contains("a service that the handler needs is not available")
     })
     .await
     .unwrap();

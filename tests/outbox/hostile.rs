@@ -1,5 +1,5 @@
 //! Hostile values against the table and the function: what they take comes out of the stream as it was written, or is
-//! visibly set aside; what they refuse is refused by name and leaves nothing behind.
+//! parked with a reason; what they refuse is refused by name and leaves nothing behind.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -341,27 +341,27 @@ async fn what_the_table_takes_comes_out_unchanged() {
     .unwrap();
     assert_eq!(rows.len(), taken.len(), "what was refused left nothing behind");
     let mut parked = Vec::new();
-    let waited = eventually(SOON, "everything is in the stream or set aside", async || {
+    let waited = eventually(SOON, "everything is in the stream or parked", async || {
         parked = operator::relay::parked(&outbox.postgres, 1_000).await.unwrap();
         outbox.stored().await + parked.len() as u64 >= rows.len() as u64
     })
     .await;
     let state: String =
         sqlx::query_scalar("select state from aftercommit.relay_status").fetch_one(&outbox.pool).await.unwrap();
-    assert!(waited.is_ok(), "{} of {}, {} set aside: {state}", outbox.stored().await, rows.len(), parked.len());
+    assert!(waited.is_ok(), "{} of {}, {} parked: {state}", outbox.stored().await, rows.len(), parked.len());
     for row in &rows {
         row.assert_is(&taken[&row.event_id]);
     }
     assert!(!parked.is_empty() && parked.iter().all(|event| event.code == Some(10054) && !event.reason.is_empty()));
-    let set_aside: BTreeSet<Uuid> = parked.iter().map(|event| event.event_id.as_uuid()).collect();
-    let expected: Vec<&Taken> = rows.iter().filter(|row| !set_aside.contains(&row.event_id)).collect();
+    let parked_ids: BTreeSet<Uuid> = parked.iter().map(|event| event.event_id.as_uuid()).collect();
+    let expected: Vec<&Taken> = rows.iter().filter(|row| !parked_ids.contains(&row.event_id)).collect();
     let messages = outbox.messages().await;
     assert_eq!(messages.len(), expected.len());
     let mut by_id: BTreeMap<&str, _> = messages.iter().map(|message| (&*message.headers["ce-id"], message)).collect();
     for row in expected {
         row.assert_is_in(by_id.remove(&*row.event_id.to_string()).expect("it is in the stream"), &outbox);
     }
-    for row in rows.iter().filter(|row| set_aside.contains(&row.event_id)) {
-        assert!(row.payload.len() >= STREAM_TAKES as usize - 100_000, "{} was set aside", row.event_id);
+    for row in rows.iter().filter(|row| parked_ids.contains(&row.event_id)) {
+        assert!(row.payload.len() >= STREAM_TAKES as usize - 100_000, "{} was parked", row.event_id);
     }
 }

@@ -34,8 +34,8 @@ pub const CE_SEQUENCE: &str = "ce-sequence";
 pub const CE_DATAVERSION: &str = "ce-dataversion";
 /// JetStream's message id, by which the server drops repeats.
 pub const NATS_MSG_ID: &str = "Nats-Msg-Id";
-/// Set on messages that were published out of the outbox's order: `released` after they had been set aside, `missing` when
-/// the stream was found not to hold them.
+/// Set on messages that were published out of the outbox's order: `released` after they had been parked, `missing` when the
+/// stream was found not to hold them.
 pub const REPAIR: &str = "Aftercommit-Repair";
 /// On the message of an event, the sequences of earlier messages that have its id and are not the event: somebody else
 /// wrote them. A subscriber that has handled one of them handles the event all the same.

@@ -9,7 +9,7 @@ use serde::Serialize;
 pub struct Health {
     /// Whether all is well.
     pub ok: bool,
-    /// What the process does, or why it does not get on; one line for a person.
+    /// What the process does, or why it makes no progress; one line for a person.
     pub text: String,
 }
 

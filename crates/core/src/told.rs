@@ -19,7 +19,7 @@ pub enum Why {
     Failing,
     /// Its handler asked to be run later.
     Snoozed,
-    /// Something that its handler needs is away.
+    /// A service that its handler needs is not available.
     Unavailable,
 }
 
@@ -32,7 +32,7 @@ pub struct Waiting {
     pub key: Option<String>,
     /// What it waits for.
     pub why: Why,
-    /// What is away; none for a failed attempt, whose error is on record elsewhere.
+    /// Which service is not available; none for a failed attempt, whose error is on record elsewhere.
     pub reason: Option<String>,
     /// How often in a row that has happened; 0 for what is counted elsewhere.
     pub times: u32,

@@ -51,9 +51,9 @@ pub struct Filter {
     pub key: Option<String>,
     /// Those whose reason contains this text.
     pub error: Option<String>,
-    /// Those that were given up or parked at this time or before.
+    /// Those that became dead letters or were parked at this time or before.
     pub older_than: Option<When>,
-    /// Those that were given up or parked after this time.
+    /// Those that became dead letters or were parked after this time.
     pub newer_than: Option<When>,
     /// All of them. What changes something wants this to be said when nothing else is set. Defaults to false.
     pub all: bool,

@@ -41,7 +41,7 @@ pub struct LetGo {
     pub released: i64,
 }
 
-/// The events that are set aside and what waits behind them, in outbox order, up to `limit`.
+/// The parked events and what waits behind them, in outbox order, up to `limit`.
 ///
 /// # Errors
 /// When the database cannot be reached or has no schema.

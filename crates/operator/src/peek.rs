@@ -60,7 +60,7 @@ pub struct Waiting {
     /// The event's ordering key.
     pub key: Option<String>,
     /// `waiting`: not delivered yet. `outstanding`: delivered, runs or waits, `why` says for what if that is known. `running`:
-    /// runs for long. `behind`: waits behind another event of its key. `unavailable`: waits for something that is away.
+    /// runs for long. `behind`: waits behind another event of its key. `unavailable`: waits for a service that is not available.
     /// `snoozed`: its handler asked to be run later. `failing`: attempts have failed. `stopped`: delivered, and the
     /// whole subscriber cannot work. `delivered`: delivered, and perhaps done; the database was not asked.
     pub state: &'static str,

@@ -57,7 +57,7 @@ impl Instance {
             let why = match first.why {
                 Why::Failing => format!("fails and is tried again at {}", at(first.until)),
                 Why::Snoozed => format!("asked to be run later, at {}", at(first.until)),
-                Why::Unavailable => format!("waits for something that is away: {}", reason(first)),
+                Why::Unavailable => format!("waits for a service that is not available: {}", reason(first)),
             };
             return behind(first.event_id, why);
         }
@@ -90,7 +90,7 @@ fn of_itself(waiting: &Waiting) -> Option<WhyWaits> {
         Why::Snoozed => ("snoozed", "its handler asked to be run later".to_string()),
         Why::Unavailable => {
             let times = if waiting.times > 1 { format!(", {} times in a row", waiting.times) } else { String::new() };
-            ("unavailable", format!("waits for something that is away{times}: {}", reason(waiting)))
+            ("unavailable", format!("waits for a service that is not available{times}: {}", reason(waiting)))
         }
     };
     let text = format!("{text}; next try at {}", at(waiting.until));

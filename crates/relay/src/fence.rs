@@ -4,5 +4,5 @@ use aftercommit_core::error::{Error, ErrorKind};
 
 /// A write was refused because the lease is another relay's.
 pub(super) fn fenced() -> Error {
-    Error::new(ErrorKind::Fenced, "another relay has taken over; this one writes no more")
+    Error::new(ErrorKind::Fenced, "another relay has taken over: this one has stopped writing")
 }

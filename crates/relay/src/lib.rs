@@ -318,7 +318,10 @@ impl Relay {
                 Err(_) => {
                     return Error::new(
                         ErrorKind::Database,
-                        format!("the lease could not be renewed for {:?}: this relay leads no more", self.config.lease),
+                        format!(
+                            "the lease could not be renewed for {:?}: this relay does not lead any more",
+                            self.config.lease
+                        ),
                     );
                 }
             }

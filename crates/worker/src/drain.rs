@@ -218,7 +218,10 @@ impl Drain {
                     continue;
                 }
                 Some(Verdict::Interrupted { reason, .. }) => {
-                    let problem = format!("event {}: what subscriber {name} needs is away: {reason}", event.id);
+                    let problem = format!(
+                        "event {}: a service that subscriber {name} needs is not available: {reason}",
+                        event.id
+                    );
                     return Err(Error::new(ErrorKind::NotReady, problem));
                 }
                 Some(Verdict::Held) => {

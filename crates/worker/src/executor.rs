@@ -215,7 +215,7 @@ impl Executor {
         }
     }
 
-    /// Decides about an event that needs something which is away.
+    /// Decides about an event whose handler needs a service that is not available.
     async fn interrupted(&self, queued: &Queued, error: &HandlerError) -> Result<Verdict, Halt> {
         let wait = match error {
             HandlerError::Unavailable { after: Some(wait), .. } => OutageWait::Exactly(*wait),

@@ -1,10 +1,10 @@
-//! Keeps a subscriber from working while its database, or the place to which it sends all events, is away.
+//! Keeps a subscriber from working while its database, or the place to which it sends all events, is not available.
 
 use std::time::Instant;
 
 use aftercommit_core::backoff::Backoff;
 
-/// Closed while the database, or the place to which all events are sent, is away.
+/// Closed while the database, or the place to which all events are sent, is not available.
 #[derive(Default)]
 pub(super) struct Gate {
     pub(super) failures: u32,
@@ -44,7 +44,7 @@ mod tests {
     fn an_outage_is_looked_after_only_for_events_that_wait() {
         let mut gate = Gate::default();
         assert_eq!(gate.next_look(true), None, "there is none");
-        gate.close("subscriber", "the database is away");
+        gate.close("subscriber", "the database is not available");
         assert!(gate.next_look(true).is_some_and(|look| look > Instant::now() - Duration::from_secs(5)));
         // What waited is gone from the stream, say. What comes next finds the gate's time past.
         assert_eq!(gate.next_look(false), None);

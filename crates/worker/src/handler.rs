@@ -80,9 +80,9 @@ pub enum HandlerError {
     },
     /// Not yet: come again after this time, at most a year. Costs no attempt.
     Snooze(Duration),
-    /// Something that the handler needs is away: try again for as long as that takes. Costs no attempt.
+    /// A service that the handler needs is not available: try again for as long as that takes. Costs no attempt.
     Unavailable {
-        /// What is away, and why.
+        /// Which service is not available, and why.
         error: Box<dyn StdError + Send + Sync>,
         /// How long to wait. The subscriber's backoff decides when there is none.
         after: Option<Duration>,
@@ -105,8 +105,8 @@ impl HandlerError {
         Self::Reject { reason: reason.into() }
     }
 
-    /// Something that the handler needs, such as another service, is away: the event waits, with its key, and is tried
-    /// again by the subscriber's backoff for as long as that takes. Costs no attempt.
+    /// A service that the handler needs is not available: the event waits, with its key, and is tried again by the
+    /// subscriber's backoff for as long as that takes. Costs no attempt.
     pub fn unavailable(error: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         Self::Unavailable { error: error.into(), after: None }
     }

@@ -59,7 +59,7 @@ pub(super) enum EventOutcome {
     Retry,
     /// It asked to come again later.
     Snoozed,
-    /// What its handler needs is away.
+    /// A service that its handler needs is not available.
     Interrupted,
     /// It became a dead letter.
     Dead,

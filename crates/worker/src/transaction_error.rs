@@ -12,9 +12,9 @@ use super::loss::Loss;
 
 /// Why a transaction was not committed, and by which event of the group, if that is known.
 pub(super) enum TransactionError {
-    /// The database is away, or refuses the worker's own statements.
+    /// The database is not available, or refuses the worker's own statements.
     Outage(String),
-    /// What the subscriber sends all of its events to is away.
+    /// The endpoint to which the subscriber sends all of its events is not available.
     Unreachable(String),
     /// The session has ended. If events ran in it, [`Self::Lost`] takes the place of this.
     Ended(String),
@@ -27,7 +27,7 @@ pub(super) enum TransactionError {
         at: Option<usize>,
         error: HandlerError,
     },
-    /// The handler says that something it needs is away.
+    /// The handler says that a service that it needs is not available.
     Interrupted {
         at: Option<usize>,
         error: HandlerError,
@@ -43,7 +43,7 @@ pub(super) enum TransactionError {
     },
 }
 
-/// What the subscriber sends all of its events to is away, for this reason.
+/// The endpoint to which the subscriber sends all of its events is not available, for this reason.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(super) struct Unreachable(pub(super) String);

@@ -26,7 +26,7 @@ pub(super) enum Verdict {
     Suspect(Duration),
     /// Redriven events of its key come first, and the dispatcher does not know them yet.
     Held,
-    /// Something that the handler needs is away.
+    /// A service that the handler needs is not available.
     Interrupted {
         reason: String,
         /// When to try again, if the handler said so.
@@ -48,7 +48,7 @@ pub(super) enum OutageWait {
 #[derive(Default)]
 pub(super) struct BatchReport {
     pub(super) verdicts: Vec<(EventPlace, Verdict)>,
-    /// The subscriber's database, or where it sends all of its events, is away, for this reason.
+    /// The subscriber's database, or where it sends all of its events, is not available, for this reason.
     pub(super) outage: Option<String>,
     /// Another instance has taken over.
     pub(super) fenced: bool,
@@ -69,7 +69,7 @@ impl BatchReport {
     pub(super) fn halted(&mut self, result: Result<(), Halt>) {
         match result {
             Ok(()) => {}
-            Err(Halt::Outage(reason)) => self.outage = Some(format!("the database is away: {reason}")),
+            Err(Halt::Outage(reason)) => self.outage = Some(format!("the database is not available: {reason}")),
             Err(Halt::Unreachable(reason)) => self.outage = Some(reason),
             Err(Halt::Fenced) => self.fenced = true,
         }

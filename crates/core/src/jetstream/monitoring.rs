@@ -35,7 +35,7 @@ pub async fn sync(url: &str) -> Result<Sync, Error> {
             Error::with_source(ErrorKind::Broker, format!("the monitoring port {address} does not answer"), error)
         })?;
     parse(&answer, &address).ok_or_else(|| {
-        Error::new(ErrorKind::Broker, format!("what answers on {address} is no nats-server with JetStream"))
+        Error::new(ErrorKind::Broker, format!("the program on {address} is not a nats-server with JetStream"))
     })
 }
 

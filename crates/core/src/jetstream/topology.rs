@@ -145,7 +145,7 @@ static STREAM: &Table<By> = &[
     )),
     ("consumer_limits", Rule::Corrected(
         |value, _, _| is_set(value)
-            .then(|| "subscribers' consumers are removed when they are away for long, or get too few messages at a time".into()),
+            .then(|| "subscribers' consumers are removed when nobody reads from them for long, or get too few messages at a time".into()),
         |_, _| json!({}),
     )),
     ("allow_msg_ttl", Rule::Refused(

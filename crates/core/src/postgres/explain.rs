@@ -66,9 +66,9 @@ pub async fn payload(connection: &mut Session, event: Uuid) -> Result<Option<Vec
         .await
 }
 
-/// An event that was set aside, whatever became of it.
+/// An event that was parked, whatever became of it.
 #[derive(Debug, Clone, FromRow)]
-pub struct Aside {
+pub struct Parked {
     /// Why it was parked.
     pub reason: String,
     /// `parked`, `released`, `published` or `discarded`.
@@ -83,8 +83,8 @@ pub struct Aside {
     pub sequence: Option<i64>,
 }
 
-/// Whether the event was set aside.
-pub async fn aside(connection: &mut Session, event: Uuid) -> Result<Option<Aside>, sqlx::Error> {
+/// Whether the event was parked, and what became of that.
+pub async fn parked(connection: &mut Session, event: Uuid) -> Result<Option<Parked>, sqlx::Error> {
     sqlx::query_as("select reason, state, parked_at, changed_at, sequence from aftercommit.parked where event_id = $1")
         .bind(event)
         .fetch_optional(connection)

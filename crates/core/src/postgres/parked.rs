@@ -248,7 +248,7 @@ pub async fn summary(connection: &mut Session) -> Result<Summary, sqlx::Error> {
     .await
 }
 
-/// An event that was set aside.
+/// A parked event.
 #[derive(Debug, Clone, PartialEq, Serialize, sqlx::FromRow)]
 pub struct ParkedEvent {
     /// Its position in the outbox.
@@ -264,7 +264,7 @@ pub struct ParkedEvent {
     pub key: Option<String>,
     /// JetStream's error number, 0 when the client refused it; none for an event that waits behind another.
     pub code: Option<i64>,
-    /// Why it is set aside.
+    /// Why it is parked.
     pub reason: String,
     /// `parked`, or `released` while it is on its way out.
     pub state: String,

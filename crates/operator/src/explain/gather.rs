@@ -10,7 +10,7 @@ use aftercommit_core::config::PostgresConfig;
 use aftercommit_core::error::Error;
 use aftercommit_core::jetstream::search::{Found, Searcher, Wanted};
 use aftercommit_core::jetstream::stream::{ConsumerPosition, Extent};
-use aftercommit_core::postgres::explain::{self as facts, Aside, AtSubscriber, Repair, Written};
+use aftercommit_core::postgres::explain::{self as facts, AtSubscriber, Parked, Repair, Written};
 use aftercommit_core::postgres::failure::{self, Failure};
 use aftercommit_core::postgres::relay_log::{self, State};
 use aftercommit_core::postgres::session::Session;
@@ -38,7 +38,7 @@ pub(super) struct Evidence {
 #[derive(Debug)]
 pub(super) struct Outbox {
     pub(super) written: Option<Written>,
-    pub(super) aside: Option<Aside>,
+    pub(super) parked: Option<Parked>,
     pub(super) repair: Option<Repair>,
     pub(super) log: State,
     pub(super) leader: Option<Leader>,
@@ -121,7 +121,7 @@ async fn outbox(connection: &mut Session, stream: &str, event: Uuid) -> Result<O
     };
     Ok(Outbox {
         written,
-        aside: facts::aside(connection, event).await?,
+        parked: facts::parked(connection, event).await?,
         repair: facts::repair(connection, event).await?,
         log: relay_log::newest(connection).await?,
         leader: status::leader(connection, relay::LEASE).await?,
@@ -181,7 +181,7 @@ async fn ask_nats(config: &ExplainConfig, event: Uuid, evidence: &mut Evidence) 
 
 /// Where databases say that the message is. An inbox does not say in which stream; the subscriber's consumer does.
 fn said(evidence: &Evidence, stream: &str, consumers: &[ConsumerPosition]) -> BTreeSet<u64> {
-    let aside = evidence.outbox.iter().filter_map(|outbox| outbox.aside.as_ref()?.sequence);
+    let parked = evidence.outbox.iter().filter_map(|outbox| outbox.parked.as_ref()?.sequence);
     let repaired = evidence.outbox.iter().filter_map(|outbox| outbox.repair.as_ref()?.sequence);
     let subscribers = evidence.databases.iter().flat_map(|database| &database.here);
     let subscribers = subscribers.filter_map(|here| {
@@ -189,7 +189,7 @@ fn said(evidence: &Evidence, stream: &str, consumers: &[ConsumerPosition]) -> BT
         let reads_here = consumers.iter().any(|consumer| consumer.name == here.subscriber);
         letter.or_else(|| here.done.as_ref().filter(|_| reads_here).map(|done| done.stream_seq))
     });
-    aside
+    parked
         .chain(repaired)
         .chain(subscribers)
         .filter_map(|sequence| u64::try_from(sequence).ok())
@@ -208,12 +208,12 @@ fn wanted<'a>(evidence: &'a Evidence, event: Uuid, source: &'a str, extent: Exte
     let target = outbox.log.target.as_ref();
     let may_be_there = outbox.log.settled.holds(written.id, written.xid)
         || target.is_some_and(|target| target.holds(written.id, written.xid))
-        || outbox.aside.is_some();
+        || outbox.parked.is_some();
     let sequence = |bound: Option<i64>| bound.and_then(|bound| u64::try_from(bound).ok());
     let behind = sequence(outbox.bounds.0).unwrap_or(0);
     let up_to = sequence(outbox.bounds.1).filter(|up_to| {
         // What was published out of order lies anywhere behind.
-        *up_to > behind && outbox.aside.is_none() && outbox.repair.is_none()
+        *up_to > behind && outbox.parked.is_none() && outbox.repair.is_none()
     });
     may_be_there.then(|| Wanted {
         id: event,

@@ -28,11 +28,11 @@ pub(super) fn tell(event_id: EventId, naming: &Naming, evidence: Evidence) -> Ex
         moments.push(moment(about.written_at, "outbox", written(about, outbox.as_ref())));
     }
     if let Some(outbox) = &outbox {
-        tell_aside(outbox, &mut moments);
+        tell_parked(outbox, &mut moments);
         tell_repair(outbox, message.as_ref(), &mut moments);
     }
     if let Some(StreamMessage { stream, stream_sequence: sequence, stored_at: Some(at), repair, .. }) = &message {
-        let parked = outbox.as_ref().is_some_and(|outbox| outbox.aside.is_some());
+        let parked = outbox.as_ref().is_some_and(|outbox| outbox.parked.is_some());
         let repair = match (repair, parked) {
             (false, _) => "",
             (true, true) => ", out of the outbox's order, after it had been parked",
@@ -177,12 +177,12 @@ fn message(naming: &Naming, stream: &Stream) -> Option<StreamMessage> {
     }
 }
 
-fn tell_aside(outbox: &Outbox, moments: &mut Vec<Moment>) {
-    let Some(aside) = &outbox.aside else { return };
-    moments.push(moment(aside.parked_at, "outbox", format!("parked: {}", aside.reason)));
-    match aside.state.as_str() {
-        "released" => moments.push(moment(aside.changed_at, "outbox", "released")),
-        "discarded" => moments.push(moment(aside.changed_at, "outbox", "given up, never to be published")),
+fn tell_parked(outbox: &Outbox, moments: &mut Vec<Moment>) {
+    let Some(parked) = &outbox.parked else { return };
+    moments.push(moment(parked.parked_at, "outbox", format!("parked: {}", parked.reason)));
+    match parked.state.as_str() {
+        "released" => moments.push(moment(parked.changed_at, "outbox", "released")),
+        "discarded" => moments.push(moment(parked.changed_at, "outbox", "discarded, never to be published")),
         _ => {}
     }
 }
@@ -201,11 +201,11 @@ fn tell_repair(outbox: &Outbox, message: Option<&StreamMessage>, moments: &mut V
 
 fn outbox_standing(outbox: &Outbox, in_stream: bool) -> Option<Standing> {
     let written = outbox.written.as_ref();
-    if let Some(aside) = &outbox.aside {
-        let (state, text) = match aside.state.as_str() {
-            "parked" => ("parked", format!("parked, see `aftercommit parked list`: {}", aside.reason)),
+    if let Some(parked) = &outbox.parked {
+        let (state, text) = match parked.state.as_str() {
+            "parked" => ("parked", format!("parked, see `aftercommit parked list`: {}", parked.reason)),
             "released" => ("released", "released and on its way out".into()),
-            "discarded" => ("discarded", "given up by an operator; it is never published".into()),
+            "discarded" => ("discarded", "discarded by an operator; it is never published".into()),
             _ => ("published", "published after it had been parked".into()),
         };
         return Some(standing(state, text));
@@ -392,7 +392,7 @@ impl Place<'_> {
             let long = self.instance.and_then(|instance| instance.runs_since(self.event_id)).map(since);
             return match (long, self.why().filter(|why| why.state != "running")) {
                 (Some(long), _) => Some(("running", format!("runs {long}"))),
-                // It is among what runs again and again, as long as something is away.
+                // It is among what runs again and again, as long as a service is not available.
                 (None, Some(why)) if why.state != "behind" => Some((why.state, why.text)),
                 _ => Some(("running", "runs at present".into())),
             };

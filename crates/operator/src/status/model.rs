@@ -65,7 +65,7 @@ pub enum Kind {
     Worker,
     /// Events run or wait for long.
     Slow,
-    /// What a handler needs is away.
+    /// A service that a handler needs is not available.
     Unavailable,
     /// Attempts fail.
     Failing,
@@ -110,7 +110,7 @@ pub struct Backlog {
     pub oldest_seconds: Option<f64>,
 }
 
-/// Events that were set aside.
+/// Parked events.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Parked {
     /// Those that the stream would not take.
@@ -220,7 +220,7 @@ pub enum WaitReason {
     Failing,
     /// Its handler asked to be run later.
     Snoozed,
-    /// Something that its handler needs is away.
+    /// A service that its handler needs is not available.
     Unavailable,
 }
 
@@ -233,7 +233,7 @@ pub struct WaitingEvent {
     pub key: Option<String>,
     /// Why it waits.
     pub why: WaitReason,
-    /// What is away.
+    /// Which service is not available, and why.
     pub reason: Option<String>,
     /// When it is tried again.
     pub until: DateTime<Utc>,

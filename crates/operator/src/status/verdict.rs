@@ -233,12 +233,12 @@ fn slow(name: &str, one: &SubscriberStatus) -> Option<Found> {
     // What fails or waits for a time is told with its reason.
     let explained = one.failing.is_some_and(|failing| failing > 0) || !one.waiting.is_empty();
     (one.oldest_seconds.is_some_and(|age| age > LONG) && !explained).then(|| {
-        let what = format!("it is slow, or does not get on{}", waiting(one));
+        let what = format!("it is slow, or makes no progress{}", waiting(one));
         found(Severity::Attention, Kind::Slow, what, format!("`{peek}` shows what waits"))
     })
 }
 
-/// What waits because something is away, or because its handler said so.
+/// What waits because a service that its handler needs is not available.
 fn unavailable(name: &str, one: &SubscriberStatus) -> Option<Found> {
     let first =
         one.waiting.iter().filter(|waiting| waiting.why == WaitReason::Unavailable).min_by_key(|one| one.until)?;
@@ -247,11 +247,12 @@ fn unavailable(name: &str, one: &SubscriberStatus) -> Option<Found> {
     let reason = cut(first.reason.as_deref().unwrap_or("no reason is on record"), SHOWN);
     let verb = if events == 1 { "waits" } else { "wait" };
     let what = format!(
-        "{} {verb} for something that is away{key}: {reason}; next try at {}",
+        "{} {verb} for a service that is not available{key}: {reason}; next try at {}",
         counted(events as u64, "event"),
         at(first.until)
     );
-    let remedy = format!("mend what is away; `aftercommit peek --subscriber {}` shows the events", plain(name));
+    let remedy =
+        format!("get that service running again; `aftercommit peek --subscriber {}` shows the events", plain(name));
     Some(found(Severity::Stuck, Kind::Unavailable, what, remedy))
 }
 

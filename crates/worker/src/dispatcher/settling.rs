@@ -82,7 +82,9 @@ impl Dispatcher {
             Verdict::Interrupted { reason, wait } => {
                 self.interrupted += usize::from(pending.interruptions == 0);
                 self.executor.progress.count(EventOutcome::Interrupted);
-                self.executor.progress.trouble_with("what an event needs is away", Some(reason.clone()));
+                self.executor
+                    .progress
+                    .trouble_with("a service that the handler needs is not available", Some(reason.clone()));
                 pending.interruptions += 1;
                 // The first one and then ever more rarely.
                 if pending.interruptions.is_power_of_two() {
@@ -92,7 +94,7 @@ impl Dispatcher {
                         ?place,
                         times = pending.interruptions,
                         error = text::cut(&reason, LOGGED),
-                        "what an event needs is away, waiting"
+                        "a service that the handler needs is not available, waiting"
                     );
                 }
                 let wait = match wait {
