@@ -144,7 +144,7 @@ async fn a_full_disk_under_an_older_nats_is_waited_out() {
 
 /// With a single event in flight nothing is refused: nothing comes back at all.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_falls_silent_over_a_full_disk_is_told_from_a_slow_one() {
+async fn a_server_silent_over_a_full_disk_is_told_from_a_slow_one() {
     let mut nats = Nats::start(NatsOptions::default()).await.unwrap();
     nats.stop().await.unwrap();
     let Some(disk) = Disk::in_memory(&nats.store_directory(), 12) else { return };

@@ -140,7 +140,7 @@ async fn expand(pool: &PgPool) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_schema_is_migrated_under_load_by_this_version_and_by_a_newer_one() {
+async fn the_schema_is_migrated_under_load_to_this_and_a_newer_version() {
     let postgres = Postgres::shared().await.unwrap();
     let (first, second) = (postgres.create_database().await.unwrap(), postgres.create_database().await.unwrap());
     let pool = older_schema(&first, &last_migration()).await;

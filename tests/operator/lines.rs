@@ -250,7 +250,7 @@ async fn health_shows_no_handler_text() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watched_status_is_printed_again_and_again_until_its_reader_goes() {
+async fn a_watched_status_is_printed_repeatedly_until_its_reader_goes() {
     use std::io::{BufRead, BufReader};
     let outbox = Work::shared().await.outbox;
     let mut watching = Command::new(env!("CARGO_BIN_EXE_aftercommit"))

@@ -78,7 +78,7 @@ async fn the_applications_own_migrations_are_not_touched() {
 }
 
 #[tokio::test]
-async fn the_printed_script_makes_the_same_schema_and_migrate_goes_on_from_it() {
+async fn the_printed_script_makes_the_schema_and_migrate_continues_it() {
     let applied = Database::migrated().await;
     let printed = Database::empty().await;
     let script = succeeded(aftercommit(&printed, &["migrate", "--print"]));
@@ -115,7 +115,7 @@ async fn a_schema_without_a_record_is_left_alone() {
 }
 
 #[tokio::test]
-async fn a_newer_schema_is_left_alone_and_another_or_changed_one_is_refused() {
+async fn a_newer_schema_is_left_alone_and_a_changed_one_is_refused() {
     let database = Database::migrated().await;
     database.execute("insert into aftercommit.migrations values (9999, 'x', now(), true, '', 0)").await;
     let before = database.pg_dump(&[]);

@@ -198,7 +198,7 @@ async fn a_consumer_that_was_made_anew_at_the_end_loses_nothing() {
 
 /// What was wrong is on record, although the process that put it right has died before it could say so.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_consumer_that_was_put_right_by_a_process_that_died_is_on_record() {
+async fn a_consumer_corrected_by_a_process_that_died_is_on_record() {
     let work = Work::shared().await;
     work.worker_with(subscriber()).provision().await.unwrap();
     let stream = work.context.get_stream(&work.outbox.naming.stream).await.unwrap();

@@ -71,7 +71,7 @@ async fn ids_check(outbox: &Outbox) -> (Severity, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sequence_with_a_cache_is_refused_by_name_and_migrate_puts_it_right() {
+async fn a_sequence_with_a_cache_is_refused_and_migrate_corrects_it() {
     let outbox = outbox().await;
     let relay = outbox.relay();
     events(&outbox, 5).await;

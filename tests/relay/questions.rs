@@ -232,7 +232,7 @@ async fn asking_takes_a_permission_of_its_own() {
 
 /// A page is as long as a message may be, wherever that is less than its events need.
 #[tokio::test(flavor = "multi_thread")]
-async fn pages_fit_into_the_messages_of_a_server_that_takes_only_small_ones() {
+async fn pages_fit_into_the_messages_of_a_server_with_a_small_limit() {
     let nats =
         Nats::start(NatsOptions { config: "max_payload: 16384".into(), ..NatsOptions::default() }).await.unwrap();
     let database = Postgres::shared().await.unwrap().create_database().await.unwrap();

@@ -213,7 +213,7 @@ async fn the_id_sequence_is_not_restored() {
 
 /// A backlog that takes several steps to move, and a relay that dies on the way more than once: each step is done once.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_large_backlog_moves_into_another_cluster_in_steps_that_are_kept() {
+async fn a_large_backlog_moves_into_another_cluster_in_durable_steps() {
     let mut old = cluster().await;
     raise_transaction_ids(&mut old, 3).await;
     let outbox = outbox(&old).await;

@@ -103,7 +103,7 @@ async fn a_forged_copy_of_a_committed_event_is_noticed_and_replaced() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_forged_copy_under_the_events_message_id_is_noticed_and_replaced() {
+async fn a_forgery_under_the_events_message_id_is_noticed_and_replaced() {
     a_forged_copy_does_not_pass_for_the_event(Mode::Exclusive, true).await;
 }
 
@@ -137,7 +137,7 @@ async fn a_batch_is_refused_where_the_server_would_not_take_it_for_one() {
 
 /// A server that knows no batches: refused by name, and nothing is lost when even that is taken away.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_ignores_the_headers_of_a_batch_is_refused_or_found_out() {
+async fn a_server_that_ignores_batch_headers_is_refused_or_found_out() {
     let old = NatsOptions { version: Some("2.11.11".into()), ..NatsOptions::default() };
     let nats = match Nats::start(old).await {
         Ok(nats) => nats,

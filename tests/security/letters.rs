@@ -32,7 +32,7 @@ async fn trail(stage: &Stage) -> Vec<(String, String, String, Option<String>)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_deletes_or_changes_a_letter_leaves_an_entry_with_the_event() {
+async fn deleting_or_changing_a_letter_leaves_an_entry_with_the_event() {
     let stage = Stage::new().await;
     letters(&stage, 5).await;
     let login = stage.login("operator");

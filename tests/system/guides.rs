@@ -233,7 +233,7 @@ async fn an_order_is_counted_and_receipted() -> Result<(), Error> {
 }
 
 #[tokio::test]
-async fn orders_are_counted_in_batches_and_a_negative_one_is_refused_alone() -> Result<(), Error> {
+async fn orders_are_counted_in_batches_and_a_negative_one_fails_alone() -> Result<(), Error> {
     let pool = pool().await?;
     let mut tx = pool.begin().await?;
     for (order, cents) in [(1, 10), (2, -1), (3, 30)] {

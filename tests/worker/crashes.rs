@@ -321,7 +321,7 @@ async fn processes_killed_at_random_times_cost_good_events_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_left_of_events_that_never_come_again_keeps_nobody_waiting() {
+async fn records_of_events_that_never_come_again_keep_nobody_waiting() {
     let work = Work::shared().await;
     sqlx::query(
         "with ran as (

@@ -22,7 +22,7 @@ fn poison(act: impl Fn(&Delivery<Number>) -> Act + Send + Sync + 'static) -> Sub
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_the_last_attempt_an_event_is_a_dead_letter_and_its_key_goes_on() {
+async fn after_the_last_attempt_an_event_is_dead_and_its_key_goes_on() {
     let work = Work::shared().await;
     work.send_many(&["bad", "a"], 5).await;
     let client = async_nats::connect(&work.outbox.nats.url).await.unwrap();

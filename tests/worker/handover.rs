@@ -113,7 +113,7 @@ async fn completes_behind_the_handover(fails: bool, runs: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_successor_works_while_the_slowest_handlers_of_its_predecessor_end() {
+async fn a_successor_works_while_its_predecessors_slow_handlers_end() {
     completes_behind_the_handover(false, 1).await;
 }
 
@@ -151,7 +151,7 @@ async fn a_kill_behind_a_handover_puts_no_event_under_suspicion() {
 /// The database goes on with a statement whose client is gone, for some seconds. To the successor that looks like an instance
 /// that lets its handlers finish.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_process_that_dies_while_its_statement_goes_on_counts_as_a_crash() {
+async fn a_process_that_dies_while_its_statement_runs_counts_as_a_crash() {
     let work = Work::shared().await;
     sqlx::raw_sql(
         "create table slow ();
@@ -189,7 +189,7 @@ async fn a_process_that_dies_while_its_statement_goes_on_counts_as_a_crash() {
 
 /// The statements about the lease take longer than the lease lasts.
 #[tokio::test(flavor = "multi_thread")]
-async fn instances_that_all_live_keep_the_lease_although_statements_are_slow() {
+async fn live_instances_keep_the_lease_although_statements_are_slow() {
     let work = Work::shared().await;
     sqlx::raw_sql(
         "create function slow() returns trigger language plpgsql as 'begin perform pg_sleep(4.5); return new; end';

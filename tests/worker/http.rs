@@ -131,7 +131,7 @@ async fn each_class_of_answers_has_its_consequence() {
 
 /// One attempt is all there is: whatever counted would make a dead letter.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_overloaded_endpoint_costs_no_attempt_and_says_when_to_come_again() {
+async fn an_overloaded_endpoint_costs_no_attempt_and_says_when_to_retry() {
     let work = Work::shared().await;
     let endpoint = Endpoint::start(|request, before| match (request.number(), before) {
         (_, 3..) => Reply::Status(200),

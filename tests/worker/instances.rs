@@ -116,7 +116,7 @@ async fn the_active_instance_dies_at_each_step_and_nothing_is_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_consumer_deleted_paused_and_made_anew_under_load_changes_nothing() {
+async fn a_consumer_deleted_paused_and_made_again_changes_nothing() {
     let work = Work::shared().await;
     let slowly = |delivery: &Delivery<Number>| Act::Sleep(Duration::from_millis(delivery.event.n as u64 % 3));
     let subscriber = || {
@@ -190,7 +190,7 @@ fn slow(runs: &Arc<AtomicUsize>) -> Subscriber {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_batch_slower_than_the_ack_wait_runs_once_although_others_stand_by() {
+async fn a_batch_slower_than_the_ack_wait_runs_once_beside_standbys() {
     let work = Work::shared().await;
     let runs = Arc::default();
     work.send_many(&KEYS[..4], 3).await;

@@ -204,7 +204,7 @@ async fn an_orderly_stop_costs_no_attempt_and_hands_over_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_consumer_that_is_deleted_is_missed_until_it_is_provisioned_again() {
+async fn a_deleted_consumer_is_missed_until_it_is_provisioned_again() {
     let work = Work::shared().await;
     work.send_many(&KEYS, 50).await;
     let worker = work.run(strict("deleted")).await;

@@ -93,7 +93,7 @@ async fn what_runs_finishes_and_nothing_costs_an_attempt() {
 /// Nothing is held hostage: while it is paused, no message is in flight in a way that keeps it from others for long, and
 /// JetStream's redelivery after `ack_wait` makes nothing run.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redelivery_during_a_pause_runs_nothing_and_is_in_order_afterwards() {
+async fn a_redelivery_during_a_pause_waits_and_runs_in_order() {
     let work = Work::shared().await;
     let subscriber = || receipts().ack_wait(Duration::from_secs(1));
     let worker = work.worker_with(subscriber());

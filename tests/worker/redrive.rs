@@ -289,7 +289,7 @@ async fn two_active_instances_run_a_redriven_event_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_thousand_redriven_events_leave_room_for_live_ones_of_other_keys() {
+async fn ten_thousand_redriven_events_leave_room_for_other_keys() {
     let work = Work::shared().await;
     let keys: Vec<String> = (0..100).map(|n| format!("r{n}")).collect();
     let keys: Vec<&str> = keys.iter().map(String::as_str).collect();

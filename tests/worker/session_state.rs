@@ -129,7 +129,7 @@ async fn constraints_may_be_checked_early() {
 
 /// What the setting is when the transaction commits.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_event_is_durable_before_it_is_acked_whatever_the_database_has_set() {
+async fn an_event_is_durable_before_its_ack_whatever_the_database_has_set() {
     let work = Work::shared().await;
     sqlx::raw_sql(
         "create table seen (value text);

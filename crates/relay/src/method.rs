@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn after_a_server_took_a_batch_for_single_messages_there_are_no_batches() {
+    fn no_batches_after_a_server_took_one_for_single_messages() {
         let mut method = method(PublishMethod::Batched, SINGLE);
         method.is_unable();
         method.go_on();

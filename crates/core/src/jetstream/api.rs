@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_counts_when_it_names_a_leader_or_comes_from_one_server_alone() {
+    fn a_state_counts_with_a_leader_or_from_a_single_server() {
         for (cluster, clustered, counts) in [
             (json!({ "name": "C", "leader": "n1" }), true, true),
             // Such as when a leaf node asks a cluster.

@@ -362,7 +362,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_consumer_is_another_one_when_it_is_younger_by_a_tenth_of_a_second() {
+    fn a_consumer_younger_by_a_tenth_of_a_second_is_another_one() {
         // As nats-server 2.11.11 told it before and after a restart.
         let before = "2026-11-29 23:33:33.102004015 +00:00:00";
         assert!(!is_successor("2026-11-29 23:33:33.102154697 +00:00:00", before));

@@ -165,7 +165,7 @@ fn hosts_are_found_wherever_they_stand() {
 }
 
 #[test]
-fn a_password_may_hold_everything_that_is_encoded_and_some_that_is_not() {
+fn a_password_may_hold_what_is_encoded_and_some_that_is_not() {
     for url in [
         "postgres://me@x:p%2F%40%3A%25@db:1/shop",
         "postgres://me:pa?ss&word=1@db:1/shop",
