@@ -7,7 +7,7 @@ use crate::support::{SOON, Work};
 use aftercommit::testing::eventually;
 use sqlx::AssertSqlSafe;
 
-fn root() -> &'static Path {
+pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
@@ -29,7 +29,7 @@ fn anchor(heading: &str) -> String {
 }
 
 /// What is wrong with a link to `target` that reads `text`.
-fn problem(page: &Path, text: &str, target: &str) -> Option<String> {
+pub(crate) fn problem(page: &Path, text: &str, target: &str) -> Option<String> {
     let (path, fragment) = target.split_once('#').unwrap_or((target, ""));
     let path = if path.is_empty() { page.to_path_buf() } else { page.parent()?.join(path) };
     let Ok(content) = fs::read_to_string(&path) else {

@@ -7,6 +7,7 @@ mod end_to_end;
 mod guides;
 mod pgbouncer;
 mod ping;
+mod production;
 mod quiet;
 mod schema;
 mod silence;
