@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
-use crate::support::{Outbox, RunningRelay, SOON, Statement, generic_plan, nodes, statements};
+use crate::support::{Outbox, RunningRelay, SOON, Statement, generic_plan, nodes, outside, statements};
 use aftercommit::operator;
 use aftercommit::reconciler::{Mode, OutboxComparison, Runner, Scope};
 use aftercommit::relay::RelayConfig;
@@ -94,6 +94,11 @@ fn reads_all(node: &Value, limited: bool, partial: &HashSet<String>) -> bool {
         }
         _ => false,
     }
+}
+
+#[test]
+fn all_statements_are_where_the_next_test_looks() {
+    assert_eq!(outside(), Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -29,7 +29,7 @@ pub use roles::Roles;
 pub use scenario::{NAME, Scenario};
 pub use split::Split;
 pub use standby::standby_from_files;
-pub use statements::{Statement, generic_plan, nodes, statements};
+pub use statements::{Statement, generic_plan, nodes, outside, statements};
 pub use work::{Act, Number, Record, RunningWorker, Work, WorkerProcess, child_worker};
 pub use writers::{Random, Writers};
 

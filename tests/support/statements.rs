@@ -15,11 +15,16 @@ pub struct Statement {
     pub formatted: bool,
 }
 
-/// Every statement below `crates/core/src/postgres` that can be explained, outside of tests.
-pub fn statements() -> Vec<Statement> {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("crates/core/src/postgres");
+/// Where the library's own statements are: below a folder of `core`, and a file beside what it serves.
+fn wall() -> [PathBuf; 2] {
+    let core = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("crates/core/src");
+    [core.join("postgres"), core.join("outbox_query/sql.rs")]
+}
+
+/// All files below a folder.
+fn files_below(folder: PathBuf) -> Vec<PathBuf> {
     let mut files = Vec::new();
-    let mut folders = vec![root.clone()];
+    let mut folders = vec![folder];
     while let Some(folder) = folders.pop() {
         let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
         let (inner, found): (Vec<PathBuf>, Vec<PathBuf>) = entries.partition(|path| path.is_dir());
@@ -27,6 +32,33 @@ pub fn statements() -> Vec<Statement> {
         files.extend(found);
     }
     files.sort();
+    files
+}
+
+/// The lines of the crates' sources that run statements and stand elsewhere than where the statements are. How an event is
+/// inserted is in the crate that publishers use, and what the measurements ask in theirs.
+pub fn outside() -> Vec<String> {
+    let mut found = Vec::new();
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    for folder in ["core", "operator", "reconciler", "relay", "testing", "worker"] {
+        let files = files_below(root.join("crates").join(folder).join("src"));
+        for file in files.iter().filter(|file| !wall().iter().any(|wall| file.starts_with(wall))) {
+            let text = std::fs::read_to_string(file).unwrap();
+            let text = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+            let code = text.lines().map(str::trim_start).filter(|line| !line.starts_with("//"));
+            let runs = ["sqlx::query", "sqlx::raw_sql", "query(\"", "query_as(", "query_scalar("];
+            let lines = code.filter(|line| runs.iter().any(|call| line.contains(call)));
+            found.extend(lines.map(|line| format!("{}: {line}", file.display())));
+        }
+    }
+    found
+}
+
+/// Every statement of ours that can be explained, outside of tests.
+pub fn statements() -> Vec<Statement> {
+    let [root, beside] = wall();
+    let mut files = files_below(root.clone());
+    files.push(beside);
     let columns = |name: &Path| {
         let text = std::fs::read_to_string(name).unwrap();
         let body = text.split_once("macro_rules! columns").map(|(_, rest)| rest.to_string());
