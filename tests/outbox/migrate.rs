@@ -4,7 +4,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::support::{Database, SOON, succeeded};
-use aftercommit::config::Schema;
+use aftercommit::config::{PostgresConfig, Schema};
 use aftercommit::testing::{eventually, unique_name};
 use aftercommit::{ErrorKind, operator};
 use futures_util::future::join_all;
@@ -112,6 +112,42 @@ async fn a_schema_without_a_record_is_left_alone() {
     assert_eq!(error.kind(), ErrorKind::NotReady);
     assert!(error.to_string().contains("aftercommit.migrations"), "{error}");
     assert_eq!(database.pg_dump(&[]), before);
+}
+
+#[tokio::test]
+async fn a_table_of_migrations_that_is_not_ours_is_named_and_left_alone() {
+    const SAME_COLUMNS: &str = "version bigint primary key, description text, installed_on timestamptz default now(),
+                                success boolean, checksum bytea, execution_time bigint";
+    for (schema, columns, values, shows) in [
+        ("aftercommit", "id serial primary key, name text", "(1, 'init')", "does not have its columns"),
+        ("shop", "version text primary key, checksum text", "('1', 'x')", "does not have its columns"),
+        ("shop", SAME_COLUMNS, "(1, 'init', now(), true, '', 0)", "has entries although there is no table shop.outbox"),
+    ] {
+        let database = Database::empty().await;
+        database
+            .execute(&format!(
+                "create schema {schema}; create table {schema}.migrations ({columns});
+                 insert into {schema}.migrations values {values}"
+            ))
+            .await;
+        let before = database.pg_dump(&[]);
+        let config = PostgresConfig { schema: schema.parse().unwrap(), ..database.config.clone() };
+        let error = operator::migrate(&config).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotReady);
+        let text = error.to_string();
+        let says =
+            format!("schema {schema}: the table {schema}.migrations is not aftercommit's record of migrations: it ");
+        assert!(text.starts_with(&says) && text.contains(shows) && text.contains("--schema"), "{text}");
+        assert_eq!(database.pg_dump(&[]), before);
+
+        let doctor = aftercommit(&database, &["doctor", "--schema", schema, "--nats-url", "nats://127.0.0.1:1"]);
+        let report = String::from_utf8_lossy(&doctor.stdout);
+        assert!(report.contains(&format!("there is no table {schema}.outbox")), "{report}{}", stderr(&doctor));
+
+        // Beside it there is room.
+        let other = PostgresConfig { schema: "events".parse().unwrap(), ..database.config.clone() };
+        assert_eq!(operator::migrate(&other).await.unwrap(), all());
+    }
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
+use super::migrate::is_record;
 use super::session::Session;
 use super::time;
 use crate::config::PostgresConfig;
@@ -86,7 +87,7 @@ pub fn configured_ports(config: &PostgresConfig) -> Result<Vec<u16>, Error> {
 pub struct Tables {
     /// Whether the table `outbox` exists.
     pub outbox: bool,
-    /// Whether the table `migrations` exists.
+    /// Whether the table `migrations` exists and is aftercommit's, by its columns.
     pub migrations: bool,
     /// Whether the role may read the record of migrations.
     pub readable: bool,
@@ -94,14 +95,16 @@ pub struct Tables {
 
 /// Looks into the catalogue, which needs no right on the schema.
 pub async fn tables(connection: &mut Session) -> Result<Tables, sqlx::Error> {
-    sqlx::query_as(
+    sqlx::query_as(concat!(
         "select coalesce(bool_or(relname = 'outbox'), false) as outbox,
-                coalesce(bool_or(relname = 'migrations'), false) as migrations,
-                coalesce(bool_or(relname = 'migrations' and has_schema_privilege(n.oid, 'usage')
-                                 and has_table_privilege(c.oid, 'select')), false) as readable
-           from pg_class c join pg_namespace n on n.oid = c.relnamespace
-          where n.nspname = 'aftercommit' and c.relkind = 'r'",
-    )
+                coalesce(bool_or(record), false) as migrations,
+                coalesce(bool_or(record and has_schema_privilege(schema, 'usage') and has_table_privilege(oid, 'select')), false)
+                    as readable
+           from (select c.oid, relname, n.oid as schema, relname = 'migrations' and ",
+        is_record!(),
+        " as record from pg_class c join pg_namespace n on n.oid = c.relnamespace
+                  where n.nspname = 'aftercommit' and c.relkind = 'r') as t",
+    ))
     .fetch_one(connection)
     .await
 }

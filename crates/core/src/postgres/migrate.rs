@@ -193,24 +193,40 @@ fn name(migration: &Migration) -> String {
     format!("{:04} {}", migration.version, migration.description)
 }
 
+/// Whether the table of that name has the columns of a record that is read here, for a row `c` of `pg_class`.
+macro_rules! is_record {
+    () => {
+        "(select count(*) = 2 from pg_attribute a
+           where a.attrelid = c.oid and not a.attisdropped
+             and (a.attname, a.atttypid) in (('version', 'bigint'::regtype), ('checksum', 'bytea'::regtype)))"
+    };
+}
+pub(super) use is_record;
+
 /// The versions that are recorded, each with its checksum. A schema without a record is somebody else's work, not ours
-/// to go on with.
+/// to go on with, and neither is one whose table `migrations` is another program's.
 async fn applied(tx: &mut Tx<'_>, schema: &Schema) -> Result<BTreeMap<i64, Vec<u8>>, Error> {
     let failed = |error| super::database_error("looking for the migrations of aftercommit failed", error);
     let row = tx
         .fetch_one(AssertSqlSafe(format!(
-            "select to_regclass('{TABLE}') is not null, to_regclass('aftercommit.outbox') is not null"
+            "select (select {} from pg_class c where c.oid = to_regclass('{TABLE}')), to_regclass('aftercommit.outbox') is not null",
+            is_record!()
         )))
         .await
         .map_err(failed)?;
-    match (row.try_get(0).map_err(failed)?, row.try_get(1).map_err(failed)?) {
-        (true, _) => tx
-            .fetch_all(AssertSqlSafe(format!("select version, checksum from {TABLE}")))
-            .await
-            .and_then(|rows| rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect())
-            .map_err(failed),
-        (false, false) => Ok(BTreeMap::new()),
-        (false, true) => Err(Error::new(
+    match (row.try_get::<Option<bool>, _>(0).map_err(failed)?, row.try_get(1).map_err(failed)?) {
+        (Some(true), outbox) => {
+            let rows = tx.fetch_all(AssertSqlSafe(format!("select version, checksum from {TABLE}"))).await.map_err(failed)?;
+            let recorded = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
+            let recorded: BTreeMap<i64, Vec<u8>> = recorded.collect::<Result<_, sqlx::Error>>().map_err(failed)?;
+            match outbox || recorded.is_empty() {
+                true => Ok(recorded),
+                false => Err(foreign(schema, "has entries although there is no table aftercommit.outbox")),
+            }
+        }
+        (Some(false), _) => Err(foreign(schema, "does not have its columns `version bigint` and `checksum bytea`")),
+        (None, false) => Ok(BTreeMap::new()),
+        (None, true) => Err(Error::new(
             ErrorKind::NotReady,
             schema.sql(
                 "the table aftercommit.outbox is there, but no record in aftercommit.migrations of how it came: go on with \
@@ -218,6 +234,15 @@ async fn applied(tx: &mut Tx<'_>, schema: &Schema) -> Result<BTreeMap<i64, Vec<u
             ),
         )),
     }
+}
+
+/// The schema's table `migrations` is another program's, as it shows.
+fn foreign(schema: &Schema, shows: &str) -> Error {
+    let problem = format!(
+        "schema {schema}: the table aftercommit.migrations is not aftercommit's record of migrations: it {shows}. \
+         Nothing was changed. Give aftercommit a schema of its own with --schema (AFTERCOMMIT_SCHEMA)"
+    );
+    Error::new(ErrorKind::NotReady, schema.sql(&problem))
 }
 
 /// The migrations that are still to come. Those that are recorded must be the same. What a newer version has added behind
