@@ -3,14 +3,15 @@
 use std::process::{Child, Command, Output, Stdio};
 
 use aftercommit::config::{PostgresConfig, Schema};
-use aftercommit::operator;
-use aftercommit::operator::doctor::{DoctorConfig, Role, Severity, doctor};
+use aftercommit::operator::doctor::{Check, DoctorConfig, Role, Severity, doctor};
+use aftercommit::relay::{Mode, RelayConfig};
 use aftercommit::testing::servers::{Nats, Postgres};
 use aftercommit::testing::{eventually, unique_name};
+use aftercommit::{ErrorKind, operator};
 use serde_json::Value;
 use sqlx::AssertSqlSafe;
 
-use crate::support::{Database, Outbox, SOON, succeeded};
+use crate::support::{Database, Outbox, RunningRelay, SOON, succeeded};
 
 /// Handlers write here, and one fails on purpose.
 const APPLY: &str = "create table public.done (system text, n bigint);
@@ -207,6 +208,52 @@ async fn two_systems_in_one_database_do_not_meet() {
         .unwrap();
     let told = String::from_utf8_lossy(&refused.stderr);
     assert!(!refused.status.success() && told.contains("--adopt"), "{told}");
+}
+
+/// Without a stamp nothing tells whose the stream is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claimed_stream_is_published_to_by_its_own_outbox_alone() {
+    let url = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    let (first, second) = (system(&url, "aftercommit").await, system(&url, "shop").await);
+    let foreign = Outbox { naming: first.naming.clone(), ..second };
+    let claim = ["provision", "--outbox-database", &url];
+    assert!(run(&first, &claim).contains("whose it is: not known -> database "));
+    assert_eq!(run(&first, &claim), "everything is as it should be\n");
+    let relay = first.relay();
+    publish(&first, 1).await;
+    eventually(SOON, "its own relay publishes", async || first.stored().await == 1).await.unwrap();
+    relay.stop().await.unwrap();
+
+    publish(&foreign, 2).await;
+    let refused = foreign.operator(&claim);
+    let told = String::from_utf8_lossy(&refused.stderr);
+    let says = format!("stream {} belongs to the outbox in database ", first.naming.stream);
+    assert!(!refused.status.success() && told.contains(&says) && told.contains("schema shop"), "{told}");
+    let refused = foreign.relay().ended().await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::NotReady);
+    let told = refused.to_string();
+    assert!(told.starts_with(&says) && told.contains("`aftercommit provision --adopt`"), "{told}");
+    let config = DoctorConfig::new(foreign.postgres.clone(), foreign.nats.clone(), foreign.naming.clone());
+    let failed = |checks: &[Check]| checks.iter().any(|check| check.name == "owner" && check.status == Severity::Fail);
+    assert!(failed(&doctor(&config).await.unwrap().checks));
+    assert_eq!(foreign.stored().await, 1);
+
+    // A stream that several outboxes share is nobody's.
+    let shared = RunningRelay::start(RelayConfig { mode: Mode::Shared, ..foreign.relay_config() });
+    eventually(SOON, "it is published in shared mode", async || foreign.stored().await == 2).await.unwrap();
+    shared.stop().await.unwrap();
+
+    // As after a restore.
+    let adopted = run(&foreign, &["provision", "--outbox-database", &url, "--adopt"]);
+    assert!(adopted.contains("schema shop"), "{adopted}");
+    let relay = foreign.relay();
+    publish(&foreign, 3).await;
+    eventually(SOON, "the other relay publishes", async || foreign.stored().await == 3).await.unwrap();
+    assert!(!failed(&doctor(&config).await.unwrap().checks));
+    relay.stop().await.unwrap();
+
+    let of_what = foreign.operator(&["provision", "--adopt"]);
+    assert_eq!(of_what.status.code(), Some(2), "{}", String::from_utf8_lossy(&of_what.stderr));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,4 +1,4 @@
-//! Whose a consumer is: the database in which its subscriber keeps its inbox.
+//! Whose a consumer or a stream is: the database in which the subscriber keeps its inbox, or the publisher its outbox.
 
 use std::fmt;
 use std::str::FromStr;
@@ -14,9 +14,12 @@ pub struct Owner {
     pub database: u32,
     /// The database's name when this was written.
     pub name: String,
-    /// The schema in it that has the inbox.
+    /// The schema in it that has the inbox or outbox.
     pub schema: Schema,
 }
+
+/// Under what the metadata of a consumer or stream says whose it is.
+pub(crate) const OWNER: &str = "aftercommit.owner";
 
 /// A text that names no owner.
 #[derive(Debug, thiserror::Error)]
@@ -33,7 +36,7 @@ impl PartialEq for Owner {
 impl Eq for Owner {}
 
 impl Owner {
-    /// As it is written into the consumer's metadata: cluster, oid, the schema if it is not `aftercommit`, and name.
+    /// As it is written into the metadata of a consumer or stream: cluster, oid, the schema if it is not `aftercommit`, and name.
     pub(crate) fn stamp(&self) -> String {
         let Self { cluster, database, name, schema } = self;
         match *schema == Schema::default() {

@@ -16,9 +16,11 @@ use super::status::{self, Status};
 use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::jetstream::{self, doctor as nats, monitoring};
+use aftercommit_core::owner::Owner;
 use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::{
-    self, database_error, doctor as facts, migrate, parked, pause, relay_log, rights, sequence, status as positions,
+    self, database_error, doctor as facts, identity, migrate, parked, pause, relay_log, rights, sequence,
+    status as positions,
 };
 use aftercommit_core::relay::{LEASE, Mode};
 use aftercommit_core::text::plain;
@@ -196,6 +198,7 @@ pub async fn doctor(config: &DoctorConfig) -> Result<Report, Error> {
     let workers = Box::pin(look_at_workers(config));
     let (database, broker, sync, workers) = tokio::join!(database, broker, look_at_sync(config), workers);
     // Without the database or its schema there is nothing to add to what is said of that.
+    let publisher = database.as_ref().ok().and_then(DatabaseFacts::publisher).cloned();
     let has_schema = database.as_ref().is_ok_and(|seen| seen.tables.outbox);
     let mut checks = match unless_config(database)? {
         Ok(seen) => database::judge(&seen, config),
@@ -205,6 +208,7 @@ pub async fn doctor(config: &DoctorConfig) -> Result<Report, Error> {
         Ok(seen) => {
             let sync = unless_config(sync.transpose())?.transpose();
             checks.extend(broker::judge(&seen, sync.as_ref(), config));
+            checks.extend(broker::owner(&seen, publisher.as_ref(), config));
         }
         Err(error) => checks.push(broker::unreachable(&error)),
     }
@@ -270,7 +274,17 @@ struct Work {
     paused: Vec<pause::Pause>,
     parked: i64,
     oldest_event: Option<Duration>,
+    /// Which outbox this is; none when the role may not ask.
+    owner: Option<Owner>,
     sequence: sequence::Sequence,
+}
+
+impl DatabaseFacts {
+    /// Which outbox this is, when there are events in it: a database with subscribers alone has an empty one.
+    fn publisher(&self) -> Option<&Owner> {
+        let work = self.work.as_ref()?.as_ref().ok()?;
+        work.oldest_event.and(work.owner.as_ref())
+    }
 }
 
 async fn look_at_database(config: &DoctorConfig) -> Result<DatabaseFacts, Error> {
@@ -329,6 +343,7 @@ async fn look_at_work(connection: &mut Session) -> Result<Work, Error> {
         paused: pause::list(&mut *connection).await.map_err(failed)?,
         parked: parked::count(connection).await.map_err(failed)?,
         oldest_event: facts::oldest_event(connection).await.map_err(failed)?,
+        owner: identity::owner(connection).await.ok(),
         sequence: sequence::read(connection).await.map_err(failed)?,
     })
 }

@@ -26,6 +26,7 @@ pub use pause::Pausing;
 use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig, Schema};
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::jetstream::advisories;
+use aftercommit_core::jetstream::consumer::Claim;
 use aftercommit_core::jetstream::topology::{self, StreamSettings};
 use aftercommit_core::{jetstream, postgres};
 use aftercommit_outbox::event::EventId;
@@ -71,9 +72,32 @@ pub fn migrations_sql(schema: &Schema) -> String {
 /// When NATS cannot be reached, when the role may not administer the stream, or when the stream has a setting that
 /// would lose events and cannot be changed in place.
 pub async fn provision(nats: &NatsConfig, naming: &Naming) -> Result<Vec<String>, Error> {
+    provision_stream(nats, naming, &Claim::default()).await
+}
+
+/// As [`provision`], and stamps the stream with the outbox's database and schema, so that no relay of another outbox publishes to
+/// it by accident. Not for a stream that several outboxes share. `adopt` takes it over from another outbox, as after a restore;
+/// no relay may publish that one any more.
+///
+/// # Errors
+/// As [`provision`]; when the database cannot be reached, or the stream has the stamp of another outbox and is not adopted.
+pub async fn provision_claimed(
+    outbox: &PostgresConfig,
+    nats: &NatsConfig,
+    naming: &Naming,
+    adopt: bool,
+) -> Result<Vec<String>, Error> {
+    let mut session = postgres::connect(outbox, "aftercommit-provision").await?;
+    let owner = postgres::identity::owner(&mut session).await;
+    let owner =
+        owner.map_err(|error| postgres::database_error("asking which database the outbox is in failed", error))?;
+    provision_stream(nats, naming, &Claim { owner: Some(owner), adopt }).await
+}
+
+async fn provision_stream(nats: &NatsConfig, naming: &Naming, claim: &Claim) -> Result<Vec<String>, Error> {
     let connection = jetstream::connect(nats, "aftercommit-provision", "_INBOX_prov").await?;
     let settings = StreamSettings { replicas: None, max_age: None, max_bytes: None };
-    topology::provision_stream(&connection, naming, &settings).await
+    topology::provision_stream(&connection, naming, &settings, claim).await
 }
 
 /// Creates a stream `<stream>_ADVISORIES` that keeps for 30 days what JetStream announces of the consumers of an outbox's

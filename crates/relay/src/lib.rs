@@ -47,7 +47,7 @@ use aftercommit_core::postgres::lease::{self, Tenure};
 use aftercommit_core::postgres::relay_log::{self, Appended};
 use aftercommit_core::postgres::relay_status::{self, Report};
 use aftercommit_core::postgres::session::Session;
-use aftercommit_core::postgres::{self, database_error, pause, sequence};
+use aftercommit_core::postgres::{self, database_error, identity, pause, sequence};
 use aftercommit_core::relay::{LEASE, Mode};
 use cause::Cause;
 pub use config::{ParkPolicy, RelayConfig};
@@ -146,6 +146,7 @@ impl Relay {
         let mut log = self.connect().await?;
         relay_log::newest(&mut log).await.map_err(|error| database_error("reading the relay's log failed", error))?;
         self.check(&nats, &stream).await?;
+        self.check_owner(&stream, &mut log).await?;
         self.check_sequence(&mut log).await?;
         *started = true;
         tracing::info!(stream = %self.naming.stream, holder = %self.holder, "relay started");
@@ -184,6 +185,17 @@ impl Relay {
         Guard::refuse(&findings.problems, &self.naming.stream)?;
         Guard::tell_unknown(&findings.unknown, &self.naming.stream);
         Ok(())
+    }
+
+    /// Refuses an exclusive stream that another outbox has claimed.
+    async fn check_owner(&self, stream: &StreamReader, log: &mut Session) -> Result<(), Error> {
+        if self.config.mode == Mode::Shared {
+            return Ok(());
+        }
+        let Some(theirs) = topology::owner(&stream.described().await?.config) else { return Ok(()) };
+        let ours = identity::owner(log).await;
+        let ours = ours.map_err(|error| database_error("asking which database the outbox is in failed", error))?;
+        topology::is_of(&self.naming.stream, Some(&theirs), &ours)
     }
 
     fn guard(&self, stream: &StreamReader) -> Guard {

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::who::WhoArgs;
 use super::{as_json, given_payload, header};
-use crate::cli::servers::{NatsArgs, PostgresArgs};
+use crate::cli::servers::{NatsArgs, OutboxArgs, PostgresArgs};
 use crate::cli::{NamingArgs, start_logging};
 use aftercommit_core::config::PostgresConfig;
 use aftercommit_core::envelope::is_json;
@@ -37,8 +37,9 @@ pub(super) struct Provision {
     /// Create a stream that keeps what JetStream announces: events that subscribers gave up
     #[arg(long)]
     advisories: bool,
-    /// Take consumers over from another database, as after a restore, and narrow those that deliver more than is wanted
-    #[arg(long, requires = "config")]
+    /// Take over from another database, as after a restore: with --outbox-database the stream, with --config the consumers;
+    /// those that deliver more than is wanted are narrowed
+    #[arg(long)]
     adopt: bool,
     /// Where subscribers start whose consumers are made for the first time, in place of their own `start`: all, new, a time
     /// such as 2026-03-01T12:00:00Z, or a sequence of the stream
@@ -52,6 +53,8 @@ pub(super) struct Provision {
     /// The database of the subscribers, which the consumers are stamped with and whose audit trail gets an entry
     #[command(flatten)]
     postgres: PostgresArgs,
+    #[command(flatten)]
+    outbox: OutboxArgs,
     #[command(flatten)]
     nats: NatsArgs,
     #[command(flatten)]
@@ -103,7 +106,15 @@ pub(super) async fn migrate(command: Migrate) -> Result<String, Error> {
 pub(super) async fn provision(command: Provision) -> Result<String, Error> {
     let subscribers = command.config.as_deref().map(aftercommit_worker::read_file).transpose()?;
     let (nats, naming, postgres) = (command.nats.config()?, command.naming.config()?, command.postgres.config()?);
-    let mut changes = aftercommit_operator::provision(&nats, &naming).await?;
+    let outbox = command.outbox.config(&postgres)?;
+    if command.adopt && subscribers.is_none() && outbox.is_none() {
+        let problem = "--adopt needs to know of what: give --config, or OUTBOX_DATABASE_URL (--outbox-database)";
+        return Err(Error::new(ErrorKind::Config, problem));
+    }
+    let mut changes = match outbox {
+        Some(outbox) => aftercommit_operator::provision_claimed(&outbox, &nats, &naming, command.adopt).await?,
+        None => aftercommit_operator::provision(&nats, &naming).await?,
+    };
     if command.advisories {
         changes.extend(aftercommit_operator::provision_advisories(&nats, &naming).await?);
     }

@@ -14,7 +14,7 @@ use chrono::{DateTime, NaiveDateTime, TimeDelta, Utc};
 
 use super::api::{self, Described};
 use crate::error::{Error, ErrorKind};
-use crate::owner::Owner;
+use crate::owner::{OWNER, Owner};
 use aftercommit_outbox::subject;
 pub use table::Oddities;
 use table::filters;
@@ -26,9 +26,6 @@ const MAX_ACK_PENDING: i64 = 100_000;
 
 /// What the description of a subscriber's consumer begins with.
 pub(super) const DESCRIPTION: &str = "aftercommit subscriber ";
-
-/// Under what the consumer's metadata says whose it is.
-const OWNER: &str = "aftercommit.owner";
 
 /// What a subscriber needs of its consumer.
 #[derive(Debug, Clone)]
@@ -64,13 +61,13 @@ pub struct Position {
     pub owner: Option<Owner>,
 }
 
-/// Who provisions a consumer. Two databases on one consumer would each lack what the other gets, and two services under one
+/// Who provisions a consumer, or a stream. Two databases on one consumer would each lack what the other gets, and two services under one
 /// name would each have the other's events filtered away.
 #[derive(Debug, Clone, Default)]
 pub struct Claim {
-    /// The subscriber's database; none when it is not known.
+    /// The subscriber's database, or the outbox's; none when it is not known.
     pub owner: Option<Owner>,
-    /// Whether the consumer is taken over as it is: from another database, and with subjects that are not wanted.
+    /// Whether it is taken over as it is: from another database, and a consumer with subjects that are not wanted.
     pub adopt: bool,
 }
 

@@ -13,6 +13,7 @@ use super::topology;
 use super::{Connection, stream::StreamReader};
 use crate::config::Naming;
 use crate::error::{Error, ErrorKind};
+use crate::owner::Owner;
 use aftercommit_outbox::subject;
 
 /// The server.
@@ -33,6 +34,8 @@ pub struct Stream {
     pub findings: Findings,
     /// That its newest event lies under another subject than that on which it was published.
     pub misplaced: Option<String>,
+    /// The outbox that it is stamped with; none when it has no stamp.
+    pub owner: Option<Owner>,
     /// How many servers keep the stream.
     pub replicas: usize,
     /// Whether it takes atomic batches.
@@ -93,6 +96,7 @@ pub async fn stream(connection: &Connection, naming: &Naming, shared: bool) -> R
         unread: unread.map(|(_, event_type)| event_type.to_string()).collect(),
         findings: topology::findings(&described.config, naming, shared),
         misplaced: newest.and_then(|message| message.misplaced(naming)),
+        owner: topology::owner(&described.config),
         replicas: config.num_replicas,
         batches: config.allow_atomic_publish,
         max_age: Some(config.max_age).filter(|age| !age.is_zero()),

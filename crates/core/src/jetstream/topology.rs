@@ -7,10 +7,12 @@ use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
 use serde_json::{Value, json};
 
+use super::consumer::Claim;
 use super::settings::{Fields, Findings, Rule, Table, correct, is_set, judge, number, set, text, texts};
 use super::{Connection, api};
 use crate::config::Naming;
 use crate::error::{Error, ErrorKind};
+use crate::owner::{OWNER, Owner};
 
 /// The outbox's largest message: payload, the publisher's headers and ours.
 pub const LARGEST_MESSAGE: i32 = 1_000_000 + 16_384 + 4_096;
@@ -170,7 +172,7 @@ static STREAM: &Table<By> = &[
         RECREATE,
     )),
     ("allow_batched", Rule::Harmless("the relay does not publish that way")),
-    ("metadata", Rule::Harmless("only people and tools read it")),
+    ("metadata", Rule::Harmless("it may say whose the stream is, which `is_of` judges")),
 ];
 
 /// Everything about a stream that would lose, change or re-order events of the outbox, or double them where it is
@@ -179,25 +181,40 @@ pub fn findings(config: &Fields, naming: &Naming, shared: bool) -> Findings {
     judge(STREAM, config, &By { naming: naming.clone(), shared }, PROVISION)
 }
 
-/// Creates the stream, or corrects what would lose events. Returns what was changed, empty when nothing.
+/// Creates the stream, or corrects what would lose events, and stamps it with its outbox where that is known. Returns what was
+/// changed, empty when nothing. The stream of another outbox is left as it is, unless it is to be adopted.
 pub async fn provision_stream(
     connection: &Connection,
     naming: &Naming,
     settings: &StreamSettings,
+    claim: &Claim,
 ) -> Result<Vec<String>, Error> {
     let context = connection.jetstream();
     let name = &naming.stream;
     let existing = api::stream(&context, name).await.map_err(|error| unreadable(name, error))?;
     let atomic = connection.client.is_server_compatible(2, 12, 0);
     let Some(api::Described { config: current, .. }) = existing else {
-        let config = new_stream(naming, settings, atomic);
+        let mut config = new_stream(naming, settings, atomic);
+        config.metadata.extend(claim.owner.as_ref().map(|owner| (OWNER.into(), owner.stamp())));
         context
             .create_stream(config)
             .await
             .map_err(|error| Error::with_source(ErrorKind::Broker, format!("cannot create stream {name}"), error))?;
         return Ok(vec![format!("stream {name}: created, subjects {}", naming.prefix.wildcard())]);
     };
-    let (wanted, changes) = corrected(&current, naming, settings, atomic);
+    let held = owner(&current);
+    if let (Some(ours), false) = (&claim.owner, claim.adopt) {
+        is_of(name, held.as_ref(), ours)?;
+    }
+    let (mut wanted, mut changes) = corrected(&current, naming, settings, atomic);
+    if let Some(ours) = claim.owner.as_ref().filter(|ours| held.as_ref() != Some(ours)) {
+        let metadata = wanted.get("metadata").and_then(Value::as_object).cloned();
+        let mut metadata = metadata.unwrap_or_default();
+        metadata.insert(OWNER.into(), json!(ours.stamp()));
+        wanted.insert("metadata".into(), metadata.into());
+        let before = held.map_or_else(|| "not known".into(), |held| held.to_string());
+        changes.push(format!("whose it is: {before} -> {ours}"));
+    }
     if !changes.is_empty() {
         let failed = |error: api::Failure| {
             let problem = format!("cannot change stream {name} ({})", changes.join(", "));
@@ -215,6 +232,25 @@ pub async fn provision_stream(
     }
     Ok(changes.into_iter().map(|change| format!("stream {name}: {change}")).collect())
 }
+
+/// The outbox that a stream is stamped with; none when it has no stamp.
+pub fn owner(config: &Fields) -> Option<Owner> {
+    config.get("metadata")?.get(OWNER)?.as_str()?.parse().ok()
+}
+
+/// Makes sure that a stream is not that of another outbox.
+pub fn is_of(name: &str, theirs: Option<&Owner>, ours: &Owner) -> Result<(), Error> {
+    let Some(theirs) = theirs.filter(|theirs| *theirs != ours) else { return Ok(()) };
+    let problem = format!(
+        "stream {name} belongs to the outbox in {theirs}, and this is {ours}: of two relays each would take the other's events \
+         for forgeries. {FOREIGN}"
+    );
+    Err(Error::new(ErrorKind::NotReady, problem))
+}
+
+/// The way out when a stream is another outbox's.
+pub const FOREIGN: &str = "Give this outbox a stream of its own (--stream, --subject-prefix); or, if its database was restored or \
+     moved here and no relay publishes the other one any more, run `aftercommit provision --adopt` with OUTBOX_DATABASE_URL";
 
 /// How long the stream keeps messages; none for ever, or when there is no stream.
 pub async fn max_age(context: &Context, stream: &str) -> Result<Option<Duration>, Error> {

@@ -9,7 +9,8 @@ use aftercommit_core::jetstream::consumer::Oddities;
 use aftercommit_core::jetstream::doctor::{Consumer, Server, Stream};
 use aftercommit_core::jetstream::monitoring::Sync;
 use aftercommit_core::jetstream::stream::UNMAP;
-use aftercommit_core::jetstream::topology::LARGEST_MESSAGE;
+use aftercommit_core::jetstream::topology::{FOREIGN, LARGEST_MESSAGE};
+use aftercommit_core::owner::Owner;
 use aftercommit_core::relay::Mode;
 
 /// The first release of each line without the security holes that are known to us.
@@ -37,6 +38,17 @@ pub(super) fn judge(facts: &BrokerFacts, sync: Option<&Result<Sync, Error>>, con
     }
     checks.push(disk(sync));
     checks
+}
+
+/// Whether the stream is that of another outbox than the one that has events here.
+pub(super) fn owner(facts: &BrokerFacts, ours: Option<&Owner>, config: &DoctorConfig) -> Option<Check> {
+    let (theirs, ours) = (facts.stream.as_ref().ok()?.owner.as_ref()?, ours?);
+    let foreign = config.mode == Mode::Exclusive && theirs != ours;
+    let finding = format!(
+        "{} belongs to the outbox in {theirs}; its relay does not publish this one's events",
+        config.naming.stream
+    );
+    foreign.then(|| Check::fail("owner", finding, FOREIGN))
 }
 
 fn server(server: &Server) -> Check {
@@ -245,7 +257,17 @@ mod tests {
             Consumer { name: "c".into(), oddities: Oddities::default(), paused: false, ours: true, filters: vec![] };
         let max_age = Some(Duration::from_hours(14 * 24));
         let (findings, consumers, unread) = (Findings::default(), vec![consumer], vec![]);
-        Stream { findings, misplaced: None, replicas: 3, batches: true, max_age, consumers, types: 2, unread }
+        Stream {
+            findings,
+            misplaced: None,
+            owner: None,
+            replicas: 3,
+            batches: true,
+            max_age,
+            consumers,
+            types: 2,
+            unread,
+        }
     }
 
     fn worst(checks: &[Check]) -> Severity {

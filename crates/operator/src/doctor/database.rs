@@ -402,7 +402,7 @@ mod tests {
         };
         let backlog = Backlog { events: 0, oldest_seconds: None };
         let sequence = Sequence::of(1, 1, false, 7, 7);
-        Work { leader: Some(leader), backlog, paused: vec![], parked: 0, oldest_event: None, sequence }
+        Work { leader: Some(leader), backlog, paused: vec![], parked: 0, oldest_event: None, owner: None, sequence }
     }
 
     fn judged(work: &Work) -> Vec<(&'static str, Severity)> {
