@@ -2,9 +2,9 @@
 
 #[expect(dead_code, reason = "the example's main is not called here")]
 #[path = "../../examples/system_delete.rs"]
-mod example;
+mod system_delete;
 
-use example::{Stage, captures, hooks, reconciler};
+use system_delete::{Stage, captures, hooks, reconciler};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn events_alone_take_away_exactly_what_is_gone() {
