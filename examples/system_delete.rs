@@ -42,6 +42,7 @@ pub struct Stage {
 }
 
 impl Stage {
+    /// A database with the tables, and a stream of its own.
     pub async fn new() -> Result<Self, Error> {
         let config = PostgresConfig::new(Postgres::shared().await?.create_database().await?);
         operator::migrate(&config).await?;
