@@ -297,7 +297,7 @@ async fn the_role_of_the_pruner_suffices() {
         ))
         .await;
     let cli = Cli { sessions: &sessions, directory: Directory::new() };
-    let file = cli.directory.write("prune.toml", &format!("audit = '50d'\n{TOML}")).display().to_string();
+    let file = cli.directory.write("prune.toml", format!("audit = '50d'\n{TOML}")).display().to_string();
     let mut command = cli.command(&["prune", "run", "--once", "--config", &file]);
     let swept = succeeded(command.env("DATABASE_URL", sessions.database.url_of(&login)).output().unwrap());
     assert_eq!(swept, "sessions: 3 rows, done\naudit: 1 rows, done\nleases: 1 rows, done\n");
