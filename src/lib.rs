@@ -9,6 +9,7 @@
 //! | keep derived state right | [`reconciler::Reconciler`], [`reconciler::Runner`] |
 //! | delete old rows, with what refers to them | [`prune::Spec`], [`prune::Pruner`] |
 //! | know what a delete will take, and tell it | [`hooks::DeleteHooks`], [`hooks::Links`] |
+//! | publish the changes of a table, whoever makes them | [`capture::Capture`] |
 //! | look and act as an operator does | [`operator`] |
 //! | test all of this | `testing`, behind the feature of that name |
 //!
@@ -30,7 +31,7 @@ pub mod worker;
 
 pub use aftercommit_core::{Error, ErrorKind};
 pub use aftercommit_core::{backoff, config, envelope, health, telemetry};
-pub use aftercommit_lifecycle::hooks;
+pub use aftercommit_lifecycle::{capture, hooks};
 pub use aftercommit_operator as operator;
 pub use aftercommit_outbox as outbox;
 pub use aftercommit_outbox::{Event, EventId};

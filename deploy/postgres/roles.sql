@@ -90,6 +90,16 @@ grant insert (event_id, type, version, key, headers, payload, content_type) on :
 grant execute on function :"schema".publish, :"schema".new_event_id to :"publisher";
 -- For the trigger that asks which role may publish what; it is off until somebody switches it on.
 grant select on :"schema".allowed_type to :"publisher";
+-- Capture. Who owns a table captures it, and its triggers write with the owner's rights.
+grant execute on function :"schema".capture, :"schema".capture_remove, :"schema".capture_checked, :"schema".capture_names,
+    :"schema".capture_wrong_header, :"schema".capture_make_function, :"schema".capture_fit to :"publisher";
+-- What captures there are, and whether they are as they should be. These read the catalog only.
+grant select on :"schema".captures to :"publisher", :"reader", :"operator";
+grant execute on function :"schema".capture_check, :"schema".capture_problems, :"schema".capture_settings,
+    :"schema".capture_function, :"schema".capture_prefix, :"schema".capture_per, :"schema".capture_triggers,
+    :"schema".capture_refusal, :"schema".capture_lacks, :"schema".capture_source, :"schema".capture_insert,
+    :"schema".capture_headers, :"schema".capture_header, :"schema".capture_object, :"schema".capture_differs,
+    :"schema".capture_pins, :"schema".capture_base_type to :"publisher", :"reader", :"operator";
 
 -- aftercommit-relay. It deletes what is published and old, and stamps rows anew after a restore: `update (xid)`.
 grant select, delete, update (xid) on :"schema".outbox to :"relay";

@@ -3,6 +3,7 @@
 mod audit;
 mod backlog;
 mod bulk;
+mod capture;
 mod coverage;
 mod dead;
 mod doctor;
@@ -54,6 +55,9 @@ enum Command {
     /// Show what waits where: in the outbox, parked, and for each subscriber
     #[command(after_help = "Example:\n  aftercommit backlog --json")]
     Backlog(Box<backlog::Backlog>),
+    /// Publish the changes of tables, whoever makes them
+    #[command(subcommand)]
+    Capture(capture::Capture),
     /// Print the completions of a shell
     #[command(after_help = "Example:\n  aftercommit completions bash > /etc/bash_completion.d/aftercommit")]
     Completions(shell::Completions),
@@ -121,7 +125,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
     ("See what is", &["status", "backlog", "doctor", "coverage", "explain", "peek", "audit", "findings", "runs"]),
     ("Decide about events", &["dead", "parked", "replay"]),
     ("Stop and go on", &["relay", "worker"]),
-    ("Set up", &["migrate", "provision", "publish", "subscriber"]),
+    ("Set up", &["migrate", "provision", "publish", "capture", "subscriber"]),
     ("Other", &["reconcile", "prune", "completions", "man", "help"]),
 ];
 
@@ -171,6 +175,11 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
     let text = match cli.command {
         Command::Audit(command) => runtime.block_on(audit::run(command))?,
         Command::Backlog(command) => runtime.block_on(backlog::run(*command))?,
+        Command::Capture(command) => {
+            let (text, status) = runtime.block_on(capture::run(command))?;
+            exit = status;
+            text
+        }
         Command::Completions(command) => shell::completions(&command, Cli::command()),
         Command::Coverage(command) => {
             let (text, status) = runtime.block_on(coverage::run(*command))?;

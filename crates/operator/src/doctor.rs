@@ -19,7 +19,7 @@ use aftercommit_core::jetstream::{self, doctor as nats, monitoring};
 use aftercommit_core::owner::Owner;
 use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::{
-    self, database_error, doctor as facts, identity, migrate, parked, pause, relay_log, rights, sequence,
+    self, capture, database_error, doctor as facts, identity, migrate, parked, pause, relay_log, rights, sequence,
     status as positions,
 };
 use aftercommit_core::relay::{LEASE, Mode};
@@ -28,6 +28,8 @@ pub(super) use aftercommit_core::text::span;
 
 /// The roles that may see dead letters.
 const READERS_OF_LETTERS: [Role; 4] = [Role::Worker, Role::InboxReconciler, Role::Reader, Role::Operator];
+/// The roles that may see captures.
+const READERS_OF_CAPTURES: [Role; 3] = [Role::Publisher, Role::Reader, Role::Operator];
 /// How long a server may take to answer everything.
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -264,6 +266,8 @@ struct DatabaseFacts {
     /// None without schema, or when it is not the login's business.
     work: Option<Result<Work, Error>>,
     dead_letters: Option<Result<Vec<(String, i64)>, Error>>,
+    /// Empty when it is not the login's business.
+    captures: Vec<capture::Checked>,
 }
 
 /// Where the work is.
@@ -308,6 +312,10 @@ async fn look_at_database(config: &DoctorConfig) -> Result<DatabaseFacts, Error>
         let letters = positions::dead_letters(&mut connection).await;
         dead_letters = Some(letters.map_err(|error| database_error("the dead letters cannot be read", error)));
     }
+    let mut captures = Vec::new();
+    if tables.outbox && does(&READERS_OF_CAPTURES) {
+        captures = look_at_captures(&mut connection).await.map_err(failed)?;
+    }
     let roles: Vec<&str> = match config.roles.as_slice() {
         [] => vec![Role::Relay.name()],
         roles => roles.iter().map(|role| role.name()).collect(),
@@ -329,7 +337,17 @@ async fn look_at_database(config: &DoctorConfig) -> Result<DatabaseFacts, Error>
         migrations,
         work,
         dead_letters,
+        captures,
     })
+}
+
+async fn look_at_captures(connection: &mut Session) -> Result<Vec<capture::Checked>, sqlx::Error> {
+    let schema = connection.schema().clone();
+    let mut tx = connection.begin().await?;
+    match capture::can_check(tx.for_others(), &schema).await? {
+        true => capture::check(tx.for_others(), &schema).await,
+        false => Ok(Vec::new()),
+    }
 }
 
 async fn look_at_work(connection: &mut Session) -> Result<Work, Error> {

@@ -136,6 +136,11 @@ pub fn set_schema(name: &str) -> Result<(), SchemaError> {
     Err(SchemaError { name: schema.0.into_owned(), problem: problem.into() })
 }
 
+/// What this process publishes into. Nobody can tell it another schema afterwards.
+pub fn published() -> Schema {
+    PUBLISHED.get_or_init(Schema::default).clone()
+}
+
 /// A statement that publishes.
 #[cfg_attr(not(feature = "sqlx09"), allow(dead_code))]
 pub(crate) struct PublishStatement {

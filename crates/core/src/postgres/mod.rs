@@ -2,6 +2,7 @@
 
 pub mod attempt;
 pub mod audit;
+pub mod capture;
 pub mod compare;
 pub mod connections;
 pub mod database;

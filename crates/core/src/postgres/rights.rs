@@ -171,7 +171,7 @@ mod tests {
         assert_eq!(columns, ["event_id", "type", "version", "key", "headers", "payload", "content_type"]);
         let functions: Vec<&str> =
             publisher.iter().filter(|right| right.kind == "function").map(|right| right.object.as_str()).collect();
-        assert_eq!(functions, ["publish", "new_event_id"]);
+        assert_eq!(functions[..3], ["publish", "new_event_id", "capture"]);
         let usage =
             |right: &Right| (right.kind, right.object.as_str(), right.privilege.as_str()) == ("schema", "", "usage");
         for role in [

@@ -7,6 +7,7 @@ use chrono::{SecondsFormat, TimeDelta};
 use super::{Check, DatabaseFacts, DoctorConfig, Role, Work, connections, span};
 use aftercommit_core::config::Schema;
 use aftercommit_core::error::Error;
+use aftercommit_core::postgres::capture::Checked;
 use aftercommit_core::postgres::doctor::{Prepared, Server, Tables, Transaction};
 use aftercommit_core::postgres::migrate;
 use aftercommit_core::postgres::pause::Pause;
@@ -66,6 +67,7 @@ pub(super) fn judge(facts: &DatabaseFacts, config: &DoctorConfig) -> Vec<Check> 
         )),
         None => {}
     }
+    checks.extend(captures(&facts.captures, &config.postgres.schema));
     checks
 }
 
@@ -367,6 +369,25 @@ fn dead_letters(letters: &[(String, i64)]) -> Vec<Check> {
             )
         })
         .collect()
+}
+
+fn captures(captures: &[Checked], schema: &Schema) -> Vec<Check> {
+    const NAME: &str = "captures";
+    let mut checks: Vec<Check> = captures
+        .iter()
+        .filter(|checked| !checked.ok)
+        .map(|checked| {
+            Check::warn(
+                NAME,
+                format!("the capture of {} is not as it should be: {}", checked.table, checked.problems.join("; ")),
+                format!("put that right, and call {schema}.capture() again with the settings that you want"),
+            )
+        })
+        .collect();
+    if checks.is_empty() && !captures.is_empty() {
+        checks.push(Check::ok(NAME, format!("{}, as it should be", counted(captures.len() as u64, "captured table"))));
+    }
+    checks
 }
 
 #[cfg(test)]
