@@ -1,5 +1,6 @@
 //! What happens along the life of a row.
 
+mod capture;
 mod example;
 mod guides;
 mod hooks;

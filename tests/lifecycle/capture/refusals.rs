@@ -1,0 +1,90 @@
+//! What cannot be captured is refused by name, and nothing is left behind.
+
+use super::Shop;
+
+const TABLES: &str = r#"
+    create table orders (id int primary key, name text, total int generated always as (id * 2) stored);
+    create table keyless (id int, name text);
+    create table account (id int primary key, name text, password_hash text, "apiKey" text, spin int);
+    create view orders_view as select * from orders;
+    create materialized view orders_copy as select * from orders;
+    create table parted (id int primary key) partition by list (id);
+    create table parted_1 partition of parted for values in (1);
+    create table thing (id int primary key);
+    create table tool () inherits (thing);
+    create foreign data wrapper nothing;
+    create server nowhere foreign data wrapper nothing;
+    create foreign table far (id int) server nowhere;
+    create sequence counter;"#;
+
+#[tokio::test]
+async fn what_cannot_be_captured_is_refused_by_name() {
+    let shop = Shop::with(TABLES).await;
+    let cases: [(&str, &[&str]); 40] = [
+        ("'orders_view', type => 'x'", &["public.orders_view", "view: capture the tables behind it"]),
+        ("'orders_copy', type => 'x'", &["public.orders_copy", "materialized view"]),
+        ("'far', type => 'x'", &["public.far", "foreign table"]),
+        ("'counter', type => 'x'", &["public.counter", "no table"]),
+        ("'orders_pkey', type => 'x'", &["public.orders_pkey", "no table"]),
+        ("'pg_class', type => 'x'", &["pg_class", "system table"]),
+        ("'information_schema.sql_sizing', type => 'x'", &["sql_sizing", "system table"]),
+        ("'aftercommit.outbox', type => 'x'", &["aftercommit.outbox", "belongs to aftercommit itself"]),
+        ("'parted_1', type => 'x'", &["public.parted_1", "capture public.parted"]),
+        ("'thing', type => 'x'", &["public.thing", "public.tool", "inherit"]),
+        ("'nothing_there', type => 'x'", &["nothing_there", "does not exist"]),
+        ("'keyless', type => 'x'", &["public.keyless", "no primary key", "key => 'column'"]),
+        ("'keyless', type => 'x', key => ''", &["public.keyless", "key"]),
+        ("'keyless', type => 'x', key => 'id, nam'", &["public.keyless has no column nam"]),
+        ("'orders', type => 'x', columns => '{id,nope,never}'", &["public.orders has no column never, nope"]),
+        ("'orders', type => 'x', columns => array[null]", &["public.orders has no column null"]),
+        ("'orders', type => 'x', columns => '{xmin}'", &["public.orders has no column xmin"]),
+        ("'orders', type => 'x', watch => '{nope}'", &["public.orders has no column nope"]),
+        ("'orders', type => 'x', watch => '{}'", &["public.orders", "watched"]),
+        ("'orders', type => 'x', columns => '{total}'", &["column total of public.orders is generated"]),
+        ("'orders', type => 'x', watch => '{total}'", &["column total of public.orders is generated"]),
+        ("'orders', type => 'x', key => 'total'", &["column total of public.orders is generated"]),
+        ("'account', type => 'x'", &["apiKey, password_hash of public.account looks like a secret", "allow => '{apiKey,password_hash}'"]),
+        ("'account', type => 'x', columns => '{id}', headers => '{\"h\": {\"column\": \"apiKey\"}}'", &["apiKey", "secret"]),
+        ("'account', type => 'x', allow => '{apiKey}'", &["the column password_hash of public.account looks like a secret"]),
+        ("'orders', type => 'or der'", &["'or der'", "public.orders", "tokens"]),
+        ("'orders', type => ''", &["''"]),
+        ("'orders', type => null", &["NULL"]),
+        ("'orders', type => repeat('x', 191)", &["190 bytes"]),
+        ("'orders', type => 'x', \"on\" => '{insert,upsert}'", &["{insert,upsert}", "public.orders", "insert, update and delete"]),
+        ("'orders', type => 'x', \"on\" => '{}'", &["{}"]),
+        ("'orders', type => 'x', \"on\" => null", &["NULL"]),
+        ("'orders', type => 'x', oversize => 'drop'", &["'drop'", "truncate-columns or key-only"]),
+        ("'orders', type => 'x', old => null", &["old and always"]),
+        ("'orders', type => 'x', headers => '[]'", &["public.orders", "object"]),
+        ("'orders', type => 'x', headers => '{\"a b\": \"x\"}'", &["'a b' is not legal"]),
+        ("'orders', type => 'x', headers => '{\"Ce-Type\": \"x\"}'", &["'Ce-Type'", "reserved"]),
+        ("'orders', type => 'x', headers => '{\"a\": 1}'", &["value of a", "column"]),
+        ("'orders', type => 'x', headers => '{\"a\": {\"column\": \"nope\"}}'", &["no column nope"]),
+        ("'orders', type => 'x', headers => jsonb_build_object('a', repeat('x', 17000))", &["more bytes"]),
+    ];
+    for (arguments, words) in cases {
+        let told = shop.attempt(&format!("select aftercommit.capture({arguments})")).await.unwrap_err();
+        for word in words {
+            assert!(told.contains(word), "{arguments}: {told}");
+        }
+    }
+    let told = shop.attempt("create temp table short (id int primary key); select aftercommit.capture('short', type => 'x')").await.unwrap_err();
+    assert!(told.contains("temporary table"), "{told}");
+    let left: i64 = shop
+        .one("select count(*) + (select count(*) from aftercommit.captures) from pg_trigger where not tgisinternal and tgname like '%capture%'")
+        .await;
+    assert_eq!(left, 0);
+    // What only looks like it, and what somebody has allowed.
+    shop.run("select aftercommit.capture('account', type => 'x', columns => '{id,spin}')").await;
+    shop.run("select aftercommit.capture('account', type => 'x', allow => '{password_hash,apiKey}')").await;
+    shop.run("select aftercommit.capture('orders', type => 'x')").await;
+    shop.run("insert into orders (id, name) values (1, 'a')").await;
+    assert_eq!(shop.told().await[0].2["new"], serde_json::json!({"id": 1, "name": "a"}), "without the generated column");
+}
+
+#[tokio::test]
+async fn a_table_that_gets_children_later_is_told_of() {
+    let shop = Shop::with("create table thing (id int primary key); select aftercommit.capture('thing', type => 'thing')").await;
+    shop.run("create table tool () inherits (thing)").await;
+    assert!(shop.problems().await[0].contains("inherit from it (public.tool)"));
+}
