@@ -266,13 +266,14 @@ $$;
 
 -- ------------------------------------------------------------------------------------ what is installed
 
--- What the names of triggers and functions begin with. It sorts before names in lower case: a trigger of the table that
--- changes the same row again fires behind ours, so that events of a row have the order of its changes.
-create function aftercommit.capture_prefix() returns text
+-- What the names of functions begin with, behind a `_`, and those of triggers, behind a `!`. That sorts before all names that
+-- people give: a trigger of the table that changes the same row again fires behind ours, so that events of a row have the
+-- order of its changes.
+create function aftercommit.capture_prefix(first text) returns text
     language sql immutable
     set search_path = pg_catalog, pg_temp
 as $$
-    select '_' || case when length('aftercommit') <= 24 then 'aftercommit' else left(md5('aftercommit'), 24) end || '_capture_'
+    select first || case when length('aftercommit') <= 24 then 'aftercommit' else left(md5('aftercommit'), 24) end || '_capture_'
 $$;
 
 -- The settings of a function that captures; null of any other one.
@@ -284,7 +285,7 @@ declare
     settings jsonb;
 begin
     settings := (select obj_description(oid, 'pg_proc') from pg_proc
-                  where oid = function and starts_with(proname, aftercommit.capture_prefix()) and prorettype = 'trigger'::regtype);
+                  where oid = function and starts_with(proname, aftercommit.capture_prefix('_')) and prorettype = 'trigger'::regtype);
     return case when settings ? 'capture' then settings end;
 exception when others then
     return null;
@@ -298,7 +299,7 @@ create function aftercommit.capture_function(relation regclass) returns oid
 as $$
     select p.oid
       from pg_class c
-      join pg_proc p on p.pronamespace = c.relnamespace and starts_with(p.proname, aftercommit.capture_prefix())
+      join pg_proc p on p.pronamespace = c.relnamespace and starts_with(p.proname, aftercommit.capture_prefix('_'))
       left join pg_trigger t on t.tgfoid = p.oid and not t.tgisinternal
      where c.oid = relation and aftercommit.capture_settings(p.oid) is not null
        and (t.tgrelid = relation or (t.oid is null and aftercommit.capture_settings(p.oid) ->> 'table' = relation::text))
@@ -314,7 +315,7 @@ as $$
     select case when relkind = 'p' or exists (select from pg_inherits where inhrelid = relation)
                   or exists (select from pg_trigger
                               where tgrelid = relation and not tgisinternal and tgenabled in ('O', 'A') and tgtype & 67 = 1
-                                and not starts_with(tgname, aftercommit.capture_prefix()))
+                                and not starts_with(tgname, aftercommit.capture_prefix('!')))
                 then 'row' else 'statement' end
       from pg_class where oid = relation
 $$;
@@ -339,8 +340,8 @@ as $$
         union all
         select 'truncate', 'TRUNCATE', ' FOR EACH STATEMENT', case when (settings ->> 'always')::boolean then 'A' else 'O' end
           from op where op = 'delete')
-    select aftercommit.capture_prefix() || suffix,
-           format('CREATE TRIGGER %I AFTER %s ON %s%s EXECUTE FUNCTION %s()', aftercommit.capture_prefix() || suffix, event, relation, rest, function),
+    select aftercommit.capture_prefix('!') || suffix,
+           format('CREATE TRIGGER %I AFTER %s ON %s%s EXECUTE FUNCTION %s()', aftercommit.capture_prefix('!') || suffix, event, relation, rest, function),
            enabled::"char"
       from wanted
 $$;
@@ -424,7 +425,7 @@ begin
                            when pg_get_triggerdef(t.oid) <> w.definition then 'another one'
                            when t.tgenabled = 'D' then 'disabled' else 'enabled in another way' end)
           from aftercommit.capture_triggers(relation, settings, per, function) as w
-          full join (select * from pg_trigger where tgrelid = relation and starts_with(tgname, aftercommit.capture_prefix())) as t on t.tgname = w.name
+          full join (select * from pg_trigger where tgrelid = relation and starts_with(tgname, aftercommit.capture_prefix('!'))) as t on t.tgname = w.name
          where t.oid is null or w.name is null or pg_get_triggerdef(t.oid) <> w.definition or t.tgenabled <> w.enabled
             or exists (with recursive copy(oid, enabled) as (
                            select oid, tgenabled from pg_trigger where tgparentid = t.oid
@@ -434,30 +435,38 @@ begin
 end
 $$;
 
+-- All captures. No name is looked up: that would take rights on the table's schema.
+create function aftercommit.capture_all() returns table (relation regclass, function regprocedure, settings jsonb)
+    language sql stable
+    set search_path = pg_catalog, pg_temp
+as $$
+    select coalesce((select min(tgrelid) from pg_trigger where tgfoid = p.oid and tgparentid = 0),
+                    (select c.oid from pg_class c join pg_namespace n on n.oid = c.relnamespace
+                      where format('%I.%I', n.nspname, c.relname) = p.settings ->> 'table'))::regclass, p.oid, p.settings
+      from (select oid, aftercommit.capture_settings(oid) as settings from pg_proc
+             where starts_with(proname, aftercommit.capture_prefix('_')) and prorettype = 'trigger'::regtype) as p
+     where p.settings is not null
+$$;
+
 -- What is captured and how. Everybody sees it who may use the schema: it is in the catalog.
 create view aftercommit.captures as
-    select coalesce(t.relation::text, p.settings ->> 'table') as "table", p.settings ->> 'type' as type, p.settings -> 'key' as key,
-           p.settings -> 'columns' as columns, p.settings -> 'watch' as watch, (p.settings ->> 'old')::boolean as old,
-           p.settings -> 'headers' as headers, p.settings -> 'on' as "on", p.settings ->> 'oversize' as oversize,
-           (p.settings ->> 'always')::boolean as always,
-           (p.settings -> 'capture')::integer as version, p.oid::regprocedure::text as function
-      from (select oid, aftercommit.capture_settings(oid) as settings from pg_proc
-             where starts_with(proname, aftercommit.capture_prefix()) and prorettype = 'trigger'::regtype) as p
-     cross join lateral (select coalesce((select min(tgrelid)::regclass from pg_trigger where tgfoid = p.oid and tgparentid = 0),
-                                         to_regclass(p.settings ->> 'table')) as relation) as t
-     where p.settings is not null;
+    select coalesce(relation::text, settings ->> 'table') as "table", settings ->> 'type' as type, settings -> 'key' as key,
+           settings -> 'columns' as columns, settings -> 'watch' as watch, (settings ->> 'old')::boolean as old,
+           settings -> 'headers' as headers, settings -> 'on' as "on", settings ->> 'oversize' as oversize,
+           (settings ->> 'always')::boolean as always, (settings -> 'capture')::integer as version, function::text
+      from aftercommit.capture_all();
 
 -- Compares every capture with its table.
 create function aftercommit.capture_check() returns table ("table" text, ok boolean, problems text[], notes text[])
     language sql stable
     set search_path = pg_catalog, pg_temp
 as $$
-    select c."table", p.problems = '{}', p.problems,
+    select coalesce(c.relation::text, c.settings ->> 'table'), p.problems = '{}', p.problems,
            array(select format('its column %s came later and is not captured: call capture() again to have it', a.attname) from pg_attribute a
-                  where (c.settings ->> 'all')::boolean and a.attrelid = to_regclass(c."table") and a.attnum > 0 and not a.attisdropped
-                    and a.attgenerated = '' and not c.columns ? a.attname order by a.attnum)
-      from (select c.*, aftercommit.capture_settings(c.function::regprocedure) as settings from aftercommit.captures c) as c
-     cross join lateral aftercommit.capture_problems(to_regclass(c."table"), c.function::regprocedure, c.settings) as p(problems)
+                  where (c.settings ->> 'all')::boolean and a.attrelid = c.relation and a.attnum > 0 and not a.attisdropped
+                    and a.attgenerated = '' and not c.settings -> 'columns' ? a.attname order by a.attnum)
+      from aftercommit.capture_all() as c
+     cross join lateral aftercommit.capture_problems(c.relation, c.function, c.settings) as p(problems)
      order by 1
 $$;
 
@@ -620,7 +629,7 @@ begin
     for wanted in
         select t.tgname as old_name, t.tgenabled as old_enabled, w.*, pg_get_triggerdef(t.oid) is not distinct from w.definition as same
           from aftercommit.capture_triggers(relation, settings, per, function) as w
-          full join (select * from pg_trigger where tgrelid = relation and starts_with(tgname, aftercommit.capture_prefix())) as t on t.tgname = w.name
+          full join (select * from pg_trigger where tgrelid = relation and starts_with(tgname, aftercommit.capture_prefix('!'))) as t on t.tgname = w.name
     loop
         if wanted.old_name is not null and not wanted.same then
             execute format('drop trigger %I on %s', wanted.old_name, relation);
@@ -654,7 +663,7 @@ declare
     number integer := 1;
 begin
     -- Up to 24 bytes of the table's name, cut at a character.
-    name := coalesce(name, aftercommit.capture_prefix() || (
+    name := coalesce(name, aftercommit.capture_prefix('_') || (
         select max(left(relname, n)) filter (where octet_length(left(relname, n)) <= 24) from pg_class, generate_series(1, 24) as n where oid = relation));
     while existing is null and exists (select from pg_proc where pronamespace = place and proname = name || coalesce('_' || nullif(number, 1), '')) loop
         number := number + 1;
@@ -683,7 +692,7 @@ declare
     function constant oid := aftercommit.capture_function(relation);
     name text;
 begin
-    for name in select tgname from pg_trigger where tgrelid = relation and tgparentid = 0 and starts_with(tgname, aftercommit.capture_prefix()) loop
+    for name in select tgname from pg_trigger where tgrelid = relation and tgparentid = 0 and starts_with(tgname, aftercommit.capture_prefix('!')) loop
         execute format('drop trigger %I on %s', name, relation);
     end loop;
     if function is not null then

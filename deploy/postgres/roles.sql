@@ -95,7 +95,7 @@ grant execute on function :"schema".capture, :"schema".capture_remove, :"schema"
     :"schema".capture_wrong_header, :"schema".capture_make_function, :"schema".capture_fit to :"publisher";
 -- What captures there are, and whether they are as they should be. These read the catalog only.
 grant select on :"schema".captures to :"publisher", :"reader", :"operator";
-grant execute on function :"schema".capture_check, :"schema".capture_problems, :"schema".capture_settings,
+grant execute on function :"schema".capture_check, :"schema".capture_all, :"schema".capture_problems, :"schema".capture_settings,
     :"schema".capture_function, :"schema".capture_prefix, :"schema".capture_per, :"schema".capture_triggers,
     :"schema".capture_refusal, :"schema".capture_lacks, :"schema".capture_source, :"schema".capture_insert,
     :"schema".capture_headers, :"schema".capture_header, :"schema".capture_object, :"schema".capture_differs,

@@ -47,7 +47,8 @@ impl Shop {
 
     /// The events since the last call.
     pub async fn told(&self) -> Vec<Told> {
-        let events = sqlx::query_as("select type, key, data from aftercommit.events order by id").fetch_all(&self.pool).await;
+        let events =
+            sqlx::query_as("select type, key, data from aftercommit.events order by id").fetch_all(&self.pool).await;
         self.run("truncate aftercommit.outbox").await;
         events.unwrap()
     }
@@ -60,7 +61,10 @@ impl Shop {
 
     /// The problems of each capture.
     pub async fn problems(&self) -> Vec<String> {
-        sqlx::query_scalar("select unnest(problems) from aftercommit.capture_check()").fetch_all(&self.pool).await.unwrap()
+        sqlx::query_scalar("select unnest(problems) from aftercommit.capture_check()")
+            .fetch_all(&self.pool)
+            .await
+            .unwrap()
     }
 
     pub async fn one<T>(&self, sql: &str) -> T

@@ -40,8 +40,17 @@ const FILL: &str = "
       from generate_series(1, 50000) as n;";
 
 /// Files whose statements run once in the life of a process, or in no process of ours.
-const ONCE: [&str; 9] =
-    ["audit.rs", "capture.rs", "database.rs", "doctor.rs", "explain.rs", "function.rs", "migrate.rs", "subscriber.rs", "testing.rs"];
+const ONCE: [&str; 9] = [
+    "audit.rs",
+    "capture.rs",
+    "database.rs",
+    "doctor.rs",
+    "explain.rs",
+    "function.rs",
+    "migrate.rs",
+    "subscriber.rs",
+    "testing.rs",
+];
 
 /// Statements that read more than what is new, and why that is right: the beginning of each.
 const READS_ALL: &[(&str, &str)] = &[

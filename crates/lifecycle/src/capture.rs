@@ -238,13 +238,18 @@ impl Capture {
                 _ = write!(sql, ", {name} => {value}");
             }
         };
-        let list = |names: &[String]| format!("array[{}]::text[]", names.iter().map(|n| quoted(n)).collect::<Vec<_>>().join(", "));
+        let list = |names: &[String]| {
+            format!("array[{}]::text[]", names.iter().map(|n| quoted(n)).collect::<Vec<_>>().join(", "))
+        };
         argument("key", self.key.as_deref().map(quoted));
         argument("columns", self.columns.as_deref().map(list));
         argument("watch", self.watch.as_deref().map(list));
         argument("old", self.old.then(|| "true".into()));
         argument("headers", Some(&self.headers).filter(|h| !h.is_empty()).map(|h| quoted(&json!(h).to_string())));
-        argument("\"on\"", Some(&self.operations).filter(|o| o.len() != 3).map(|o| quoted(&format!("{{{}}}", o.join(",")))));
+        argument(
+            "\"on\"",
+            Some(&self.operations).filter(|o| o.len() != 3).map(|o| quoted(&format!("{{{}}}", o.join(",")))),
+        );
         argument("allow", Some(&self.allow).filter(|a| !a.is_empty()).map(|a| list(a)));
         argument("oversize", Some(self.oversize).filter(|o| *o != Oversize::default()).map(|o| quoted(o.name())));
         argument("always", (!self.always).then(|| "false".into()));
@@ -320,7 +325,8 @@ fn failed(doing: &str, error: sqlx::Error) -> Error {
         "22023" | "42602" | "42703" | "42809" | "42P01" => ErrorKind::Config,
         "42501" => ErrorKind::Database,
         "55P03" => {
-            let text = format!("{doing}: others hold a lock on the table for too long; nothing was changed, try it again");
+            let text =
+                format!("{doing}: others hold a lock on the table for too long; nothing was changed, try it again");
             return Error::new(ErrorKind::Database, text);
         }
         _ => return database_error(doing, error),

@@ -32,7 +32,7 @@ pub(super) enum Capture {
 
 #[derive(Args)]
 pub(super) struct Add {
-    /// The table, as SQL names it: public.orders, or 'public."Orders"'
+    /// The table with its schema, as SQL names it: public.orders, or 'public."Orders"'
     #[arg(value_name = "TABLE")]
     table: String,
     /// What the events' types begin with: order makes order.inserted, order.updated, order.deleted
@@ -89,7 +89,7 @@ pub(super) struct Look {
 
 #[derive(Args)]
 pub(super) struct Remove {
-    /// The table, as SQL names it
+    /// The table with its schema, as SQL names it
     #[arg(value_name = "TABLE")]
     table: String,
     /// Print the result as JSON
@@ -233,7 +233,11 @@ async fn check(command: Look) -> Result<(String, ExitCode), Error> {
     }
     let mut text = String::new();
     for checked in &captures {
-        let verdict = if checked.ok { "as it should be" } else { "not as it should be; `aftercommit capture add` again puts it right" };
+        let verdict = if checked.ok {
+            "as it should be"
+        } else {
+            "not as it should be; `aftercommit capture add` again puts it right"
+        };
         text += &format!("{}: {verdict}\n", plain(&checked.table));
         text.extend(checked.problems.iter().map(|problem| format!("  {}\n", plain(problem))));
         text.extend(checked.notes.iter().map(|note| format!("  note: {}\n", plain(note))));

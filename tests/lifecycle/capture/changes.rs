@@ -125,7 +125,10 @@ async fn what_is_rolled_back_is_told_to_nobody() {
          rollback to a; insert into orders values (4); commit",
     )
     .await;
-    shop.run("do $$ begin insert into orders values (5); raise exception 'no'; exception when others then null; end $$").await;
+    shop.run(
+        "do $$ begin insert into orders values (5); raise exception 'no'; exception when others then null; end $$",
+    )
+    .await;
     shop.attempt("insert into orders values (6), (2)").await.unwrap_err();
     assert_eq!(shop.told_of().await, ["order.inserted 2", "order.inserted 4"]);
 }

@@ -51,20 +51,32 @@ async fn a_change_of_the_schema_is_noticed() {
         ("alter table orders rename state to status", "no column state any more"),
         ("alter table orders alter status type json using null", "not the one"),
         ("alter table orders add at timestamptz", ""),
-        ("alter table orders disable trigger _aftercommit_capture_update", "_aftercommit_capture_update is disabled"),
-        ("alter table orders enable trigger _aftercommit_capture_row", "_aftercommit_capture_row is enabled in another way"),
-        ("drop trigger _aftercommit_capture_delete on orders", "_aftercommit_capture_delete is gone"),
+        (
+            "alter table orders disable trigger \"!aftercommit_capture_update\"",
+            "!aftercommit_capture_update is disabled",
+        ),
+        (
+            "alter table orders enable trigger \"!aftercommit_capture_row\"",
+            "!aftercommit_capture_row is enabled in another way",
+        ),
+        ("drop trigger \"!aftercommit_capture_delete\" on orders", "!aftercommit_capture_delete is gone"),
         ("alter function _aftercommit_capture_orders set search_path = public", "not the one"),
         ("alter function _aftercommit_capture_orders security invoker", "security definer"),
-        ("create role another_owner_of_orders; grant usage on schema aftercommit to another_owner_of_orders; alter table orders owner to another_owner_of_orders", "another_owner_of_orders may not insert"),
-        ("alter table orders owner to postgres; alter function _aftercommit_capture_orders owner to another_owner_of_orders", "belongs to another role"),
+        (
+            "create role another_owner_of_orders; grant usage on schema aftercommit to another_owner_of_orders; alter table orders owner to another_owner_of_orders",
+            "another_owner_of_orders may not insert",
+        ),
+        (
+            "alter table orders owner to postgres; alter function _aftercommit_capture_orders owner to another_owner_of_orders",
+            "belongs to another role",
+        ),
         (
             "create or replace function _aftercommit_capture_orders() returns trigger language plpgsql security definer
              set search_path = pg_catalog, pg_temp as 'begin return null; end'",
             "not the one",
         ),
         ("alter table orders rename to sales", "not the one"),
-        ("alter table sales rename to orders", ""),
+        ("alter table sales rename to orders", "not the one"),
     ];
     shop.run(call).await;
     assert_eq!(shop.problems().await, [""; 0]);
@@ -84,20 +96,27 @@ async fn a_change_of_the_schema_is_noticed() {
     shop.run("alter table orders add remark text").await;
     let notes = "select array_to_string(notes, ';') from aftercommit.capture_check()";
     assert!(shop.one::<String>(notes).await.contains("column remark came later"));
-    shop.run("select aftercommit.capture('orders', type => 'order', columns => '{id}'); alter table orders add more text").await;
+    shop.run(
+        "select aftercommit.capture('orders', type => 'order', columns => '{id}'); alter table orders add more text",
+    )
+    .await;
     assert_eq!(shop.one::<String>(notes).await, "");
-    shop.run("drop table orders; drop role another_owner_of_orders").await;
+    shop.run("drop table orders; drop owned by another_owner_of_orders; drop role another_owner_of_orders").await;
     assert_eq!(shop.problems().await, ["its table is gone: drop function public._aftercommit_capture_orders()"]);
 }
 
 /// After such a change a write fails, rather than being told to nobody.
 #[tokio::test]
 async fn a_column_that_is_gone_fails_the_write() {
-    let shop = Shop::with(&format!("{ORDERS} select aftercommit.capture('orders', type => 'order'); insert into orders values (1)")).await;
+    let shop = Shop::with(&format!(
+        "{ORDERS} select aftercommit.capture('orders', type => 'order'); insert into orders values (1)"
+    ))
+    .await;
     shop.run("alter table orders drop column cents").await;
     let refused = shop.attempt("update orders set state = 'x'").await.unwrap_err();
     assert!(refused.contains("cents"), "{refused}");
-    shop.run("begin; alter table orders add cents int; select aftercommit.capture('orders', type => 'order'); commit").await;
+    shop.run("begin; alter table orders add cents int; select aftercommit.capture('orders', type => 'order'); commit")
+        .await;
     shop.run("update orders set state = 'x'").await;
 }
 
@@ -144,7 +163,10 @@ async fn two_systems_capture_the_same_table() {
     let shop = Shop::with(ORDERS).await;
     let other = PostgresConfig { schema: "shop_events".parse().unwrap(), ..shop.database.config.clone() };
     aftercommit::operator::migrate(&other).await.unwrap();
-    shop.run("select aftercommit.capture('orders', type => 'order'), shop_events.capture('orders', type => 'shop.order')").await;
+    shop.run(
+        "select aftercommit.capture('orders', type => 'order'), shop_events.capture('orders', type => 'shop.order')",
+    )
+    .await;
     shop.run("insert into orders values (1); delete from orders").await;
     assert_eq!(shop.told_of().await, ["order.inserted 1", "order.deleted 1"]);
     let theirs = "select string_agg(type, ' ' order by id) from shop_events.outbox";
@@ -152,7 +174,10 @@ async fn two_systems_capture_the_same_table() {
     let check = "select count(*) from (select * from aftercommit.capture_check() union all select * from shop_events.capture_check()) as c where ok";
     assert_eq!(shop.one::<i64>(check).await, 2);
     // Without the other one nothing of it is missed.
-    shop.run("select aftercommit.capture_remove('orders'); drop schema aftercommit cascade; insert into orders values (2)").await;
+    shop.run(
+        "select aftercommit.capture_remove('orders'); drop schema aftercommit cascade; insert into orders values (2)",
+    )
+    .await;
     let strays = "select count(*) from pg_proc p join pg_namespace n on n.oid = p.pronamespace
                    where n.nspname in ('public', 'shop_events') and prosrc ~ 'aftercommit[.]'";
     assert_eq!(shop.one::<i64>(strays).await, 0);
@@ -163,8 +188,16 @@ async fn two_systems_capture_the_same_table() {
 async fn rust_does_the_same() {
     let shop = Shop::with(ORDERS).await;
     let mut connection = PgConnection::connect(&shop.database.config.url).await.unwrap();
-    let capture = Capture::new("orders", "order").key("id").columns(["id", "state"]).watch(["state"]).old_values().header("origin", "shop");
-    let capture = capture.header_from("state", "state").operations([Operation::Update, Operation::Delete]).oversize(Oversize::KeyOnly);
+    let capture = Capture::new("orders", "order")
+        .key("id")
+        .columns(["id", "state"])
+        .watch(["state"])
+        .old_values()
+        .header("origin", "shop");
+    let capture = capture
+        .header_from("state", "state")
+        .operations([Operation::Update, Operation::Delete])
+        .oversize(Oversize::KeyOnly);
     let mut tx = connection.begin().await.unwrap();
     assert_eq!(capture.install(&mut tx).await.unwrap(), Installed::Installed);
     tx.commit().await.unwrap();
@@ -208,13 +241,29 @@ async fn the_command_does_the_same() {
     let shop = Shop::with(ORDERS).await;
     let told = |arguments: &[&str]| succeeded(run(&shop, arguments));
     assert_eq!(told(&["list"]), "no table is captured\n");
-    let add = ["add", "orders", "--type", "order", "--column", "id,state", "--on", "insert,delete", "--header", "origin=a", "--header-column", "s=state"];
-    assert!(told(&[&add[..], &["--print"]].concat()).starts_with("select aftercommit.capture('orders', type => 'order'"));
+    let add = [
+        "add",
+        "public.orders",
+        "--type",
+        "order",
+        "--column",
+        "id,state",
+        "--on",
+        "insert,delete",
+        "--header",
+        "origin=a",
+        "--header-column",
+        "s=state",
+    ];
+    assert!(
+        told(&[&add[..], &["--print"]].concat())
+            .starts_with("select aftercommit.capture('public.orders', type => 'order'")
+    );
     assert_eq!(told(&["list"]), "no table is captured\n", "it was only printed");
-    assert_eq!(told(&add), "orders is captured from now on\n");
-    assert_eq!(told(&add), "orders is captured in this way already\n");
+    assert_eq!(told(&add), "public.orders is captured from now on\n");
+    assert_eq!(told(&add), "public.orders is captured in this way already\n");
     let result: Value = serde_json::from_str(&told(&[&add[..], &["--old", "--json"]].concat())).unwrap();
-    assert_eq!(result, json!({"table": "orders", "result": "replaced"}));
+    assert_eq!(result, json!({"table": "public.orders", "result": "replaced"}));
     let list = told(&["list"]);
     assert_eq!(list.lines().count(), 2, "{list}");
     assert!(list.contains("insert, delete"), "{list}");
@@ -226,11 +275,11 @@ async fn the_command_does_the_same() {
     let drifted: Value = serde_json::from_slice(&run(&shop, &["check", "--json"]).stdout).unwrap();
     assert_eq!(drifted[0]["ok"], false);
     for (wrong, status, words) in [
-        (&["add", "orders", "--type", "a b"][..], 2, "tokens"),
-        (&["add", "nope", "--type", "a"], 2, "nope"),
-        (&["add", "orders", "--type", "a", "--on", "upsert"], 2, "upsert"),
-        (&["add", "orders", "--type", "a", "--column", "nope"], 2, "no column nope"),
-        (&["remove", "nope"], 2, "nope"),
+        (&["add", "public.orders", "--type", "a b"][..], 2, "tokens"),
+        (&["add", "public.nope", "--type", "a"], 2, "nope"),
+        (&["add", "public.orders", "--type", "a", "--on", "upsert"], 2, "upsert"),
+        (&["add", "public.orders", "--type", "a", "--column", "nope"], 2, "no column nope"),
+        (&["remove", "public.nope"], 2, "nope"),
     ] {
         let refused = run(&shop, wrong);
         let error = String::from_utf8_lossy(&refused.stderr).into_owned();
@@ -239,12 +288,12 @@ async fn the_command_does_the_same() {
     // Whoever holds the table is not waited for long: all who write to it would wait behind us.
     let mut holder = PgConnection::connect(&shop.database.config.url).await.unwrap();
     sqlx::raw_sql("begin; lock table orders in row exclusive mode").execute(&mut holder).await.unwrap();
-    let refused = run(&shop, &["add", "orders", "--type", "order"]);
+    let refused = run(&shop, &["add", "public.orders", "--type", "order"]);
     let error = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(refused.status.code() == Some(1) && error.contains("hold a lock"), "{error}");
     sqlx::raw_sql("rollback").execute(&mut holder).await.unwrap();
-    assert_eq!(told(&["remove", "orders"]), "orders is captured no longer\n");
-    assert_eq!(run(&shop, &["remove", "orders"]).status.code(), Some(1));
+    assert_eq!(told(&["remove", "public.orders"]), "public.orders is captured no longer\n");
+    assert_eq!(run(&shop, &["remove", "public.orders"]).status.code(), Some(1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -254,7 +303,12 @@ async fn doctor_warns_of_a_capture_that_no_longer_fits() {
     config.nats.url = "nats://127.0.0.1:1".into();
     let captures = async |config: &DoctorConfig| {
         let report = doctor(config).await.unwrap();
-        report.checks.into_iter().filter(|check| check.name == "captures").map(|check| (check.status, check.finding)).collect::<Vec<_>>()
+        report
+            .checks
+            .into_iter()
+            .filter(|check| check.name == "captures")
+            .map(|check| (check.status, check.finding))
+            .collect::<Vec<_>>()
     };
     assert_eq!(captures(&config).await, [(Severity::Ok, "1 captured table, as it should be".into())]);
     shop.run("alter table orders disable trigger all").await;

@@ -32,7 +32,8 @@ async fn a_cascade_is_told_from_the_top() {
     );
     shop.run("update parent set id = 3").await;
     let told = shop.told().await;
-    let keys: Vec<_> = told.iter().map(|(event_type, key, _)| format!("{event_type} {}", key.as_ref().unwrap())).collect();
+    let keys: Vec<_> =
+        told.iter().map(|(event_type, key, _)| format!("{event_type} {}", key.as_ref().unwrap())).collect();
     assert_eq!(keys, ["parent.updated 3", "child.updated 21", "child.updated 22"]);
     assert_eq!(told[1].2["new"], json!({"id": 21, "parent": 3}));
 }
@@ -46,8 +47,10 @@ async fn a_row_that_a_constraint_changes_again_is_told_twice_in_order() {
     )
     .await;
     shop.run("update node set id = 9 where id = 1").await;
-    let told: Vec<_> = shop.told().await.into_iter().map(|(_, key, data)| (key.unwrap(), data["new"]["up"].clone())).collect();
-    assert_eq!(told, [("9".into(), json!(1)), ("9".into(), json!(9)), ("2".into(), json!(9))]);
+    let told: Vec<_> =
+        shop.told().await.into_iter().map(|(_, key, data)| (key.unwrap(), data["new"]["up"].clone())).collect();
+    let of_row = |row: &str| told.iter().filter(|(key, _)| key == row).map(|(_, up)| up.clone()).collect::<Vec<_>>();
+    assert_eq!((of_row("9"), of_row("2")), (vec![json!(1), json!(9)], vec![json!(9)]));
     shop.run("delete from node where id = 2").await;
     assert_eq!(shop.told_of().await, ["node.deleted 2", "node.updated 3"]);
 }

@@ -43,14 +43,26 @@ async fn what_cannot_be_captured_is_refused_by_name() {
         ("'orders', type => 'x', columns => '{total}'", &["column total of public.orders is generated"]),
         ("'orders', type => 'x', watch => '{total}'", &["column total of public.orders is generated"]),
         ("'orders', type => 'x', key => 'total'", &["column total of public.orders is generated"]),
-        ("'account', type => 'x'", &["apiKey, password_hash of public.account looks like a secret", "allow => '{apiKey,password_hash}'"]),
-        ("'account', type => 'x', columns => '{id}', headers => '{\"h\": {\"column\": \"apiKey\"}}'", &["apiKey", "secret"]),
-        ("'account', type => 'x', allow => '{apiKey}'", &["the column password_hash of public.account looks like a secret"]),
+        (
+            "'account', type => 'x'",
+            &["apiKey, password_hash of public.account looks like a secret", "allow => '{apiKey,password_hash}'"],
+        ),
+        (
+            "'account', type => 'x', columns => '{id}', headers => '{\"h\": {\"column\": \"apiKey\"}}'",
+            &["apiKey", "secret"],
+        ),
+        (
+            "'account', type => 'x', allow => '{apiKey}'",
+            &["the column password_hash of public.account looks like a secret"],
+        ),
         ("'orders', type => 'or der'", &["'or der'", "public.orders", "tokens"]),
         ("'orders', type => ''", &["''"]),
         ("'orders', type => null", &["NULL"]),
         ("'orders', type => repeat('x', 191)", &["190 bytes"]),
-        ("'orders', type => 'x', \"on\" => '{insert,upsert}'", &["{insert,upsert}", "public.orders", "insert, update and delete"]),
+        (
+            "'orders', type => 'x', \"on\" => '{insert,upsert}'",
+            &["{insert,upsert}", "public.orders", "insert, update and delete"],
+        ),
         ("'orders', type => 'x', \"on\" => '{}'", &["{}"]),
         ("'orders', type => 'x', \"on\" => null", &["NULL"]),
         ("'orders', type => 'x', oversize => 'drop'", &["'drop'", "truncate-columns or key-only"]),
@@ -68,7 +80,10 @@ async fn what_cannot_be_captured_is_refused_by_name() {
             assert!(told.contains(word), "{arguments}: {told}");
         }
     }
-    let told = shop.attempt("create temp table short (id int primary key); select aftercommit.capture('short', type => 'x')").await.unwrap_err();
+    let told = shop
+        .attempt("create temp table short (id int primary key); select aftercommit.capture('short', type => 'x')")
+        .await
+        .unwrap_err();
     assert!(told.contains("temporary table"), "{told}");
     let left: i64 = shop
         .one("select count(*) + (select count(*) from aftercommit.captures) from pg_trigger where not tgisinternal and tgname like '%capture%'")
@@ -79,12 +94,18 @@ async fn what_cannot_be_captured_is_refused_by_name() {
     shop.run("select aftercommit.capture('account', type => 'x', allow => '{password_hash,apiKey}')").await;
     shop.run("select aftercommit.capture('orders', type => 'x')").await;
     shop.run("insert into orders (id, name) values (1, 'a')").await;
-    assert_eq!(shop.told().await[0].2["new"], serde_json::json!({"id": 1, "name": "a"}), "without the generated column");
+    assert_eq!(
+        shop.told().await[0].2["new"],
+        serde_json::json!({"id": 1, "name": "a"}),
+        "without the generated column"
+    );
 }
 
 #[tokio::test]
 async fn a_table_that_gets_children_later_is_told_of() {
-    let shop = Shop::with("create table thing (id int primary key); select aftercommit.capture('thing', type => 'thing')").await;
+    let shop =
+        Shop::with("create table thing (id int primary key); select aftercommit.capture('thing', type => 'thing')")
+            .await;
     shop.run("create table tool () inherits (thing)").await;
     assert!(shop.problems().await[0].contains("inherit from it (public.tool)"));
 }

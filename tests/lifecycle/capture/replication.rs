@@ -16,14 +16,19 @@ async fn rows_that_logical_replication_applies_are_told() {
     aftercommit::operator::migrate(&PostgresConfig::new(&to)).await.unwrap();
     let (from, to, source) = (PgPool::connect(&from).await.unwrap(), PgPool::connect(&to).await.unwrap(), from);
     let run = async |pool: &PgPool, sql: &str| {
-        sqlx::raw_sql(AssertSqlSafe(sql.to_string())).execute(pool).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+        sqlx::raw_sql(AssertSqlSafe(sql.to_string()))
+            .execute(pool)
+            .await
+            .unwrap_or_else(|error| panic!("{sql}: {error}"));
     };
     let table = "create table orders (id int primary key, state text, note text)";
     run(&from, &format!("{table}; create publication orders for table orders")).await;
     // On one server the slot has to be there before.
     sqlx::query("select pg_create_logical_replication_slot('orders', 'pgoutput')").execute(&from).await.unwrap();
     run(&to, &format!("{table}; select aftercommit.capture('orders', type => 'order')")).await;
-    let subscribe = format!("create subscription orders connection '{source}' publication orders with (create_slot = false, slot_name = orders)");
+    let subscribe = format!(
+        "create subscription orders connection '{source}' publication orders with (create_slot = false, copy_data = false, slot_name = orders)"
+    );
     run(&to, &subscribe).await;
     run(&from, "insert into orders values (1, 'new', repeat('x', 9000))").await;
     run(&from, "update orders set state = 'paid'").await;
@@ -38,11 +43,16 @@ async fn rows_that_logical_replication_applies_are_told() {
     })
     .await
     .unwrap();
-    let carried: bool =
-        sqlx::query_scalar("select data->'new'->>'note' = repeat('x', 9000) from aftercommit.events where type = 'order.updated'")
-            .fetch_one(&to)
-            .await
-            .unwrap();
+    let carried: bool = sqlx::query_scalar(
+        "select data->'new'->>'note' = repeat('x', 9000) from aftercommit.events where type = 'order.updated'",
+    )
+    .fetch_one(&to)
+    .await
+    .unwrap();
     assert!(carried, "what was not sent again, because it had not changed");
-    run(&to, "alter subscription orders disable; alter subscription orders set (slot_name = none); drop subscription orders").await;
+    run(
+        &to,
+        "alter subscription orders disable; alter subscription orders set (slot_name = none); drop subscription orders",
+    )
+    .await;
 }

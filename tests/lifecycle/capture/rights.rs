@@ -5,12 +5,19 @@ use crate::support::Roles;
 
 const ORDERS: &str = "create schema shop; create table shop.orders (id int primary key, state text);";
 
+/// A login without any of the roles.
+async fn login(shop: &Shop, roles: &Roles, name: &str) -> String {
+    let login = format!("{}{name}_login", roles.0);
+    shop.run(&format!("create role {login} login")).await;
+    login
+}
+
 #[tokio::test]
 async fn whoever_may_write_the_table_is_captured_without_rights_of_its_own() {
     let shop = Shop::with(ORDERS).await;
     let roles = Roles::of(&shop.database);
     let owner = roles.login(&shop.database, "owner_of_orders", &["publisher"]).await;
-    let clerk = roles.login(&shop.database, "clerk", &[]).await;
+    let clerk = login(&shop, &roles, "clerk").await;
     shop.run(&format!(
         "alter schema shop owner to {owner}; alter table shop.orders owner to {owner}; revoke all on schema public from public;
          grant usage on schema shop to {clerk}; grant select, insert, update, delete, truncate on shop.orders to {clerk}"
@@ -22,7 +29,11 @@ async fn whoever_may_write_the_table_is_captured_without_rights_of_its_own() {
         .await
         .unwrap();
     assert_eq!(shop.told_of().await, ["order.inserted 1", "order.updated 1", "order.deleted 1", "order.truncated -"]);
-    let refused = attempt(&clerks, "insert into aftercommit.outbox (event_id, type, payload) values (gen_random_uuid(), 'a', '')").await;
+    let refused = attempt(
+        &clerks,
+        "insert into aftercommit.outbox (event_id, type, payload) values (gen_random_uuid(), 'a', '')",
+    )
+    .await;
     assert!(refused.unwrap_err().contains("permission denied"), "the trigger's rights are not the clerk's");
     // Nobody else makes the function write events of tables of their own.
     shop.run(&format!("create schema clerk authorization {clerk}")).await;
@@ -33,11 +44,12 @@ async fn whoever_may_write_the_table_is_captured_without_rights_of_its_own() {
     )
     .await;
     assert!(refused.unwrap_err().contains("permission denied"));
-    let security: (bool, String) =
-        sqlx::query_as("select prosecdef, proowner::regrole::text from pg_proc where proname = '_aftercommit_capture_orders'")
-            .fetch_one(&shop.pool)
-            .await
-            .unwrap();
+    let security: (bool, String) = sqlx::query_as(
+        "select prosecdef, proowner::regrole::text from pg_proc where proname = '_aftercommit_capture_orders'",
+    )
+    .fetch_one(&shop.pool)
+    .await
+    .unwrap();
     assert_eq!(security, (true, owner.clone()));
     // The owner looks, compares and removes.
     attempt(&owners, "select * from aftercommit.captures; select * from aftercommit.capture_check()").await.unwrap();
@@ -47,10 +59,13 @@ async fn whoever_may_write_the_table_is_captured_without_rights_of_its_own() {
         let url = shop.database.url_of(&login);
         attempt(&url, "do $$ begin assert (select ok from aftercommit.capture_check()); perform * from aftercommit.captures; end $$").await.unwrap();
         let refused = attempt(&url, "select aftercommit.capture('shop.orders', type => 'order')").await.unwrap_err();
-        assert!(refused.contains("permission denied for function capture"), "{refused}");
+        assert!(refused.contains("permission denied"), "{refused}");
     }
     // A superuser installs it with the owner's rights all the same.
-    shop.run("select aftercommit.capture_remove('shop.orders'); select aftercommit.capture('shop.orders', type => 'order')").await;
+    shop.run(
+        "select aftercommit.capture_remove('shop.orders'); select aftercommit.capture('shop.orders', type => 'order')",
+    )
+    .await;
     assert_eq!(shop.problems().await, [""; 0]);
     attempt(&owners, "select aftercommit.capture('shop.orders', type => 'order', old => true)").await.unwrap();
     attempt(&owners, "select aftercommit.capture_remove('shop.orders')").await.unwrap();
@@ -61,11 +76,14 @@ async fn who_does_not_own_the_table_or_may_not_publish_is_refused() {
     let shop = Shop::with(ORDERS).await;
     let roles = Roles::of(&shop.database);
     let stranger = roles.login(&shop.database, "stranger", &["publisher"]).await;
-    let owner = roles.login(&shop.database, "owner_of_orders", &[]).await;
+    let owner = login(&shop, &roles, "owner_of_orders").await;
     shop.run(&format!("grant all on schema shop to {stranger}, {owner}; grant all on shop.orders to {stranger}; alter table shop.orders owner to {owner}")).await;
     let call = "select aftercommit.capture('shop.orders', type => 'order')";
     let refused = attempt(&shop.database.url_of(&stranger), call).await.unwrap_err();
-    assert!(refused.contains(&format!("shop.orders cannot be captured by {stranger}, who does not own it")), "{refused}");
+    assert!(
+        refused.contains(&format!("shop.orders cannot be captured by {stranger}, who does not own it")),
+        "{refused}"
+    );
     let refused = shop.attempt(call).await.unwrap_err();
     assert!(refused.contains(&owner) && refused.contains("grant aftercommit_publisher to"), "{refused}");
     shop.run(&format!("grant {}publisher to {owner}", roles.0)).await;
@@ -93,5 +111,8 @@ async fn the_types_that_the_tables_owner_may_publish_are_what_counts() {
     assert_eq!(shop.told_of().await, ["order.inserted 1"]);
     shop.run("select aftercommit.capture('shop.orders', type => 'invoice')").await;
     let refused = attempt(&shop.database.url_of(&clerk), "insert into shop.orders values (2)").await.unwrap_err();
-    assert!(refused.contains(&format!("the role {owner} may not publish events of type invoice.inserted")), "{refused}");
+    assert!(
+        refused.contains(&format!("the role {owner} may not publish events of type invoice.inserted")),
+        "{refused}"
+    );
 }

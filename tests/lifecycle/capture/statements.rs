@@ -15,7 +15,10 @@ async fn statements_that_do_several_things_are_told_whole() {
     let shop = Shop::with(ORDERS).await;
     shop.run("insert into orders values (1, 'a', 1), (2, 'b', 2)").await;
     shop.told().await;
-    shop.run("insert into orders values (2, 'B', 3), (3, 'c', 3) on conflict (id) do update set state = excluded.state").await;
+    shop.run(
+        "insert into orders values (2, 'B', 3), (3, 'c', 3) on conflict (id) do update set state = excluded.state",
+    )
+    .await;
     assert_eq!(shop.told_of().await, ["order.updated 2", "order.inserted 3"]);
     shop.run("insert into orders values (2, 'x', 3) on conflict do nothing").await;
     assert_eq!(shop.told_of().await, [""; 0]);

@@ -75,7 +75,11 @@ pub struct Checked {
 }
 
 /// Installs a capture, or replaces it. Returns what the function returns.
-pub async fn install(connection: &mut PgConnection, schema: &Schema, capture: &Arguments<'_>) -> Result<String, sqlx::Error> {
+pub async fn install(
+    connection: &mut PgConnection,
+    schema: &Schema,
+    capture: &Arguments<'_>,
+) -> Result<String, sqlx::Error> {
     let sql = "select aftercommit.capture($1::text::regclass, $2, key => $3, columns => $4, watch => $5, old => $6,
                                           headers => $7, \"on\" => $8, allow => $9, oversize => $10, always => $11)";
     sqlx::query_scalar(AssertSqlSafe(schema.sql(sql).into_owned()))
