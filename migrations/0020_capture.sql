@@ -62,8 +62,9 @@ create function aftercommit.capture_header(value text) returns text
     language sql immutable strict
     set search_path = pg_catalog, pg_temp
 as $$
-    select case when octet_length(encoded) > 512 then 'sha256:' || encode(sha256(convert_to(value, 'UTF8')), 'hex') else encoded end
-      from (select case when value ~ '^([!-$&-~]([ !-$&-~]*[!-$&-~])?)?$' then value
+    select case when octet_length(coalesce(encoded, value)) > 512 then 'sha256:' || encode(sha256(convert_to(value, 'UTF8')), 'hex') else encoded end
+      from (select case when octet_length(value) > 512 then null
+                        when value ~ '^([!-$&-~]([ !-$&-~]*[!-$&-~])?)?$' then value
                         else (select string_agg(case when byte between 33 and 126 and byte <> 37 then chr(byte)
                                                      else '%' || upper(lpad(to_hex(byte), 2, '0')) end, '' order by at)
                                 from generate_series(0, octet_length(value) - 1) as at,
@@ -298,10 +299,9 @@ create function aftercommit.capture_function(relation regclass) returns oid
     set search_path = pg_catalog, pg_temp
 as $$
     select p.oid
-      from pg_class c
-      join pg_proc p on p.pronamespace = c.relnamespace and starts_with(p.proname, aftercommit.capture_prefix('_'))
+      from pg_proc p
       left join pg_trigger t on t.tgfoid = p.oid and not t.tgisinternal
-     where c.oid = relation and aftercommit.capture_settings(p.oid) is not null
+     where starts_with(p.proname, aftercommit.capture_prefix('_')) and aftercommit.capture_settings(p.oid) is not null
        and (t.tgrelid = relation or (t.oid is null and aftercommit.capture_settings(p.oid) ->> 'table' = relation::text))
      order by t.oid nulls last limit 1
 $$;
@@ -436,24 +436,26 @@ end
 $$;
 
 -- All captures. No name is looked up: that would take rights on the table's schema.
-create function aftercommit.capture_all() returns table (relation regclass, function regprocedure, settings jsonb)
+create function aftercommit.capture_all() returns table (relation regclass, name text, function regprocedure, settings jsonb)
     language sql stable
     set search_path = pg_catalog, pg_temp
 as $$
-    select coalesce((select min(tgrelid) from pg_trigger where tgfoid = p.oid and tgparentid = 0),
-                    (select c.oid from pg_class c join pg_namespace n on n.oid = c.relnamespace
-                      where format('%I.%I', n.nspname, c.relname) = p.settings ->> 'table'))::regclass, p.oid, p.settings
+    select t.relation, coalesce(t.relation::text, p.settings ->> 'table'), p.oid, p.settings
       from (select oid, aftercommit.capture_settings(oid) as settings from pg_proc
              where starts_with(proname, aftercommit.capture_prefix('_')) and prorettype = 'trigger'::regtype) as p
+     cross join lateral (select coalesce(
+            (select min(tgrelid) from pg_trigger where tgfoid = p.oid and tgparentid = 0),
+            (select c.oid from pg_class c join pg_namespace n on n.oid = c.relnamespace
+              where format('%I.%I', n.nspname, c.relname) = p.settings ->> 'table'))::regclass as relation) as t
      where p.settings is not null
 $$;
 
 -- What is captured and how. Everybody sees it who may use the schema: it is in the catalog.
 create view aftercommit.captures as
-    select coalesce(relation::text, settings ->> 'table') as "table", settings ->> 'type' as type, settings -> 'key' as key,
+    select name as "table", settings ->> 'type' as type, settings -> 'key' as key,
            settings -> 'columns' as columns, settings -> 'watch' as watch, (settings ->> 'old')::boolean as old,
            settings -> 'headers' as headers, settings -> 'on' as "on", settings ->> 'oversize' as oversize,
-           (settings ->> 'always')::boolean as always, (settings -> 'capture')::integer as version, function::text
+           (settings ->> 'always')::boolean as always, (settings -> 'capture')::integer as version, function
       from aftercommit.capture_all();
 
 -- Compares every capture with its table.
@@ -461,7 +463,7 @@ create function aftercommit.capture_check() returns table ("table" text, ok bool
     language sql stable
     set search_path = pg_catalog, pg_temp
 as $$
-    select coalesce(c.relation::text, c.settings ->> 'table'), p.problems = '{}', p.problems,
+    select c.name, p.problems = '{}', p.problems,
            array(select format('its column %s came later and is not captured: call capture() again to have it', a.attname) from pg_attribute a
                   where (c.settings ->> 'all')::boolean and a.attrelid = c.relation and a.attnum > 0 and not a.attisdropped
                     and a.attgenerated = '' and not c.settings -> 'columns' ? a.attname order by a.attnum)
@@ -508,6 +510,10 @@ begin
     if not pg_has_role(current_user, (select relowner from pg_class where oid = relation), 'usage') then
         raise exception 'the table % cannot be captured by %, who does not own it', relation, current_user using errcode = 'insufficient_privilege';
     end if;
+    if not has_schema_privilege((select relnamespace from pg_class where oid = relation), 'create') then
+        raise exception 'the table % cannot be captured by %, who may not make functions in its schema', relation, current_user
+            using errcode = 'insufficient_privilege', hint = 'Grant create on the schema, or let a superuser do it.';
+    end if;
     wrong := aftercommit.capture_lacks(relation);
     if wrong is not null then
         raise exception 'the table % cannot be captured: %', relation, wrong using errcode = 'insufficient_privilege';
@@ -546,6 +552,11 @@ begin
     wrong := (select string_agg(coalesce(name, 'null'), ', ') from unnest(named) as name where name is null or name <> all (all_columns));
     if wrong is not null then
         raise exception 'the table % has no column %', relation, wrong using errcode = 'undefined_column';
+    end if;
+    wrong := (select coalesce(min(name), '') from (select name from unnest(chosen) as name group by name having count(*) > 1
+                                     union select name from unnest(keys) as name group by name having count(*) > 1) as twice);
+    if wrong <> '' then
+        raise exception 'the column % of % is named twice', wrong, relation using errcode = invalid;
     end if;
     wrong := (select string_agg(name, ', ') from unnest(named) as name where name = any (generated));
     if wrong is not null then
@@ -652,7 +663,8 @@ create function aftercommit.capture_make_function(relation regclass, existing oi
     set search_path = pg_catalog, pg_temp
 as $$
 declare
-    place constant regnamespace := (select relnamespace from pg_class where oid = relation);
+    place constant regnamespace := coalesce((select pronamespace from pg_proc where oid = existing),
+                                            (select relnamespace from pg_class where oid = relation));
     owner constant regrole := (select relowner from pg_class where oid = relation);
     named constant text[] := array(select jsonb_array_elements_text(settings -> 'key')
                                    union select jsonb_array_elements_text(settings -> 'watch')

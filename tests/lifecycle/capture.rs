@@ -1,6 +1,7 @@
 //! Captures: what they publish, for which statements, how they are installed, and who may.
 
 mod changes;
+mod guide;
 mod installing;
 mod order;
 mod refusals;

@@ -81,8 +81,8 @@ fn the_tests_that_are_listed_for_other_servers_exist() {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
         let [kind, program, name] = fields[..] else { panic!("{line}") };
         kinds.insert(kind);
-        let (module, name) = name.split_once("::").unwrap_or_else(|| panic!("{line}"));
-        let module = fs::read_to_string(root().join(format!("tests/{program}/{module}.rs")));
+        let (module, name) = name.rsplit_once("::").unwrap_or_else(|| panic!("{line}"));
+        let module = fs::read_to_string(root().join(format!("tests/{program}/{}.rs", module.replace("::", "/"))));
         let module = module.unwrap_or_else(|error| panic!("{line}: {error}"));
         assert!(module.contains(&format!("async fn {name}")), "{line}");
     }

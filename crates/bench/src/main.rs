@@ -8,6 +8,7 @@
 mod arm;
 mod backlog;
 mod bench;
+mod capture;
 mod child;
 mod cli;
 mod cost;

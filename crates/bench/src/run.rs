@@ -7,11 +7,11 @@ use tokio_util::sync::CancellationToken;
 use crate::bench::{Bench, BenchConfig};
 use crate::machine::Machine;
 use crate::report::Report;
-use crate::{backlog, drain, held, idle, latency, publish, retained, worker};
+use crate::{backlog, capture, drain, held, idle, latency, publish, retained, worker};
 use aftercommit_core::error::Error;
 
 /// The numbers of all figures.
-pub(crate) const FIGURES: std::ops::RangeInclusive<u8> = 1..=13;
+pub(crate) const FIGURES: std::ops::RangeInclusive<u8> = 1..=14;
 
 /// Measures, telling on standard error what it is at. Cancelled through `interrupted` it removes what it made.
 ///
@@ -56,6 +56,9 @@ pub(crate) async fn run(config: BenchConfig, interrupted: CancellationToken) -> 
     }
     if bench.wants(&[13]) {
         rows.extend(Box::pin(idle::idle(&bench)).await?);
+    }
+    if bench.wants(&[14]) {
+        rows.extend(Box::pin(capture::capture(&bench)).await?);
     }
     rows.retain(|row| bench.wants(&[row.figure]));
     rows.sort_by_key(|row| row.figure);

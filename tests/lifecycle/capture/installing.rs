@@ -77,6 +77,8 @@ async fn a_change_of_the_schema_is_noticed() {
         ),
         ("alter table orders rename to sales", "not the one"),
         ("alter table sales rename to orders", "not the one"),
+        ("create schema another; alter table orders set schema another", "not the one"),
+        ("alter table another.orders set schema public", "not the one"),
     ];
     shop.run(call).await;
     assert_eq!(shop.problems().await, [""; 0]);
@@ -85,7 +87,11 @@ async fn a_change_of_the_schema_is_noticed() {
         let problems = shop.problems().await;
         assert_eq!(problems.is_empty(), problem.is_empty(), "{change}: {problems:?}");
         assert!(problem.is_empty() || problems.iter().any(|one| one.contains(problem)), "{change}: {problems:?}");
-        let table = if change.contains("to sales") { "sales" } else { "orders" };
+        let table = match change {
+            _ if change.contains("to sales") => "sales",
+            _ if change.contains("create schema") => "another.orders",
+            _ => "orders",
+        };
         let again = call.replace("orders", table);
         if !change.contains("create role") {
             shop.run(&again).await;
@@ -211,9 +217,9 @@ async fn rust_does_the_same() {
     let shown = serde_json::to_value(&list[0]).unwrap();
     assert_eq!(
         shown,
-        json!({"table": "orders", "type": "order", "key": ["id"], "columns": ["id", "state"], "watch": ["state"], "old": true,
+        json!({"table": "public.orders", "type": "order", "key": ["id"], "columns": ["id", "state"], "watch": ["state"], "old": true,
                "headers": {"origin": "shop", "state": {"column": "state"}}, "on": ["update", "delete"], "oversize": "key-only",
-               "always": false, "version": 1, "function": "_aftercommit_capture_orders()"})
+               "always": false, "version": 1, "function": "public._aftercommit_capture_orders()"})
     );
     assert!(capture::check(&mut connection).await.unwrap().iter().all(|checked| checked.ok));
     for (wrong, kind, words) in [

@@ -36,6 +36,25 @@ async fn a_cascade_is_told_from_the_top() {
         told.iter().map(|(event_type, key, _)| format!("{event_type} {}", key.as_ref().unwrap())).collect();
     assert_eq!(keys, ["parent.updated 3", "child.updated 21", "child.updated 22"]);
     assert_eq!(told[1].2["new"], json!({"id": 21, "parent": 3}));
+    // Of several rows at once each is told once.
+    shop.run("insert into parent values (1, 'a'); insert into child values (11, 1); insert into grandchild values (111, 11)").await;
+    shop.told().await;
+    shop.run("delete from parent").await;
+    assert_eq!(
+        shop.told_of().await,
+        [
+            "parent.deleted 3",
+            "parent.deleted 1",
+            "child.deleted 21",
+            "child.deleted 22",
+            "child.deleted 11",
+            "grandchild.deleted 211",
+            "grandchild.deleted 212",
+            "grandchild.deleted 221",
+            "grandchild.deleted 222",
+            "grandchild.deleted 111"
+        ]
+    );
 }
 
 #[tokio::test]

@@ -20,7 +20,7 @@ const TABLES: &str = r#"
 #[tokio::test]
 async fn what_cannot_be_captured_is_refused_by_name() {
     let shop = Shop::with(TABLES).await;
-    let cases: [(&str, &[&str]); 40] = [
+    let cases: [(&str, &[&str]); 42] = [
         ("'orders_view', type => 'x'", &["public.orders_view", "view: capture the tables behind it"]),
         ("'orders_copy', type => 'x'", &["public.orders_copy", "materialized view"]),
         ("'far', type => 'x'", &["public.far", "foreign table"]),
@@ -55,6 +55,8 @@ async fn what_cannot_be_captured_is_refused_by_name() {
             "'account', type => 'x', allow => '{apiKey}'",
             &["the column password_hash of public.account looks like a secret"],
         ),
+        ("'orders', type => 'x', columns => '{id,name,id}'", &["column id of public.orders is named twice"]),
+        ("'orders', type => 'x', key => 'name, id, name'", &["column name of public.orders is named twice"]),
         ("'orders', type => 'or der'", &["'or der'", "public.orders", "tokens"]),
         ("'orders', type => ''", &["''"]),
         ("'orders', type => null", &["NULL"]),

@@ -1,5 +1,6 @@
 //! What only the bench asks: filling an outbox, and floors and controls beside which the product is measured.
 
+pub(crate) mod capture;
 pub(crate) mod publish;
 pub(crate) mod work;
 
