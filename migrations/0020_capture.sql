@@ -436,11 +436,11 @@ end
 $$;
 
 -- All captures. No name is looked up: that would take rights on the table's schema.
-create function aftercommit.capture_all() returns table (relation regclass, name text, function regprocedure, settings jsonb)
+create function aftercommit.capture_all() returns table (relation regclass, "table" text, function oid, signature text, settings jsonb)
     language sql stable
     set search_path = pg_catalog, pg_temp
 as $$
-    select t.relation, coalesce(t.relation::text, p.settings ->> 'table'), p.oid, p.settings
+    select t.relation, coalesce(t.relation::text, p.settings ->> 'table'), p.oid, p.oid::regprocedure::text, p.settings
       from (select oid, aftercommit.capture_settings(oid) as settings from pg_proc
              where starts_with(proname, aftercommit.capture_prefix('_')) and prorettype = 'trigger'::regtype) as p
      cross join lateral (select coalesce(
@@ -452,10 +452,10 @@ $$;
 
 -- What is captured and how. Everybody sees it who may use the schema: it is in the catalog.
 create view aftercommit.captures as
-    select name as "table", settings ->> 'type' as type, settings -> 'key' as key,
+    select "table", settings ->> 'type' as type, settings -> 'key' as key,
            settings -> 'columns' as columns, settings -> 'watch' as watch, (settings ->> 'old')::boolean as old,
            settings -> 'headers' as headers, settings -> 'on' as "on", settings ->> 'oversize' as oversize,
-           (settings ->> 'always')::boolean as always, (settings -> 'capture')::integer as version, function
+           (settings ->> 'always')::boolean as always, (settings -> 'capture')::integer as version, signature as function
       from aftercommit.capture_all();
 
 -- Compares every capture with its table.
@@ -463,7 +463,7 @@ create function aftercommit.capture_check() returns table ("table" text, ok bool
     language sql stable
     set search_path = pg_catalog, pg_temp
 as $$
-    select c.name, p.problems = '{}', p.problems,
+    select c."table", p.problems = '{}', p.problems,
            array(select format('its column %s came later and is not captured: call capture() again to have it', a.attname) from pg_attribute a
                   where (c.settings ->> 'all')::boolean and a.attrelid = c.relation and a.attnum > 0 and not a.attisdropped
                     and a.attgenerated = '' and not c.settings -> 'columns' ? a.attname order by a.attnum)

@@ -21,7 +21,9 @@ fn sql_examples() -> Vec<&'static str> {
 async fn the_examples_of_the_contract_run() {
     let database = Database::migrated().await;
     let pool = database.pool().await;
-    database.execute("create table account (id int primary key, balance int); insert into account values (7, 100)").await;
+    database
+        .execute("create table account (id int primary key, balance int); insert into account values (7, 100)")
+        .await;
     let examples = sql_examples();
     assert_eq!(examples.len(), 4);
     for example in examples {
@@ -40,7 +42,9 @@ async fn the_examples_of_the_contract_run() {
     }
     let customer = |name| Some(json!({"id": 1, "name": name}));
     let key = || Some("customer-1".to_string());
-    let captured = Some(json!({"op": "update", "table": "public.account", "key": {"id": 7}, "new": {"id": 7, "balance": 0}, "old": null, "changed": ["balance"]}));
+    let captured = Some(
+        json!({"op": "update", "table": "public.account", "key": {"id": 7}, "new": {"id": 7, "balance": 0}, "old": null, "changed": ["balance"]}),
+    );
     assert_eq!(
         data(&pool).await,
         [

@@ -341,7 +341,8 @@ async fn older_payloads_are_read_and_newer_ones_are_dead_letters() -> Result<(),
 }
 
 async fn capture_orders(tx: &mut PgTransaction<'_>) -> Result<(), Error> {
-    let capture = Capture::new("public.orders", "order").columns(["id", "customer_id", "state", "cents"]).watch(["state"]);
+    let capture =
+        Capture::new("public.orders", "order").columns(["id", "customer_id", "state", "cents"]).watch(["state"]);
     capture.install(tx).await?;
     Ok(())
 }

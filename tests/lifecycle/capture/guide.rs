@@ -25,13 +25,20 @@ async fn the_sql_of_the_guide_does_what_it_says() {
     for sql in [choose, customers, handle] {
         shop.run(sql).await;
     }
-    shop.run("insert into customer values (1, 'Ann'); insert into orders values (8, 1); update orders set state = 'paid', id = 9").await;
+    shop.run("insert into customer values (1, 'Ann'); insert into orders values (8, 1, 'new', 5); update orders set state = 'paid', id = 9").await;
     let told = shop.told().await;
-    assert_eq!(told.iter().map(|(event_type, ..)| event_type.as_str()).collect::<Vec<_>>(), ["customer.inserted", "order.updated"]);
+    assert_eq!(
+        told.iter().map(|(event_type, ..)| event_type.as_str()).collect::<Vec<_>>(),
+        ["customer.inserted", "order.updated"]
+    );
     assert_eq!((told[1].1.as_deref(), &told[1].2["old"]["state"]), (Some("1"), &json!("new")));
     // The handler makes a copy of what it is told.
     let apply = async |data: &Value| {
-        sqlx::query("select apply_order(jsonb_build_object('data', $1::jsonb))").bind(data).execute(&shop.pool).await.unwrap();
+        sqlx::query("select apply_order(jsonb_build_object('data', $1::jsonb))")
+            .bind(data)
+            .execute(&shop.pool)
+            .await
+            .unwrap();
     };
     shop.run("select aftercommit.capture('orders', type => 'order')").await;
     shop.run("insert into orders values (20, 1, 'new', 5), (21, 1, 'new', 6); update orders set id = 22 where id = 20; delete from orders where id = 21")
@@ -39,7 +46,8 @@ async fn the_sql_of_the_guide_does_what_it_says() {
     for (_, _, data) in shop.told().await {
         apply(&data).await;
     }
-    let copy: Vec<(i64, String)> = sqlx::query_as("select id, state from order_copy").fetch_all(&shop.pool).await.unwrap();
+    let copy: Vec<(i64, String)> =
+        sqlx::query_as("select id, state from order_copy").fetch_all(&shop.pool).await.unwrap();
     assert_eq!(copy, [(22, "new".to_string())]);
     shop.run(look).await;
     assert_eq!(shop.one::<i64>("select count(*) from aftercommit.captures").await, 1);

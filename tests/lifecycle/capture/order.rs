@@ -37,7 +37,10 @@ async fn a_cascade_is_told_from_the_top() {
     assert_eq!(keys, ["parent.updated 3", "child.updated 21", "child.updated 22"]);
     assert_eq!(told[1].2["new"], json!({"id": 21, "parent": 3}));
     // Of several rows at once each is told once.
-    shop.run("insert into parent values (1, 'a'); insert into child values (11, 1); insert into grandchild values (111, 11)").await;
+    shop.run(
+        "insert into parent values (1, 'a'); insert into child values (11, 1); insert into grandchild values (111, 11)",
+    )
+    .await;
     shop.told().await;
     shop.run("delete from parent").await;
     assert_eq!(

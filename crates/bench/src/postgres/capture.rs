@@ -74,9 +74,11 @@ impl Service {
             ))
             .await?;
         }
-        self.run(&format!("{BY_HAND} {PUBLISHED} select aftercommit.capture('bench.captured', type => 'account')")).await?;
+        self.run(&format!("{BY_HAND} {PUBLISHED} select aftercommit.capture('bench.captured', type => 'account')"))
+            .await?;
         self.run("update bench.captured set balance = balance + 1").await?;
-        self.run("create table bench.event as select type, key, headers, payload from aftercommit.outbox order by id").await?;
+        self.run("create table bench.event as select type, key, headers, payload from aftercommit.outbox order by id")
+            .await?;
         self.rest().await
     }
 
@@ -112,8 +114,10 @@ impl Service {
 
     /// That so many events were written.
     pub(crate) async fn expect(&mut self, events: u64) -> Result<(), Error> {
-        let found: i64 =
-            sqlx::query_scalar("select count(*) from aftercommit.outbox").fetch_one(&mut self.0).await.map_err(failed)?;
+        let found: i64 = sqlx::query_scalar("select count(*) from aftercommit.outbox")
+            .fetch_one(&mut self.0)
+            .await
+            .map_err(failed)?;
         if found == events.cast_signed() {
             return Ok(());
         }
