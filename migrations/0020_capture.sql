@@ -566,7 +566,7 @@ begin
     wrong := (select string_agg(name, ', ') from unnest(named) as name where lower(name) ~ secret and name <> all (coalesce(allow, '{}')));
     if wrong is not null then
         raise exception 'the column % of % looks like a secret', wrong, relation using errcode = invalid,
-            hint = format('Choose the columns without it, columns => array[…], or allow it: allow => %L.', string_to_array(wrong, ', '));
+            hint = format('Choose the columns without it, columns => array[...], or allow it: allow => %L.', string_to_array(wrong, ', '));
     end if;
     if 'update' = any (ops) and cardinality(watched) = 0 then
         raise exception 'no column of % is watched, so no update would be published', relation using errcode = invalid,
@@ -595,7 +595,7 @@ begin
     if wrong is not null then
         return wrong;
     end if;
-    select format('the value of %s is neither a text nor {"column": "…"}', key) into wrong from jsonb_each(headers) as h(key, value)
+    select format('the value of %s is neither a text nor {"column": "..."}', key) into wrong from jsonb_each(headers) as h(key, value)
      where jsonb_typeof(value) <> 'string'
        and (jsonb_typeof(value) <> 'object' or jsonb_typeof(value -> 'column') is distinct from 'string' or value - 'column' <> '{}') limit 1;
     if wrong is not null then

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 
+use aftercommit::capture::{self, Capture};
 use aftercommit::hooks::{DeleteError, DeleteHook, DeleteHooks, HookPolicy, Links, SqlSnapshot};
 use aftercommit::prune::{Association, Child, Condition, Prune, PruneError, Spec};
 use chrono::{TimeDelta, Utc};
@@ -135,4 +136,20 @@ async fn the_guides_file_removes_what_it_says() {
     let pruner = aftercommit::prune::Pruner::new(&database.config, config).unwrap();
     let swept = pruner.sweep(&Default::default()).await.unwrap();
     assert_eq!((swept[0].category.as_str(), swept[0].removed), ("sessions", 8), "{swept:?}");
+}
+
+async fn capture_orders(tx: &mut PgTransaction<'_>) -> Result<(), aftercommit::Error> {
+    let columns = ["id", "customer_id", "state", "cents"];
+    Capture::new("public.orders", "order").columns(columns).watch(["state"]).install(tx).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_capture_is_installed_in_a_transaction() {
+    let database = Database::migrated().await;
+    database.execute("create table orders (id int primary key, customer_id int, state text, cents int)").await;
+    let pool = database.pool().await;
+    let mut tx = pool.begin().await.unwrap();
+    capture_orders(&mut tx).await.unwrap();
+    assert_eq!(capture::list(&mut tx).await.unwrap()[0].watch, ["state"]);
 }

@@ -55,7 +55,8 @@ impl Database {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        psql.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
+        // One that has stopped at an error reads no further, and says why.
+        _ = psql.stdin.take().unwrap().write_all(script.as_bytes());
         psql.wait_with_output().unwrap()
     }
 

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use aftercommit::capture::{self, Capture};
 use aftercommit::outbox::{Publisher, RawEvent};
 use aftercommit::testing::coverage::Coverage;
 use aftercommit::testing::{self, Environment};
@@ -337,23 +336,5 @@ async fn older_payloads_are_read_and_newer_ones_are_dead_letters() -> Result<(),
     assert_eq!(drained["books"].handled, [ids[0]]);
     assert_eq!(drained["books"].dead[0].id, ids[1]);
     assert!(drained["books"].dead[0].reason.contains("version 3"));
-    Ok(())
-}
-
-async fn capture_orders(tx: &mut PgTransaction<'_>) -> Result<(), Error> {
-    let capture =
-        Capture::new("public.orders", "order").columns(["id", "customer_id", "state", "cents"]).watch(["state"]);
-    capture.install(tx).await?;
-    Ok(())
-}
-
-#[tokio::test]
-async fn a_capture_is_installed_in_a_transaction() -> Result<(), Error> {
-    let mut tx = pool().await?.begin().await?;
-    sqlx::raw_sql("drop table if exists orders cascade; create table orders (id int primary key, customer_id int, state text, cents int)")
-        .execute(&mut *tx)
-        .await?;
-    capture_orders(&mut tx).await?;
-    assert_eq!(capture::list(&mut tx).await?[0].watch, ["state"]);
     Ok(())
 }

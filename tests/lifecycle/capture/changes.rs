@@ -91,7 +91,7 @@ async fn updates_carry_old_values_where_that_is_asked_for() {
 
 /// Each row has to find its own old values, whatever its key was and is.
 #[tokio::test]
-async fn keys_that_change_places_are_told_under_the_new_key_with_the_old_one() {
+async fn keys_that_change_places_are_told_with_the_old_ones() {
     for per_row in [false, true] {
         let shop = Shop::with(
             "create table place (id int primary key deferrable, name text);

@@ -13,7 +13,7 @@ async fn login(shop: &Shop, roles: &Roles, name: &str) -> String {
 }
 
 #[tokio::test]
-async fn whoever_may_write_the_table_is_captured_without_rights_of_its_own() {
+async fn whoever_may_write_the_table_is_captured_without_other_rights() {
     let shop = Shop::with(ORDERS).await;
     let roles = Roles::of(&shop.database);
     let owner = roles.login(&shop.database, "owner_of_orders", &["publisher"]).await;

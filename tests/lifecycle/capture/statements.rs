@@ -152,7 +152,7 @@ async fn a_child_by_inheritance_is_captured_by_itself() {
 }
 
 #[tokio::test]
-async fn sessions_that_play_a_replica_are_captured_unless_they_are_not_wanted() {
+async fn sessions_that_play_a_replica_are_captured_unless_not_wanted() {
     let shop = Shop::with(ORDERS).await;
     let work = "set session_replication_role = replica; insert into orders values (1, 'a', 1), (2, 'b', 2);
                 update orders set cents = 3; delete from orders where id = 1; truncate orders";
