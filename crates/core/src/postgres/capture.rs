@@ -11,16 +11,27 @@ use aftercommit_outbox::schema::Schema;
 /// What `aftercommit.capture()` is asked for.
 #[derive(Debug, Clone)]
 pub struct Arguments<'a> {
+    /// The table, named as in SQL.
     pub table: &'a str,
+    /// What the events' types begin with.
     pub event_type: &'a str,
+    /// The columns of the ordering key, as the caller named them; none for the primary key.
     pub key: Option<&'a str>,
+    /// The columns that events carry; none for all that may be.
     pub columns: Option<&'a [String]>,
+    /// An update is told only when one of these changed; none for `columns`.
     pub watch: Option<&'a [String]>,
+    /// Whether updates carry the old values, too.
     pub old: bool,
+    /// Headers: a text, or `{"column": name}`.
     pub headers: Value,
+    /// `insert`, `update`, `delete`.
     pub operations: &'a [&'static str],
+    /// Columns that look like secrets and are captured all the same.
     pub allow: &'a [String],
+    /// `fail`, `truncate-columns` or `key-only`.
     pub oversize: &'static str,
+    /// Whether the triggers fire in sessions that play a replica, too.
     pub always: bool,
 }
 
