@@ -118,7 +118,7 @@ async fn together(pool: &PgPool, pruners: usize) -> Result<Vec<u64>, Error> {
                 let pruned = batch(&pool, &prune).await?;
                 removed += pruned.count;
                 // What the other one held lies before the place, so the last look is from the start.
-                if pruned.next.is_none() && place.is_none() {
+                if !pruned.more && place.is_none() {
                     return Ok::<u64, Error>(removed);
                 }
                 place = pruned.next;

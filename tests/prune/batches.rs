@@ -82,7 +82,7 @@ async fn a_limit_caps_and_repeated_calls_drain() {
     loop {
         let pruned = committed(&sessions, Prune::of(&spec).limit(2)).await;
         counts.push((pruned.count, sessions.count("sessions").await));
-        if pruned.next.is_none() {
+        if !pruned.more {
             break;
         }
     }

@@ -80,6 +80,21 @@ async fn a_budget_ends_a_sweep_and_the_next_goes_on_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn rows_without_a_time_and_rows_of_one_moment_go_in_one_sweep() {
+    let sessions = Sessions::new().await;
+    let config = config(Policy::new(whole(), None), Pace { batch: 10, ..quick() });
+    for time in ["null", "now()"] {
+        sessions
+            .database
+            .execute(&format!(
+                "truncate sessions cascade; insert into sessions select n, 'terminated', {time} from generate_series(1, 95) n"
+            ))
+            .await;
+        assert_eq!(sweep(&sessions, &config).await, (95, Some(SweepResult::Done)), "{time}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stop_ends_it_after_its_batch_and_nothing_is_lost() {
     let sessions = Sessions::new().await;
     many(&sessions, 1000).await;

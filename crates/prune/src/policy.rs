@@ -118,7 +118,7 @@ impl Category for Swept<'_> {
     async fn batch(&mut self, connections: &Connections, limit: u32) -> Result<Batch, BatchError> {
         let Policy { spec, period, .. } = self.policy;
         let place = self.place.as_deref();
-        let (removed, next) = in_users_session(connections, async |session| {
+        let pruned = in_users_session(connections, async |session| {
             let now = sweep::now(session).await?;
             let mut tx = session.begin_with(format!("begin{LOCK_TIMEOUT}")).await?;
             let mut prune = Prune::of(spec).limit(limit).skip_locked();
@@ -139,13 +139,13 @@ impl Category for Swept<'_> {
             fault::point("prune-recorded");
             tx.commit().await?;
             fault::point("prune-committed");
-            Ok((pruned.count, pruned.next))
+            Ok(pruned)
         })
         .await?;
         // What lies before the place, because it was locked or has come since, is for a last look from the start.
-        let more = next.is_some() || place.is_some();
-        self.place = next;
-        Ok(Batch { removed, more })
+        let more = pruned.more || place.is_some();
+        self.place = pruned.next;
+        Ok(Batch { removed: pruned.count, more })
     }
 }
 

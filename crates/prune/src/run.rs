@@ -56,7 +56,9 @@ pub struct Pruned {
     pub associations: BTreeMap<String, u64>,
     /// The ids of the `rows.pruned` events.
     pub events: Vec<EventId>,
-    /// Where the next one can go on, see [`Prune::from`]; none when fewer rows than the limit were found.
+    /// Whether as many rows as the limit allows were found, so that there may be more.
+    pub more: bool,
+    /// Where the next one can go on, see [`Prune::from`]; none when there is no more, and behind rows whose place is NULL.
     pub next: Option<String>,
 }
 
@@ -169,10 +171,10 @@ impl<'a> Prune<'a> {
             return Ok(Pruned::default());
         }
         fault::point("prune-locked");
-        let full = rows.len() == self.limit as usize;
-        let next = rows.last().filter(|_| full).and_then(|row| row.place.clone());
+        let more = rows.len() == self.limit as usize;
+        let next = rows.last().filter(|_| more).and_then(|row| row.place.clone());
         let ids = ids_of(rows);
-        let mut pruned = Pruned { next, ..Pruned::default() };
+        let mut pruned = Pruned { more, next, ..Pruned::default() };
         if self.cascade {
             for child in &on.children {
                 let rows = ChildRows::of_parent(&on, child)?;

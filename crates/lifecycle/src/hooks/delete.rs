@@ -1,5 +1,6 @@
 //! One delete: lock, hooks, delete, publish.
 
+use std::collections::HashSet;
 use std::panic::AssertUnwindSafe;
 
 use aftercommit_core::error::panic_text;
@@ -102,12 +103,14 @@ impl DeleteHooks {
             }
         }
         let delete = format!("delete from {} as t where {wanted} returning t.{column}::text", table.name);
-        let gone: Vec<String> = sqlx::query_scalar(AssertSqlSafe(delete))
+        let gone: HashSet<String> = sqlx::query_scalar(AssertSqlSafe(delete))
             .persistent(false)
             .bind(&ids)
             .fetch_all(&mut **tx)
             .await
-            .map_err(failed)?;
+            .map_err(failed)?
+            .into_iter()
+            .collect();
         fault::point("delete-deleted");
         if self.hooks.is_empty() {
             said.extend(gone.iter().map(|id| (id.clone(), Said::default())));
@@ -198,7 +201,7 @@ async fn missing(
     table: &Table,
     kind: &str,
     ids: Vec<String>,
-    gone: &[String],
+    gone: &HashSet<String>,
 ) -> Result<Vec<String>, DeleteError> {
     if ids.iter().all(|id| gone.contains(id)) {
         return Ok(Vec::new());
@@ -210,7 +213,7 @@ async fn missing(
     sqlx::query_scalar(AssertSqlSafe(sql))
         .persistent(false)
         .bind(&ids)
-        .bind(gone)
+        .bind(gone.iter().collect::<Vec<_>>())
         .fetch_all(&mut **tx)
         .await
         .map_err(|error| PruneError::database(&table.label, error).into())
