@@ -31,6 +31,7 @@
 \set inbox_reconciler :prefix inbox_reconciler
 \set own_reconciler :prefix own_reconciler
 \set pruner :prefix pruner
+\set requester :prefix requester
 \set reader :prefix reader
 \set operator :prefix operator
 
@@ -42,7 +43,7 @@ set local client_min_messages = warning;
 
 select format('create role %I nologin', role)
   from unnest(array[:'owner', :'publisher', :'relay', :'worker', :'outbox_reconciler', :'inbox_reconciler',
-                    :'own_reconciler', :'pruner', :'reader', :'operator']) as role
+                    :'own_reconciler', :'pruner', :'requester', :'reader', :'operator']) as role
  where not exists (select from pg_roles where rolname = role)
 \gexec
 
@@ -72,18 +73,18 @@ select format('alter function %s owner to %I', oid::regprocedure, :'owner')
 revoke all on schema :"schema" from public;
 revoke all on all functions in schema :"schema" from public;
 revoke all on schema :"schema" from
-    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"reader", :"operator";
+    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"requester", :"reader", :"operator";
 revoke all on all tables in schema :"schema" from
-    public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"reader", :"operator";
+    public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"requester", :"reader", :"operator";
 revoke all on all sequences in schema :"schema" from
-    public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"reader", :"operator";
+    public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"requester", :"reader", :"operator";
 revoke all on all functions in schema :"schema" from
-    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"reader", :"operator";
+    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"requester", :"reader", :"operator";
 
 grant usage on schema :"schema" to
-    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"reader", :"operator";
+    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"requester", :"reader", :"operator";
 -- Which version the schema has, for `aftercommit doctor`.
-grant select on :"schema".migrations to :"relay", :"worker", :"pruner", :"reader", :"operator";
+grant select on :"schema".migrations to :"relay", :"worker", :"pruner", :"requester", :"reader", :"operator";
 
 -- The publishing service. It cannot read what it wrote, and it gives neither `id` nor `xid`.
 grant insert (event_id, type, version, key, headers, payload, content_type) on :"schema".outbox to :"publisher";
@@ -175,13 +176,23 @@ grant select on :"schema".allowed_type to :"pruner";
 grant select, insert, update (holder, epoch, expires_at) on :"schema".lease to :"pruner";
 grant execute on function :"schema".prune_audit, :"schema".prune_leases to :"pruner";
 
+-- Jobs that several services answer: a participant's worker writes down how far it is. Who asks, and the worker that writes answers
+-- down, also needs the role requester, and both publish.
+grant select, insert (job, participant, round, started_at, ended_at), update (round, position, counts, ended_at)
+    on :"schema".job_work to :"worker";
+grant select, insert (id, kind, request_key, request, requested_by, due_at, requested_type, ended_type), update (status, ended_at)
+    on :"schema".job to :"requester";
+grant select, insert (job, participant),
+    update (status, round, asked_at, started_at, ended_at, attempts, counts, error) on :"schema".job_participant to :"requester";
+
 -- Operators who look: status, explain, peek, audit, findings, runs, dead list and show, parked list. They see payloads.
 grant select on
     :"schema".outbox, :"schema".events, :"schema".parked, :"schema".relay_log, :"schema".relay_status, :"schema".repair,
     :"schema".inbox, :"schema".attempt, :"schema".running, :"schema".dead_letter, :"schema".redrive,
     :"schema".reached, :"schema".inbox_pruned, :"schema".subscriber_start, :"schema".worker_status, :"schema".failure,
     :"schema".reconciler, :"schema".reconcile_run, :"schema".finding,
-    :"schema".lease, :"schema".pause, :"schema".audit, :"schema".allowed_type, :"schema".sweep
+    :"schema".lease, :"schema".pause, :"schema".audit, :"schema".allowed_type, :"schema".sweep,
+    :"schema".job, :"schema".job_participant, :"schema".job_work
     to :"reader", :"operator";
 grant select on sequence :"schema".outbox_id_seq to :"reader", :"operator";
 grant execute on function :"schema".payload_json, :"schema".reads_up_to to :"reader", :"operator";
@@ -237,7 +248,7 @@ select format('drop policy if exists %I on %s', :'grants', c.oid::regclass),
   from pg_class c
  cross join (select string_agg(format('%I', role), ', ') as list
                from unnest(array[:'owner', :'publisher', :'relay', :'worker', :'outbox_reconciler', :'inbox_reconciler',
-                                 :'own_reconciler', :'pruner', :'reader', :'operator']) as role) as roles
+                                 :'own_reconciler', :'pruner', :'requester', :'reader', :'operator']) as role) as roles
  where c.relnamespace = :'schema'::regnamespace and c.relkind in ('r', 'p') and c.relrowsecurity
    and c.relname not in ('lease', 'reconciler', 'reconcile_run', 'finding')
 \gexec

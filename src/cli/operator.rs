@@ -9,6 +9,7 @@ mod dead;
 mod doctor;
 mod explain;
 mod findings;
+mod job;
 mod parked;
 mod peek;
 mod prune;
@@ -76,6 +77,9 @@ enum Command {
     /// Show what reconcilers found
     #[command(after_help = "Example:\n  aftercommit findings --reconciler outbox")]
     Findings(findings::Findings),
+    /// See jobs that several services answer, ask failed ones anew, or cancel
+    #[command(subcommand)]
+    Job(job::Job),
     /// Write the manual pages of all programs into a directory
     #[command(after_help = "Example:\n  aftercommit man target/man")]
     Man(shell::ManPages),
@@ -126,7 +130,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
     ("Decide about events", &["dead", "parked", "replay"]),
     ("Stop and go on", &["relay", "worker"]),
     ("Set up", &["migrate", "provision", "publish", "capture", "subscriber"]),
-    ("Other", &["reconcile", "prune", "completions", "man", "help"]),
+    ("Other", &["reconcile", "prune", "job", "completions", "man", "help"]),
 ];
 
 /// The help with the commands under headings: clap itself knows only one heading for all of them.
@@ -200,6 +204,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         }
         Command::Explain(command) => runtime.block_on(explain::run(*command))?,
         Command::Findings(command) => runtime.block_on(findings::findings(command))?,
+        Command::Job(command) => runtime.block_on(job::run(command))?,
         Command::Man(command) => shell::man(&command, Cli::command())?,
         Command::Migrate(command) => runtime.block_on(setup::migrate(command))?,
         Command::Parked(command) => {

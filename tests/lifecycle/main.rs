@@ -2,6 +2,7 @@
 
 mod capture;
 mod example;
+mod fanout;
 mod guides;
 mod hooks;
 mod links;

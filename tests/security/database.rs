@@ -162,6 +162,15 @@ const PRUNER: [&str; 10] = [
     "insert into aftercommit.pause (name) values ('relay')",
 ];
 
+const REQUESTER: [&str; 6] = [
+    "select from aftercommit.outbox",
+    "delete from aftercommit.job",
+    "update aftercommit.job set requested_by = 'another'",
+    "update aftercommit.job set request = '{}'",
+    "delete from aftercommit.job_participant",
+    "select from aftercommit.job_work",
+];
+
 const READER: [&str; 15] = [
     "delete from aftercommit.failure",
     "insert into aftercommit.outbox (event_id, type, payload) values (gen_random_uuid(), 'a', '')",
@@ -240,7 +249,7 @@ async fn attempt(connection: &mut PgConnection, sql: &str) -> Result<u64, String
 #[tokio::test(flavor = "multi_thread")]
 async fn every_step_beyond_is_refused_by_postgresql() {
     let stage = Stage::new().await;
-    let steps: [(&str, &[&str]); 9] = [
+    let steps: [(&str, &[&str]); 10] = [
         ("publisher", &PUBLISHER),
         ("relay", &RELAY),
         ("worker", &WORKER),
@@ -248,6 +257,7 @@ async fn every_step_beyond_is_refused_by_postgresql() {
         ("inbox_reconciler", &INBOX_RECONCILER),
         ("own_reconciler", &OWN_RECONCILER),
         ("pruner", &PRUNER),
+        ("requester", &REQUESTER),
         ("reader", &READER),
         ("operator", &OPERATOR),
     ];
@@ -329,6 +339,7 @@ async fn doctor_compares_a_login_with_its_role() {
         ("inbox_reconciler", "inbox_reconciler"),
         ("own_reconciler", "own_reconciler"),
         ("pruner", "pruner"),
+        ("requester", "requester"),
         ("reader", "reader"),
         ("operator", "operator"),
     ] {

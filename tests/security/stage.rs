@@ -73,6 +73,7 @@ impl Stage {
             ("inbox_reconciler", &["inbox_reconciler"]),
             ("own_reconciler", &["own_reconciler"]),
             ("pruner", &["pruner"]),
+            ("requester", &["requester"]),
             ("reader", &["reader"]),
             ("operator", &["operator"]),
         ] {

@@ -1,7 +1,8 @@
-//! What happens along the life of a row: [`capture`] publishes its changes, whoever makes them, and [`hooks`] look at
-//! it before it is deleted.
+//! What happens along the life of a row: [`capture`] publishes its changes, whoever makes them, [`hooks`] look at
+//! it before it is deleted, and [`fanout`] asks other services to do their part.
 #![warn(clippy::unwrap_used, clippy::expect_used)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod capture;
+pub mod fanout;
 pub mod hooks;

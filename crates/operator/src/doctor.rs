@@ -72,6 +72,8 @@ pub enum Role {
     OwnReconciler,
     /// Who runs `aftercommit prune run`.
     Pruner,
+    /// A service that asks others to do a job, and the worker that writes their answers down.
+    Requester,
     /// An operator who looks.
     Reader,
     /// An operator who acts.
@@ -80,7 +82,7 @@ pub enum Role {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Publisher,
         Self::Relay,
         Self::Worker,
@@ -88,6 +90,7 @@ impl Role {
         Self::InboxReconciler,
         Self::OwnReconciler,
         Self::Pruner,
+        Self::Requester,
         Self::Reader,
         Self::Operator,
     ];
@@ -102,6 +105,7 @@ impl Role {
             Self::InboxReconciler => "inbox_reconciler",
             Self::OwnReconciler => "own_reconciler",
             Self::Pruner => "pruner",
+            Self::Requester => "requester",
             Self::Reader => "reader",
             Self::Operator => "operator",
         }

@@ -16,6 +16,7 @@ pub mod function;
 pub mod handling;
 pub mod identity;
 pub mod inbox;
+pub mod job;
 pub mod lease;
 mod mark_row;
 mod maybe;

@@ -182,6 +182,7 @@ mod tests {
             "inbox_reconciler",
             "own_reconciler",
             "pruner",
+            "requester",
             "reader",
             "operator",
         ] {

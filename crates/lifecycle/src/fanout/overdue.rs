@@ -1,0 +1,62 @@
+//! Who asks again those that do not answer.
+
+use std::marker::PhantomData;
+use std::time::Duration;
+
+use aftercommit_core::postgres::job;
+use aftercommit_core::runner::{Drift, ItemError, Reconciler};
+use sqlx::PgTransaction;
+use uuid::Uuid;
+
+use super::kind::Kind;
+use super::request::{JobId, ask, locked};
+
+/// A reconciler in the requester's database: participants that were asked longer ago than `patience` and have not answered are asked once
+/// more. Whoever has done it answers again and does nothing twice.
+#[derive(Debug)]
+pub struct Overdue<K> {
+    name: String,
+    patience: Duration,
+    kind: PhantomData<fn() -> K>,
+}
+
+impl<K: Kind> Overdue<K> {
+    /// For the jobs of a kind; `tenant.deletion` makes the reconciler `job-tenant-deletion`.
+    pub fn new(patience: Duration) -> Self {
+        let kind = K::NAME.replace(|c: char| !c.is_ascii_alphanumeric() && c != '_', "-");
+        Self { name: format!("job-{kind}"), patience, kind: PhantomData }
+    }
+}
+
+impl<K: Kind> Reconciler for Overdue<K> {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn interval(&self) -> Duration {
+        (self.patience / 2).max(Duration::from_secs(1))
+    }
+
+    async fn page(
+        &self,
+        tx: &mut PgTransaction<'_>,
+        after: Option<&str>,
+        limit: i64,
+    ) -> Result<Vec<String>, ItemError> {
+        let after = after.and_then(|after| Uuid::parse_str(after).ok());
+        let jobs = job::waiting(tx, K::NAME, self.patience.as_secs_f64(), after, limit).await?;
+        Ok(jobs.iter().map(Uuid::to_string).collect())
+    }
+
+    async fn reconcile(&self, tx: &mut PgTransaction<'_>, item: &str) -> Result<Drift, ItemError> {
+        let id = Uuid::parse_str(item).map_err(|_| sqlx::Error::RowNotFound)?;
+        let found = locked::<K>(tx, JobId(id)).await?;
+        let late = job::overdue(tx, id, self.patience.as_secs_f64()).await?;
+        if late.is_empty() || found.status != "running" {
+            return Ok(Drift::of(0));
+        }
+        let asked = ask::<K>(tx, found, late, false).await?;
+        tracing::warn!(job = %id, kind = K::NAME, participants = asked.join(", "), "no answer yet: asked once more");
+        Ok(Drift::of(asked.len() as u64))
+    }
+}

@@ -1,0 +1,239 @@
+//! Who works and answers.
+
+use std::marker::PhantomData;
+
+use aftercommit_core::fault;
+use aftercommit_core::postgres::job::{self, Counts};
+use aftercommit_core::postgres::{describe, is_outage};
+use aftercommit_outbox::publish;
+use aftercommit_worker::{Delivery, Handler, HandlerError};
+use chrono::Utc;
+use serde_json::Value;
+use sqlx::{Connection, PgPool, PgTransaction};
+
+use super::kind::{Kind, Outcome, Requested};
+
+/// How many attempts a participant makes before it answers that it failed.
+const ATTEMPTS: u32 = 5;
+
+/// What a participant does for a job: one step, or several that each commit.
+pub trait Work<K: Kind>: Send + Sync + 'static {
+    /// Does one step in this transaction. `position` is what the step before returned as [`Step::next`]; none at the beginning.
+    ///
+    /// A step may be repeated when it did not commit, never when it did.
+    ///
+    /// # Errors
+    /// As a [`Handler`]: any error is tried again, [`HandlerError::reject`] answers at once that it failed.
+    fn step(
+        &self,
+        tx: &mut PgTransaction<'_>,
+        request: &K::Request,
+        position: Option<Value>,
+    ) -> impl Future<Output = Result<Step, HandlerError>> + Send;
+}
+
+/// What a step did.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Step {
+    /// What it did, by what it was done to; added to what the steps before did.
+    pub counts: Counts,
+    /// Where the next step begins; none when all is done.
+    pub next: Option<Value>,
+}
+
+impl Step {
+    /// The last one.
+    pub fn done(counts: impl IntoIterator<Item = (impl Into<String>, u64)>) -> Self {
+        Self { counts: counts.into_iter().map(|(name, count)| (name.into(), count)).collect(), next: None }
+    }
+
+    /// There is more, from this position on.
+    pub fn more(self, position: impl Into<Value>) -> Self {
+        Self { next: Some(position.into()), ..self }
+    }
+}
+
+/// A participant of the jobs of a kind: `Subscriber::new("pos-deletions").on::<Requested<TenantDeletion>>(Participant::new("pos", DeleteRows))`.
+///
+/// Work and answer are committed together, in the participant's own database. When the last attempt has failed, it answers that, and
+/// can be asked anew. A job that was done is answered again and not done again.
+#[derive(Debug)]
+pub struct Participant<K, W> {
+    name: String,
+    work: W,
+    attempts: u32,
+    steps: Option<PgPool>,
+    kind: PhantomData<fn() -> K>,
+}
+
+impl<K: Kind, W: Work<K>> Participant<K, W> {
+    /// With this name, which the request has among its participants. All steps run in one transaction.
+    pub fn new(name: impl Into<String>, work: W) -> Self {
+        Self { name: name.into(), work, attempts: ATTEMPTS, steps: None, kind: PhantomData }
+    }
+
+    /// Each step commits by itself, on a connection of this pool to the participant's database: for work that is too large for one
+    /// transaction. What is committed stays, whatever happens to the process, and the next attempt goes on there.
+    #[must_use]
+    pub fn each_step_commits(self, pool: PgPool) -> Self {
+        Self { steps: Some(pool), ..self }
+    }
+
+    /// How many attempts it makes before it answers that it failed; less than the subscriber's own, which then never counts.
+    /// Defaults to 5.
+    #[must_use]
+    pub fn attempts(self, attempts: u32) -> Self {
+        Self { attempts: attempts.max(1), ..self }
+    }
+
+    /// Steps until the work is done, all in this transaction.
+    async fn all_steps(
+        &self,
+        tx: &mut PgTransaction<'_>,
+        requested: &Requested<K>,
+        round: i32,
+    ) -> Result<job::Work, HandlerError> {
+        let mut work = job::begin_work(tx, requested.job, &self.name, round).await?;
+        while work.ended_at.is_none() {
+            let step = self.work.step(tx, &requested.request, work.position.take()).await?;
+            add(&mut work, step);
+            let ended = work.position.is_none();
+            job::save_work(tx, requested.job, &self.name, &work, ended).await?;
+            if ended {
+                work.ended_at = Some(Utc::now());
+            }
+        }
+        Ok(work)
+    }
+
+    /// The same with a transaction for each step.
+    async fn step_by_step(
+        &self,
+        pool: &PgPool,
+        requested: &Requested<K>,
+        round: i32,
+    ) -> Result<job::Work, HandlerError> {
+        loop {
+            let mut tx = pool.begin().await?;
+            // The row is locked: nobody else takes a step of this job.
+            let mut work = job::begin_work(&mut tx, requested.job, &self.name, round).await?;
+            if work.ended_at.is_some() {
+                tx.rollback().await?;
+                return Ok(work);
+            }
+            let step = self.work.step(&mut tx, &requested.request, work.position.take()).await?;
+            add(&mut work, step);
+            job::save_work(&mut tx, requested.job, &self.name, &work, work.position.is_none()).await?;
+            fault::point("job-step");
+            tx.commit().await?;
+            fault::point("job-stepped");
+        }
+    }
+
+    async fn answer(
+        &self,
+        tx: &mut PgTransaction<'_>,
+        requested: &Requested<K>,
+        round: i32,
+        attempt: u32,
+        answer: Result<job::Work, String>,
+    ) -> Result<(), HandlerError> {
+        let (work, error) = match answer {
+            Ok(work) => (Some(work), None),
+            Err(error) => (job::begin_work(tx, requested.job, &self.name, round).await.map(Some)?, Some(error)),
+        };
+        let started_at = work.as_ref().and_then(|work| work.started_at);
+        let status = match (&error, started_at) {
+            (Some(_), _) => "failed",
+            (None, Some(_)) => "done",
+            (None, None) => "cancelled",
+        };
+        let outcome = Outcome::<K> {
+            job: requested.job,
+            participant: self.name.clone(),
+            round,
+            status: status.into(),
+            counts: work.as_ref().map(|work| work.counts.clone()).unwrap_or_default(),
+            error,
+            attempts: i32::try_from(attempt).unwrap_or(i32::MAX),
+            started_at,
+            ended_at: work.and_then(|work| work.ended_at).unwrap_or_else(Utc::now),
+            kind: PhantomData,
+        };
+        publish(tx, &outcome).await?;
+        fault::point("job-answered");
+        Ok(())
+    }
+}
+
+/// Adds what a step did.
+fn add(work: &mut job::Work, step: Step) {
+    for (name, count) in step.counts {
+        let total = work.counts.entry(name).or_default();
+        *total = total.saturating_add(count);
+    }
+    work.position = step.next;
+}
+
+/// What to answer about an error: none when it is to be tried again, because attempts are left or a server is away.
+fn verdict(error: HandlerError, last: bool) -> Result<String, HandlerError> {
+    match error {
+        HandlerError::Reject { reason } => Ok(reason),
+        HandlerError::Retry { error, after } => {
+            let mut source = Some(&*error as &(dyn std::error::Error + 'static));
+            let mut outage = false;
+            while let Some(cause) = source {
+                outage |= cause.downcast_ref::<sqlx::Error>().is_some_and(is_outage);
+                source = cause.source();
+            }
+            if last && !outage { Ok(describe(&*error)) } else { Err(HandlerError::Retry { error, after }) }
+        }
+        other => Err(other),
+    }
+}
+
+impl<K: Kind, W: Work<K>> Handler<Requested<K>> for Participant<K, W> {
+    async fn handle(&self, tx: &mut PgTransaction<'_>, delivery: &Delivery<Requested<K>>) -> Result<(), HandlerError> {
+        let requested = &delivery.event;
+        let Some((_, round)) = requested.participants.iter().find(|(name, _)| *name == self.name) else {
+            return Ok(());
+        };
+        let (round, attempt) = (*round, delivery.attempt);
+        if requested.cancel {
+            if job::cancel_work(tx, requested.job, &self.name, round).await? {
+                let work = job::begin_work(tx, requested.job, &self.name, round).await?;
+                self.answer(tx, requested, round, attempt, Ok(work)).await?;
+            }
+            return Ok(());
+        }
+        if let Some(wait) = requested.not_before.and_then(|time| (time - Utc::now()).to_std().ok()) {
+            return Err(HandlerError::snooze(wait));
+        }
+        let worked = match &self.steps {
+            Some(pool) => self.step_by_step(pool, requested, round).await,
+            None => {
+                // What fails takes only its own doing with it, so that the failure can be answered.
+                let mut inner = tx.begin().await?;
+                match self.all_steps(&mut inner, requested, round).await {
+                    Ok(work) => {
+                        inner.commit().await?;
+                        Ok(work)
+                    }
+                    Err(error) => {
+                        inner.rollback().await?;
+                        Err(error)
+                    }
+                }
+            }
+        };
+        match worked {
+            Ok(work) => self.answer(tx, requested, round, attempt, Ok(work)).await,
+            Err(error) => {
+                let reason = verdict(error, attempt >= self.attempts)?;
+                let (job, participant) = (requested.job, &self.name);
+                tracing::warn!(%job, participant, attempt, error = reason, "answering that it failed");
+                self.answer(tx, requested, round, attempt, Err(reason)).await
+            }
+        }
+    }
+}

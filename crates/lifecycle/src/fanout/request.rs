@@ -1,0 +1,221 @@
+//! What a requester does: ask, look, ask anew, cancel.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::marker::PhantomData;
+use std::time::Duration;
+
+use aftercommit_core::postgres::job::{self, Counts, Job, NewJob, Participant};
+use aftercommit_outbox::publish;
+use chrono::Utc;
+use serde::Serialize;
+use sqlx::PgTransaction;
+use uuid::Uuid;
+
+use super::error::{JobError, JobErrorKind};
+use super::kind::{Kind, Requested};
+
+/// The longest name of a participant, in bytes.
+const MAX_NAME: usize = 100;
+
+/// A job's id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+pub struct JobId(pub Uuid);
+
+impl fmt::Display for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A job that is to be asked for.
+#[derive(Debug, Clone)]
+pub struct JobRequest<R> {
+    /// What makes a request the same: asked again with this key, it is the job that is there.
+    pub key: String,
+    /// What participants need to know.
+    pub request: R,
+    /// Who asks, for the record.
+    pub requested_by: String,
+    /// Who must answer. Each has a name of its own.
+    pub participants: Vec<String>,
+    /// After this time it is overdue. None: never.
+    pub due_after: Option<Duration>,
+    /// Participants begin after this time, so that it can be cancelled until then. None: at once.
+    pub begin_after: Option<Duration>,
+}
+
+/// What came of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Asked {
+    /// The job.
+    pub job: JobId,
+    /// False when the same request was there: nothing was written and nobody is asked.
+    pub new: bool,
+}
+
+/// How a job stands.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct JobStatus {
+    /// The job.
+    #[serde(flatten)]
+    pub job: Job,
+    /// Participants that have done it, of how many, such as `11/12`.
+    pub completed: String,
+    /// How many have failed.
+    pub failed: u64,
+    /// What all that have done it did together.
+    pub total: u64,
+    /// Each participant.
+    pub participants: Vec<Participant>,
+}
+
+impl JobStatus {
+    /// Of a job and its participants.
+    pub fn of(job: Job, participants: Vec<Participant>) -> Self {
+        let count = |status| participants.iter().filter(|participant| participant.status == status).count();
+        let completed = format!("{}/{}", count("done"), participants.len());
+        let total = participants.iter().flat_map(|participant| participant.counts.values()).sum();
+        Self { completed, failed: count("failed") as u64, total, job, participants }
+    }
+}
+
+/// The jobs of a kind, in the requester's database.
+#[derive(Debug)]
+pub struct Jobs<K>(PhantomData<K>);
+
+impl<K: Kind> Jobs<K> {
+    /// Writes the job, a row for each participant, and the event that asks them, in the caller's transaction. The same key again is the
+    /// job that is there; then nothing is written.
+    ///
+    /// # Errors
+    /// [`Request`](JobErrorKind::Request) when the request cannot be, [`Event`](JobErrorKind::Event) when it cannot be published.
+    pub async fn request(tx: &mut PgTransaction<'_>, request: JobRequest<K::Request>) -> Result<Asked, JobError> {
+        check(&request)?;
+        let body = serde_json::to_value(&request.request)
+            .map_err(|error| JobError::new(JobErrorKind::Request, format!("the request is no JSON: {error}")))?;
+        let new = NewJob {
+            id: Uuid::now_v7(),
+            kind: K::NAME,
+            request_key: &request.key,
+            request: &body,
+            requested_by: &request.requested_by,
+            due_seconds: request.due_after.map(|due| due.as_secs_f64()),
+            types: (K::REQUESTED, K::ENDED),
+            participants: &request.participants,
+        };
+        let (id, new) = job::request(tx, &new).await?;
+        if new {
+            let participants = request.participants.into_iter().map(|name| (name, 1)).collect();
+            let event = Requested::<K> {
+                job: id,
+                participants,
+                cancel: false,
+                not_before: request.begin_after.map(|wait| Utc::now() + wait),
+                request: request.request,
+                kind: PhantomData,
+            };
+            publish(tx, &event).await.map_err(JobError::event)?;
+        }
+        Ok(Asked { job: JobId(id), new })
+    }
+
+    /// How a job stands.
+    ///
+    /// # Errors
+    /// [`Unknown`](JobErrorKind::Unknown) when it is not there.
+    pub async fn status(tx: &mut PgTransaction<'_>, job: JobId) -> Result<JobStatus, JobError> {
+        let found = locked::<K>(tx, job).await?;
+        Ok(JobStatus::of(found, job::participants(tx, job.0).await?))
+    }
+
+    /// Asks participants anew that have failed: one, or all of them. Returns who is asked. What a participant did before it failed
+    /// stays done and counted.
+    ///
+    /// # Errors
+    /// [`Unknown`](JobErrorKind::Unknown) when there is no such job, [`State`](JobErrorKind::State) when nobody has failed.
+    pub async fn retry(
+        tx: &mut PgTransaction<'_>,
+        job: JobId,
+        participant: Option<&str>,
+    ) -> Result<Vec<String>, JobError> {
+        let found = locked::<K>(tx, job).await?;
+        let asked = job::ask_again(tx, job.0, participant).await?;
+        if asked.is_empty() {
+            let whom = participant.unwrap_or("no participant");
+            return Err(JobError::new(
+                JobErrorKind::State,
+                format!("nothing to ask anew in job {job}: {whom} has failed"),
+            ));
+        }
+        ask::<K>(tx, found, asked, false).await
+    }
+
+    /// Asks all that have not begun not to begin. Whoever has begun goes on: what is done cannot be undone. Returns who is asked.
+    ///
+    /// # Errors
+    /// [`Unknown`](JobErrorKind::Unknown) when there is no such job, [`State`](JobErrorKind::State) when it has ended.
+    pub async fn cancel(tx: &mut PgTransaction<'_>, job: JobId) -> Result<Vec<String>, JobError> {
+        let found = locked::<K>(tx, job).await?;
+        if found.status != "running" {
+            return Err(JobError::new(JobErrorKind::State, format!("job {job} has ended: it is {}", found.status)));
+        }
+        let participants = job::participants(tx, job.0).await?;
+        let asked = participants.into_iter().filter(|participant| participant.status == "asked");
+        let asked = asked.map(|participant| (participant.participant, participant.round)).collect();
+        ask::<K>(tx, found, asked, true).await
+    }
+}
+
+/// The job of this kind, locked.
+pub(super) async fn locked<K: Kind>(tx: &mut PgTransaction<'_>, id: JobId) -> Result<Job, JobError> {
+    let found = job::lock(tx, id.0).await?.filter(|job| job.kind == K::NAME);
+    found.ok_or_else(|| JobError::new(JobErrorKind::Unknown, format!("there is no job {id} of the kind {}", K::NAME)))
+}
+
+/// Publishes what asks these participants.
+pub(super) async fn ask<K: Kind>(
+    tx: &mut PgTransaction<'_>,
+    job: Job,
+    asked: Vec<(String, i32)>,
+    cancel: bool,
+) -> Result<Vec<String>, JobError> {
+    let names = asked.iter().map(|(name, _)| name.clone()).collect();
+    let request = serde_json::from_value(job.request).map_err(|error| {
+        JobError::new(JobErrorKind::Request, format!("the request of job {} cannot be read: {error}", job.id))
+    })?;
+    let event =
+        Requested::<K> { job: job.id, participants: asked, cancel, not_before: None, request, kind: PhantomData };
+    publish(tx, &event).await.map_err(JobError::event)?;
+    Ok(names)
+}
+
+fn check<R>(request: &JobRequest<R>) -> Result<(), JobError> {
+    let refuse = |problem: String| Err(JobError::new(JobErrorKind::Request, problem));
+    if request.key.is_empty() || request.key.len() > 500 {
+        return refuse("the key of a request must have 1 to 500 bytes".into());
+    }
+    if request.participants.is_empty() {
+        return refuse("a job needs at least one participant".into());
+    }
+    let mut names = BTreeSet::new();
+    for name in &request.participants {
+        if name.is_empty() || name.len() > MAX_NAME {
+            return refuse(format!("a participant's name must have 1 to {MAX_NAME} bytes"));
+        }
+        if !names.insert(name) {
+            return refuse(format!("the participant {name:?} is named twice"));
+        }
+    }
+    Ok(())
+}
+
+/// The counts of several together.
+pub(super) fn sum<'a>(all: impl Iterator<Item = &'a Counts>) -> Counts {
+    let mut sum = Counts::new();
+    for (name, count) in all.flatten() {
+        let total: &mut u64 = sum.entry(name.clone()).or_default();
+        *total = total.saturating_add(*count);
+    }
+    sum
+}
