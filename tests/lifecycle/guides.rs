@@ -1,13 +1,21 @@
 //! The code of the guides about rows that go: each of their Rust blocks is in this file as it is there.
 
 use std::error::Error;
+use std::time::Duration;
 
 use aftercommit::capture::{self, Capture};
+use aftercommit::config::PostgresConfig;
+use aftercommit::fanout::{
+    Coordinator, JobError, JobId, JobRequest, Jobs, Kind, Outcome, Overdue, Participant, Requested, Step, Work,
+};
 use aftercommit::hooks::{DeleteError, DeleteHook, DeleteHooks, HookPolicy, Links, SqlSnapshot};
 use aftercommit::prune::{Association, Child, Condition, Prune, PruneError, Spec};
+use aftercommit::reconciler::{Mode, Runner, Scope};
+use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
 use chrono::{TimeDelta, Utc};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sqlx::PgTransaction;
+use sqlx::{PgPool, PgTransaction};
 
 use crate::support::Database;
 
@@ -49,6 +57,64 @@ async fn change_stewards(tx: &mut PgTransaction<'_>) -> Result<(), DeleteError> 
     stewards.set(tx, 7, ["ann", "carl"]).await?; // carl was added, bob removed
     stewards.remove_everywhere(tx, "ann").await?; // one event for each system
     Ok(())
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct DeleteTenant {
+    tenant: i64,
+}
+
+#[derive(Debug)]
+struct TenantDeletion;
+
+impl Kind for TenantDeletion {
+    const NAME: &'static str = "tenant.deletion";
+    const REQUESTED: &'static str = "tenant.deletion.requested";
+    const OUTCOME: &'static str = "tenant.deletion.outcome";
+    const ENDED: &'static str = "tenant.deletion.ended";
+    type Request = DeleteTenant;
+}
+
+async fn request_deletion(tx: &mut PgTransaction<'_>, tenant: i64) -> Result<JobId, JobError> {
+    let request = JobRequest {
+        key: format!("tenant-{tenant}"),
+        request: DeleteTenant { tenant },
+        requested_by: "ann@example.org".into(),
+        participants: ["orders", "bills"].map(Into::into).into(),
+        due_after: Some(Duration::from_secs(3600)),
+        begin_after: Some(Duration::from_secs(60)), // until then it can be cancelled
+    };
+    Ok(Jobs::<TenantDeletion>::request(tx, request).await?.job)
+}
+
+struct DeleteOrders;
+
+impl Work<TenantDeletion> for DeleteOrders {
+    async fn step(
+        &self,
+        tx: &mut PgTransaction<'_>,
+        request: &DeleteTenant,
+        _: Option<Value>,
+    ) -> Result<Step, HandlerError> {
+        let sql = "delete from orders where id = any(array(select id from orders where tenant = $1 limit 1000))";
+        let gone = sqlx::query(sql).bind(request.tenant).execute(&mut **tx).await?.rows_affected();
+        let step = Step::done([("orders", gone)]);
+        Ok(if gone == 1000 { step.more(true) } else { step })
+    }
+}
+
+fn orders(pool: PgPool) -> Subscriber {
+    let participant = Participant::new("orders", DeleteOrders).each_step_commits(pool);
+    Subscriber::new("orders-deletions").on::<Requested<TenantDeletion>>(participant)
+}
+
+fn coordinator() -> Subscriber {
+    Subscriber::new("tenant-deletions").on::<Outcome<TenantDeletion>>(Coordinator::new())
+}
+
+fn reconcilers(postgres: &PostgresConfig) -> Runner {
+    // Who has not answered after ten minutes is asked once more.
+    Runner::new(postgres.clone()).reconciler(Overdue::<TenantDeletion>::new(Duration::from_secs(600)))
 }
 
 /// The tables of the guide about deletes.
@@ -152,4 +218,33 @@ async fn a_capture_is_installed_in_a_transaction() {
     let mut tx = pool.begin().await.unwrap();
     capture_orders(&mut tx).await.unwrap();
     assert_eq!(capture::list(&mut tx).await.unwrap()[0].watch, ["state"]);
+}
+
+/// The guide about jobs: it is asked, worked on in two steps, and ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_guides_job_is_done() {
+    let database = Database::migrated().await;
+    database
+        .execute("create table orders (id bigint primary key, tenant bigint); insert into orders select n, n % 2 from generate_series(1, 3000) n")
+        .await;
+    let pool = database.pool().await;
+    let mut tx = pool.begin().await.unwrap();
+    let job = request_deletion(&mut tx, 1).await.unwrap();
+    tx.commit().await.unwrap();
+    let payload: Vec<u8> = sqlx::query_scalar("select payload from aftercommit.outbox").fetch_one(&pool).await.unwrap();
+    let mut requested: Requested<TenantDeletion> = serde_json::from_slice(&payload).unwrap();
+    assert!(requested.not_before.is_some());
+    requested.not_before = None;
+    let participant = Participant::new("orders", DeleteOrders).each_step_commits(pool.clone());
+    let mut tx = pool.begin().await.unwrap();
+    participant.handle(&mut tx, &Delivery::new(requested)).await.unwrap();
+    let status = Jobs::<TenantDeletion>::status(&mut tx, job).await.unwrap();
+    assert_eq!(status.completed, "0/2", "the coordinator has not heard of it");
+    tx.commit().await.unwrap();
+    let left: i64 = sqlx::query_scalar("select count(*) from orders").fetch_one(&pool).await.unwrap();
+    assert_eq!(left, 1500);
+    assert_eq!((orders(pool).name(), coordinator().name()), ("orders-deletions", "tenant-deletions"));
+    let summary =
+        reconcilers(&database.config).run_now("job-tenant-deletion", Scope::Full, Mode::Repair).await.unwrap();
+    assert_eq!(summary.repaired, 0, "nobody is late yet");
 }
