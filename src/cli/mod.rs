@@ -144,6 +144,7 @@ where
     }
 }
 
+/// Cancels `shutdown` with the first signal; returns with the second, or when stopping takes too long.
 async fn stop_hard(shutdown: CancellationToken) -> Error {
     if let Err(error) = signal().await {
         return error;

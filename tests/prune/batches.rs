@@ -269,8 +269,9 @@ async fn who_waits_too_long_is_told_to_try_again() {
     assert_eq!(sessions.count("sessions").await, 8);
 }
 
+/// Otherwise its children would be gone, and the row would stay.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_trigger_that_keeps_a_row_keeps_it_out_of_the_count() {
+async fn a_row_that_is_kept_refuses_the_batch() {
     let sessions = Sessions::new().await;
     sessions
         .database
@@ -280,8 +281,68 @@ async fn a_trigger_that_keeps_a_row_keeps_it_out_of_the_count() {
              create trigger keep before delete on sessions for each row execute function keep()",
         )
         .await;
-    let pruned = committed(&sessions, Prune::of(&whole())).await;
-    assert_eq!((pruned.count, pruned.ids), (4, vec!["1".into(), "2".into(), "4".into(), "5".into()]));
+    let mut tx = sessions.pool.begin().await.unwrap();
+    let error = Prune::of(&whole()).run(&mut tx).await.unwrap_err();
+    assert_eq!(error.kind(), PruneErrorKind::Kept);
+    assert!(
+        error.to_string().contains("1 rows of public.sessions were kept") && error.to_string().contains("such as 3"),
+        "{error}"
+    );
+    tx.commit().await.unwrap();
+    assert_eq!(
+        (sessions.count("sessions").await, sessions.count("kernels").await, sessions.told().await.len()),
+        (8, 16, 0)
+    );
+    assert_eq!(committed(&sessions, Prune::of(&whole()).without(["3"])).await.ids, ["1", "2", "4", "5"]);
+}
+
+/// A foreign key may refer to another column than the primary key: then that is what is compared.
+#[tokio::test(flavor = "multi_thread")]
+async fn children_go_by_the_column_that_their_foreign_key_names() {
+    use aftercommit::prune::{Child, Spec};
+    let sessions = Sessions::new().await;
+    sessions
+        .database
+        .execute(
+            "create table fp (id int primary key, code int unique, done bool);
+             create table fc (id int primary key, code int references fp (code));
+             insert into fp values (1, 2, true), (2, 3, false), (3, 1, false); insert into fc values (10, 2), (11, 3), (12, 1)",
+        )
+        .await;
+    let spec = Spec::new("fp", "done").child(Child::new("fc", "code"));
+    let pruned = committed(&sessions, Prune::of(&spec)).await;
+    assert_eq!((pruned.ids, pruned.children["public.fc"]), (vec!["1".to_string()], 1));
+    assert_eq!((sessions.count("fp").await, sessions.count("fc where id in (11, 12)").await), (2, 2));
+}
+
+/// A column without a time zone means nothing until somebody says in which one it is written.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_time_without_a_zone_is_compared_as_a_clock_there_shows_it() {
+    use aftercommit::prune::Spec;
+    let sessions = Sessions::new().await;
+    sessions
+        .database
+        .execute(
+            "create table la (id int primary key, ts timestamp, day date);
+             insert into la select n, (now() at time zone 'America/Los_Angeles') - n * interval '1 hour',
+                                   ((now() - n * interval '1 day') at time zone 'America/Los_Angeles')::date
+               from generate_series(0, 5) n",
+        )
+        .await;
+    let spec = |column: &str| Spec::new("la", "true").before_column(column);
+    for column in ["ts", "day"] {
+        let error = Prune::of(&spec(column)).run(&mut sessions.pool.begin().await.unwrap()).await.unwrap_err();
+        assert!(error.kind() == PruneErrorKind::Spec && error.to_string().contains("before_zone"), "{error}");
+    }
+    let zoned = spec("ts").before_zone("America/Los_Angeles");
+    let old = Prune::of(&zoned).before(Utc::now() - Duration::minutes(90));
+    assert_eq!(committed(&sessions, old).await.count, 4);
+    let days = spec("day").before_zone("America/Los_Angeles");
+    assert_eq!(committed(&sessions, Prune::of(&days).before(Utc::now())).await.ids, ["1"], "the day of today stays");
+    let nowhere = spec("ts").before_zone("Nowhere'; drop table la;--");
+    let error =
+        Prune::of(&nowhere).before(Utc::now()).run(&mut sessions.pool.begin().await.unwrap()).await.unwrap_err();
+    assert!(error.to_string().contains("time zone"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -61,8 +61,8 @@ pub fn bare() -> Spec {
 
 /// With children and associations.
 pub fn whole() -> Spec {
-    bare().child(Child::new("kernels", "session_id")).association(Association::new(
-        "associations",
+    bare().child(Child::new("public.kernels", "session_id")).association(Association::new(
+        "public.associations",
         "entity_type",
         "entity_id",
         "session",

@@ -12,7 +12,8 @@ async fn what_is_not_there_is_refused_by_name() {
         .database
         .execute(
             "create table pairs (a int, b int, primary key (a, b)); create table heap (a int); create view looks as select 1 as a;
-             create table of_pairs (pair int)",
+             create table of_pairs (pair int); create table base (id int primary key); create table heir () inherits (base);
+             create table tree (id int primary key, above int references tree)",
         )
         .await;
     use PruneErrorKind::{CompositePrimaryKey, Spec as Wrong};
@@ -23,6 +24,10 @@ async fn what_is_not_there_is_refused_by_name() {
         (Spec::new("a.b.c.d", "true"), Wrong, "no table"),
         (Spec::new("looks", "true"), Wrong, "public.looks is no table"),
         (Spec::new("heap", "true"), Wrong, "no primary key"),
+        (Spec::new("base", "true"), Wrong, "other tables inherit from public.base"),
+        (Spec::new("aftercommit.outbox", "true"), Wrong, "belongs to PostgreSQL or to aftercommit"),
+        (Spec::new("pg_catalog.pg_cast", "true"), Wrong, "belongs to PostgreSQL or to aftercommit"),
+        (Spec::new("tree", "true").child(Child::new("tree", "above")), Wrong, "public.tree cannot be its own child"),
         (Spec::new("pairs", "true"), CompositePrimaryKey, "2 columns (a, b)"),
         (Spec::new("sessions", ""), Wrong, "is empty"),
         (Spec::new("sessions", "true").limit(0), Wrong, "limit"),
@@ -94,7 +99,8 @@ async fn partitions_quoted_names_and_other_schemas_work() {
              insert into \"Büro\".\"Select\" select n % 2, n, current_date - n from generate_series(1, 100) n",
         )
         .await;
-    let spec = Spec::new("\"Büro\".\"Select\"", "\"a \"\"b\"\"\" = 1").before_column("done").name("büro");
+    let spec =
+        Spec::new("\"Büro\".\"Select\"", "\"a \"\"b\"\"\" = 1").before_column("done").before_zone("UTC").name("büro");
     let mut tx = sessions.pool.begin().await.unwrap();
     let prune = Prune::of(&spec).before(Utc::now() - chrono::Duration::days(60)).limit(10);
     let pruned = prune.run(&mut tx).await.unwrap();

@@ -20,6 +20,7 @@ fn quick() -> Pace {
 async fn sweep(sessions: &Sessions, config: &PruneConfig) -> (u64, Option<SweepResult>) {
     let pruner = Pruner::new(&sessions.database.config, config.clone()).unwrap();
     let swept = pruner.sweep(&CancellationToken::new()).await.unwrap().remove(0);
+    println!("{swept:?}");
     (swept.removed, swept.result)
 }
 
@@ -150,7 +151,7 @@ async fn locked_rows_are_passed_over_and_gone_the_next_time() {
 async fn a_failure_is_on_record_and_makes_the_process_unhealthy() {
     use aftercommit::health::Check;
     let sessions = Sessions::new().await;
-    let spec = Spec::new("sessions", "status = 'terminated'").name("sessions");
+    let spec = Spec::new("public.sessions", "status = 'terminated'").name("sessions");
     let broken = PruneConfig { interval: Duration::from_secs(1), ..config(Policy::new(spec, None), quick()) };
     let pruner = Pruner::new(&sessions.database.config, broken).unwrap();
     let (monitor, stop) = (pruner.monitor(), CancellationToken::new());
@@ -204,7 +205,7 @@ finished = \"status = 'terminated'\"
 before = 'terminated_at'
 period = '1h'
 [[category.child]]
-table = 'kernels'
+table = 'public.kernels'
 column = 'session_id'
 ";
 
@@ -235,7 +236,12 @@ async fn the_command_plans_runs_and_tells() {
     assert_eq!(swept, "sessions: 3 rows, done\nleases: 0 rows, done\n");
     assert_eq!((sessions.count("sessions").await, sessions.told().await.len()), (5, 2));
     let told = succeeded(cli.run(&["prune", "status"]));
-    assert!(told.contains("sessions  kept 3600 s  last swept 2") && told.contains("3 rows  3 in all  done"), "{told}");
+    assert!(
+        told.contains("sessions  kept 3600 s  last swept 2")
+            && told.contains(" by ")
+            && told.contains("3 rows  3 in all  done"),
+        "{told}"
+    );
     let json: serde_json::Value = serde_json::from_str(&succeeded(cli.run(&["prune", "status", "--json"]))).unwrap();
     assert_eq!(
         (&json[1]["category"], &json[1]["removed_total"], &json[1]["result"]),
@@ -353,4 +359,105 @@ async fn killed_at_every_step_it_ends_in_the_same_state() {
         assert_eq!(ids, ["1", "2", "3"], "{step}: each was told once");
         assert_eq!((sessions.count("sessions").await, record(&sessions).await.removed_total), (5, 3), "{step}");
     }
+}
+
+/// A row that cannot go is passed over and named, and all others go.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_cannot_go_holds_back_no_others() {
+    let sessions = Sessions::new().await;
+    many(&sessions, 100).await;
+    sessions
+        .database
+        .execute(
+            "create table orders (id int primary key, session bigint constraint of_session references sessions);
+             insert into orders values (1, 55), (2, 77)",
+        )
+        .await;
+    let pruner =
+        Pruner::new(&sessions.database.config, config(Policy::new(whole(), None), Pace { batch: 10, ..quick() }))
+            .unwrap();
+    let swept = pruner.sweep(&CancellationToken::new()).await.unwrap().remove(0);
+    assert_eq!((swept.removed, swept.result), (98, Some(SweepResult::Failed)));
+    let error = swept.error.unwrap();
+    for told in ["sessions: 2 rows cannot go and were passed over", "such as 77", "of_session"] {
+        assert!(error.contains(told), "{told}: {error}");
+    }
+    assert_eq!(sessions.count("sessions").await, 2);
+    assert_eq!(sessions.told().await.iter().map(|event| event["ids"].as_array().unwrap().len()).sum::<usize>(), 98);
+    // When nothing can go, it gives up after a while.
+    many(&sessions, 300).await;
+    sessions.database.execute("insert into orders select n, n from generate_series(1, 300) n").await;
+    let swept = pruner.sweep(&CancellationToken::new()).await.unwrap().remove(0);
+    assert_eq!((swept.removed, swept.result), (0, Some(SweepResult::Failed)));
+    assert!(swept.error.unwrap().contains("passes over 100 such rows"));
+}
+
+/// Whoever may create functions in the schema public would run them with the pruner's rights, and decide what is finished.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobodys_functions_decide_what_goes() {
+    let sessions = Sessions::new().await;
+    sessions
+        .database
+        .execute(
+            "create table jobs (id varchar(20) primary key, status varchar(20)); insert into jobs values ('1', 'done'), ('2', 'running');
+             create function public.evil(varchar, varchar) returns bool language plpgsql as $$ begin return true; end $$;
+             create operator public.= (leftarg = varchar, rightarg = varchar, function = public.evil);
+             create function public.lower(varchar) returns text language sql as $$ select 'done' $$",
+        )
+        .await;
+    let spec = Spec::new("public.jobs", "status = 'done' and lower(status) = 'done'").name("sessions");
+    let config = config(Policy::new(spec, None), quick());
+    assert_eq!(sweep(&sessions, &config).await, (1, Some(SweepResult::Done)));
+    assert_eq!(sessions.count("jobs where status::text = 'running'").await, 1);
+    // Names are looked up elsewhere only when somebody says so.
+    sessions.database.execute("create function finished(text) returns bool language sql as $$ select true $$").await;
+    let spec = Spec::new("public.jobs", "finished(status)").name("sessions");
+    let blind = PruneConfig { policies: vec![Policy::new(spec, None)], ..config };
+    let pruner = Pruner::new(&sessions.database.config, blind.clone()).unwrap();
+    let error = pruner.sweep(&CancellationToken::new()).await.unwrap().remove(0).error.unwrap();
+    assert!(error.contains("finished") && error.contains("search path") && !error.contains("migrate"), "{error}");
+    let seeing = PruneConfig { search_path: Some("public".into()), ..blind };
+    assert_eq!(sweep(&sessions, &seeing).await, (1, Some(SweepResult::Done)));
+}
+
+/// A signal ends a single sweep after its batch, and the next need not wait for the lease.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_ends_a_single_sweep_in_order() {
+    let sessions = Sessions::new().await;
+    many(&sessions, 5000).await;
+    let cli = Cli { sessions: &sessions, directory: Directory::new() };
+    let file = cli.directory.write("prune.toml", TOML).display().to_string();
+    let mut command = cli.command(&["prune", "run", "--once", "--config", &file]);
+    let pruner = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let begun = async || sessions.count("sessions").await < 4900;
+    aftercommit::testing::eventually(SOON, "it prunes", begun).await.unwrap();
+    let killed = Command::new("kill").args(["-TERM", &pruner.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    let output = pruner.wait_with_output().unwrap();
+    let told = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.code() == Some(1) && told.contains("rows, stopped"), "{:?} {told}", output.status);
+    assert_eq!(record(&sessions).await.result.as_deref(), Some("stopped"));
+    let swept = succeeded(cli.run(&["prune", "run", "--config", "FILE", "--once"]));
+    assert!(swept.contains("rows, done"), "{swept}");
+    assert_eq!(sessions.count("sessions").await, 0);
+}
+
+/// What kept a sweep from its work is tried again soon, whatever the interval is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_that_could_not_be_is_tried_again_soon() {
+    let sessions = Sessions::new().await;
+    sessions
+        .database
+        .execute("insert into aftercommit.lease values ('prune:sessions', 'a dead one', 1, now() + interval '1 s')")
+        .await;
+    let pruner = Pruner::new(&sessions.database.config, config(Policy::new(whole(), None), quick())).unwrap();
+    let stop = CancellationToken::new();
+    let running = tokio::spawn({
+        let stop = stop.clone();
+        async move { pruner.run(stop).await }
+    });
+    let gone = async || sessions.count("sessions").await == 3;
+    aftercommit::testing::eventually(SOON, "it is swept long before the interval of an hour", gone).await.unwrap();
+    stop.cancel();
+    running.await.unwrap();
 }

@@ -141,6 +141,17 @@ mod sqlx_versions;
 pub mod tokio_postgres;
 
 pub mod check;
+#[cfg_attr(
+    not(any(
+        feature = "diesel",
+        feature = "diesel-async",
+        feature = "sea-orm",
+        feature = "sqlx08",
+        feature = "sqlx09",
+        feature = "tokio-postgres"
+    )),
+    allow(dead_code)
+)]
 mod error;
 pub mod event;
 #[cfg(any(

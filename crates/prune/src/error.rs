@@ -40,6 +40,8 @@ pub enum PruneErrorKind {
     /// Others had locked what was to go, and time was up, or PostgreSQL undid it because of them (40001, 40P01, 55P03). Try
     /// again.
     Busy,
+    /// A trigger or a row-level policy kept a row that was to go, whose children would be gone.
+    Kept,
     /// The event that tells of it could not be written.
     Event,
     /// PostgreSQL cannot be reached, or it refused a statement.
@@ -75,15 +77,35 @@ impl PruneError {
             "23514" => (PruneErrorKind::Check, ""),
             "23502" => (PruneErrorKind::NotNull, ""),
             "23P01" => (PruneErrorKind::Exclusion, ""),
-            code if sqlstate::is_conflict(code) => (PruneErrorKind::Busy, "; nothing was deleted, try again"),
+            code if sqlstate::is_conflict(code) => (PruneErrorKind::Busy, "; this batch deleted nothing, try again"),
             _ => (PruneErrorKind::Database, ""),
         };
-        let told = sqlstate::told(&format!("deleting from {table} failed"), &code, database.message());
+        let doing = format!("deleting from {table} failed");
+        let told = match &*code {
+            // What the caller's condition names, and not what of aftercommit may be missing.
+            "42703" | "42P01" | "42883" | "3F000" | "42804" => format!(
+                "{doing}: {} [{code}] (conditions see the table as t, and names as the search path of the session does)",
+                sqlstate::without_values(&code, database.message())
+            ),
+            _ => sqlstate::told(&doing, &code, database.message()),
+        };
         Self {
             constraint: database.constraint().map(Into::into),
             table: database.table().map(Into::into),
             ..Self::new(kind, format!("{told}{way_out}"))
         }
+    }
+
+    /// The same, said of a category.
+    pub(crate) fn of(self, category: &str) -> Self {
+        Self { message: format!("{category}: {}", self.message), ..self }
+    }
+
+    /// Whether a single row may be what it is about, so that others can go without it.
+    pub(crate) fn may_be_a_row(&self) -> bool {
+        use PruneErrorKind::{Check, Database, Exclusion, ForeignKey, Kept, NotNull, Unique};
+        let server = self.source.is_none();
+        server && matches!(self.kind, ForeignKey | Unique | Check | NotNull | Exclusion | Kept | Database)
     }
 
     /// What it is about.

@@ -5,13 +5,15 @@
 //! batch = 1000                       # rows of the table in one transaction
 //! budget = 1000000                   # rows that one sweep removes at most
 //! rest = 1.0                         # so many times as long as a batch took it rests after it
-//! audit = "400d"                     # how long the audit trail is kept; for ever when left out
+//! audit = "400d"                     # how long the audit trail is kept, at least 30d; for ever when left out
+//! search_path = "app"                # where conditions and triggers look names up; PostgreSQL's own only when left out
 //!
 //! [[category]]
 //! name = "sessions"                  # in events, metrics and `aftercommit prune status`
 //! table = "public.sessions"          # its primary key has one column
 //! finished = "status = 'terminated'" # SQL: which rows may go
 //! before = "terminated_at"           # the column that says when a row was finished
+//! before_zone = "UTC"                # only for a column without a time zone: in which one it is written
 //! period = "30d"                     # how long it is kept after that; without it all finished rows go
 //! order = "terminated_at"            # the oldest first; `before` when left out, else the primary key
 //! limit = 100000                     # rows in one transaction at most
@@ -21,7 +23,7 @@
 //! [[category.child]]                 # rows that refer to these, and go first
 //! table = "public.kernels"
 //! column = "session_id"
-//! references = "id"                  # the parent's column; its primary key when left out
+//! references = "id"                  # the parent's column; that of the foreign key when left out, else the primary key
 //!
 //! [[category.child.child]]
 //! table = "public.kernel_logs"
@@ -53,6 +55,7 @@ struct File {
     budget: Option<u64>,
     rest: Option<f64>,
     audit: Option<Span>,
+    search_path: Option<String>,
     #[serde(default)]
     category: Vec<Category>,
 }
@@ -64,6 +67,7 @@ struct Category {
     table: String,
     finished: String,
     before: Option<String>,
+    before_zone: Option<String>,
     period: Option<Span>,
     order: Option<String>,
     limit: Option<u32>,
@@ -125,6 +129,9 @@ impl From<Category> for Policy {
         if let Some(column) = category.before {
             spec = spec.before_column(column);
         }
+        if let Some(zone) = category.before_zone {
+            spec = spec.before_zone(zone);
+        }
         if let Some(column) = category.order {
             spec = spec.order_column(column);
         }
@@ -159,8 +166,9 @@ pub(crate) fn parse(text: &str) -> Result<PruneConfig, String> {
         },
         policies: file.category.into_iter().map(Policy::from).collect(),
         audit: file.audit.map(|span| span.0),
+        search_path: file.search_path,
     };
-    config.policies.iter().try_for_each(|policy| policy.check().map_err(|error| error.to_string()))?;
+    config.check().map_err(|error| error.to_string())?;
     Ok(config)
 }
 

@@ -5,15 +5,18 @@ use std::time::Duration;
 use aftercommit_core::fault;
 use aftercommit_core::postgres::connections::Connections;
 use aftercommit_core::postgres::sweep;
-use chrono::TimeDelta;
+use chrono::{DateTime, TimeDelta, Utc};
+use sqlx::PgTransaction;
 
 use crate::error::PruneError;
-use crate::run::{Plan, Prune};
+use crate::run::{Plan, Prune, Pruned};
 use crate::spec::Spec;
 use crate::sweep::{Batch, BatchError, Category, in_users_session};
 
 /// How long a batch waits for a lock that others have: children of rows that go may be locked, and parents are passed over.
 const LOCK_TIMEOUT: &str = "; set local lock_timeout = '2s'";
+/// Rows that a sweep passes over because they cannot go, until it gives up.
+const MOST_BLOCKED: usize = 100;
 
 /// Names of categories that are aftercommit's own.
 const OWN: [&str; 6] = ["outbox", "parked", "repairs", "relay-log", "audit", "leases"];
@@ -61,20 +64,43 @@ impl Policy {
     ///
     /// # Errors
     /// As [`Prune::plan`].
-    pub(crate) async fn plan(&self, connections: &Connections) -> Result<Plan, BatchError> {
+    pub(crate) async fn plan(
+        &self,
+        connections: &Connections,
+        search_path: &Option<String>,
+    ) -> Result<Plan, BatchError> {
         in_users_session(connections, async |session| {
             let now = sweep::now(session).await?;
-            let mut tx = session.begin_with("begin read only".into()).await?;
-            let mut prune = Prune::of(&self.spec);
-            if let Some(period) = self.period {
-                prune = prune.before(now - period);
-            }
-            let plan = prune.plan(tx.for_others()).await;
+            let mut tx = session.begin_with(format!("begin read only{LOCK_TIMEOUT}")).await?;
+            let plan = match pin(tx.for_others(), search_path).await {
+                Ok(()) => self.prune(now).plan(tx.for_others()).await,
+                Err(error) => Err(error),
+            };
             tx.rollback().await?;
-            Ok(plan?)
+            Ok(plan.map_err(|error| error.of(&self.spec.name))?)
         })
         .await
     }
+
+    /// What goes at this time of the database's clock.
+    fn prune(&self, now: DateTime<Utc>) -> Prune<'_> {
+        match self.period {
+            Some(period) => Prune::of(&self.spec).before(now - period),
+            None => Prune::of(&self.spec),
+        }
+    }
+}
+
+/// Lets names be looked up where the config says, for this transaction: nobody's functions but PostgreSQL's own unless it says so.
+async fn pin(tx: &mut PgTransaction<'_>, search_path: &Option<String>) -> Result<(), PruneError> {
+    let path = search_path.as_deref().unwrap_or("pg_catalog");
+    sqlx::query("select pg_catalog.set_config('search_path', $1, true)")
+        .bind(format!("{path}, pg_temp"))
+        .persistent(false)
+        .execute(&mut **tx)
+        .await
+        .map(drop)
+        .map_err(|error| PruneError::spec(format!("the search_path {path:?} cannot be used: {error}")))
 }
 
 /// A hundred years.
@@ -84,13 +110,97 @@ const MAX_PERIOD: Duration = Duration::from_hours(36_500 * 24);
 #[derive(Debug)]
 pub(crate) struct Swept<'a> {
     policy: &'a Policy,
+    search_path: &'a Option<String>,
     /// Where the next batch begins.
     place: Option<String>,
+    /// Rows in the next batch, while one that cannot go is looked for.
+    narrowed: Option<u32>,
+    /// Rows that cannot go.
+    blocked: Vec<String>,
+    /// Why the first of them cannot.
+    why: Option<PruneError>,
 }
 
 impl<'a> Swept<'a> {
-    pub(crate) fn new(policy: &'a Policy) -> Self {
-        Self { policy, place: None }
+    pub(crate) fn new(policy: &'a Policy, search_path: &'a Option<String>) -> Self {
+        Self { policy, search_path, place: None, narrowed: None, blocked: Vec::new(), why: None }
+    }
+
+    /// One batch, in a transaction.
+    async fn attempt(&self, connections: &Connections, limit: u32) -> Result<Pruned, BatchError> {
+        let spec = &self.policy.spec;
+        in_users_session(connections, async |session| {
+            let now = sweep::now(session).await?;
+            let mut tx = session.begin_with(format!("begin{LOCK_TIMEOUT}")).await?;
+            let prune = self.next(now).limit(limit).skip_locked();
+            let pruned = match pin(tx.for_others(), self.search_path).await {
+                Ok(()) => prune.run(tx.for_others()).await,
+                Err(error) => Err(error),
+            };
+            let pruned = match pruned {
+                Ok(pruned) => pruned,
+                Err(error) => {
+                    tx.rollback().await?;
+                    return Err(error.into());
+                }
+            };
+            sweep::progress(&mut tx, &spec.name, pruned.count, pruned.next.as_deref()).await?;
+            fault::point("prune-recorded");
+            // What is checked at the commit only, such as a deferred foreign key, is about the table as well.
+            tx.commit().await.map_err(|error| PruneError::database(&spec.table, error))?;
+            fault::point("prune-committed");
+            Ok(pruned)
+        })
+        .await
+    }
+
+    fn next(&self, now: DateTime<Utc>) -> Prune<'_> {
+        let prune = self.policy.prune(now).without(&self.blocked);
+        match &self.place {
+            Some(place) => prune.from(place),
+            None => prune,
+        }
+    }
+
+    /// The id of the row that the next batch begins with.
+    async fn first(&self, connections: &Connections) -> Result<Option<String>, BatchError> {
+        in_users_session(connections, async |session| {
+            let now = sweep::now(session).await?;
+            let mut tx = session.begin_with(format!("begin read only{LOCK_TIMEOUT}")).await?;
+            let first = match pin(tx.for_others(), self.search_path).await {
+                Ok(()) => self.next(now).limit(1).first(tx.for_others()).await,
+                Err(error) => Err(error),
+            };
+            tx.rollback().await?;
+            Ok(first?)
+        })
+        .await
+    }
+
+    /// Looks for the row that a batch failed of: with half of the batch, and of a single row passes it over.
+    async fn narrow(&mut self, connections: &Connections, limit: u32, error: PruneError) -> Result<Batch, BatchError> {
+        if limit > 1 {
+            self.narrowed = Some(limit / 2);
+            return Ok(Batch { removed: 0, more: true, went_on: true });
+        }
+        let Some(id) = self.first(connections).await? else { return Err(error.of(&self.policy.spec.name).into()) };
+        tracing::warn!(category = self.policy.spec.name, id, error = %error, "this row cannot go, and is passed over");
+        self.blocked.push(id);
+        self.narrowed = None;
+        let first = self.why.get_or_insert(error);
+        if self.blocked.len() < MOST_BLOCKED {
+            return Ok(Batch { removed: 0, more: true, went_on: true });
+        }
+        let text = format!("{first}; a sweep passes over {MOST_BLOCKED} such rows, and there are more");
+        Err(PruneError::new(first.kind(), text).of(&self.policy.spec.name).into())
+    }
+
+    /// At the end: what was passed over is a failure all the same.
+    fn ended(&mut self) -> Result<Batch, BatchError> {
+        let Some(why) = self.why.take() else { return Ok(Batch { removed: 0, more: false, went_on: false }) };
+        let (count, first) = (self.blocked.len(), self.blocked.first().cloned().unwrap_or_default());
+        let text = format!("{count} rows cannot go and were passed over, such as {first}: {why}");
+        Err(PruneError::new(why.kind(), text).of(&self.policy.spec.name).into())
     }
 }
 
@@ -116,36 +226,23 @@ impl Category for Swept<'_> {
     }
 
     async fn batch(&mut self, connections: &Connections, limit: u32) -> Result<Batch, BatchError> {
-        let Policy { spec, period, .. } = self.policy;
-        let place = self.place.as_deref();
-        let pruned = in_users_session(connections, async |session| {
-            let now = sweep::now(session).await?;
-            let mut tx = session.begin_with(format!("begin{LOCK_TIMEOUT}")).await?;
-            let mut prune = Prune::of(spec).limit(limit).skip_locked();
-            if let Some(period) = *period {
-                prune = prune.before(now - period);
+        let limit = self.narrowed.map_or(limit, |narrowed| narrowed.min(limit));
+        let pruned = match self.attempt(connections, limit).await {
+            Ok(pruned) => pruned,
+            Err(BatchError::Prune(error)) if error.may_be_a_row() => {
+                return self.narrow(connections, limit, error).await;
             }
-            if let Some(place) = place {
-                prune = prune.from(place);
-            }
-            let pruned = match prune.run(tx.for_others()).await {
-                Ok(pruned) => pruned,
-                Err(error) => {
-                    tx.rollback().await?;
-                    return Err(error.into());
-                }
-            };
-            sweep::progress(&mut tx, &spec.name, pruned.count, pruned.next.as_deref()).await?;
-            fault::point("prune-recorded");
-            tx.commit().await?;
-            fault::point("prune-committed");
-            Ok(pruned)
-        })
-        .await?;
+            Err(BatchError::Prune(error)) => return Err(error.of(&self.policy.spec.name).into()),
+            Err(error) => return Err(error),
+        };
         // What lies before the place, because it was locked or has come since, is for a last look from the start.
-        let more = pruned.more || place.is_some();
+        let more = pruned.more || self.place.is_some();
         self.place = pruned.next;
-        Ok(Batch { removed: pruned.count, more })
+        if !more && pruned.count == 0 {
+            return self.ended();
+        }
+        // With something passed over the end is told by a batch of its own.
+        Ok(Batch { removed: pruned.count, more: more || self.why.is_some(), went_on: false })
     }
 }
 

@@ -19,6 +19,10 @@ use crate::sweep::{BatchError, Pace, Sweeper, Swept as SweptCategory};
 /// How long leases of the dead are kept.
 const DEAD_LEASES: Duration = Duration::from_hours(90 * 24);
 
+/// How soon a sweep is tried again that failed, or that another process kept from it; each time twice as long.
+const RETRY: Duration = Duration::from_secs(5);
+const RETRY_MOST: Duration = Duration::from_mins(5);
+
 /// The database deletes no entry of the audit trail that is younger.
 const LEAST_AUDIT: Duration = Duration::from_hours(30 * 24);
 
@@ -33,11 +37,49 @@ pub struct PruneConfig {
     pub policies: Vec<Policy>,
     /// How long the audit trail is kept, at least 30 days. Defaults to none: for ever.
     pub audit: Option<Duration>,
+    /// Where conditions, and triggers of the tables without a search path of their own, look names up, such as `app, public`. Whoever may
+    /// create functions and operators in one of these schemas runs code with the rights of the pruner. Defaults to none:
+    /// PostgreSQL's own names only, and all others with their schema.
+    pub search_path: Option<String>,
 }
 
 impl Default for PruneConfig {
     fn default() -> Self {
-        Self { interval: Duration::from_hours(1), pace: Pace::default(), policies: Vec::new(), audit: None }
+        Self {
+            interval: Duration::from_hours(1),
+            pace: Pace::default(),
+            policies: Vec::new(),
+            audit: None,
+            search_path: None,
+        }
+    }
+}
+
+impl PruneConfig {
+    /// What can be said without the database.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let refuse = |problem: String| Err(Error::new(ErrorKind::Config, problem));
+        for (index, policy) in self.policies.iter().enumerate() {
+            policy.check()?;
+            let name = &policy.spec.name;
+            if self.policies[..index].iter().any(|other| other.spec.name == *name) {
+                return refuse(format!("two categories are called {name:?}: give each a name of its own"));
+            }
+        }
+        let Pace { batch, budget, rest } = self.pace;
+        if batch == 0 || batch > crate::MAX_LIMIT || budget == 0 {
+            return refuse("batch must be from 1 to 100000, and budget at least 1".into());
+        }
+        if !(0.0..=1000.0).contains(&rest) {
+            return refuse("rest must be from 0 to 1000".into());
+        }
+        if self.audit.is_some_and(|period| period < LEAST_AUDIT) {
+            return refuse("audit must be at least 30d".into());
+        }
+        if self.interval < Duration::from_secs(1) {
+            return refuse("interval must be at least 1s".into());
+        }
+        Ok(())
     }
 }
 
@@ -99,27 +141,7 @@ impl Pruner {
     /// [`ErrorKind::Config`] when two policies have one name, something cannot be, or this process publishes into another schema
     /// already ([`set_schema`](aftercommit_outbox::set_schema)).
     pub fn new(postgres: &PostgresConfig, config: PruneConfig) -> Result<Self, Error> {
-        let refuse = |problem: String| Err(Error::new(ErrorKind::Config, problem));
-        for (index, policy) in config.policies.iter().enumerate() {
-            policy.check()?;
-            let name = &policy.spec.name;
-            if config.policies[..index].iter().any(|other| other.spec.name == *name) {
-                return refuse(format!("two categories are called {name:?}: give each a name of its own"));
-            }
-        }
-        let Pace { batch, budget, rest } = config.pace;
-        if batch == 0 || batch > crate::MAX_LIMIT || budget == 0 {
-            return refuse("batch must be from 1 to 100000, and budget at least 1".into());
-        }
-        if !(0.0..=1000.0).contains(&rest) {
-            return refuse("rest must be from 0 to 1000".into());
-        }
-        if config.audit.is_some_and(|period| period < LEAST_AUDIT) {
-            return refuse("audit must be at least 30d".into());
-        }
-        if config.interval < Duration::from_secs(1) {
-            return refuse("interval must be at least 1s".into());
-        }
+        config.check()?;
         if config.policies.iter().any(|policy| policy.spec.event) {
             aftercommit_outbox::set_schema(postgres.schema.name()).map_err(|error| {
                 Error::with_source(ErrorKind::Config, "the events of pruning cannot be written", error)
@@ -140,16 +162,15 @@ impl Pruner {
     /// Sweeps again and again until `shutdown`, which ends a sweep after its batch. A failure is logged, and the next sweep
     /// tries again.
     pub async fn run(&self, shutdown: CancellationToken) {
-        let mut ticks = tokio::time::interval(self.config.interval);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut retry = RETRY;
         loop {
-            tokio::select! {
-                () = shutdown.cancelled() => return,
-                _ = ticks.tick() => {}
-            }
             let failing = match self.sweep(&shutdown).await {
-                Ok(swept) => swept.into_iter().find(|swept| swept.result == Some(SweepResult::Failed)).map(|swept| {
-                    format!("the last sweep of {} failed: {}", swept.category, swept.error.unwrap_or_default())
+                Ok(swept) => swept.into_iter().find_map(|swept| match (swept.result, swept.error) {
+                    (Some(SweepResult::Failed), error) => {
+                        Some(format!("the last sweep of {} failed: {}", swept.category, error.unwrap_or_default()))
+                    }
+                    (Some(SweepResult::Busy), _) | (None, _) => Some(String::new()),
+                    _ => None,
                 }),
                 Err(error) => {
                     let error = error.report();
@@ -157,7 +178,18 @@ impl Pruner {
                     Some(error)
                 }
             };
+            // Others were in the way, or a server was away: the next look need not wait for the interval.
+            let wait = match &failing {
+                None => self.config.interval,
+                Some(_) => retry.min(self.config.interval),
+            };
+            retry = if failing.is_some() { (retry * 2).min(RETRY_MOST) } else { RETRY };
+            let failing = failing.filter(|text| !text.is_empty());
             *self.failing.lock().unwrap_or_else(PoisonError::into_inner) = failing;
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(wait) => {}
+            }
         }
     }
 
@@ -172,7 +204,7 @@ impl Pruner {
             if stop.is_cancelled() {
                 return Ok(swept);
             }
-            swept.push(sweeper.sweep(&mut Swept::new(policy), stop).await?);
+            swept.push(sweeper.sweep(&mut Swept::new(policy, &self.config.search_path), stop).await?);
         }
         if let Some(period) = self.config.audit {
             swept.push(sweeper.sweep(&mut AuditTrail { period }, stop).await?);
@@ -188,8 +220,8 @@ impl Pruner {
     pub async fn plan(&self) -> Result<Vec<(String, Plan)>, Error> {
         let mut plans = Vec::new();
         for policy in self.config.policies.iter().filter(|policy| policy.enabled) {
-            let plan = policy.plan(&self.connections).await.map_err(|error| match error {
-                BatchError::Database(error) => database_error("planning failed", error),
+            let plan = policy.plan(&self.connections, &self.config.search_path).await.map_err(|error| match error {
+                BatchError::Database(error) => database_error(format!("planning {} failed", policy.spec.name), error),
                 BatchError::Prune(error) => error.into(),
             })?;
             plans.push((policy.spec.name.clone(), plan));

@@ -1,6 +1,6 @@
 //! One pruning: the rows are locked once, what refers to them goes first, then they go themselves, and an event tells it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use aftercommit_core::fault;
 use aftercommit_outbox::EventId;
@@ -11,7 +11,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection, PgTransaction, Postgres};
 use uuid::Uuid;
 
 use crate::condition::Condition;
-use crate::error::PruneError;
+use crate::error::{PruneError, PruneErrorKind};
 use crate::event::{self, RowsPruned};
 use crate::spec::{MAX_LIMIT, Spec};
 use crate::sql::catalogue::{Resolved, ResolvedChild};
@@ -37,6 +37,7 @@ pub struct Prune<'a> {
     conditions: Vec<Condition>,
     before: Option<DateTime<Utc>>,
     from: Option<String>,
+    without: Vec<String>,
     limit: u32,
     locking: Locking,
     cascade: bool,
@@ -85,6 +86,7 @@ impl<'a> Prune<'a> {
             conditions: Vec::new(),
             before: None,
             from: None,
+            without: Vec::new(),
             limit: spec.limit,
             locking: Locking::Wait,
             cascade: true,
@@ -108,6 +110,12 @@ impl<'a> Prune<'a> {
     /// went before and is not cleaned up yet. Rows that were passed over because they were locked lie before it.
     pub fn from(self, place: impl Into<String>) -> Self {
         Self { from: Some(place.into()), ..self }
+    }
+
+    /// Leaves these rows alone, by their ids as text.
+    pub fn without(mut self, ids: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.without.extend(ids.into_iter().map(Into::into));
+        self
     }
 
     /// At most so many rows of the table. A limit above the spec's is lowered to that.
@@ -139,7 +147,8 @@ impl<'a> Prune<'a> {
             return Err(PruneError::spec(format!("pruning {name:?} with a limit of 0: it must be at least 1")));
         }
         let (spec, conditions, before, limit) = (self.spec, self.conditions.as_slice(), self.before, self.limit);
-        Ok(Selection { spec, conditions, before, from: self.from.as_deref(), limit, locking })
+        let (from, without) = (self.from.as_deref(), self.without.as_slice());
+        Ok(Selection { spec, conditions, before, from, without, limit, locking })
     }
 
     /// Deletes them, and writes the event. All of it happens or nothing: after an error the transaction is as it was before,
@@ -194,9 +203,20 @@ impl<'a> Prune<'a> {
         let failed = |error| PruneError::database(&on.table.label, error);
         let statement = sqlx::query_scalar(AssertSqlSafe(statement::delete_parents(&on)?)).persistent(false);
         let gone: Vec<String> = statement.bind(&ids).fetch_all(&mut **tx).await.map_err(failed)?;
+        let gone: HashSet<String> = gone.into_iter().collect();
         fault::point("prune-deleted");
+        if let Some(kept) = ids.iter().find(|id| gone.len() < ids.len() && !gone.contains(*id)) {
+            return Err(PruneError::new(
+                PruneErrorKind::Kept,
+                format!(
+                    "{} rows of {} were kept, by a trigger or a row-level policy, such as {kept}; this batch deleted nothing",
+                    ids.len() - gone.len(),
+                    on.table.label
+                ),
+            ));
+        }
         pruned.count = gone.len() as u64;
-        pruned.ids = in_order(ids, gone);
+        pruned.ids = ids;
         if self.spec.event {
             pruned.events = self.tell(tx, &on, &pruned).await?;
             fault::point("prune-told");
@@ -234,6 +254,13 @@ impl<'a> Prune<'a> {
         Ok(events)
     }
 
+    /// The id of the first row that [`run`](Self::run) would delete; it locks nothing.
+    pub(crate) async fn first(&self, connection: &mut PgConnection) -> Result<Option<String>, PruneError> {
+        let selection = self.selection(None)?;
+        let on = Resolved::of(connection, self.spec).await?;
+        Ok(selection.rows(connection, &on).await?.into_iter().next().map(|row| row.id))
+    }
+
     /// Counts what [`run`](Self::run) would delete, with the same selection, and changes and locks nothing.
     ///
     /// # Errors
@@ -259,6 +286,8 @@ impl<'a> Prune<'a> {
             *plan.associations.entry(association.table.label.clone()).or_default() += count.unsigned_abs();
         }
         plan.warnings = indexes::warnings(connection, &on, &selection).await?;
+        let mut seen = HashSet::new();
+        plan.warnings.retain(|warning| seen.insert(warning.clone()));
         Ok(plan)
     }
 }
@@ -274,15 +303,6 @@ fn count<'q>(sql: String) -> QueryScalar<'q, Postgres, i64, PgArguments> {
 
 fn ids_of(rows: Vec<Selected>) -> Vec<String> {
     rows.into_iter().map(|row| row.id).collect()
-}
-
-/// The ids that are gone, in the order of the others.
-fn in_order(ids: Vec<String>, gone: Vec<String>) -> Vec<String> {
-    if ids.len() == gone.len() {
-        return ids;
-    }
-    let gone: std::collections::HashSet<String> = gone.into_iter().collect();
-    ids.into_iter().filter(|id| gone.contains(id)).collect()
 }
 
 /// Deletes rows of a child, and before them what refers to those.

@@ -23,6 +23,7 @@ pub struct Spec {
     pub(crate) table: String,
     pub(crate) finished: Condition,
     pub(crate) before_column: Option<String>,
+    pub(crate) before_zone: Option<String>,
     pub(crate) order_column: Option<String>,
     pub(crate) children: Vec<Child>,
     pub(crate) associations: Vec<Association>,
@@ -40,6 +41,7 @@ impl Spec {
             table,
             finished: Condition::new(finished),
             before_column: None,
+            before_zone: None,
             order_column: None,
             children: Vec::new(),
             associations: Vec::new(),
@@ -57,6 +59,12 @@ impl Spec {
     /// before anything. Defaults to none: then `before` is refused.
     pub fn before_column(self, column: impl Into<String>) -> Self {
         Self { before_column: Some(column.into()), ..self }
+    }
+
+    /// The time zone in which a `before_column` without one is written, such as `UTC` or `Europe/Berlin`. It must be given for a
+    /// `timestamp` or a `date`, and does nothing for a `timestamptz`. Defaults to none.
+    pub fn before_zone(self, zone: impl Into<String>) -> Self {
+        Self { before_zone: Some(zone.into()), ..self }
     }
 
     /// The column by which the oldest rows go first; an index should begin with it. Defaults to
@@ -115,7 +123,8 @@ impl Child {
         Self { table: table.into(), column: column.into(), references: None, children: Vec::new() }
     }
 
-    /// The parent's column that ours refers to. Defaults to the parent's primary key.
+    /// The parent's column that ours refers to. Defaults to the one that its foreign key names, and without a foreign key to the
+    /// parent's primary key.
     pub fn references(self, column: impl Into<String>) -> Self {
         Self { references: Some(column.into()), ..self }
     }

@@ -40,6 +40,8 @@ pub struct Batch {
     pub removed: u64,
     /// Whether there may be more that is old.
     pub more: bool,
+    /// Whether it removed nothing on the way to something, so that it does not count as fruitless.
+    pub went_on: bool,
 }
 
 /// Why a batch failed.
@@ -174,7 +176,7 @@ impl Sweeper<'_> {
                 Err(error) => return ended_by(error),
             };
             *removed += batch.removed;
-            fruitless = if batch.removed == 0 { fruitless + 1 } else { 0 };
+            fruitless = if batch.removed == 0 && !batch.went_on { fruitless + 1 } else { 0 };
             if !batch.more || fruitless == FRUITLESS {
                 return (SweepResult::Done, None);
             }

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::as_json;
 use super::terminal::{plain, time};
 use crate::cli::http::{self, HttpArgs};
-use crate::cli::{PostgresArgs, run_role};
+use crate::cli::{PostgresArgs, run_role, stop_hard};
 use aftercommit_core::error::Error;
 use aftercommit_prune::{Plan, PruneConfig, Pruner, SweepResult, SweepStatus, Swept, file, status};
 
@@ -110,7 +110,11 @@ pub(super) async fn run(command: Prune) -> Result<(String, ExitCode), Error> {
         }
         Prune::Run(command) => {
             super::start_logging();
-            let swept = command.pruner()?.sweep(&CancellationToken::new()).await?;
+            let (pruner, stop) = (command.pruner()?, CancellationToken::new());
+            let swept = tokio::select! {
+                swept = pruner.sweep(&stop) => swept?,
+                error = stop_hard(stop.clone()) => return Err(error),
+            };
             let ok = |swept: &Swept| matches!(swept.result, None | Some(SweepResult::Done | SweepResult::Budget));
             let status = if swept.iter().all(ok) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
             let text = match command.json {
@@ -150,7 +154,7 @@ fn line(swept: &Swept) -> String {
     let Swept { category, removed, result, error } = swept;
     let error = error.as_deref().map(|error| format!(": {}", plain(error))).unwrap_or_default();
     let result = match result {
-        None => "another process sweeps it",
+        None => "another process sweeps it, or died within the last minute",
         Some(SweepResult::Done) => "done",
         Some(SweepResult::Budget) => "the budget is spent, more may be left",
         Some(SweepResult::Stopped) => "stopped",
@@ -168,16 +172,18 @@ fn object(swept: &Swept) -> serde_json::Value {
 fn recorded(category: &SweepStatus) -> String {
     let SweepStatus { category: name, period_seconds, last_swept_at, result, error, removed, removed_total, .. } =
         category;
+    let by = &category.swept_by;
     let kept = match period_seconds {
         Some(seconds) => format!("kept {}", period(*seconds)),
         None => "kept until finished".into(),
     };
-    let swept = last_swept_at.map_or_else(|| "?".into(), time);
+    let swept = last_swept_at.map_or_else(|| "never to its end".into(), |at| format!("last swept {}", time(at)));
     let result = result.as_deref().unwrap_or("running, or its process died");
     let error = error.as_deref().map(|error| format!(": {}", plain(error))).unwrap_or_default();
     format!(
-        "{}  {kept}  last swept {swept}  {removed} rows  {removed_total} in all  {}{error}\n",
+        "{}  {kept}  {swept} by {}  {removed} rows  {removed_total} in all  {}{error}\n",
         plain(name),
+        plain(by),
         plain(result)
     )
 }

@@ -67,7 +67,7 @@ impl Category for Outbox {
         fault::point("relay-pruned");
         self.last = Some((settled.clone(), batch.next));
         self.now = Some((settled, batch.next));
-        Ok(Batch { removed: batch.removed, more: batch.more })
+        Ok(Batch { removed: batch.removed, more: batch.more, went_on: false })
     }
 }
 
@@ -94,7 +94,7 @@ impl Category for ParkedEvents {
                 prune::parked(session, &settled, self.retention, limit.into()).await
             })
             .await?;
-        Ok(Batch { removed, more: removed == u64::from(limit) })
+        Ok(Batch { removed, more: removed == u64::from(limit), went_on: false })
     }
 }
 
@@ -121,7 +121,7 @@ impl Category for Repairs {
                 prune::repairs(session, &settled, self.retention, limit.into()).await
             })
             .await?;
-        Ok(Batch { removed, more: removed == u64::from(limit) })
+        Ok(Batch { removed, more: removed == u64::from(limit), went_on: false })
     }
 }
 
@@ -164,6 +164,6 @@ impl Category for RelayLog {
             })
             .await?;
         self.thinned = thinned.max(up_to);
-        Ok(Batch { removed: thin + short, more: short == u64::from(limit) })
+        Ok(Batch { removed: thin + short, more: short == u64::from(limit), went_on: false })
     }
 }

@@ -39,17 +39,11 @@ impl Resolved {
         let table = Table::read(connection, &spec.table).await?;
         let key = table.key()?.to_string();
         if let Some(column) = &spec.before_column {
-            let kind = table.column_type(column)?;
-            if !kind.starts_with("timestamp") && kind != "date" {
-                let label = &table.label;
-                return Err(PruneError::spec(format!(
-                    "the column {column:?} of {label} is of the type {kind}: before_column must be a timestamp or a date"
-                )));
-            }
+            check_before(&table, column, spec.before_zone.is_some())?;
         }
         let order = spec.order_column.as_ref().or(spec.before_column.as_ref()).unwrap_or(&key).clone();
         table.column_type(&order)?;
-        let children = resolve_children(connection, &table, &spec.children).await?;
+        let children = resolve_children(connection, &[&table], &spec.children).await?;
         let mut associations = Vec::new();
         for association in spec.associations.clone() {
             let table = Table::read(connection, &association.table).await?;
@@ -61,21 +55,48 @@ impl Resolved {
     }
 }
 
+/// Whether a moment can be compared with a column.
+fn check_before(table: &Table, column: &str, zone: bool) -> Result<(), PruneError> {
+    let (label, kind) = (&table.label, table.column_type(column)?);
+    let problem = if kind.starts_with("timestamp") && kind.ends_with("with time zone") {
+        return Ok(());
+    } else if kind.starts_with("timestamp") || kind == "date" {
+        if zone {
+            return Ok(());
+        }
+        "say in which time zone it is written (before_zone), such as UTC"
+    } else {
+        "before_column must be a timestamp or a date"
+    };
+    Err(PruneError::spec(format!("the column {column:?} of {label} is of the type {kind}: {problem}")))
+}
+
+/// `above` are the tables from the spec's own to the parent.
 async fn resolve_children(
     connection: &mut PgConnection,
-    parent: &Table,
+    above: &[&Table],
     children: &[Child],
 ) -> Result<Vec<ResolvedChild>, PruneError> {
+    let Some(parent) = above.last() else { return Ok(Vec::new()) };
     let mut resolved = Vec::new();
     for child in children {
         let table = Table::read(connection, &child.table).await?;
         table.column_type(&child.column)?;
+        if above.iter().any(|other| other.name == table.name) {
+            return Err(PruneError::spec(format!(
+                "{} cannot be its own child: rows that are not finished would go, and no event would name them",
+                table.label
+            )));
+        }
         let references = match &child.references {
             Some(column) => column.clone(),
-            None => parent.key()?.to_string(),
+            None => match table.referenced(connection, &child.column, parent).await? {
+                Some(column) => column,
+                None => parent.key()?.to_string(),
+            },
         };
         parent.column_type(&references)?;
-        let children = Box::pin(resolve_children(connection, &table, &child.children)).await?;
+        let children = Box::pin(resolve_children(connection, &[above, &[&table]].concat(), &child.children)).await?;
         resolved.push(ResolvedChild { table, column: child.column.clone(), references, children });
     }
     Ok(resolved)

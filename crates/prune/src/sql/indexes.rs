@@ -44,7 +44,7 @@ pub(crate) async fn warnings(
 ) -> Result<Vec<String>, PruneError> {
     let mut warnings = Vec::new();
     if !has_index(connection, on, selection).await? {
-        let (table, order) = (&on.table.label, &on.order);
+        let (table, order) = (&on.table.label, super::statement::quoted(&on.order));
         warnings.push(format!(
             "no index finds the finished rows of {table}: each batch reads the table; make one on ({order}) where the condition \
              of the spec holds"

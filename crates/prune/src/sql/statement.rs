@@ -29,6 +29,8 @@ pub(crate) struct Selection<'a> {
     pub(crate) before: Option<DateTime<Utc>>,
     /// Where the last batch ended, in the order's column as text.
     pub(crate) from: Option<&'a str>,
+    /// Ids of rows that are left alone.
+    pub(crate) without: &'a [String],
     pub(crate) limit: u32,
     /// None to look only.
     pub(crate) locking: Option<Locking>,
@@ -63,10 +65,25 @@ impl Selection<'_> {
             Ok::<_, PruneError>(())
         };
         if let (Some(before), Some(column)) = (self.before, &self.spec.before_column) {
-            compare(column, "<", before.to_rfc3339(), "pg_catalog.timestamptz")?;
+            let kind = on.table.column_type(column)?;
+            match self.spec.before_zone.as_ref().filter(|_| !kind.ends_with("with time zone")) {
+                None => compare(column, "<", before.to_rfc3339(), "pg_catalog.timestamptz")?,
+                Some(zone) => {
+                    // A moment as a clock in that zone shows it.
+                    let zone = zone.replace('\'', "''");
+                    let shown = format!("pg_catalog.timestamptz at time zone '{zone}')::{kind}");
+                    compare(column, "< (", before.to_rfc3339(), &shown)?;
+                }
+            }
         }
         if let Some(from) = self.from {
             compare(&on.order, ">=", from.into(), on.table.column_type(&on.order)?)?;
+        }
+        if !self.without.is_empty() {
+            let failed = |error| PruneError::spec(format!("ids cannot be sent: {error}"));
+            arguments.add(self.without).map_err(failed)?;
+            let (key, kind) = (quoted(&on.key), on.table.column_type(&on.key)?);
+            conditions.push(format!("t.{key} <> all((${}::pg_catalog.text[])::{kind}[])", arguments.len()));
         }
         let lock = match self.locking {
             None => "",

@@ -15,6 +15,10 @@ pub struct Table {
     /// The same for people, without quotes.
     pub label: String,
     kind: String,
+    /// Whether it is PostgreSQL's own, or one of a schema of aftercommit.
+    reserved: bool,
+    /// Whether other tables inherit from it, other than partitions.
+    inherited: bool,
     /// The columns of its primary key.
     key: Vec<String>,
     /// The type of each column.
@@ -30,6 +34,10 @@ impl Table {
         let table: Option<Self> = query_as(
             "select pg_catalog.format('%I.%I', n.nspname, c.relname) as name, n.nspname || '.' || c.relname as label,
                     c.relkind::text as kind,
+                    n.nspname like 'pg\\_%' or n.nspname = 'information_schema'
+                        or pg_catalog.to_regclass(pg_catalog.format('%I.relay_log', n.nspname)) is not null
+                       and pg_catalog.to_regclass(pg_catalog.format('%I.outbox', n.nspname)) is not null as reserved,
+                    c.relkind = 'r' and exists (select from pg_catalog.pg_inherits h where h.inhparent = c.oid) as inherited,
                     coalesce((select pg_catalog.array_agg(a.attname::text order by k.place)
                                 from pg_catalog.pg_index i
                                cross join pg_catalog.unnest(i.indkey::int2[]) with ordinality as k (number, place)
@@ -53,6 +61,14 @@ impl Table {
         })?;
         let table = table.ok_or_else(|| no_table(name))?;
         match table.kind.as_str() {
+            "r" | "p" if table.reserved => Err(PruneError::spec(format!(
+                "{} belongs to PostgreSQL or to aftercommit: its rows are nobody else's to delete",
+                table.label
+            ))),
+            "r" | "p" if table.inherited => Err(PruneError::spec(format!(
+                "other tables inherit from {}, and its key is not unique among their rows: name those tables instead",
+                table.label
+            ))),
             "r" | "p" => Ok(table),
             _ => Err(PruneError::spec(format!("{} is no table: only rows of tables can be deleted", table.label))),
         }
@@ -77,6 +93,31 @@ impl Table {
                 ),
             )),
         }
+    }
+
+    /// The column of `parent` that a foreign key of this table's `column` refers to; none without such a foreign key.
+    pub(crate) async fn referenced(
+        &self,
+        connection: &mut PgConnection,
+        column: &str,
+        parent: &Self,
+    ) -> Result<Option<String>, PruneError> {
+        sqlx::query_scalar(
+            "select a.attname::text
+               from pg_catalog.pg_constraint k
+               join pg_catalog.pg_attribute own on own.attrelid = k.conrelid and own.attnum = k.conkey[1]
+               join pg_catalog.pg_attribute a on a.attrelid = k.confrelid and a.attnum = k.confkey[1]
+              where k.contype = 'f' and k.conrelid = $1::pg_catalog.regclass and k.confrelid = $2::pg_catalog.regclass
+                and pg_catalog.cardinality(k.conkey) = 1 and own.attname = $3
+              order by k.oid limit 1",
+        )
+        .bind(&self.name)
+        .bind(&parent.name)
+        .bind(column)
+        .persistent(false)
+        .fetch_optional(connection)
+        .await
+        .map_err(|error| PruneError::database(&self.label, error))
     }
 
     /// The type of a column, as in SQL.
