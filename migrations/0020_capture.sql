@@ -135,19 +135,13 @@ as $$
       left join pg_collation c on c.oid = a.attcollation
 $$;
 
--- An expression for the JSON text of an object with these columns. A function takes 100 arguments.
-create function aftercommit.capture_object(row_name text, columns text[]) returns text
+-- Columns of a row under a name of their own, for row_to_json(): that takes any number and half the time of json_build_object().
+create function aftercommit.capture_object(row_name text, columns text[], name text) returns text
     language sql immutable
     set search_path = pg_catalog, pg_temp
 as $$
-    select case count(*) when 0 then '''{}''' when 1 then min(part) else
-               string_agg(case when number = 0 then format('left(%s, -1)', part)
-                               else format('left(overlay(%s placing '','' from 1 for 1), -1)', part) end,
-                          E'\n            || ' order by number) || ' || ''}'''
-           end
-      from (select (at - 1) / 50 as number,
-                   format('json_build_object(%s)::text', string_agg(format('%L, %s.%I', name, row_name, name), ', ' order by at)) as part
-              from unnest(columns) with ordinality as given(name, at) group by 1) as parts
+    select format('(select %s) as %I', string_agg(format('%s.%I', row_name, "column"), ', ' order by at), name)
+      from unnest(columns) with ordinality as given("column", at)
 $$;
 
 -- The headers of an event: constants, and values of columns.
@@ -174,40 +168,43 @@ declare
     keys constant text[] := array(select jsonb_array_elements_text(settings -> 'key'));
     columns constant text[] := array(select jsonb_array_elements_text(settings -> 'columns'));
     watch constant text[] := array(select jsonb_array_elements_text(settings -> 'watch'));
+    pairs constant boolean := per = 'statement' and op = 'update';
     key text := format('%s.%I::text', row_name, keys[1]);
-    new_object text := aftercommit.capture_object('new', columns);
+    new_object text := '''null''';
     old_object text := '''null''';
     changed text := '''null''';
-    source text := '';
+    rows text[] := '{}';
 begin
     if cardinality(keys) > 1 then
         key := format('json_build_array(%s)::text', (select string_agg(format('%s.%I', row_name, name), ', ' order by at)
                                                        from unnest(keys) with ordinality as k(name, at)));
     end if;
-    if op = 'delete' then
-        new_object := '''null''';
-    end if;
-    if op = 'delete' or (op = 'update' and (settings ->> 'old')::boolean) then
-        old_object := aftercommit.capture_object('old', columns);
-    elsif op = 'update' then
-        old_object := format('case when %s then %s else ''null'' end',
-                             array_to_string(aftercommit.capture_differs(relation, keys), ' or '),
-                             aftercommit.capture_object('old', keys));
-    end if;
-    if per = 'statement' and op <> 'update' then
-        source := format(E'\n          from %s_rows as %1$s', row_name);
-    elsif per = 'statement' then
+    if pairs then
         -- Both tables have their rows in the same order. A full join, because it never becomes a loop within a loop: the plan
         -- is kept, and may have been made for a statement with one row.
-        source := E'\n          from (select row_number() over () as "aftercommit row", r.* from new_rows as r) as new'
-               || E'\n          full join (select row_number() over () as "aftercommit row", r.* from old_rows as r) as old'
-               || ' using ("aftercommit row")';
+        rows := array['(select row_number() over () as "aftercommit row", r.* from new_rows as r) as new'
+                      ' full join (select row_number() over () as "aftercommit row", r.* from old_rows as r) as old'
+                      ' using ("aftercommit row")'];
+    elsif per = 'statement' then
+        rows := array[format('%s_rows as %1$s', row_name)];
+    end if;
+    rows := rows || aftercommit.capture_object(row_name, keys, 'key object');
+    if op <> 'delete' then
+        new_object := 'row_to_json("new object")::text';
+        rows := rows || aftercommit.capture_object('new', columns, 'new object');
+    end if;
+    if op = 'delete' or (op = 'update' and (settings ->> 'old')::boolean) then
+        old_object := 'row_to_json("old object")::text';
+        rows := rows || aftercommit.capture_object('old', columns, 'old object');
+    elsif op = 'update' then
+        old_object := format('case when %s then row_to_json("old object")::text else ''null'' end',
+                             array_to_string(aftercommit.capture_differs(relation, keys), ' or '));
+        rows := rows || aftercommit.capture_object('old', keys, 'old object');
     end if;
     if op = 'update' then
-        changed := (select format(E'array_to_json(array_remove(array[\n                %s], null))::text',
-                                  string_agg(format('case when %s then %L end', d, name), E',\n                ' order by at))
+        changed := (select format(E'''['' || substr(\n                %s, 2) || '']''',
+                                  string_agg(format('case when %s then %L else '''' end', d, ',' || to_json(name)), E' ||\n                ' order by at))
                       from unnest(watch, aftercommit.capture_differs(relation, watch)) with ordinality as w(name, d, at));
-        source := source || E'\n         where ' || array_to_string(aftercommit.capture_differs(relation, watch), E'\n            or ');
     end if;
     return format($insert$    insert into aftercommit.outbox (event_id, type, key, headers, payload)
     select aftercommit.new_event_id(), %L,
@@ -217,18 +214,19 @@ begin
       from (
         select %s as key,
             %s as headers,
-            %L || %s
+            %L || row_to_json("key object")::text
             || ',"new":' || %s
             || ',"old":' || %s
-            || ',"changed":' || %s || '}' as payload%s%s
+            || ',"changed":' || %s || '}' as payload%s
+          from %s%s
         offset 0) as event%s;
 $insert$,
         (settings ->> 'type') || case op when 'insert' then '.inserted' when 'update' then '.updated' else '.deleted' end,
         settings ->> 'oversize', key, aftercommit.capture_headers(row_name, settings -> 'headers'),
-        format('{"op":"%s","table":%s,"key":', op, to_json(relation::text)), aftercommit.capture_object(row_name, keys),
-        new_object, old_object, changed,
-        case when per = 'statement' and op = 'update' then ', "aftercommit row"' end, source,
-        case when per = 'statement' and op = 'update' then E'\n     order by "aftercommit row"' end);
+        format('{"op":"%s","table":%s,"key":', op, to_json(relation::text)), new_object, old_object, changed,
+        case when pairs then ', "aftercommit row"' end, array_to_string(rows, E'\n         cross join lateral '),
+        case op when 'update' then E'\n         where ' || array_to_string(aftercommit.capture_differs(relation, watch), E'\n            or ') end,
+        case when pairs then E'\n     order by "aftercommit row"' end);
 end
 $$;
 

@@ -209,7 +209,9 @@ async fn a_payload_that_just_fits_is_left_whole() {
         "create table page (id int primary key, body text); select aftercommit.capture('page', type => 'page')",
     )
     .await;
-    let rest = r#"{"op":"insert","table":"public.page","key":{"id" : 1},"new":{"id" : 1, "body" : ""},"old":null,"changed":null}"#.len();
+    let rest =
+        r#"{"op":"insert","table":"public.page","key":{"id":1},"new":{"id":1,"body":""},"old":null,"changed":null}"#
+            .len();
     for more in [0, 1] {
         shop.run(&format!("insert into page values (1, repeat('x', {}))", 1_000_000 - rest + more)).await;
         let (size, data): (i32, Value) =
