@@ -171,7 +171,8 @@ const REQUESTER: [&str; 6] = [
     "select from aftercommit.job_work",
 ];
 
-const READER: [&str; 15] = [
+const READER: [&str; 16] = [
+    "select aftercommit.capture('aftercommit.outbox', type => 'x')",
     "delete from aftercommit.failure",
     "insert into aftercommit.outbox (event_id, type, payload) values (gen_random_uuid(), 'a', '')",
     "select aftercommit.publish('a', '{}')",
@@ -189,7 +190,8 @@ const READER: [&str; 15] = [
     "update aftercommit.reconciler set last_success_at = now()",
 ];
 
-const OPERATOR: [&str; 22] = [
+const OPERATOR: [&str; 23] = [
+    "select aftercommit.capture('aftercommit.outbox', type => 'x')",
     "update aftercommit.pause set name = 'relay'",
     "delete from aftercommit.worker_status",
     "insert into aftercommit.outbox (event_id, type, payload) values (gen_random_uuid(), 'a', '')",

@@ -148,6 +148,8 @@ async fn operators_work(stage: &Stage, outbox: &Outbox) {
         &["dead", "retry", "--all", "--dry-run"],
         &["findings", "--all"],
         &["runs"],
+        &["capture", "list"],
+        &["capture", "check"],
     ] {
         look(arguments);
     }

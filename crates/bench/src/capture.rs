@@ -13,18 +13,19 @@ pub(crate) async fn capture(bench: &Bench) -> Result<Vec<Row>, Error> {
     let measured = bench.scratch(&bench.config.nats, async |scratch| {
         let mut service = Service::connect(&scratch.postgres).await?;
         service.create(rows).await?;
-        let arms = ["captured", "events alone", "trigger by hand", "without events"];
+        let arms = ["captured", "events alone", "made before", "trigger by hand", "without events"];
         let large = bench.rounds("capture, a large statement", arms, async |arm| {
             service.rest().await?;
             let started = Instant::now();
             match arm {
                 0 => service.update_all("captured").await?,
                 1 => service.insert_all().await?,
-                2 => service.update_all("by_hand").await?,
+                2 => service.copy_all().await?,
+                3 => service.update_all("by_hand").await?,
                 _ => service.update_all("bare").await?,
             }
             let took = started.elapsed();
-            service.expect(if arm == 3 { 0 } else { rows }).await?;
+            service.expect(if arm == 4 { 0 } else { rows }).await?;
             Ok(took.as_secs_f64())
         });
         let large = Box::pin(large).await?;
@@ -41,7 +42,7 @@ pub(crate) async fn capture(bench: &Bench) -> Result<Vec<Row>, Error> {
         Ok((large, Box::pin(small).await?))
     });
     let (large, small) = Box::pin(measured).await?;
-    let [captured, events, by_hand, bare] = large;
+    let [captured, events, copied, by_hand, bare] = large;
     let name = "an UPDATE of 100,000 captured rows ÷ INSERT … SELECT of the same events";
     let large = Row::ratio(
         14,
@@ -50,6 +51,7 @@ pub(crate) async fn capture(bench: &Bench) -> Result<Vec<Row>, Error> {
         Series::new("captured", "s", captured),
         Series::new("the events alone", "s", events),
     )
+    .beside(Series::new("events that were made before", "s", copied))
     .beside(Series::new("with a row trigger written by hand", "s", by_hand))
     .beside(Series::new("without events", "s", bare));
     let [captured, by_hand, published, bare] = small;

@@ -96,8 +96,20 @@ impl Service {
         self.run(&format!("update bench.{table} set balance = balance + 1")).await
     }
 
-    /// Writes the events of all rows in one statement.
+    /// Makes and writes the same events in one statement.
     pub(crate) async fn insert_all(&mut self) -> Result<(), Error> {
+        self.run(
+            "insert into aftercommit.outbox (event_id, type, key, headers, payload)
+             select aftercommit.new_event_id(), 'account.updated', a.id::text, '{}',
+                    convert_to('{\"op\":\"update\",\"table\":\"bench.captured\",\"key\":' || row_to_json(k)::text || ',\"new\":'
+                        || row_to_json(a)::text || ',\"old\":null,\"changed\":[\"balance\"]}', 'UTF8')
+               from bench.captured as a cross join lateral (select a.id) as k",
+        )
+        .await
+    }
+
+    /// Writes events that were made before in one statement.
+    pub(crate) async fn copy_all(&mut self) -> Result<(), Error> {
         self.run(
             "insert into aftercommit.outbox (event_id, type, key, headers, payload)
              select aftercommit.new_event_id(), type, key, headers, payload from bench.event",
