@@ -172,7 +172,7 @@ const REQUESTER: [&str; 6] = [
 ];
 
 const READER: [&str; 16] = [
-    "select aftercommit.capture('aftercommit.outbox', type => 'x')",
+    "select aftercommit.capture_remove('aftercommit.outbox')",
     "delete from aftercommit.failure",
     "insert into aftercommit.outbox (event_id, type, payload) values (gen_random_uuid(), 'a', '')",
     "select aftercommit.publish('a', '{}')",
@@ -191,7 +191,7 @@ const READER: [&str; 16] = [
 ];
 
 const OPERATOR: [&str; 23] = [
-    "select aftercommit.capture('aftercommit.outbox', type => 'x')",
+    "select aftercommit.capture_remove('aftercommit.outbox')",
     "update aftercommit.pause set name = 'relay'",
     "delete from aftercommit.worker_status",
     "insert into aftercommit.outbox (event_id, type, payload) values (gen_random_uuid(), 'a', '')",
