@@ -17,7 +17,7 @@ mod overdue;
 mod participant;
 mod request;
 
-pub use aftercommit_core::postgres::job::{Counts, Job, Participant as ParticipantStatus};
+pub use aftercommit_core::postgres::job::{Counts, Job, ParticipantStatus};
 pub use coordinator::Coordinator;
 pub use error::{JobError, JobErrorKind};
 pub use kind::{Ended, Kind, Outcome, Requested};

@@ -108,7 +108,7 @@ const MAX_PERIOD: Duration = Duration::from_hours(36_500 * 24);
 
 /// A policy while it is swept.
 #[derive(Debug)]
-pub(crate) struct Swept<'a> {
+pub(crate) struct PolicySweep<'a> {
     policy: &'a Policy,
     search_path: &'a Option<String>,
     /// Where the next batch begins.
@@ -121,7 +121,7 @@ pub(crate) struct Swept<'a> {
     why: Option<PruneError>,
 }
 
-impl<'a> Swept<'a> {
+impl<'a> PolicySweep<'a> {
     pub(crate) fn new(policy: &'a Policy, search_path: &'a Option<String>) -> Self {
         Self { policy, search_path, place: None, narrowed: None, blocked: Vec::new(), why: None }
     }
@@ -204,7 +204,7 @@ impl<'a> Swept<'a> {
     }
 }
 
-impl Category for Swept<'_> {
+impl Category for PolicySweep<'_> {
     fn name(&self) -> &str {
         &self.policy.spec.name
     }

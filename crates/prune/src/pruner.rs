@@ -12,9 +12,9 @@ use aftercommit_core::postgres::{database_error, lease};
 use tokio_util::sync::CancellationToken;
 
 use crate::own::{AuditTrail, Leases};
-use crate::policy::{Policy, Swept};
+use crate::policy::{Policy, PolicySweep};
 use crate::run::Plan;
-use crate::sweep::{BatchError, Pace, Sweeper, Swept as SweptCategory};
+use crate::sweep::{BatchError, Pace, Sweeper, Swept};
 
 /// How long leases of the dead are kept.
 const DEAD_LEASES: Duration = Duration::from_hours(90 * 24);
@@ -197,14 +197,14 @@ impl Pruner {
     ///
     /// # Errors
     /// When the database cannot be asked. That a category failed is in what is returned.
-    pub async fn sweep(&self, stop: &CancellationToken) -> Result<Vec<SweptCategory>, Error> {
+    pub async fn sweep(&self, stop: &CancellationToken) -> Result<Vec<Swept>, Error> {
         let sweeper = Sweeper { connections: &self.connections, holder: &self.holder, pace: self.config.pace };
         let mut swept = Vec::new();
         for policy in self.config.policies.iter().filter(|policy| policy.enabled) {
             if stop.is_cancelled() {
                 return Ok(swept);
             }
-            swept.push(sweeper.sweep(&mut Swept::new(policy, &self.config.search_path), stop).await?);
+            swept.push(sweeper.sweep(&mut PolicySweep::new(policy, &self.config.search_path), stop).await?);
         }
         if let Some(period) = self.config.audit {
             swept.push(sweeper.sweep(&mut AuditTrail { period }, stop).await?);

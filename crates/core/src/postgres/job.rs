@@ -73,7 +73,7 @@ pub struct Job {
 
 /// What a participant has answered.
 #[derive(Debug, Clone, PartialEq, Serialize, sqlx::FromRow)]
-pub struct Participant {
+pub struct ParticipantStatus {
     /// Its name.
     pub participant: String,
     /// How often it was asked anew after it had failed, from 1.
@@ -174,7 +174,7 @@ pub async fn lock(connection: &mut PgConnection, id: Uuid) -> Result<Option<Job>
 }
 
 /// Its participants, by name.
-pub async fn participants(connection: &mut PgConnection, job: Uuid) -> Result<Vec<Participant>, sqlx::Error> {
+pub async fn participants(connection: &mut PgConnection, job: Uuid) -> Result<Vec<ParticipantStatus>, sqlx::Error> {
     sqlx::query_as(ours(&format!("{PARTICIPANT} where job = $1 order by participant")))
         .bind(job)
         .persistent(false)
@@ -289,7 +289,7 @@ pub async fn waiting(
 
 /// What a participant has done of a job so far.
 #[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
-pub struct Work {
+pub struct JobWork {
     /// Which time it was asked.
     pub round: i32,
     /// When it began; none when it was cancelled before.
@@ -311,7 +311,7 @@ pub async fn begin_work(
     job: Uuid,
     participant: &str,
     round: i32,
-) -> Result<Work, sqlx::Error> {
+) -> Result<JobWork, sqlx::Error> {
     sqlx::query_as(ours(
         "insert into aftercommit.job_work as w (job, participant, round, started_at) values ($1, $2, $3, clock_timestamp())
          on conflict (job, participant) do update set round = greatest(w.round, excluded.round)
@@ -330,7 +330,7 @@ pub async fn save_work(
     connection: &mut PgConnection,
     job: Uuid,
     participant: &str,
-    work: &Work,
+    work: &JobWork,
     ended: bool,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(ours(
@@ -383,7 +383,7 @@ pub async fn list(
 }
 
 /// A job with its participants; none when it is not there.
-pub async fn show(session: &mut Session, id: Uuid) -> Result<Option<(Job, Vec<Participant>)>, sqlx::Error> {
+pub async fn show(session: &mut Session, id: Uuid) -> Result<Option<(Job, Vec<ParticipantStatus>)>, sqlx::Error> {
     let job: Option<Job> =
         sqlx::query_as(AssertSqlSafe(format!("{JOB} where id = $1"))).bind(id).fetch_optional(&mut *session).await?;
     let Some(job) = job else { return Ok(None) };

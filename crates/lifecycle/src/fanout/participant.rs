@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use aftercommit_core::fault;
-use aftercommit_core::postgres::job::{self, Counts};
+use aftercommit_core::postgres::job::{self, Counts, JobWork};
 use aftercommit_core::postgres::{describe, is_outage};
 use aftercommit_outbox::publish;
 use aftercommit_worker::{Delivery, Handler, HandlerError};
@@ -92,7 +92,7 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
         tx: &mut PgTransaction<'_>,
         requested: &Requested<K>,
         round: i32,
-    ) -> Result<job::Work, HandlerError> {
+    ) -> Result<JobWork, HandlerError> {
         let mut work = job::begin_work(tx, requested.job, &self.name, round).await?;
         while work.ended_at.is_none() {
             let step = self.work.step(tx, &requested.request, work.position.take()).await?;
@@ -107,12 +107,7 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
     }
 
     /// The same with a transaction for each step.
-    async fn step_by_step(
-        &self,
-        pool: &PgPool,
-        requested: &Requested<K>,
-        round: i32,
-    ) -> Result<job::Work, HandlerError> {
+    async fn step_by_step(&self, pool: &PgPool, requested: &Requested<K>, round: i32) -> Result<JobWork, HandlerError> {
         loop {
             let mut tx = pool.begin().await?;
             // The row is locked: nobody else takes a step of this job.
@@ -136,7 +131,7 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
         requested: &Requested<K>,
         round: i32,
         attempt: u32,
-        answer: Result<job::Work, String>,
+        answer: Result<JobWork, String>,
     ) -> Result<(), HandlerError> {
         let (work, error) = match answer {
             Ok(work) => (Some(work), None),
@@ -167,7 +162,7 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
 }
 
 /// Adds what a step did.
-fn add(work: &mut job::Work, step: Step) {
+fn add(work: &mut JobWork, step: Step) {
     for (name, count) in step.counts {
         let total = work.counts.entry(name).or_default();
         *total = total.saturating_add(count);

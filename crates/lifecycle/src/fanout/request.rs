@@ -5,7 +5,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::time::Duration;
 
-use aftercommit_core::postgres::job::{self, Counts, Job, NewJob, Participant};
+use aftercommit_core::postgres::job::{self, Counts, Job, NewJob, ParticipantStatus};
 use aftercommit_outbox::publish;
 use chrono::Utc;
 use serde::Serialize;
@@ -67,12 +67,12 @@ pub struct JobStatus {
     /// What all that have done it did together.
     pub total: u64,
     /// Each participant.
-    pub participants: Vec<Participant>,
+    pub participants: Vec<ParticipantStatus>,
 }
 
 impl JobStatus {
     /// Of a job and its participants.
-    pub fn of(job: Job, participants: Vec<Participant>) -> Self {
+    pub fn of(job: Job, participants: Vec<ParticipantStatus>) -> Self {
         let count = |status| participants.iter().filter(|participant| participant.status == status).count();
         let completed = format!("{}/{}", count("done"), participants.len());
         let total = participants.iter().flat_map(|participant| participant.counts.values()).sum();
