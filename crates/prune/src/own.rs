@@ -6,5 +6,5 @@ mod published;
 mod records;
 
 pub use handled::{FailedAttempts, Inbox};
-pub use published::{Outbox, ParkedEvents, RelayLog, Repairs};
+pub use published::{DealtWith, Outbox, RelayLog};
 pub use records::{AuditTrail, Leases};

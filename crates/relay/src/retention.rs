@@ -2,7 +2,7 @@
 
 use aftercommit_core::error::Error;
 use aftercommit_core::postgres::connections::Connections;
-use aftercommit_prune::own::{Outbox, ParkedEvents, RelayLog, Repairs};
+use aftercommit_prune::own::{DealtWith, Outbox, RelayLog};
 use aftercommit_prune::sweep::{Pace, Sweeper};
 use tokio_util::sync::CancellationToken;
 
@@ -14,8 +14,8 @@ const PACE: Pace = Pace { batch: 5000, budget: u64::MAX, rest: 1.0 };
 /// What a leading relay sweeps.
 struct Categories {
     outbox: Outbox,
-    parked: ParkedEvents,
-    repairs: Repairs,
+    parked: DealtWith,
+    repairs: DealtWith,
     log: RelayLog,
 }
 
@@ -26,8 +26,8 @@ impl Relay {
         let retention = self.config.retention;
         let mut categories = Categories {
             outbox: Outbox::new(retention),
-            parked: ParkedEvents { retention },
-            repairs: Repairs { retention },
+            parked: DealtWith::parked(retention),
+            repairs: DealtWith::repairs(retention),
             log: RelayLog::new(retention),
         };
         let connections = match Connections::new(&self.config.postgres, "aftercommit-relay") {

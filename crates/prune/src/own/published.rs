@@ -71,16 +71,29 @@ impl Category for Outbox {
     }
 }
 
-/// Parked events that were published or discarded before the retention.
+/// What was done with events, and is done: parked events that were published or discarded, and repairs of the stream that were
+/// published, before the retention.
 #[derive(Debug)]
-pub struct ParkedEvents {
-    /// How long they are kept.
-    pub retention: Duration,
+pub struct DealtWith {
+    retention: Duration,
+    repairs: bool,
 }
 
-impl Category for ParkedEvents {
+impl DealtWith {
+    /// Parked events.
+    pub fn parked(retention: Duration) -> Self {
+        Self { retention, repairs: false }
+    }
+
+    /// Repairs.
+    pub fn repairs(retention: Duration) -> Self {
+        Self { retention, repairs: true }
+    }
+}
+
+impl Category for DealtWith {
     fn name(&self) -> &str {
-        "parked"
+        if self.repairs { "repairs" } else { "parked" }
     }
 
     fn period(&self) -> Option<Duration> {
@@ -88,37 +101,14 @@ impl Category for ParkedEvents {
     }
 
     async fn batch(&mut self, connections: &Connections, limit: u32) -> Result<Batch, BatchError> {
+        let (retention, most) = (self.retention, i64::from(limit));
         let removed = connections
             .run(async |session| {
                 let settled = relay_log::newest(session).await?.settled;
-                prune::parked(session, &settled, self.retention, limit.into()).await
-            })
-            .await?;
-        Ok(Batch { removed, more: removed == u64::from(limit), went_on: false })
-    }
-}
-
-/// Repairs of the stream that were published before the retention.
-#[derive(Debug)]
-pub struct Repairs {
-    /// How long they are kept.
-    pub retention: Duration,
-}
-
-impl Category for Repairs {
-    fn name(&self) -> &str {
-        "repairs"
-    }
-
-    fn period(&self) -> Option<Duration> {
-        Some(self.retention)
-    }
-
-    async fn batch(&mut self, connections: &Connections, limit: u32) -> Result<Batch, BatchError> {
-        let removed = connections
-            .run(async |session| {
-                let settled = relay_log::newest(session).await?.settled;
-                prune::repairs(session, &settled, self.retention, limit.into()).await
+                match self.repairs {
+                    true => prune::repairs(session, &settled, retention, most).await,
+                    false => prune::parked(session, &settled, retention, most).await,
+                }
             })
             .await?;
         Ok(Batch { removed, more: removed == u64::from(limit), went_on: false })
