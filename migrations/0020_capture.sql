@@ -24,6 +24,7 @@ declare
     whole constant json := payload;
     changed constant text := coalesce(whole ->> 'changed', 'null');
     key_text text := coalesce(whole ->> 'key', 'null');
+    frame text;
     new_text text;
     old_text text;
     truncated text[];
@@ -38,14 +39,16 @@ begin
     if octet_length(key_text) > most / 4 then
         key_text := 'null';
     end if;
-    -- Small columns stay, as many as there is room for beside the rest and the names of all columns.
+    frame := format('{"op":%s,"table":%s,"key":%s,"new":null,"old":null,"changed":%s,"truncated":[]}',
+                    whole -> 'op', whole -> 'table', key_text, changed);
+    -- The largest columns go, and a column stays once those that are larger make room enough by going. Each has a colon and a
+    -- comma where it stays, and a comma after its name where it goes.
     with member as (select * from json_each((whole ->> 'new')::json) union all select * from json_each((whole ->> 'old')::json)),
          size as (select key, octet_length(to_json(key)::text) + 1 as name, sum(octet_length(to_json(key)::text || value) + 2) as bytes
                     from member group by key),
-         running as (select key, sum(bytes) over (order by bytes, key) as bytes, sum(name) over () as names from size)
+         running as (select key, sum(bytes) over () - sum(bytes - name) over (order by bytes desc, key) + bytes - name as bytes from size)
     select coalesce(array_agg(key order by key)
-                        filter (where oversize = 'key-only'
-                                   or bytes + names + octet_length(key_text || changed) + 1000 > most), '{}')
+                        filter (where oversize = 'key-only' or octet_length(frame) + bytes > most), '{}')
       into truncated from running;
     select '{' || string_agg(to_json(key)::text || ':' || value, ',') || '}' into new_text
       from json_each((whole ->> 'new')::json) where key <> all (truncated);

@@ -222,6 +222,26 @@ async fn a_payload_that_just_fits_is_left_whole() {
 }
 
 #[tokio::test]
+async fn no_more_columns_are_left_out_than_it_takes() {
+    let shop = Shop::with(
+        "create table page (id int primary key, body text, more text);
+         select aftercommit.capture('page', type => 'page')",
+    )
+    .await;
+    let left = r#"{"op":"insert","table":"public.page","key":{"id":1},"new":{"id":1,"more":""},"old":null,"changed":null,"truncated":["body"]}"#.len();
+    // The sum is right to some bytes.
+    for (more, truncated) in [
+        (999_000, json!(["body"])),
+        (1_000_000 - left - 8, json!(["body"])),
+        (1_000_000 - left + 1, json!(["body", "more"])),
+    ] {
+        shop.run(&format!("insert into page values (1, repeat('x', 1200000), repeat('y', {more}))")).await;
+        assert_eq!(shop.told().await[0].2["truncated"], truncated, "{more}");
+        shop.run("delete from page; truncate aftercommit.outbox").await;
+    }
+}
+
+#[tokio::test]
 async fn keys_of_all_kinds_become_ordering_keys() {
     let shop = Shop::with(
         "create table item (id int, name text, at timestamptz, body text);
