@@ -205,8 +205,10 @@ impl Capture {
     /// # Errors
     /// As [`Self::install`].
     pub async fn install_in(&self, schema: &Schema, connection: &mut PgConnection) -> Result<Installed, Error> {
+        let doing = format!("capturing {} failed", self.table);
+        must_be_there(connection, &self.table, &doing).await?;
         let done = sql::install(connection, schema, &self.arguments()).await;
-        let done = done.map_err(|error| failed(&format!("capturing {} failed", self.table), error))?;
+        let done = done.map_err(|error| failed(&doing, error))?;
         Ok(match done.as_str() {
             "installed" => Installed::Installed,
             "replaced" => Installed::Replaced,
@@ -308,8 +310,18 @@ pub async fn remove(connection: &mut PgConnection, table: &str) -> Result<bool, 
 /// # Errors
 /// As [`remove`].
 pub async fn remove_in(schema: &Schema, connection: &mut PgConnection, table: &str) -> Result<bool, Error> {
+    let doing = format!("the capture of {table} cannot be removed");
+    must_be_there(connection, table, &doing).await?;
     let removed = sql::remove(connection, schema, table).await;
-    removed.map_err(|error| failed(&format!("the capture of {table} cannot be removed"), error))
+    removed.map_err(|error| failed(&doing, error))
+}
+
+/// Before anything else is asked: a schema that is not there is the table's then, and not that of the outbox.
+async fn must_be_there(connection: &mut PgConnection, table: &str, doing: &str) -> Result<(), Error> {
+    match sql::is_there(connection, table).await.map_err(|error| failed(doing, error))? {
+        true => Ok(()),
+        false => Err(Error::new(ErrorKind::Config, format!("{doing}: there is no table {table}"))),
+    }
 }
 
 /// The server's refusals name what is wrong and what to do, and hold no values of rows.

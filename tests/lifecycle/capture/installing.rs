@@ -223,7 +223,7 @@ async fn rust_does_the_same() {
     );
     assert!(capture::check(&mut connection).await.unwrap().iter().all(|checked| checked.ok));
     for (wrong, kind, words) in [
-        (Capture::new("nope", "order"), ErrorKind::Config, "\"nope\" does not exist"),
+        (Capture::new("nope", "order"), ErrorKind::Config, "there is no table nope"),
         (Capture::new("orders", "order").columns(["x"]), ErrorKind::Config, "has no column x"),
         (Capture::new("pg_class", "x"), ErrorKind::Config, "system table"),
     ] {
@@ -286,6 +286,8 @@ async fn the_command_does_the_same() {
         (&["add", "public.orders", "--type", "a", "--on", "upsert"], 2, "upsert"),
         (&["add", "public.orders", "--type", "a", "--column", "nope"], 2, "no column nope"),
         (&["remove", "public.nope"], 2, "nope"),
+        (&["add", "nix.orders", "--type", "a"], 2, "there is no table nix.orders"),
+        (&["remove", "nix.orders"], 2, "there is no table nix.orders"),
     ] {
         let refused = run(&shop, wrong);
         let error = String::from_utf8_lossy(&refused.stderr).into_owned();

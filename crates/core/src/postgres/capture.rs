@@ -131,6 +131,12 @@ pub async fn can_check(connection: &mut PgConnection, schema: &Schema) -> Result
     sqlx::query_scalar(AssertSqlSafe(schema.sql(sql).into_owned())).persistent(false).fetch_one(connection).await
 }
 
+/// Whether there is such a table, or anything else with such a name.
+pub async fn is_there(connection: &mut PgConnection, table: &str) -> Result<bool, sqlx::Error> {
+    let sql = "select to_regclass($1) is not null";
+    sqlx::query_scalar(sql).bind(table).persistent(false).fetch_one(connection).await
+}
+
 /// Removes a capture. Returns whether there was one.
 pub async fn remove(connection: &mut PgConnection, schema: &Schema, table: &str) -> Result<bool, sqlx::Error> {
     let sql = "select aftercommit.capture_remove($1::text::regclass)";
