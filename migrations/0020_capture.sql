@@ -209,7 +209,9 @@ begin
                                   string_agg(format('case when %s then %L else '''' end', d, ',' || to_json(name)), E' ||\n                ' order by at))
                       from unnest(watch, aftercommit.capture_differs(relation, watch)) with ordinality as w(name, d, at));
     end if;
-    return format($insert$    insert into aftercommit.outbox (event_id, type, key, headers, payload)
+    -- PostgreSQL shows the statement beside an error. A hint of our own would cost a subtransaction for each write.
+    return format($insert$    insert /* After a change of the table: select * from aftercommit.capture_check() */
+      into aftercommit.outbox (event_id, type, key, headers, payload)
     select aftercommit.new_event_id(), %L,
            case when octet_length(key) > 512 then 'sha256:' || encode(sha256(convert_to(key, 'UTF8')), 'hex') else nullif(key, '') end,
            headers,

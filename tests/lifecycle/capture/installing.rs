@@ -7,6 +7,7 @@ use aftercommit::capture::{self, Capture, Installed, Operation, Oversize};
 use aftercommit::config::PostgresConfig;
 use aftercommit::operator::doctor::{DoctorConfig, Role, Severity, doctor};
 use serde_json::{Value, json};
+use sqlx::postgres::PgDatabaseError;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use super::Shop;
@@ -121,6 +122,12 @@ async fn a_column_that_is_gone_fails_the_write() {
     shop.run("alter table orders drop column cents").await;
     let refused = shop.attempt("update orders set state = 'x'").await.unwrap_err();
     assert!(refused.contains("cents"), "{refused}");
+    // Where it failed says what to do.
+    let refused =
+        sqlx::query("delete from orders").execute(&shop.pool).await.unwrap_err().into_database_error().unwrap();
+    let place = refused.downcast::<PgDatabaseError>();
+    let place = place.r#where().unwrap();
+    assert!(place.contains("After a change of the table: select * from aftercommit.capture_check()"), "{place}");
     shop.run("begin; alter table orders add cents int; select aftercommit.capture('orders', type => 'order'); commit")
         .await;
     shop.run("update orders set state = 'x'").await;
