@@ -323,6 +323,71 @@ as $$
       from pg_class where oid = relation
 $$;
 
+-- For which of both a function was made; null when for none.
+create function aftercommit.capture_per_now(function oid) returns text
+    language sql stable
+    set search_path = pg_catalog, pg_temp
+as $$
+    select case when strpos(prosrc, 'tg_level = ''STATEMENT''') > 0 then 'statement' when strpos(prosrc, 'tg_level = ''ROW''') > 0 then 'row' end
+      from pg_proc where oid = function
+$$;
+
+-- The columns of a table's primary key; empty when it has none.
+create function aftercommit.capture_primary_key(relation regclass) returns text[]
+    language sql stable
+    set search_path = pg_catalog, pg_temp
+as $$
+    select array(select a.attname::text from pg_index i cross join lateral unnest(i.indkey::int2[]) with ordinality as k(attnum, at)
+                   join pg_attribute a on a.attrelid = relation and a.attnum = k.attnum
+                  where i.indrelid = relation and i.indisprimary order by k.at)
+$$;
+
+-- The call that captures a table as these settings say, with what is left of its columns; null where they are of no table.
+create function aftercommit.capture_call_with(relation regclass, settings jsonb) returns text
+    language sql stable
+    set search_path = pg_catalog, pg_temp
+as $$
+    with list as (
+             select max(names) filter (where name = 'key') as key, max(names) filter (where name = 'columns') as columns,
+                    max(names) filter (where name = 'watch') as watch, max(names) filter (where name = 'allow') as allow
+               from (select name, array(select "column" from jsonb_array_elements_text(settings -> name) with ordinality as c("column", at)
+                                         where exists (select from pg_attribute where attrelid = relation and attname = "column" and attnum > 0 and not attisdropped)
+                                         order by at) as names
+                       from unnest(array['key', 'columns', 'watch', 'allow']) as name) as lists)
+    select 'select ' || 'aftercommit' || format('.capture(%L, type => %L', relation::text, settings ->> 'type')
+        || case when (settings ->> 'primary')::boolean and aftercommit.capture_primary_key(relation) <> '{}' or key = '{}' then ''
+                else format(', key => %L', (select string_agg(quote_ident(name), ', ' order by at) from unnest(key) with ordinality as k(name, at))) end
+        || case when (settings ->> 'all')::boolean then '' else format(', columns => %L', columns) end
+        || case when settings -> 'watch' = settings -> 'columns' then '' else format(', watch => %L', watch) end
+        || case when (settings ->> 'old')::boolean then ', old => true' else '' end
+        || case when settings -> 'headers' = '{}' then '' else format(', headers => %L', settings ->> 'headers') end
+        || case when jsonb_array_length(settings -> 'on') = 3 then ''
+                else format(', "on" => %L', array(select jsonb_array_elements_text(settings -> 'on'))) end
+        || case when allow = '{}' then '' else format(', allow => %L', allow) end
+        || case when settings ->> 'oversize' = 'truncate-columns' then '' else format(', oversize => %L', settings ->> 'oversize') end
+        || case when (settings ->> 'always')::boolean then '' else ', always => false' end || ');'
+      from list where relation is not null
+$$;
+
+-- The call that captures a table in the way in which it is captured; null when it is not.
+create function aftercommit.capture_call(relation regclass) returns text
+    language sql stable
+    set search_path = pg_catalog, pg_temp
+as $$
+    select aftercommit.capture_call_with(relation, aftercommit.capture_settings(aftercommit.capture_function(relation)))
+     where aftercommit.capture_function(relation) is not null
+$$;
+
+-- The partitions of a table that are captured by themselves: triggers of one name cannot come from the parent as well.
+create function aftercommit.capture_partitions(relation regclass) returns regclass[]
+    language sql stable
+    set search_path = pg_catalog, pg_temp
+as $$
+    select array(select distinct tree.relid from pg_partition_tree(relation) as tree
+                   join pg_trigger t on t.tgrelid = tree.relid and t.tgparentid = 0 and starts_with(t.tgname, aftercommit.capture_prefix('!'))
+                  where tree.level > 0 order by tree.relid)
+$$;
+
 -- The triggers that a table has to have, each as PostgreSQL tells it, and when it fires.
 create function aftercommit.capture_triggers(relation regclass, settings jsonb, per text, function regproc)
     returns table (name text, definition text, enabled "char")
@@ -362,12 +427,15 @@ as $$
         when c.relkind = 'f' then 'it is a foreign table: capture it where it is'
         when c.relkind not in ('r', 'p') then 'it is no table'
         when c.relpersistence = 't' then 'it is a temporary table'
-        when c.relispartition then format('it is a partition: capture %s', (select inhparent::regclass from pg_inherits where inhrelid = c.oid))
+        when c.relispartition then format('it is a partition: capture %s%s', root,
+            case when exists (select from pg_trigger where tgrelid = c.oid and tgparentid = 0 and starts_with(tgname, aftercommit.capture_prefix('!')))
+                 then format(', after select ' || 'aftercommit' || '.capture_remove(%L)', relation) end)
         when c.relkind = 'r' and exists (select from pg_inherits where inhparent = c.oid)
             then format('other tables inherit from it (%s), and triggers of a parent do not see their rows: capture those instead',
                         (select string_agg(inhrelid::regclass::text, ', ' order by inhrelid) from pg_inherits where inhparent = c.oid))
         end
       from pg_class c join pg_namespace n on n.oid = c.relnamespace
+     cross join lateral (select case when c.relispartition then pg_partition_root(c.oid) end as root) as above
      where c.oid = relation
 $$;
 
@@ -396,7 +464,10 @@ create function aftercommit.capture_problems(relation regclass, function oid, se
     set search_path = pg_catalog, pg_temp
 as $$
 declare
-    per constant text := aftercommit.capture_per(relation);
+    wanted constant text := aftercommit.capture_per(relation);
+    per constant text := coalesce(aftercommit.capture_per_now(function), wanted);
+    keys constant text[] := array(select jsonb_array_elements_text(settings -> 'key'));
+    primary_key constant text[] := aftercommit.capture_primary_key(relation);
     named constant text[] := array(select distinct jsonb_array_elements_text(settings -> name) from unnest(array['columns', 'key', 'watch']) as name
                                    union select value ->> 'column' from jsonb_each(settings -> 'headers') where jsonb_typeof(value) = 'object');
     gone text[];
@@ -412,11 +483,24 @@ begin
     problems := array_remove(array[
         case when (settings -> 'capture') <> '1' then format('another version of aftercommit made it (%s)', settings -> 'capture') end,
         aftercommit.capture_refusal(relation), aftercommit.capture_lacks(relation),
-        case when gone <> '{}' then format('it has no column %s any more, and a write to it may fail', array_to_string(gone, ', ')) end,
+        case when settings ->> 'table' <> relation::text
+             then format('it was renamed from %s, and its events still have that name: call capture() again', settings ->> 'table') end,
+        case when (settings ->> 'primary')::boolean and primary_key <> keys then format('its events have the key (%s), and %s', array_to_string(keys, ', '),
+             case when primary_key = '{}' then 'it has no primary key any more: call capture() again with a key'
+                  else format('its primary key is (%s) now: call capture() again', array_to_string(primary_key, ', ')) end) end,
+        case when gone <> '{}' then format('it has no column %s any more, and a write to it may fail: call capture() again', array_to_string(gone, ', ')) end,
         case when found.proowner <> (select relowner from pg_class where oid = relation) then 'its function belongs to another role than the table' end,
         case when not found.prosecdef then 'its function is no longer security definer' end], null);
     if problems <> '{}' then
         return problems;
+    end if;
+    if per <> wanted then
+        problems := array[case when per = 'row' then 'it has no row triggers any more: call capture() again, and its events are written faster'
+            else coalesce((select format('a row trigger (%s) was added since: call capture() again, events of one row may be out of order until then',
+                                         string_agg(tgname, ', ' order by tgname)) from pg_trigger
+                            where tgrelid = relation and not tgisinternal and tgenabled in ('O', 'A') and tgtype & 67 = 1
+                              and not starts_with(tgname, aftercommit.capture_prefix('!')) having count(*) > 0),
+                          'it inherits from another table since: call capture() again') end];
     end if;
     if found.proconfig is distinct from aftercommit.capture_pins(relation, array(select jsonb_array_elements_text(settings -> 'columns')), named)
        or found.prosrc <> aftercommit.capture_source(relation, settings, per) then
@@ -458,18 +542,34 @@ create view aftercommit.captures as
     select "table", settings ->> 'type' as type, settings -> 'key' as key,
            settings -> 'columns' as columns, settings -> 'watch' as watch, (settings ->> 'old')::boolean as old,
            settings -> 'headers' as headers, settings -> 'on' as "on", settings ->> 'oversize' as oversize,
-           (settings ->> 'always')::boolean as always, (settings -> 'capture')::integer as version, signature as function
+           (settings ->> 'always')::boolean as always, (settings -> 'capture')::integer as version, signature as function,
+           aftercommit.capture_call_with(relation, settings) as call
       from aftercommit.capture_all();
 
+-- What to run where a capture is not as it should be; null where something else has to be done first, which the problem says.
+create function aftercommit.capture_remedy(relation regclass, function oid, settings jsonb) returns text
+    language sql stable
+    set search_path = pg_catalog, pg_temp
+as $$
+    select case when relation is null then format('drop function %s;', function::regprocedure)
+                when relispartition then format('select ' || 'aftercommit' || '.capture_remove(%L);', relation)
+                     || coalesce(' ' || case when aftercommit.capture_function(root) is null then aftercommit.capture_call_with(root, settings) end, '')
+                when aftercommit.capture_refusal(relation) is null and aftercommit.capture_lacks(relation) is null
+                     then aftercommit.capture_call_with(relation, settings) end
+      from (select) as one left join pg_class c on c.oid = relation
+     cross join lateral (select case when relispartition then pg_partition_root(relation) end as root) as above
+$$;
+
 -- Compares every capture with its table.
-create function aftercommit.capture_check() returns table ("table" text, ok boolean, problems text[], notes text[])
+create function aftercommit.capture_check() returns table ("table" text, ok boolean, problems text[], notes text[], remedy text)
     language sql stable
     set search_path = pg_catalog, pg_temp
 as $$
     select c."table", p.problems = '{}', p.problems,
            array(select format('its column %s came later and is not captured: call capture() again to have it', a.attname) from pg_attribute a
                   where (c.settings ->> 'all')::boolean and a.attrelid = c.relation and a.attnum > 0 and not a.attisdropped
-                    and a.attgenerated = '' and not c.settings -> 'columns' ? a.attname order by a.attnum)
+                    and a.attgenerated = '' and not c.settings -> 'columns' ? a.attname order by a.attnum),
+           case when p.problems <> '{}' then aftercommit.capture_remedy(c.relation, c.function, c.settings) end
       from aftercommit.capture_all() as c
      cross join lateral aftercommit.capture_problems(c.relation, c.function, c.settings) as p(problems)
      order by 1
@@ -534,9 +634,10 @@ begin
             hint = 'Give fail, truncate-columns or key-only.';
     end if;
     if key is null then
-        keys := array(select a.attname from pg_index i cross join lateral unnest(i.indkey::int2[]) with ordinality as k(attnum, at)
-                        join pg_attribute a on a.attrelid = relation and a.attnum = k.attnum
-                       where i.indrelid = relation and i.indisprimary order by k.at);
+        keys := aftercommit.capture_primary_key(relation);
+    elsif keys is null then
+        raise exception 'the key % of events of % is not understood', quote_literal(key), relation using errcode = invalid,
+            hint = 'key => ''column'', or key => ''column, another''';
     end if;
     if cardinality(keys) = 0 then
         raise exception 'the table % has no primary key, so the key of its events must be named', relation using errcode = invalid,
@@ -575,7 +676,7 @@ begin
         raise exception 'no column of % is watched, so no update would be published', relation using errcode = invalid,
             hint = 'Name columns in watch, or take update out of "on".';
     end if;
-    return jsonb_build_object('capture', 1, 'table', relation::text, 'type', type, 'key', keys, 'columns', chosen, 'all', columns is null,
+    return jsonb_build_object('capture', 1, 'table', relation::text, 'type', type, 'key', keys, 'primary', key is null, 'columns', chosen, 'all', columns is null,
         'watch', watched, 'old', old, 'headers', headers, 'allow', coalesce(allow, '{}'), 'oversize', oversize, 'always', always,
         'on', array(select op from unnest(array['insert', 'update', 'delete']) as op where op = any (ops)));
 end

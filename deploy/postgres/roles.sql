@@ -100,7 +100,8 @@ grant execute on function :"schema".capture_check, :"schema".capture_all, :"sche
     :"schema".capture_function, :"schema".capture_prefix, :"schema".capture_per, :"schema".capture_triggers,
     :"schema".capture_refusal, :"schema".capture_lacks, :"schema".capture_source, :"schema".capture_insert,
     :"schema".capture_headers, :"schema".capture_header, :"schema".capture_object, :"schema".capture_differs,
-    :"schema".capture_pins, :"schema".capture_base_type to :"publisher", :"reader", :"operator";
+    :"schema".capture_pins, :"schema".capture_base_type, :"schema".capture_per_now, :"schema".capture_primary_key,
+    :"schema".capture_call, :"schema".capture_call_with, :"schema".capture_partitions, :"schema".capture_remedy to :"publisher", :"reader", :"operator";
 
 -- aftercommit-relay. It deletes what is published and old, and stamps rows anew after a restore: `update (xid)`.
 grant select, delete, update (xid) on :"schema".outbox to :"relay";

@@ -233,13 +233,10 @@ async fn check(command: Look) -> Result<(String, ExitCode), Error> {
     }
     let mut text = String::new();
     for checked in &captures {
-        let verdict = if checked.ok {
-            "as it should be"
-        } else {
-            "not as it should be; `aftercommit capture add` again puts it right"
-        };
+        let verdict = if checked.ok { "as it should be" } else { "not as it should be" };
         text += &format!("{}: {verdict}\n", plain(&checked.table));
         text.extend(checked.problems.iter().map(|problem| format!("  {}\n", plain(problem))));
+        text.extend(checked.remedy.iter().map(|remedy| format!("  to put it right: {}\n", plain(remedy))));
         text.extend(checked.notes.iter().map(|note| format!("  note: {}\n", plain(note))));
     }
     if captures.is_empty() {

@@ -76,10 +76,14 @@ async fn a_change_of_the_schema_is_noticed() {
              set search_path = pg_catalog, pg_temp as 'begin return null; end'",
             "not the one",
         ),
-        ("alter table orders rename to sales", "not the one"),
-        ("alter table sales rename to orders", "not the one"),
-        ("create schema another; alter table orders set schema another", "not the one"),
-        ("alter table another.orders set schema public", "not the one"),
+        ("alter table orders rename to sales", "renamed from public.orders"),
+        ("alter table sales rename to orders", "renamed from public.sales"),
+        ("create schema another; alter table orders set schema another", "renamed from public.orders"),
+        ("alter table another.orders set schema public", "renamed from another.orders"),
+        ("alter table orders drop constraint orders_pkey, add primary key (id, at)", "primary key is (id, at) now"),
+        ("alter table orders drop constraint orders_pkey, add primary key (id)", "primary key is (id) now"),
+        ("alter table orders rename id to number", "no column id any more"),
+        ("alter table orders rename number to id", "no column number any more"),
     ];
     shop.run(call).await;
     assert_eq!(shop.problems().await, [""; 0]);
@@ -95,7 +99,13 @@ async fn a_change_of_the_schema_is_noticed() {
         };
         let again = call.replace("orders", table);
         if !change.contains("create role") {
-            shop.run(&again).await;
+            let remedy: Option<String> = shop.one("select remedy from aftercommit.capture_check()").await;
+            let asked = remedy.as_deref().is_none_or(|remedy| {
+                remedy.strip_suffix(';')
+                    == Some(&again.replace("'sales", "'public.sales").replace("'orders", "'public.orders"))
+            });
+            assert!(asked && remedy.is_none() == problem.is_empty(), "{change}: {remedy:?}");
+            shop.run(&remedy.unwrap_or(again)).await;
             assert_eq!(shop.problems().await, [""; 0], "{change}");
         }
     }
@@ -110,6 +120,54 @@ async fn a_change_of_the_schema_is_noticed() {
     assert_eq!(shop.one::<String>(notes).await, "");
     shop.run("drop table orders; drop owned by another_owner_of_orders; drop role another_owner_of_orders").await;
     assert_eq!(shop.problems().await, ["its table is gone: drop function public._aftercommit_capture_orders()"]);
+}
+
+/// What a check prints restores what is installed, and not the defaults.
+#[tokio::test]
+async fn the_call_of_a_capture_has_all_its_settings() {
+    let shop =
+        Shop::with("create table \"Odd, table\" (id int primary key, state text, \"Api, Key\" text, api_key text)")
+            .await;
+    let call = "select aftercommit.capture('public.\"Odd, table\"', type => 'o', key => '\"Api, Key\", id', columns => '{id,state,\"Api, Key\"}', \
+                watch => '{state}', old => true, headers => '{\"a\": \"it''s\", \"b\": {\"column\": \"id\"}}', \"on\" => '{update,delete}', \
+                allow => '{api_key}', oversize => 'key-only', always => false);";
+    shop.run(call).await;
+    let asked = "select aftercommit.capture_call('\"Odd, table\"')";
+    assert_eq!(shop.one::<String>(asked).await, call);
+    assert_eq!(shop.one::<String>("select call from aftercommit.captures").await, call);
+    assert_eq!(shop.one::<String>(call).await, "unchanged");
+    // Of what is gone nothing is left in it.
+    shop.run("alter table \"Odd, table\" rename to plain; alter table plain drop api_key, add remark text").await;
+    shop.run(&shop.one::<String>("select remedy from aftercommit.capture_check()").await).await;
+    assert_eq!(shop.problems().await, [""; 0]);
+    assert_eq!(
+        shop.one::<String>("select aftercommit.capture_call('plain')").await,
+        call.replace("\"Odd, table\"", "plain").replace(" allow => '{api_key}',", "")
+    );
+    // Without a primary key the one of before has to be named.
+    shop.run("select aftercommit.capture('plain', type => 'o'); alter table plain drop constraint \"Odd, table_pkey\"")
+        .await;
+    assert!(shop.problems().await[0].contains("no primary key any more"));
+    shop.run(&shop.one::<String>("select remedy from aftercommit.capture_check()").await).await;
+    assert_eq!(shop.problems().await, [""; 0]);
+    assert!(!shop.one::<bool>("select aftercommit.capture_call('pg_class') is not null").await);
+    // A captured table that becomes a partition.
+    shop.run(
+        "select aftercommit.capture_remove('plain'); create table part (id int primary key);
+         select aftercommit.capture('part', type => 'o', columns => '{id}');
+         create table whole (id int primary key) partition by list (id);
+         alter table whole attach partition part for values in (1)",
+    )
+    .await;
+    shop.run(&shop.one::<String>("select remedy from aftercommit.capture_check()").await).await;
+    assert_eq!(
+        shop.one::<String>("select call from aftercommit.captures").await,
+        "select aftercommit.capture('public.whole', type => 'o', columns => '{id}');"
+    );
+    assert_eq!(shop.problems().await, [""; 0]);
+    shop.run("drop table whole").await;
+    shop.run(&shop.one::<String>("select remedy from aftercommit.capture_check()").await).await;
+    assert_eq!(shop.one::<i64>("select count(*) from aftercommit.captures").await, 0);
 }
 
 /// After such a change a write fails, rather than being told to nobody.
@@ -226,7 +284,10 @@ async fn rust_does_the_same() {
         shown,
         json!({"table": "public.orders", "type": "order", "key": ["id"], "columns": ["id", "state"], "watch": ["state"], "old": true,
                "headers": {"origin": "shop", "state": {"column": "state"}}, "on": ["update", "delete"], "oversize": "key-only",
-               "always": false, "version": 1, "function": "public._aftercommit_capture_orders()"})
+               "always": false, "version": 1, "function": "public._aftercommit_capture_orders()",
+               "call": "select aftercommit.capture('public.orders', type => 'order', key => 'id', columns => '{id,state}', watch => '{state}', \
+                        old => true, headers => '{\"state\": {\"column\": \"state\"}, \"origin\": \"shop\"}', \"on\" => '{update,delete}', \
+                        oversize => 'key-only', always => false);"})
     );
     assert!(capture::check(&mut connection).await.unwrap().iter().all(|checked| checked.ok));
     for (wrong, kind, words) in [
@@ -284,7 +345,11 @@ async fn the_command_does_the_same() {
     shop.run("alter table orders drop column state").await;
     let drifted = run(&shop, &["check"]);
     assert_eq!(drifted.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&drifted.stdout).contains("no column state any more"));
+    let told_of = String::from_utf8_lossy(&drifted.stdout);
+    assert!(told_of.contains("public.orders: not as it should be\n") && told_of.contains("no column state any more"));
+    let call =
+        "to put it right: select aftercommit.capture('public.orders', type => 'order', columns => '{id}', old => true";
+    assert!(told_of.contains(call), "{told_of}");
     let drifted: Value = serde_json::from_slice(&run(&shop, &["check", "--json"]).stdout).unwrap();
     assert_eq!(drifted[0]["ok"], false);
     for (wrong, status, words) in [
@@ -322,13 +387,14 @@ async fn doctor_warns_of_a_capture_that_no_longer_fits() {
             .checks
             .into_iter()
             .filter(|check| check.name == "captures")
-            .map(|check| (check.status, check.finding))
+            .map(|check| (check.status, check.finding, check.remedy.unwrap_or_default()))
             .collect::<Vec<_>>()
     };
-    assert_eq!(captures(&config).await, [(Severity::Ok, "1 captured table, as it should be".into())]);
+    assert_eq!(captures(&config).await, [(Severity::Ok, "1 captured table, as it should be".into(), String::new())]);
     shop.run("alter table orders disable trigger all").await;
     let found = captures(&config).await;
     assert!(found.len() == 1 && found[0].0 == Severity::Warn && found[0].1.contains("public.orders"), "{found:?}");
+    assert_eq!(found[0].2, "run: select aftercommit.capture('public.orders', type => 'order');");
     config.roles = vec![Role::Relay];
     assert_eq!(captures(&config).await, [], "not a relay's business");
     shop.run("alter function aftercommit.capture_check() rename to gone").await;

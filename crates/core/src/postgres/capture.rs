@@ -70,6 +70,8 @@ pub struct Captured {
     pub version: i32,
     /// The function that the triggers call.
     pub function: String,
+    /// The SQL that captures the table in this way; none when the table is gone.
+    pub call: Option<String>,
 }
 
 /// How a capture compares with its table.
@@ -83,6 +85,8 @@ pub struct Checked {
     pub problems: Vec<String>,
     /// What is worth knowing and no problem, such as a column that came later.
     pub notes: Vec<String>,
+    /// The SQL that puts it right; none when nothing is wrong, or when something else has to be done, which the problem says.
+    pub remedy: Option<String>,
 }
 
 /// Installs a capture, or replaces it. Returns what the function returns.
@@ -112,14 +116,15 @@ pub async fn install(
 
 /// All captures, by table.
 pub async fn list(connection: &mut PgConnection, schema: &Schema) -> Result<Vec<Captured>, sqlx::Error> {
-    let sql = "select \"table\", type, key, columns, watch, old, headers, \"on\", oversize, always, version, function
+    let sql =
+        "select \"table\", type, key, columns, watch, old, headers, \"on\", oversize, always, version, function, call
                  from aftercommit.captures order by 1";
     sqlx::query_as(AssertSqlSafe(schema.sql(sql).into_owned())).persistent(false).fetch_all(connection).await
 }
 
 /// Compares all captures with their tables, by table.
 pub async fn check(connection: &mut PgConnection, schema: &Schema) -> Result<Vec<Checked>, sqlx::Error> {
-    let sql = "select \"table\", ok, problems, notes from aftercommit.capture_check()";
+    let sql = "select \"table\", ok, problems, notes, remedy from aftercommit.capture_check()";
     sqlx::query_as(AssertSqlSafe(schema.sql(sql).into_owned())).persistent(false).fetch_all(connection).await
 }
 

@@ -67,7 +67,7 @@ pub(super) fn judge(facts: &DatabaseFacts, config: &DoctorConfig) -> Vec<Check> 
         )),
         None => {}
     }
-    checks.extend(captures(&facts.captures, &config.postgres.schema));
+    checks.extend(captures(&facts.captures));
     checks
 }
 
@@ -371,7 +371,7 @@ fn dead_letters(letters: &[(String, i64)]) -> Vec<Check> {
         .collect()
 }
 
-fn captures(captures: &[Checked], schema: &Schema) -> Vec<Check> {
+fn captures(captures: &[Checked]) -> Vec<Check> {
     const NAME: &str = "captures";
     let mut checks: Vec<Check> = captures
         .iter()
@@ -380,7 +380,10 @@ fn captures(captures: &[Checked], schema: &Schema) -> Vec<Check> {
             Check::warn(
                 NAME,
                 format!("the capture of {} is not as it should be: {}", checked.table, checked.problems.join("; ")),
-                format!("put that right, and call {schema}.capture() again with the settings that you want"),
+                match &checked.remedy {
+                    Some(remedy) => format!("run: {remedy}"),
+                    None => "do what it says; `aftercommit capture check` shows whether it is right then".into(),
+                },
             )
         })
         .collect();
