@@ -433,6 +433,9 @@ as $$
         when c.relkind = 'r' and exists (select from pg_inherits where inhparent = c.oid)
             then format('other tables inherit from it (%s), and triggers of a parent do not see their rows: capture those instead',
                         (select string_agg(inhrelid::regclass::text, ', ' order by inhrelid) from pg_inherits where inhparent = c.oid))
+        else (select format('its column %I has a name that captures use themselves: rename it', min(attname)) from pg_attribute
+               where attrelid = c.oid and attnum > 0 and not attisdropped
+                 and attname in ('aftercommit row', 'key object', 'new object', 'old object') having count(*) > 0)
         end
       from pg_class c join pg_namespace n on n.oid = c.relnamespace
      cross join lateral (select case when c.relispartition then pg_partition_root(c.oid) end as root) as above
@@ -577,13 +580,14 @@ $$;
 
 -- ---------------------------------------------------------------------------------- install and remove
 
--- Column names out of a text: one name as it is, or SQL identifiers separated by commas.
+-- Column names out of a text: one name as it is, or SQL identifiers separated by commas. Null when it is neither.
 create function aftercommit.capture_names(relation regclass, list text) returns text[]
     language sql stable
     set search_path = pg_catalog, pg_temp
 as $$
     select case when exists (select from pg_attribute where attrelid = relation and attname = list and attnum > 0 and not attisdropped) then array[list]
-                else array(select case when starts_with(name, '"') then replace(substr(name, 2, length(name) - 2), '""', '"') else lower(name) end
+                when list ~ '^\s*("([^"]|"")+"|[^",\s][^",]*)\s*(,\s*("([^"]|"")+"|[^",\s][^",]*)\s*)*$'
+                then array(select case when starts_with(name, '"') then replace(substr(name, 2, length(name) - 2), '""', '"') else lower(name) end
                              from regexp_matches(list, '"(?:[^"]|"")+"|[^",]+', 'g') as part, trim(part[1]) as name where name <> '') end
 $$;
 
@@ -595,20 +599,39 @@ create function aftercommit.capture_checked(
     set search_path = pg_catalog, pg_temp
 as $$
 declare
-    secret constant text := '(passw(or)?d|passphrase|secret|token|credential|api_?key|private_?key|access_?key|card_?number)'
-                            '|(^|[^a-z])(pwd|ssn|cvv|cvc|pin|otp)([^a-z]|$)';
+    -- Of a name in small letters, with a `_` before each word of camelCase.
+    secret constant text := '(passw(or)?d|passphrase|secret|token(?!i[sz])|credential|api_?key|private_?key|access_?key|card_?number|credit_?card)'
+                            '|(^|[^a-z])(pwd|ssn|cvv|cvc|pin|otp|salt|hash|iban)([^a-z]|$)';
     invalid constant text := 'invalid_parameter_value';
     all_columns constant text[] := array(select attname from pg_attribute where attrelid = relation and attnum > 0 and not attisdropped order by attnum);
     generated constant text[] := array(select attname from pg_attribute where attrelid = relation and attnum > 0 and attgenerated <> '');
     keys text[] := aftercommit.capture_names(relation, key);
-    chosen constant text[] := coalesce(columns, array(select name from unnest(all_columns) as name where name <> all (generated)));
-    watched constant text[] := coalesce(watch, chosen);
+    chosen text[] := columns;
+    watched text[] := watch;
     named text[];
     wrong text;
 begin
+    if relation is null then
+        raise exception 'the table to capture is null' using errcode = invalid, hint = 'capture(''public.orders'', type => ''order'')';
+    end if;
+    wrong := (select string_agg(name, ', ') from (values ('columns', array_ndims(columns)), ('watch', array_ndims(watch)),
+                                                         ('"on"', array_ndims(ops)), ('allow', array_ndims(allow))) as list(name, dimensions)
+               where dimensions > 1);
+    if wrong is not null then
+        raise exception 'arrays within an array are not understood in % for %', wrong, relation using errcode = invalid,
+            hint = 'Give names: columns => ''{id,state}''.';
+    end if;
+    chosen := coalesce(chosen, array(select name from unnest(all_columns) as name where name <> all (generated)));
+    watched := coalesce(watched, chosen);
     wrong := aftercommit.capture_refusal(relation);
     if wrong is not null then
         raise exception 'the table % cannot be captured: %', relation, wrong using errcode = 'wrong_object_type';
+    end if;
+    if aftercommit.capture_partitions(relation) <> '{}' then
+        raise exception 'the table % cannot be captured: its partition % is captured by itself', relation,
+            array_to_string(aftercommit.capture_partitions(relation), ', ') using errcode = 'wrong_object_type',
+            hint = (select string_agg(format('select ' || 'aftercommit' || '.capture_remove(%L);', partition), ' ')
+                      from unnest(aftercommit.capture_partitions(relation)) as partition);
     end if;
     if not pg_has_role(current_user, (select relowner from pg_class where oid = relation), 'usage') then
         raise exception 'the table % cannot be captured by %, who does not own it', relation, current_user using errcode = 'insufficient_privilege';
@@ -653,7 +676,7 @@ begin
     end if;
     named := array(select unnest(keys || chosen || watched) union
                    select value ->> 'column' from jsonb_each(headers) where jsonb_typeof(value) = 'object');
-    wrong := (select string_agg(coalesce(name, 'null'), ', ') from unnest(named) as name where name is null or name <> all (all_columns));
+    wrong := (select string_agg(distinct coalesce(name, 'null'), ', ') from unnest(named || allow) as name where name is null or name <> all (all_columns));
     if wrong is not null then
         raise exception 'the table % has no column %', relation, wrong using errcode = 'undefined_column';
     end if;
@@ -667,7 +690,7 @@ begin
         raise exception 'the column % of % is generated and cannot be captured', wrong, relation using errcode = invalid,
             hint = 'Capture the columns that it is made of.';
     end if;
-    wrong := (select string_agg(name, ', ') from unnest(named) as name where lower(name) ~ secret and name <> all (coalesce(allow, '{}')));
+    wrong := (select string_agg(name, ', ' order by name) from unnest(named) as name where lower(regexp_replace(name, '([a-z0-9])([A-Z])', '\1_\2', 'g')) ~ secret and name <> all (coalesce(allow, '{}')));
     if wrong is not null then
         raise exception 'the column % of % looks like a secret', wrong, relation using errcode = invalid,
             hint = format('Choose the columns without it, columns => array[...], or allow it: allow => %L.', string_to_array(wrong, ', '));

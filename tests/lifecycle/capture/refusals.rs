@@ -6,6 +6,14 @@ const TABLES: &str = r#"
     create table orders (id int primary key, name text, total int generated always as (id * 2) stored);
     create table keyless (id int, name text);
     create table account (id int primary key, name text, password_hash text, "apiKey" text, spin int);
+    create table card (id int primary key, salt text, hash text, iban text, credit_card text, "userPin" text,
+                       tokenized text, asphalt text, rehash text, "caribaN" text);
+    create table odd (id int primary key, "aftercommit row" int);
+    create table object (id int primary key, "new object" int);
+    create table attached (id int primary key) partition by list (id);
+    create table attached_1 (id int primary key);
+    select aftercommit.capture('attached_1', type => 'x');
+    alter table attached attach partition attached_1 for values in (1);
     create view orders_view as select * from orders;
     create materialized view orders_copy as select * from orders;
     create table parted (id int primary key) partition by list (id);
@@ -20,7 +28,7 @@ const TABLES: &str = r#"
 #[tokio::test]
 async fn what_cannot_be_captured_is_refused_by_name() {
     let shop = Shop::with(TABLES).await;
-    let cases: [(&str, &[&str]); 42] = [
+    let cases: [(&str, &[&str]); 55] = [
         ("'orders_view', type => 'x'", &["public.orders_view", "view: capture the tables behind it"]),
         ("'orders_copy', type => 'x'", &["public.orders_copy", "materialized view"]),
         ("'far', type => 'x'", &["public.far", "foreign table"]),
@@ -30,10 +38,26 @@ async fn what_cannot_be_captured_is_refused_by_name() {
         ("'information_schema.sql_sizing', type => 'x'", &["sql_sizing", "system table"]),
         ("'aftercommit.outbox', type => 'x'", &["aftercommit.outbox", "belongs to aftercommit itself"]),
         ("'parted_1', type => 'x'", &["public.parted_1", "capture public.parted"]),
+        ("'attached_1', type => 'x'", &["capture public.attached, after", "capture_remove('public.attached_1')"]),
+        (
+            "'attached', type => 'x'",
+            &["public.attached_1 is captured by itself", "capture_remove('public.attached_1')"],
+        ),
+        ("'odd', type => 'x'", &["public.odd", "\"aftercommit row\"", "rename it"]),
+        ("'object', type => 'x', columns => '{id}'", &["public.object", "\"new object\"", "rename it"]),
+        ("null, type => 'x'", &["the table to capture is null"]),
         ("'thing', type => 'x'", &["public.thing", "public.tool", "inherit"]),
         ("'nothing_there', type => 'x'", &["nothing_there", "does not exist"]),
         ("'keyless', type => 'x'", &["public.keyless", "no primary key", "key => 'column'"]),
-        ("'keyless', type => 'x', key => ''", &["public.keyless", "key"]),
+        ("'keyless', type => 'x', key => ''", &["the key '' of events of public.keyless is not understood"]),
+        ("'keyless', type => 'x', key => 'id,'", &["the key 'id,' of events of public.keyless is not understood"]),
+        ("'keyless', type => 'x', key => 'id,,name'", &["key 'id,,name'"]),
+        ("'keyless', type => 'x', key => '\"id'", &["key '\"id'"]),
+        ("'orders', type => 'x', columns => '{{id,name}}'", &["arrays within an array", "columns for public.orders"]),
+        ("'orders', type => 'x', \"on\" => '{{insert}}'", &["arrays within an array", "\"on\" for public.orders"]),
+        ("'orders', type => 'x', allow => '{nix}'", &["public.orders has no column nix"]),
+        ("'orders', type => 'x', allow => '{NULL}'", &["public.orders has no column null"]),
+        ("'card', type => 'x'", &["credit_card, hash, iban, salt, userPin of public.card looks"]),
         ("'keyless', type => 'x', key => 'id, nam'", &["public.keyless has no column nam"]),
         ("'orders', type => 'x', columns => '{id,nope,never}'", &["public.orders has no column never, nope"]),
         ("'orders', type => 'x', columns => array[null]", &["public.orders has no column null"]),
@@ -90,7 +114,11 @@ async fn what_cannot_be_captured_is_refused_by_name() {
     let left: i64 = shop
         .one("select count(*) + (select count(*) from aftercommit.captures) from pg_trigger where not tgisinternal and tgname like '%capture%'")
         .await;
-    assert_eq!(left, 0);
+    assert_eq!(left, 6, "those of attached_1");
+    shop.run("select aftercommit.capture_remove('attached_1'); select aftercommit.capture('attached', type => 'x')")
+        .await;
+    assert_eq!(shop.problems().await, [""; 0]);
+    shop.run("select aftercommit.capture_remove('attached')").await;
     // What only looks like it, and what somebody has allowed.
     shop.run("select aftercommit.capture('account', type => 'x', columns => '{id,spin}')").await;
     shop.run("select aftercommit.capture('account', type => 'x', allow => '{password_hash,apiKey}')").await;
@@ -110,4 +138,6 @@ async fn a_table_that_gets_children_later_is_told_of() {
             .await;
     shop.run("create table tool () inherits (thing)").await;
     assert!(shop.problems().await[0].contains("inherit from it (public.tool)"));
+    let remedy = "select remedy from aftercommit.capture_check()";
+    assert_eq!(shop.one::<Option<String>>(remedy).await, None, "no call puts that right");
 }
