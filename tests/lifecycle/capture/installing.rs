@@ -229,6 +229,26 @@ async fn a_dump_restores_captures() {
     assert_eq!(restored.one::<String>("select aftercommit.capture('orders', type => 'order')").await, "unchanged");
 }
 
+/// What the guide says of a dump without the schema of the outbox.
+#[tokio::test]
+async fn a_dump_of_the_tables_schema_alone_needs_the_outbox_or_no_captures() {
+    let shop = Shop::with(&format!("{ORDERS} select aftercommit.capture('orders', type => 'order')")).await;
+    let dump = shop.database.pg_dump(&["--schema=public"]).replace("CREATE SCHEMA public;", "");
+    let database = Database::empty().await;
+    succeeded(database.psql(&dump));
+    let restored = Shop { pool: database.pool().await, database };
+    let refused = restored.attempt("insert into orders values (1)").await.unwrap_err();
+    assert!(refused.contains("aftercommit.outbox"), "{refused}");
+    restored.run("drop function public._aftercommit_capture_orders() cascade; insert into orders values (1)").await;
+    // With the outbox it is as before.
+    let database = Database::migrated().await;
+    succeeded(database.psql(&dump));
+    let restored = Shop { pool: database.pool().await, database };
+    assert_eq!(restored.problems().await, [""; 0]);
+    restored.run("insert into orders values (1)").await;
+    assert_eq!(restored.told_of().await, ["order.inserted 1"]);
+}
+
 #[tokio::test]
 async fn two_systems_capture_the_same_table() {
     let shop = Shop::with(ORDERS).await;
