@@ -2,9 +2,9 @@
 //!
 //! ```toml
 //! interval = "1h"                    # between two sweeps
-//! batch = 1000                       # rows of the table in one transaction
+//! batch = 500                        # rows of the table in one transaction
 //! budget = 1000000                   # rows that one sweep removes at most
-//! rest = 1.0                         # so many times as long as a batch took it rests after it
+//! rest = 4.0                         # so many times as long as a batch took it rests after it
 //! audit = "400d"                     # how long the audit trail is kept, at least 30d; for ever when left out
 //! search_path = "app"                # where conditions and triggers look names up; PostgreSQL's own only when left out
 //!

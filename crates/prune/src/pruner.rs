@@ -31,7 +31,7 @@ const LEAST_AUDIT: Duration = Duration::from_hours(30 * 24);
 pub struct PruneConfig {
     /// Between two sweeps. Defaults to an hour.
     pub interval: Duration,
-    /// How fast a sweep goes. Defaults to batches of 1000, a budget of 1,000,000, and a rest as long as the batch.
+    /// How fast a sweep goes. Defaults to batches of 500, a budget of 1,000,000, and a rest of four times as long as a batch took.
     pub pace: Pace,
     /// The application's own tables. Defaults to none.
     pub policies: Vec<Policy>,

@@ -19,17 +19,17 @@ const FRUITLESS: u32 = 10;
 /// How fast a sweep goes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pace {
-    /// Rows of the table in one transaction. Defaults to 1000.
+    /// Rows of the table in one transaction. Defaults to 500.
     pub batch: u32,
     /// Rows that one sweep removes until it leaves the rest to the next. Defaults to 1,000,000.
     pub budget: u64,
-    /// How many times as long as a batch took the sweep rests after it, so that others get their turn. Defaults to 1.
+    /// How many times as long as a batch took the sweep rests after it, so that others get their turn. Defaults to 4.
     pub rest: f64,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { batch: 1000, budget: 1_000_000, rest: 1.0 }
+        Self { batch: 500, budget: 1_000_000, rest: 4.0 }
     }
 }
 
