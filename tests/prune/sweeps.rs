@@ -392,6 +392,17 @@ async fn a_row_that_cannot_go_holds_back_no_others() {
     assert!(swept.error.unwrap().contains("passes over 100 such rows"));
 }
 
+/// What concerns all rows is told at once, and not looked for row by row.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_condition_that_cannot_be_is_told_at_once() {
+    let sessions = Sessions::new().await;
+    many(&sessions, 300).await;
+    let spec = Spec::new("public.sessions", "nowhere = 1").name("sessions");
+    let pruner = Pruner::new(&sessions.database.config, config(Policy::new(spec, None), quick())).unwrap();
+    let error = pruner.sweep(&CancellationToken::new()).await.unwrap().remove(0).error.unwrap();
+    assert!(error.contains("nowhere") && error.starts_with("sessions: ") && !error.contains("passed over"), "{error}");
+}
+
 /// Whoever may create functions in the schema public would run them with the pruner's rights, and decide what is finished.
 #[tokio::test(flavor = "multi_thread")]
 async fn nobodys_functions_decide_what_goes() {

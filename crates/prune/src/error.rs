@@ -14,6 +14,7 @@ use aftercommit_outbox::sqlstate;
 pub struct PruneError {
     kind: PruneErrorKind,
     message: String,
+    code: Option<String>,
     constraint: Option<String>,
     table: Option<String>,
     source: Option<Box<dyn StdError + Send + Sync>>,
@@ -55,7 +56,7 @@ impl PruneError {
     }
 
     pub(crate) fn new(kind: PruneErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), constraint: None, table: None, source: None }
+        Self { kind, message: message.into(), code: None, constraint: None, table: None, source: None }
     }
 
     /// An error of the event that tells what was deleted from `table`.
@@ -90,6 +91,7 @@ impl PruneError {
             _ => sqlstate::told(&doing, &code, database.message()),
         };
         Self {
+            code: Some(code.to_string()),
             constraint: database.constraint().map(Into::into),
             table: database.table().map(Into::into),
             ..Self::new(kind, format!("{told}{way_out}"))
@@ -101,11 +103,16 @@ impl PruneError {
         Self { message: format!("{category}: {}", self.message), ..self }
     }
 
-    /// Whether a single row may be what it is about, so that others can go without it.
+    /// Whether a single row may be what it is about, so that others can go without it: an integrity constraint, or what a trigger of
+    /// the row raised (classes 22, P0 and those of code that is called). Names that are not there concern all rows.
     pub(crate) fn may_be_a_row(&self) -> bool {
         use PruneErrorKind::{Check, Database, Exclusion, ForeignKey, Kept, NotNull, Unique};
-        let server = self.source.is_none();
-        server && matches!(self.kind, ForeignKey | Unique | Check | NotNull | Exclusion | Kept | Database)
+        let raised = |code: &String| ["22", "2F", "38", "39", "44", "P0"].iter().any(|class| code.starts_with(class));
+        match self.kind {
+            ForeignKey | Unique | Check | NotNull | Exclusion | Kept => true,
+            Database => self.code.as_ref().is_some_and(raised),
+            _ => false,
+        }
     }
 
     /// What it is about.

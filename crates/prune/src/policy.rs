@@ -166,9 +166,9 @@ impl<'a> PolicySweep<'a> {
     async fn first(&self, connections: &Connections) -> Result<Option<String>, BatchError> {
         in_users_session(connections, async |session| {
             let now = sweep::now(session).await?;
-            let mut tx = session.begin_with(format!("begin read only{LOCK_TIMEOUT}")).await?;
+            let mut tx = session.begin_with(format!("begin{LOCK_TIMEOUT}")).await?;
             let first = match pin(tx.for_others(), self.search_path).await {
-                Ok(()) => self.next(now).limit(1).first(tx.for_others()).await,
+                Ok(()) => self.next(now).limit(1).skip_locked().first(tx.for_others()).await,
                 Err(error) => Err(error),
             };
             tx.rollback().await?;

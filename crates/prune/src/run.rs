@@ -254,9 +254,9 @@ impl<'a> Prune<'a> {
         Ok(events)
     }
 
-    /// The id of the first row that [`run`](Self::run) would delete; it locks nothing.
+    /// The id of the first row that [`run`](Self::run) would delete, locked as that does.
     pub(crate) async fn first(&self, connection: &mut PgConnection) -> Result<Option<String>, PruneError> {
-        let selection = self.selection(None)?;
+        let selection = self.selection(Some(self.locking))?;
         let on = Resolved::of(connection, self.spec).await?;
         Ok(selection.rows(connection, &on).await?.into_iter().next().map(|row| row.id))
     }

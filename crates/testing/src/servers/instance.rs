@@ -3,12 +3,14 @@
 //! The guard is a shell that reads from a pipe which only this process can write to. The pipe closes when the instance is
 //! dropped and also when this process is killed; then the guard ends the server and removes the directory.
 
+use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File};
 use std::net::TcpListener;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
@@ -209,10 +211,13 @@ impl Drop for Instance {
 
 /// A port of 127.0.0.1 on which nothing listens. It lies below those that systems give to outgoing connections, so that
 /// none of them takes it while the server on it is down. Another process may still be quicker: try again with another one.
+/// No port is given twice: the server of another test may be down for a moment, and its clients would find this one in its place.
 pub(super) fn free_port() -> u16 {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     loop {
         let port = 10_000 + (Uuid::now_v7().as_u128() % 22_000) as u16;
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        let new = GIVEN.lock().unwrap_or_else(PoisonError::into_inner).insert(port);
+        if new && TcpListener::bind(("127.0.0.1", port)).is_ok() {
             return port;
         }
     }
