@@ -30,6 +30,5 @@ pub use policy::Policy;
 pub use pruner::{PruneConfig, Pruner, PrunerMonitor, status};
 pub use run::{Plan, Prune, Pruned};
 pub use spec::{Association, Child, MAX_LIMIT, Spec};
-pub use sql::statement::quoted;
 pub use sql::table::Table;
 pub use sweep::{Pace, Swept};

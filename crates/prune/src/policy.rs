@@ -69,15 +69,8 @@ impl Policy {
         connections: &Connections,
         search_path: &Option<String>,
     ) -> Result<Plan, BatchError> {
-        in_users_session(connections, async |session| {
-            let now = sweep::now(session).await?;
-            let mut tx = session.begin_with(format!("begin read only{LOCK_TIMEOUT}")).await?;
-            let plan = match pin(tx.for_others(), search_path).await {
-                Ok(()) => self.prune(now).plan(tx.for_others()).await,
-                Err(error) => Err(error),
-            };
-            tx.rollback().await?;
-            Ok(plan.map_err(|error| error.of(&self.spec.name))?)
+        undone(connections, "begin read only", search_path, async |tx, now| {
+            self.prune(now).plan(tx).await.map_err(|error| error.of(&self.spec.name))
         })
         .await
     }
@@ -101,6 +94,26 @@ async fn pin(tx: &mut PgTransaction<'_>, search_path: &Option<String>) -> Result
         .await
         .map(drop)
         .map_err(|error| PruneError::spec(format!("the search_path {path:?} cannot be used: {error}")))
+}
+
+/// Does something in a transaction that is rolled back, at this time of the database's clock.
+async fn undone<T>(
+    connections: &Connections,
+    begin: &str,
+    search_path: &Option<String>,
+    work: impl AsyncFnOnce(&mut PgTransaction<'_>, DateTime<Utc>) -> Result<T, PruneError>,
+) -> Result<T, BatchError> {
+    in_users_session(connections, async |session| {
+        let now = sweep::now(session).await?;
+        let mut tx = session.begin_with(format!("{begin}{LOCK_TIMEOUT}")).await?;
+        let done = match pin(tx.for_others(), search_path).await {
+            Ok(()) => work(tx.for_others(), now).await,
+            Err(error) => Err(error),
+        };
+        tx.rollback().await?;
+        Ok(done?)
+    })
+    .await
 }
 
 /// A hundred years.
@@ -164,15 +177,8 @@ impl<'a> PolicySweep<'a> {
 
     /// The id of the row that the next batch begins with.
     async fn first(&self, connections: &Connections) -> Result<Option<String>, BatchError> {
-        in_users_session(connections, async |session| {
-            let now = sweep::now(session).await?;
-            let mut tx = session.begin_with(format!("begin{LOCK_TIMEOUT}")).await?;
-            let first = match pin(tx.for_others(), self.search_path).await {
-                Ok(()) => self.next(now).limit(1).skip_locked().first(tx.for_others()).await,
-                Err(error) => Err(error),
-            };
-            tx.rollback().await?;
-            Ok(first?)
+        undone(connections, "begin", self.search_path, async |tx, now| {
+            self.next(now).limit(1).skip_locked().first(tx).await
         })
         .await
     }
@@ -181,7 +187,7 @@ impl<'a> PolicySweep<'a> {
     async fn narrow(&mut self, connections: &Connections, limit: u32, error: PruneError) -> Result<Batch, BatchError> {
         if limit > 1 {
             self.narrowed = Some(limit / 2);
-            return Ok(Batch { removed: 0, more: true, went_on: true });
+            return Ok(Batch::on_the_way());
         }
         let Some(id) = self.first(connections).await? else { return Err(error.of(&self.policy.spec.name).into()) };
         tracing::warn!(category = self.policy.spec.name, id, error = %error, "this row cannot go, and is passed over");
@@ -189,7 +195,7 @@ impl<'a> PolicySweep<'a> {
         self.narrowed = None;
         let first = self.why.get_or_insert(error);
         if self.blocked.len() < MOST_BLOCKED {
-            return Ok(Batch { removed: 0, more: true, went_on: true });
+            return Ok(Batch::on_the_way());
         }
         let text = format!("{first}; a sweep passes over {MOST_BLOCKED} such rows, and there are more");
         Err(PruneError::new(first.kind(), text).of(&self.policy.spec.name).into())
@@ -197,7 +203,7 @@ impl<'a> PolicySweep<'a> {
 
     /// At the end: what was passed over is a failure all the same.
     fn ended(&mut self) -> Result<Batch, BatchError> {
-        let Some(why) = self.why.take() else { return Ok(Batch { removed: 0, more: false, went_on: false }) };
+        let Some(why) = self.why.take() else { return Ok(Batch::of(0, false)) };
         let (count, first) = (self.blocked.len(), self.blocked.first().cloned().unwrap_or_default());
         let text = format!("{count} rows cannot go and were passed over, such as {first}: {why}");
         Err(PruneError::new(why.kind(), text).of(&self.policy.spec.name).into())
@@ -242,7 +248,7 @@ impl Category for PolicySweep<'_> {
             return self.ended();
         }
         // With something passed over the end is told by a batch of its own.
-        Ok(Batch { removed: pruned.count, more: more || self.why.is_some(), went_on: false })
+        Ok(Batch::of(pruned.count, more || self.why.is_some()))
     }
 }
 

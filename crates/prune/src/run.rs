@@ -161,16 +161,11 @@ impl<'a> Prune<'a> {
     pub async fn run(&self, tx: &mut PgTransaction<'_>) -> Result<Pruned, PruneError> {
         let selection = self.selection(Some(self.locking))?;
         let failed = |error| PruneError::database(&self.spec.table, error);
-        // What fails inside takes only what it did itself with it.
+        // What fails inside takes only what it did itself with it: dropped, it is rolled back before the next statement.
         let mut inner = tx.begin().await.map_err(failed)?;
-        match self.within(&selection, &mut inner).await {
-            Ok(pruned) => inner.commit().await.map(|()| pruned).map_err(failed),
-            Err(error) => {
-                // When this fails too, the connection is gone, and the error says so.
-                _ = inner.rollback().await;
-                Err(error)
-            }
-        }
+        let pruned = self.within(&selection, &mut inner).await?;
+        inner.commit().await.map_err(failed)?;
+        Ok(pruned)
     }
 
     async fn within(&self, selection: &Selection<'_>, tx: &mut PgTransaction<'_>) -> Result<Pruned, PruneError> {

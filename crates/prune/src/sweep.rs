@@ -44,6 +44,23 @@ pub struct Batch {
     pub went_on: bool,
 }
 
+impl Batch {
+    /// It removed so many rows.
+    pub fn of(removed: u64, more: bool) -> Self {
+        Self { removed, more, went_on: false }
+    }
+
+    /// The same of a statement that removes up to `limit`: there may be more when it removed as many.
+    pub fn up_to(limit: u32, removed: u64) -> Self {
+        Self::of(removed, removed == u64::from(limit))
+    }
+
+    /// It removed nothing, on the way to something.
+    pub fn on_the_way() -> Self {
+        Self { removed: 0, more: true, went_on: true }
+    }
+}
+
 /// Why a batch failed.
 #[derive(Debug)]
 pub enum BatchError {

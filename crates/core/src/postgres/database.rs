@@ -2,14 +2,14 @@
 
 use sqlx::AssertSqlSafe;
 
+use super::quoted;
 use super::session::Session;
 use crate::error::Error;
 
 /// Makes an empty database.
 #[cfg(all(unix, feature = "testing"))]
 pub async fn create(connection: &mut Session, name: &str) -> Result<(), Error> {
-    // A name in double quotes may hold anything but a double quote, which is doubled.
-    let sql = format!("create database \"{}\"", name.replace('"', "\"\""));
+    let sql = format!("create database {}", quoted(name));
     sqlx::query(AssertSqlSafe(sql))
         .execute(connection)
         .await
@@ -19,7 +19,6 @@ pub async fn create(connection: &mut Session, name: &str) -> Result<(), Error> {
 
 /// Makes a database with what is in another one, to which nobody is connected.
 pub async fn copy(connection: &mut Session, of: &str, name: &str) -> Result<(), Error> {
-    let quoted = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
     sqlx::query(AssertSqlSafe(format!("create database {} template {}", quoted(name), quoted(of))))
         .execute(connection)
         .await
@@ -29,7 +28,7 @@ pub async fn copy(connection: &mut Session, of: &str, name: &str) -> Result<(), 
 
 /// Removes a database, whoever is connected to it.
 pub async fn drop(connection: &mut Session, name: &str) -> Result<(), Error> {
-    let sql = format!("drop database if exists \"{}\" with (force)", name.replace('"', "\"\""));
+    let sql = format!("drop database if exists {} with (force)", quoted(name));
     sqlx::query(AssertSqlSafe(sql))
         .execute(connection)
         .await

@@ -18,6 +18,14 @@ use aftercommit_outbox::schema::published;
 /// What was done, by what it was done to, such as the rows deleted from each table.
 pub type Counts = BTreeMap<String, u64>;
 
+/// Adds counts to others.
+pub fn add(total: &mut Counts, counts: &Counts) {
+    for (name, count) in counts {
+        let sum = total.entry(name.clone()).or_default();
+        *sum = sum.saturating_add(*count);
+    }
+}
+
 /// A job that is to be asked for.
 #[derive(Debug)]
 pub struct NewJob<'a> {

@@ -264,6 +264,11 @@ fn without_values(error: &dyn DatabaseError) -> String {
     sqlstate::without_values(&error.code().unwrap_or_default(), error.message())
 }
 
+/// A name as SQL takes it: between double quotes, which may hold anything but a double quote, which is doubled.
+pub fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
 /// What fits into a log line and a text column.
 pub fn clip(text: &str) -> String {
     text.chars().filter(|c| *c != '\0').take(2000).collect()

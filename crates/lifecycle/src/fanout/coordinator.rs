@@ -2,13 +2,13 @@
 
 use std::marker::PhantomData;
 
-use aftercommit_core::postgres::job::{self, Answer};
+use aftercommit_core::postgres::job::{self, Answer, Counts};
 use aftercommit_outbox::publish;
 use aftercommit_worker::{Delivery, Handler, HandlerError};
 use sqlx::PgTransaction;
 
 use super::kind::{Ended, Kind, Outcome};
-use super::request::{JobStatus, sum};
+use super::request::JobStatus;
 
 /// The requester's subscriber: `Subscriber::new("tenant-deletions").on::<Outcome<TenantDeletion>>(Coordinator::new())`.
 ///
@@ -70,12 +70,14 @@ impl<K: Kind> Handler<Outcome<K>> for Coordinator<K> {
         let status = status(count("done"), count("failed"), count("cancelled"));
         job::end(tx, outcome.job, status).await?;
         let failed = all.iter().filter(|participant| participant.status == "failed");
+        let mut counts = Counts::new();
+        all.iter().for_each(|participant| job::add(&mut counts, &participant.counts));
         let ended = Ended::<K> {
             job: outcome.job,
             status: status.into(),
             completed: (count("done") as u64, all.len() as u64),
             failed: failed.map(|participant| participant.participant.clone()).collect(),
-            counts: sum(all.iter().map(|participant| &participant.counts)),
+            counts,
             kind: PhantomData,
         };
         publish(tx, &ended).await?;

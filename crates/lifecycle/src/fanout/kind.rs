@@ -65,9 +65,13 @@ impl<K: Kind> Event for Requested<K> {
     const TYPE: &'static str = K::REQUESTED;
 
     fn key(&self) -> Option<String> {
-        // What is cancelled must not wait behind what waits to begin.
-        Some(if self.cancel { format!("{}-cancel", self.job) } else { self.job.to_string() })
+        Some(key(self.job, self.cancel))
     }
+}
+
+/// The key of what asks: what is cancelled must not wait behind what waits to begin.
+pub(super) fn key(job: Uuid, cancel: bool) -> String {
+    if cancel { format!("{job}-cancel") } else { job.to_string() }
 }
 
 /// A participant's answer.

@@ -4,14 +4,13 @@ use aftercommit_core::config::PostgresConfig;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::postgres::audit::{self, Entry};
 use aftercommit_core::postgres::job::{self, Job};
-use aftercommit_core::postgres::session::Tx;
 use aftercommit_core::postgres::{self, database_error};
-use aftercommit_outbox::{RawEvent, publish_raw, set_schema};
+use aftercommit_outbox::{set_pooled, set_schema};
 use serde_json::json;
 use uuid::Uuid;
 
 use super::error::{JobError, JobErrorKind};
-use super::request::{JobId, JobStatus};
+use super::request::{self, JobId, JobStatus};
 
 const APPLICATION: &str = "aftercommit";
 
@@ -79,50 +78,19 @@ async fn act(config: &PostgresConfig, who: &str, id: JobId, act: Act<'_>) -> Res
     let mut session = postgres::connect(config, APPLICATION).await?;
     let mut tx = session.begin().await.map_err(failed)?;
     let found = job::lock(tx.for_others(), id.0).await.map_err(failed)?.ok_or_else(|| unknown(id))?;
-    let asked = match act {
-        Act::Retry(participant) => job::ask_again(tx.for_others(), id.0, participant).await.map_err(failed)?,
-        Act::Cancel if found.status == "running" => {
-            let all = job::participants(tx.for_others(), id.0).await.map_err(failed)?;
-            let asked = all.into_iter().filter(|participant| participant.status == "asked");
-            asked.map(|participant| (participant.participant, participant.round)).collect()
-        }
-        Act::Cancel => Vec::new(),
-    };
-    if asked.is_empty() {
-        let problem = match act {
-            Act::Retry(Some(name)) => format!("nothing was done: {name} has not failed in job {id}"),
-            Act::Retry(None) => format!("nothing was done: no participant of job {id} has failed"),
-            Act::Cancel => format!("nothing was done: job {id} has ended, it is {}", found.status),
-        };
-        return Err(JobError::new(JobErrorKind::State, problem).into());
+    if config.pooled {
+        set_pooled(true);
     }
-    let names: Vec<String> = asked.iter().map(|(name, _)| name.clone()).collect();
-    publish(config, &mut tx, found, asked, matches!(act, Act::Cancel)).await?;
+    let names = match act {
+        Act::Retry(participant) => request::retry(tx.for_others(), found, participant).await?,
+        Act::Cancel => request::cancel(tx.for_others(), found).await?,
+    };
     let action = if matches!(act, Act::Cancel) { "job cancel" } else { "job retry" };
     let detail = json!({ "job": id, "participants": names });
     let entry = Entry { who, action, subscriber: None, event_id: None, detail };
     audit::write(&mut tx, &entry).await.map_err(failed)?;
     tx.commit().await.map_err(failed)?;
     Ok(names)
-}
-
-/// What [`Requested`](super::Requested) is as JSON.
-async fn publish(
-    config: &PostgresConfig,
-    tx: &mut Tx<'_>,
-    job: Job,
-    asked: Vec<(String, i32)>,
-    cancel: bool,
-) -> Result<(), Error> {
-    let key = if cancel { format!("{}-cancel", job.id) } else { job.id.to_string() };
-    let body =
-        json!({ "job": job.id, "participants": asked, "cancel": cancel, "not_before": null, "request": job.request });
-    let event = RawEvent::json(job.requested_type, &body).map_err(|error| Error::from(JobError::event(error)))?;
-    if config.pooled {
-        aftercommit_outbox::set_pooled(true);
-    }
-    publish_raw(tx.for_others(), event.key(key)).await.map_err(|error| Error::from(JobError::event(error)))?;
-    Ok(())
 }
 
 impl std::str::FromStr for JobId {

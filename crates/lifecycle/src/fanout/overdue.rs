@@ -55,7 +55,7 @@ impl<K: Kind> Reconciler for Overdue<K> {
         if late.is_empty() || found.status != "running" {
             return Ok(Drift::of(0));
         }
-        let asked = ask::<K>(tx, found, late, false).await?;
+        let asked = ask(tx, found, late, false).await?;
         tracing::warn!(job = %id, kind = K::NAME, participants = asked.join(", "), "no answer yet: asked once more");
         Ok(Drift::of(asked.len() as u64))
     }

@@ -2,6 +2,7 @@
 
 use std::marker::PhantomData;
 
+use aftercommit_core::error::causes;
 use aftercommit_core::fault;
 use aftercommit_core::postgres::job::{self, Counts, JobWork};
 use aftercommit_core::postgres::{describe, is_outage};
@@ -163,10 +164,7 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
 
 /// Adds what a step did.
 fn add(work: &mut JobWork, step: Step) {
-    for (name, count) in step.counts {
-        let total = work.counts.entry(name).or_default();
-        *total = total.saturating_add(count);
-    }
+    job::add(&mut work.counts, &step.counts);
     work.position = step.next;
 }
 
@@ -175,12 +173,7 @@ fn verdict(error: HandlerError, last: bool) -> Result<String, HandlerError> {
     match error {
         HandlerError::Reject { reason } => Ok(reason),
         HandlerError::Retry { error, after } => {
-            let mut source = Some(&*error as &(dyn std::error::Error + 'static));
-            let mut outage = false;
-            while let Some(cause) = source {
-                outage |= cause.downcast_ref::<sqlx::Error>().is_some_and(is_outage);
-                source = cause.source();
-            }
+            let outage = causes(&*error).any(|cause| cause.downcast_ref().is_some_and(is_outage));
             if last && !outage { Ok(describe(&*error)) } else { Err(HandlerError::Retry { error, after }) }
         }
         other => Err(other),

@@ -5,15 +5,16 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::time::Duration;
 
-use aftercommit_core::postgres::job::{self, Counts, Job, NewJob, ParticipantStatus};
-use aftercommit_outbox::publish;
+use aftercommit_core::postgres::job::{self, Job, NewJob, ParticipantStatus};
+use aftercommit_outbox::{RawEvent, publish, publish_raw};
 use chrono::Utc;
 use serde::Serialize;
+use serde_json::json;
 use sqlx::PgTransaction;
 use uuid::Uuid;
 
 use super::error::{JobError, JobErrorKind};
-use super::kind::{Kind, Requested};
+use super::kind::{Kind, Requested, key};
 
 /// The longest name of a participant, in bytes.
 const MAX_NAME: usize = 100;
@@ -140,15 +141,7 @@ impl<K: Kind> Jobs<K> {
         participant: Option<&str>,
     ) -> Result<Vec<String>, JobError> {
         let found = locked::<K>(tx, job).await?;
-        let asked = job::ask_again(tx, job.0, participant).await?;
-        if asked.is_empty() {
-            let whom = participant.unwrap_or("no participant");
-            return Err(JobError::new(
-                JobErrorKind::State,
-                format!("nothing to ask anew in job {job}: {whom} has failed"),
-            ));
-        }
-        ask::<K>(tx, found, asked, false).await
+        retry(tx, found, participant).await
     }
 
     /// Asks all that have not begun not to begin. Whoever has begun goes on: what is done cannot be undone. Returns who is asked.
@@ -157,14 +150,40 @@ impl<K: Kind> Jobs<K> {
     /// [`Unknown`](JobErrorKind::Unknown) when there is no such job, [`State`](JobErrorKind::State) when it has ended.
     pub async fn cancel(tx: &mut PgTransaction<'_>, job: JobId) -> Result<Vec<String>, JobError> {
         let found = locked::<K>(tx, job).await?;
-        if found.status != "running" {
-            return Err(JobError::new(JobErrorKind::State, format!("job {job} has ended: it is {}", found.status)));
-        }
-        let participants = job::participants(tx, job.0).await?;
-        let asked = participants.into_iter().filter(|participant| participant.status == "asked");
-        let asked = asked.map(|participant| (participant.participant, participant.round)).collect();
-        ask::<K>(tx, found, asked, true).await
+        cancel(tx, found).await
     }
+}
+
+/// See [`Jobs::retry`].
+pub(super) async fn retry(
+    tx: &mut PgTransaction<'_>,
+    job: Job,
+    participant: Option<&str>,
+) -> Result<Vec<String>, JobError> {
+    let asked = job::ask_again(tx, job.id, participant).await?;
+    if asked.is_empty() {
+        let id = job.id;
+        return Err(JobError::new(
+            JobErrorKind::State,
+            match participant {
+                Some(name) => format!("nothing was done: {name} has not failed in job {id}"),
+                None => format!("nothing was done: no participant of job {id} has failed"),
+            },
+        ));
+    }
+    ask(tx, job, asked, false).await
+}
+
+/// See [`Jobs::cancel`].
+pub(super) async fn cancel(tx: &mut PgTransaction<'_>, job: Job) -> Result<Vec<String>, JobError> {
+    if job.status != "running" {
+        let problem = format!("nothing was done: job {} has ended, it is {}", job.id, job.status);
+        return Err(JobError::new(JobErrorKind::State, problem));
+    }
+    let participants = job::participants(tx, job.id).await?;
+    let asked = participants.into_iter().filter(|participant| participant.status == "asked");
+    let asked = asked.map(|participant| (participant.participant, participant.round)).collect();
+    ask(tx, job, asked, true).await
 }
 
 /// The job of this kind, locked.
@@ -173,21 +192,18 @@ pub(super) async fn locked<K: Kind>(tx: &mut PgTransaction<'_>, id: JobId) -> Re
     found.ok_or_else(|| JobError::new(JobErrorKind::Unknown, format!("there is no job {id} of the kind {}", K::NAME)))
 }
 
-/// Publishes what asks these participants.
-pub(super) async fn ask<K: Kind>(
+/// Publishes what asks these participants, as [`Requested`] is as JSON: the row has all of it, so the kind's type is not needed.
+pub(super) async fn ask(
     tx: &mut PgTransaction<'_>,
     job: Job,
     asked: Vec<(String, i32)>,
     cancel: bool,
 ) -> Result<Vec<String>, JobError> {
-    let names = asked.iter().map(|(name, _)| name.clone()).collect();
-    let request = serde_json::from_value(job.request).map_err(|error| {
-        JobError::new(JobErrorKind::Request, format!("the request of job {} cannot be read: {error}", job.id))
-    })?;
-    let event =
-        Requested::<K> { job: job.id, participants: asked, cancel, not_before: None, request, kind: PhantomData };
-    publish(tx, &event).await.map_err(JobError::event)?;
-    Ok(names)
+    let body =
+        json!({ "job": job.id, "participants": asked, "cancel": cancel, "not_before": null, "request": job.request });
+    let event = RawEvent::json(job.requested_type, &body).map_err(JobError::event)?;
+    publish_raw(tx, event.key(key(job.id, cancel))).await.map_err(JobError::event)?;
+    Ok(asked.into_iter().map(|(name, _)| name).collect())
 }
 
 fn check<R>(request: &JobRequest<R>) -> Result<(), JobError> {
@@ -208,14 +224,4 @@ fn check<R>(request: &JobRequest<R>) -> Result<(), JobError> {
         }
     }
     Ok(())
-}
-
-/// The counts of several together.
-pub(super) fn sum<'a>(all: impl Iterator<Item = &'a Counts>) -> Counts {
-    let mut sum = Counts::new();
-    for (name, count) in all.flatten() {
-        let total: &mut u64 = sum.entry(name.clone()).or_default();
-        *total = total.saturating_add(*count);
-    }
-    sum
 }

@@ -5,9 +5,9 @@ use std::panic::AssertUnwindSafe;
 
 use aftercommit_core::error::panic_text;
 use aftercommit_core::fault;
-use aftercommit_core::postgres::describe;
+use aftercommit_core::postgres::{describe, quoted};
 use aftercommit_outbox::{EventId, RawEvent, publish_raw};
-use aftercommit_prune::{PruneError, Table, quoted};
+use aftercommit_prune::{PruneError, Table};
 use futures_util::FutureExt;
 use serde_json::{Map, Value, json};
 use sqlx::{AssertSqlSafe, Connection, PgTransaction};
@@ -55,19 +55,11 @@ impl DeleteHooks {
     pub async fn delete_many(&self, tx: &mut PgTransaction<'_>, ids: &[impl ToString]) -> Result<Deleted, DeleteError> {
         let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
         let failed = |error| PruneError::database(&self.table, error);
-        // What fails inside takes only what was done here with it.
+        // What fails inside takes only what was done here with it: dropped, it is rolled back before the next statement.
         let mut inner = tx.begin().await.map_err(failed)?;
-        match self.within(&mut inner, ids).await {
-            Ok(deleted) => {
-                inner.commit().await.map_err(failed)?;
-                Ok(deleted)
-            }
-            Err(error) => {
-                // When this fails too, the connection is gone, and the error says so.
-                _ = inner.rollback().await;
-                Err(error)
-            }
-        }
+        let deleted = self.within(&mut inner, ids).await?;
+        inner.commit().await.map_err(failed)?;
+        Ok(deleted)
     }
 
     async fn within(&self, tx: &mut PgTransaction<'_>, ids: Vec<String>) -> Result<Deleted, DeleteError> {

@@ -1,7 +1,8 @@
 //! Rows that join two entities: who changes them tells it, when something was written.
 
+use aftercommit_core::postgres::quoted;
 use aftercommit_outbox::{EventId, RawEvent, publish_raw};
-use aftercommit_prune::{PruneError, Table, quoted};
+use aftercommit_prune::{PruneError, Table};
 use serde::{Deserialize, Serialize};
 use sqlx::{AssertSqlSafe, Connection, PgTransaction};
 

@@ -11,6 +11,7 @@ use aftercommit_core::postgres::capture::Checked;
 use aftercommit_core::postgres::doctor::{Prepared, Server, Tables, Transaction};
 use aftercommit_core::postgres::migrate;
 use aftercommit_core::postgres::pause::Pause;
+use aftercommit_core::postgres::quoted;
 use aftercommit_core::postgres::rights::Difference;
 use aftercommit_core::postgres::status::{Backlog, Leader};
 use aftercommit_core::postgres::time;
@@ -183,11 +184,6 @@ fn transactions(longest: Option<&Transaction>, server: &Server) -> Check {
             "end it in its application, or `select pg_terminate_backend({pid})`; see idle_in_transaction_session_timeout"
         ),
     )
-}
-
-/// A name as SQL takes it.
-fn quoted(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
 }
 
 fn schema(tables: Tables, migrations: Option<&migrate::Difference>, role: &str, schema: &Schema) -> Check {

@@ -49,7 +49,7 @@ impl Category for Inbox {
             .run(async |session| prune::inbox(session, subscriber, *retention, *oldest, *after, limit.into()).await)
             .await?;
         self.after = batch.next;
-        Ok(Batch { removed: batch.removed, more: batch.more, went_on: false })
+        Ok(Batch::of(batch.removed, batch.more))
     }
 }
 
@@ -82,6 +82,6 @@ impl Category for FailedAttempts {
         let Self { subscriber, age, .. } = &*self;
         let removed =
             connections.run(async |session| failure::prune(session, subscriber, *age, limit.into()).await).await?;
-        Ok(Batch { removed, more: removed == u64::from(limit), went_on: false })
+        Ok(Batch::up_to(limit, removed))
     }
 }

@@ -67,7 +67,7 @@ impl Category for Outbox {
         fault::point("relay-pruned");
         self.last = Some((settled.clone(), batch.next));
         self.now = Some((settled, batch.next));
-        Ok(Batch { removed: batch.removed, more: batch.more, went_on: false })
+        Ok(Batch::of(batch.removed, batch.more))
     }
 }
 
@@ -111,7 +111,7 @@ impl Category for DealtWith {
                 }
             })
             .await?;
-        Ok(Batch { removed, more: removed == u64::from(limit), went_on: false })
+        Ok(Batch::up_to(limit, removed))
     }
 }
 
@@ -154,6 +154,6 @@ impl Category for RelayLog {
             })
             .await?;
         self.thinned = thinned.max(up_to);
-        Ok(Batch { removed: thin + short, more: short == u64::from(limit), went_on: false })
+        Ok(Batch::of(thin + short, short == u64::from(limit)))
     }
 }

@@ -29,7 +29,7 @@ impl Category for AuditTrail {
 
     async fn batch(&mut self, connections: &Connections, limit: u32) -> Result<Batch, BatchError> {
         let removed = connections.run(async |session| sweep::audit(session, self.period, limit).await).await?;
-        Ok(Batch { removed, more: removed == u64::from(limit), went_on: false })
+        Ok(Batch::up_to(limit, removed))
     }
 }
 
@@ -55,6 +55,6 @@ impl Category for Leases {
 
     async fn batch(&mut self, connections: &Connections, limit: u32) -> Result<Batch, BatchError> {
         let removed = connections.run(async |session| sweep::leases(session, self.period, limit).await).await?;
-        Ok(Batch { removed, more: removed == u64::from(limit), went_on: false })
+        Ok(Batch::up_to(limit, removed))
     }
 }

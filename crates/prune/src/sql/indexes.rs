@@ -1,5 +1,6 @@
 //! What would make pruning slow, or delete more than the spec says.
 
+use aftercommit_core::postgres::quoted;
 use sqlx::types::Json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
@@ -21,8 +22,6 @@ struct Reference {
 #[derive(Debug, serde::Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Node {
-    #[serde(rename = "Relation Name")]
-    relation: Option<String>,
     #[serde(rename = "Index Name")]
     index: Option<String>,
     #[serde(rename = "Index Cond")]
@@ -44,7 +43,7 @@ pub(crate) async fn warnings(
 ) -> Result<Vec<String>, PruneError> {
     let mut warnings = Vec::new();
     if !has_index(connection, on, selection).await? {
-        let (table, order) = (&on.table.label, super::statement::quoted(&on.order));
+        let (table, order) = (&on.table.label, quoted(&on.order));
         warnings.push(format!(
             "no index finds the finished rows of {table}: each batch reads the table; make one on ({order}) where the condition \
              of the spec holds"
@@ -82,25 +81,20 @@ async fn has_index(
     tried.rollback().await.map_err(failed)?;
     let Json(explained): Json<Vec<Explained>> = explained.map_err(failed)?;
     let mut nodes: Vec<Node> = explained.into_iter().map(|explained| explained.plan).collect();
-    let mut partial = Vec::new();
-    let mut reads = false;
+    let mut whole = Vec::new();
     while let Some(node) = nodes.pop() {
-        nodes.extend(node.plans);
-        match (node.relation, node.index, node.index_condition) {
-            (_, _, Some(_)) => reads = true,
-            (_, Some(index), None) => partial.push(index),
-            _ => {}
+        if node.index_condition.is_some() {
+            return Ok(true);
         }
-    }
-    if reads {
-        return Ok(true);
+        whole.extend(node.index);
+        nodes.extend(node.plans);
     }
     let suitable: Option<bool> = sqlx::query_scalar(
         "select pg_catalog.bool_or(i.indpred is not null)
            from pg_catalog.pg_index i join pg_catalog.pg_class c on c.oid = i.indexrelid
           where c.relname::pg_catalog.text = any($1)",
     )
-    .bind(&partial)
+    .bind(&whole)
     .persistent(false)
     .fetch_one(&mut *connection)
     .await

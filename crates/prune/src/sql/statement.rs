@@ -1,6 +1,7 @@
 //! The statements of one pruning. Ids go as one array, so their number does not matter (a statement has at most 65,535
 //! parameters), as text that the server turns into the column's type.
 
+use aftercommit_core::postgres::quoted;
 use chrono::{DateTime, Utc};
 use sqlx::postgres::PgArguments;
 use sqlx::{Arguments, AssertSqlSafe, PgConnection};
@@ -42,11 +43,6 @@ pub(crate) struct Selected {
     pub(crate) id: String,
     /// Its place in the order.
     pub(crate) place: Option<String>,
-}
-
-/// A name of a column for a statement, between quotes.
-pub fn quoted(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
 }
 
 impl Selection<'_> {
