@@ -285,6 +285,7 @@ async fn killed_at_any_moment_it_leaves_no_half() {
         aftercommit::testing::eventually(SOON, "it prunes", begun).await.unwrap();
         pruner.kill().unwrap();
         pruner.wait().unwrap();
+        sessions.database.nobody_is_at_work().await;
         let count = sessions.count("sessions").await;
         assert_eq!(sessions.count("kernels").await, count * 3);
         // Its lease would run out by itself.
@@ -349,6 +350,7 @@ async fn killed_at_every_step_it_ends_in_the_same_state() {
             let died = output.status.code().is_none();
             assert!(died || (step == "committed" && times == 2), "{step}:{times}");
             assert_eq!(sessions.count("kernels").await, sessions.count("sessions").await * 2, "{step}:{times}");
+            sessions.database.nobody_is_at_work().await;
             sessions.database.execute("update aftercommit.lease set expires_at = to_timestamp(0)").await;
         }
         succeeded(cli.run(&["prune", "run", "--once", "--config", "FILE"]));

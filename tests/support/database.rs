@@ -41,6 +41,19 @@ impl Database {
         self.config.url.replace("//postgres@", &format!("//{role}@"))
     }
 
+    /// Waits until nobody else is in the middle of a transaction: the server notices a moment later that a client was killed, and
+    /// keeps its locks until then.
+    pub async fn nobody_is_at_work(&self) {
+        let pool = self.pool().await;
+        let open = "select count(*) from pg_stat_activity
+                     where datname = current_database() and xact_start is not null and pid <> pg_backend_pid()";
+        aftercommit::testing::eventually(super::SOON, "the sessions of the dead are gone", async || {
+            sqlx::query_scalar::<_, i64>(open).fetch_one(&pool).await.unwrap() == 0
+        })
+        .await
+        .unwrap();
+    }
+
     pub async fn execute(&self, sql: &str) {
         let mut connection = PgConnection::connect(&self.config.url).await.unwrap();
         sqlx::raw_sql(AssertSqlSafe(sql.to_string())).execute(&mut connection).await.unwrap();
