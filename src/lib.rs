@@ -31,7 +31,7 @@ pub mod worker;
 
 pub use aftercommit_core::{Error, ErrorKind};
 pub use aftercommit_core::{backoff, config, envelope, health, telemetry};
-pub use aftercommit_lifecycle::{capture, fanout, hooks};
+pub use aftercommit_lifecycle::{capture, erase, fanout, hooks};
 pub use aftercommit_operator as operator;
 pub use aftercommit_outbox as outbox;
 pub use aftercommit_outbox::{Event, EventId};

@@ -32,6 +32,7 @@
 \set own_reconciler :prefix own_reconciler
 \set pruner :prefix pruner
 \set requester :prefix requester
+\set eraser :prefix eraser
 \set reader :prefix reader
 \set operator :prefix operator
 
@@ -43,7 +44,7 @@ set local client_min_messages = warning;
 
 select format('create role %I nologin', role)
   from unnest(array[:'owner', :'publisher', :'relay', :'worker', :'outbox_reconciler', :'inbox_reconciler',
-                    :'own_reconciler', :'pruner', :'requester', :'reader', :'operator']) as role
+                    :'own_reconciler', :'pruner', :'requester', :'eraser', :'reader', :'operator']) as role
  where not exists (select from pg_roles where rolname = role)
 \gexec
 
@@ -73,18 +74,18 @@ select format('alter function %s owner to %I', oid::regprocedure, :'owner')
 revoke all on schema :"schema" from public;
 revoke all on all functions in schema :"schema" from public;
 revoke all on schema :"schema" from
-    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"requester", :"reader", :"operator";
+    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"requester", :"eraser", :"reader", :"operator";
 revoke all on all tables in schema :"schema" from
-    public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"requester", :"reader", :"operator";
+    public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"requester", :"eraser", :"reader", :"operator";
 revoke all on all sequences in schema :"schema" from
-    public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"requester", :"reader", :"operator";
+    public, :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"requester", :"eraser", :"reader", :"operator";
 revoke all on all functions in schema :"schema" from
-    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"requester", :"reader", :"operator";
+    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"requester", :"eraser", :"reader", :"operator";
 
 grant usage on schema :"schema" to
-    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"requester", :"reader", :"operator";
+    :"publisher", :"relay", :"worker", :"outbox_reconciler", :"inbox_reconciler", :"own_reconciler", :"pruner", :"requester", :"eraser", :"reader", :"operator";
 -- Which version the schema has, for `aftercommit doctor`.
-grant select on :"schema".migrations to :"relay", :"worker", :"pruner", :"requester", :"reader", :"operator";
+grant select on :"schema".migrations to :"relay", :"worker", :"pruner", :"requester", :"eraser", :"reader", :"operator";
 
 -- The publishing service. It cannot read what it wrote, and it gives neither `id` nor `xid`.
 grant insert (event_id, type, version, key, headers, payload, content_type) on :"schema".outbox to :"publisher";
@@ -186,6 +187,18 @@ grant select, insert (id, kind, request_key, request, requested_by, due_at, requ
 grant select, insert (job, participant),
     update (status, round, asked_at, started_at, ended_at, attempts, counts, error) on :"schema".job_participant to :"requester";
 
+-- `aftercommit forget`, and a service that forgets in its own transactions. It reads no payload; functions erase them.
+grant select (event_id, type, key, content_type) on :"schema".outbox, :"schema".dead_letter, :"schema".redrive to :"eraser";
+grant select on :"schema".forget_request, :"schema".tombstone to :"eraser";
+grant select (seq, stream) on :"schema".relay_log to :"eraser";
+grant select (outbox_id, event_id, state) on :"schema".repair, :"schema".parked to :"eraser";
+grant execute on function :"schema".forget, :"schema".forget_begin, :"schema".forget_more, :"schema".forget_late_copies,
+    :"schema".forget_publish, :"schema".forget_unsettled, :"schema".forget_found, :"schema".forget_end to :"eraser";
+-- Whoever compares messages with events knows what an event was before, by its digest; workers forget what they get tombstones of.
+grant select on :"schema".tombstone to :"relay", :"outbox_reconciler";
+grant select (id, ended_at) on :"schema".forget_request to :"outbox_reconciler";
+grant execute on function :"schema".take_tombstones to :"worker";
+
 -- Operators who look: status, explain, peek, audit, findings, runs, dead list and show, parked list. They see payloads.
 grant select on
     :"schema".outbox, :"schema".events, :"schema".parked, :"schema".relay_log, :"schema".relay_status, :"schema".repair,
@@ -193,7 +206,7 @@ grant select on
     :"schema".reached, :"schema".inbox_pruned, :"schema".subscriber_start, :"schema".worker_status, :"schema".failure,
     :"schema".reconciler, :"schema".reconcile_run, :"schema".finding,
     :"schema".lease, :"schema".pause, :"schema".audit, :"schema".allowed_type, :"schema".sweep,
-    :"schema".job, :"schema".job_participant, :"schema".job_work
+    :"schema".job, :"schema".job_participant, :"schema".job_work, :"schema".forget_request, :"schema".tombstone
     to :"reader", :"operator";
 grant select on sequence :"schema".outbox_id_seq to :"reader", :"operator";
 grant execute on function :"schema".payload_json, :"schema".reads_up_to to :"reader", :"operator";
@@ -249,7 +262,7 @@ select format('drop policy if exists %I on %s', :'grants', c.oid::regclass),
   from pg_class c
  cross join (select string_agg(format('%I', role), ', ') as list
                from unnest(array[:'owner', :'publisher', :'relay', :'worker', :'outbox_reconciler', :'inbox_reconciler',
-                                 :'own_reconciler', :'pruner', :'requester', :'reader', :'operator']) as role) as roles
+                                 :'own_reconciler', :'pruner', :'requester', :'eraser', :'reader', :'operator']) as role) as roles
  where c.relnamespace = :'schema'::regnamespace and c.relkind in ('r', 'p') and c.relrowsecurity
    and c.relname not in ('lease', 'reconciler', 'reconcile_run', 'finding')
 \gexec

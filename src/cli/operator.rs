@@ -9,6 +9,7 @@ mod dead;
 mod doctor;
 mod explain;
 mod findings;
+mod forget;
 mod job;
 mod parked;
 mod peek;
@@ -77,6 +78,11 @@ enum Command {
     /// Show what reconcilers found
     #[command(after_help = "Example:\n  aftercommit findings --reconciler outbox")]
     Findings(findings::Findings),
+    /// Erase what events hold, everywhere and for good: in the outbox, in dead letters, in the stream
+    #[command(after_help = "Examples:\n  aftercommit forget --key customer-7 --why 'request 2026-114' --dry-run\n  \
+                            aftercommit forget --event 019aa1c2-7c1f-7b2e-9d55-0d3c5a7e9b11 --why 'request 2026-114'\n  \
+                            aftercommit forget --resume --every 10s")]
+    Forget(Box<forget::Forget>),
     /// See jobs that several services answer, ask failed ones anew, or cancel
     #[command(subcommand)]
     Job(job::Job),
@@ -127,7 +133,7 @@ enum Command {
 /// The commands as the help groups them.
 const GROUPS: [(&str, &[&str]); 5] = [
     ("See what is", &["status", "backlog", "doctor", "coverage", "explain", "peek", "audit", "findings", "runs"]),
-    ("Decide about events", &["dead", "parked", "replay"]),
+    ("Decide about events", &["dead", "parked", "replay", "forget"]),
     ("Stop and go on", &["relay", "worker"]),
     ("Set up", &["migrate", "provision", "publish", "capture", "subscriber"]),
     ("Other", &["reconcile", "prune", "job", "completions", "man", "help"]),
@@ -161,6 +167,7 @@ fn header(text: &str) -> Result<(String, String), String> {
 pub fn main() -> ExitCode {
     let result = match parse(env::args_os()) {
         Cli { command: Command::Reconcile(command) } if command.goes_on() => return reconcile::go_on(*command),
+        Cli { command: Command::Forget(command) } if command.goes_on() => return forget::go_on(*command),
         Cli { command: Command::Prune(command) } if command.goes_on() => return prune::go_on(command),
         cli => run(cli),
     };
@@ -204,6 +211,11 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         }
         Command::Explain(command) => runtime.block_on(explain::run(*command))?,
         Command::Findings(command) => runtime.block_on(findings::findings(command))?,
+        Command::Forget(command) => {
+            let (text, status) = runtime.block_on(forget::run(*command))?;
+            exit = status;
+            text
+        }
         Command::Job(command) => runtime.block_on(job::run(command))?,
         Command::Man(command) => shell::man(&command, Cli::command())?,
         Command::Migrate(command) => runtime.block_on(setup::migrate(command))?,

@@ -3,6 +3,7 @@
 mod capture;
 mod example;
 mod fanout;
+mod forget;
 mod guides;
 mod hooks;
 mod links;

@@ -171,6 +171,18 @@ const REQUESTER: [&str; 6] = [
     "select from aftercommit.job_work",
 ];
 
+const ERASER: [&str; 9] = [
+    "select payload from aftercommit.outbox",
+    "select headers from aftercommit.dead_letter",
+    "update aftercommit.outbox set payload = ''",
+    "delete from aftercommit.tombstone",
+    "insert into aftercommit.tombstone (event_id) values (gen_random_uuid())",
+    "update aftercommit.forget_request set ended_at = now()",
+    "select detail from aftercommit.audit",
+    "select aftercommit.take_tombstones('receipts', '{}', '{}')",
+    "select aftercommit.forget_copies('{}', 'me')",
+];
+
 const READER: [&str; 16] = [
     "select aftercommit.capture_remove('aftercommit.outbox')",
     "delete from aftercommit.failure",
@@ -251,7 +263,7 @@ async fn attempt(connection: &mut PgConnection, sql: &str) -> Result<u64, String
 #[tokio::test(flavor = "multi_thread")]
 async fn every_step_beyond_is_refused_by_postgresql() {
     let stage = Stage::new().await;
-    let steps: [(&str, &[&str]); 10] = [
+    let steps: [(&str, &[&str]); 11] = [
         ("publisher", &PUBLISHER),
         ("relay", &RELAY),
         ("worker", &WORKER),
@@ -260,6 +272,7 @@ async fn every_step_beyond_is_refused_by_postgresql() {
         ("own_reconciler", &OWN_RECONCILER),
         ("pruner", &PRUNER),
         ("requester", &REQUESTER),
+        ("eraser", &ERASER),
         ("reader", &READER),
         ("operator", &OPERATOR),
     ];
@@ -342,6 +355,7 @@ async fn doctor_compares_a_login_with_its_role() {
         ("own_reconciler", "own_reconciler"),
         ("pruner", "pruner"),
         ("requester", "requester"),
+        ("eraser", "eraser"),
         ("reader", "reader"),
         ("operator", "operator"),
     ] {

@@ -74,6 +74,7 @@ impl Stage {
             ("own_reconciler", &["own_reconciler"]),
             ("pruner", &["pruner"]),
             ("requester", &["requester"]),
+            ("eraser", &["eraser"]),
             ("reader", &["reader"]),
             ("operator", &["operator"]),
         ] {
@@ -192,7 +193,7 @@ pub fn has_own_account(user: &str) -> bool {
 }
 
 /// The users outside of the stream's account, each in one of its own.
-pub const OWN_ACCOUNTS: [&str; 4] = ["receipts", "branch-balance", "receipts_reconciler", "operator"];
+pub const OWN_ACCOUNTS: [&str; 5] = ["receipts", "branch-balance", "receipts_reconciler", "eraser", "operator"];
 
 pub fn succeeded(output: &Output) -> String {
     assert!(

@@ -40,7 +40,7 @@ pub const REPAIR: &str = "Aftercommit-Repair";
 /// On the message of an event, the sequences of earlier messages that have its id and are not the event: somebody else
 /// wrote them. A subscriber that has handled one of them handles the event all the same.
 pub const REPLACES: &str = "Aftercommit-Replaces";
-pub use aftercommit_outbox::TRACEPARENT;
+pub use aftercommit_outbox::{TOMBSTONE, TRACEPARENT};
 
 /// What the HTTP protocol binding, section 3.1.3.2, encodes within ASCII: space, double quote and percent.
 const ENCODED: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'%');
@@ -85,6 +85,17 @@ pub enum EnvelopeError {
 }
 
 impl Envelope {
+    /// Whether it is what is left of an event whose payload was erased. No handler gets it.
+    pub fn is_tombstone(&self) -> bool {
+        self.content_type == TOMBSTONE
+    }
+
+    /// The key whose order a subscriber keeps. A tombstone has none: nothing is done with it, and an event of its key that fails
+    /// would keep it from being taken, perhaps the event itself that was forgotten.
+    pub fn order_key(&self) -> Option<&str> {
+        self.key.as_deref().filter(|_| !self.is_tombstone())
+    }
+
     /// The publisher's trace context, as it was written.
     pub fn traceparent(&self) -> Option<&str> {
         traceparent(&self.headers)

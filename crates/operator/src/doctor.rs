@@ -17,10 +17,11 @@ use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::jetstream::{self, doctor as nats, monitoring};
 use aftercommit_core::owner::Owner;
+use aftercommit_core::postgres::forget::Totals;
 use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::{
-    self, capture, database_error, doctor as facts, identity, migrate, parked, pause, relay_log, rights, sequence,
-    status as positions,
+    self, capture, database_error, doctor as facts, forget, identity, migrate, parked, pause, relay_log, rights,
+    sequence, status as positions,
 };
 use aftercommit_core::relay::{LEASE, Mode};
 use aftercommit_core::text::plain;
@@ -74,6 +75,8 @@ pub enum Role {
     Pruner,
     /// A service that asks others to do a job, and the worker that writes their answers down.
     Requester,
+    /// Who erases what events hold.
+    Eraser,
     /// An operator who looks.
     Reader,
     /// An operator who acts.
@@ -82,7 +85,7 @@ pub enum Role {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Publisher,
         Self::Relay,
         Self::Worker,
@@ -91,6 +94,7 @@ impl Role {
         Self::OwnReconciler,
         Self::Pruner,
         Self::Requester,
+        Self::Eraser,
         Self::Reader,
         Self::Operator,
     ];
@@ -106,6 +110,7 @@ impl Role {
             Self::OwnReconciler => "own_reconciler",
             Self::Pruner => "pruner",
             Self::Requester => "requester",
+            Self::Eraser => "eraser",
             Self::Reader => "reader",
             Self::Operator => "operator",
         }
@@ -272,6 +277,7 @@ struct DatabaseFacts {
     dead_letters: Option<Result<Vec<(String, i64)>, Error>>,
     /// Empty when it is not the login's business.
     captures: Vec<capture::Checked>,
+    forgotten: Option<Totals>,
 }
 
 /// Where the work is.
@@ -320,6 +326,11 @@ async fn look_at_database(config: &DoctorConfig) -> Result<DatabaseFacts, Error>
     if tables.outbox && does(&READERS_OF_CAPTURES) {
         captures = look_at_captures(&mut connection).await.map_err(failed)?;
     }
+    let mut forgotten = None;
+    if tables.outbox && does(&[Role::Eraser, Role::Reader, Role::Operator]) {
+        // A role that nobody named may lack the right, and a schema the table; both are told elsewhere.
+        forgotten = forget::totals(&mut connection).await.ok();
+    }
     let roles: Vec<&str> = match config.roles.as_slice() {
         [] => vec![Role::Relay.name()],
         roles => roles.iter().map(|role| role.name()).collect(),
@@ -342,6 +353,7 @@ async fn look_at_database(config: &DoctorConfig) -> Result<DatabaseFacts, Error>
         work,
         dead_letters,
         captures,
+        forgotten,
     })
 }
 

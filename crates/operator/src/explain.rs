@@ -99,9 +99,10 @@ pub struct About {
 /// How it stands somewhere.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Standing {
-    /// One word. At the outbox: `waiting`, `in_flight`, `published`, `parked`, `released`, `discarded`. At a subscriber:
+    /// One word. At the outbox: `waiting`, `in_flight`, `published`, `parked`, `released`, `discarded`,
+    /// `erased`. At a subscriber:
     /// `waiting`, `delivered`, `running`, `behind`, `snoozed`, `unavailable`, `stopped`, `failing`, `handled`, `dead`,
-    /// `redrive`, `discarded`, `acked`, `unknown`.
+    /// `redrive`, `discarded`, `erased`, `acked`, `unknown`.
     pub state: &'static str,
     /// The same in a sentence, with what to do next.
     pub text: String,

@@ -76,6 +76,9 @@ pub struct Replayed {
     /// Of the events that were named by id, those that were not found: neither stream nor outbox has them, they do not fit the
     /// rest of the filter, or the consumer has not come to them yet.
     pub unknown: Vec<EventId>,
+    /// How many events were left out because they were forgotten: there is nothing to handle. A dry run does not count those that
+    /// only the outbox has.
+    pub erased: u64,
 }
 
 /// An event that was found.
@@ -147,6 +150,7 @@ pub async fn replay(
         done: HashSet::new(),
         seen: HashSet::new(),
         left_out: BTreeSet::new(),
+        erased: HashSet::new(),
     };
     let to = consumer.ack_floor.min(extent.last);
     let since = replay.filter.since.and_then(|since| since.checked_sub_signed(CLOCKS));
@@ -165,6 +169,7 @@ pub async fn replay(
         work.outbox(&mut outbox, extent, to).await?;
     }
     work.stream(&history, first, to).await?;
+    work.replayed.erased = work.erased.len() as u64;
     let (seen, left_out) = (work.seen, work.left_out);
     work.replayed.left_out = left_out.into_iter().map(EventId::from).collect();
     work.replayed.unknown = replay.filter.ids.iter().filter(|id| !seen.contains(&id.as_uuid())).copied().collect();
@@ -209,6 +214,8 @@ struct Work<'a> {
     seen: HashSet<Uuid>,
     /// Those of them that are not to run.
     left_out: BTreeSet<Uuid>,
+    /// Those that were forgotten.
+    erased: HashSet<Uuid>,
 }
 
 impl Work<'_> {
@@ -248,6 +255,8 @@ impl Work<'_> {
                     let problem = format!("event {} came from the outbox as another than it was listed", other.id);
                     return Err(Error::new(ErrorKind::Integrity, problem));
                 }
+                let (erased, events): (Vec<_>, Vec<_>) = events.into_iter().partition(Envelope::is_tombstone);
+                self.erased(erased.iter().map(|event| event.id.as_uuid()));
                 self.send(events.into_iter().map(|event| Event { event, sequence: 0 }).collect()).await?;
             }
         }
@@ -264,7 +273,9 @@ impl Work<'_> {
                 let Some(event) = stored::event(message).ok().filter(|_| is_for_it) else { continue };
                 let id = event.id.as_uuid();
                 let fits = filter.fits(id, &event.event_type, event.key.as_deref(), event.time);
-                if fits && !self.done.contains(&id) {
+                if fits && event.is_tombstone() {
+                    self.erased([id].into_iter());
+                } else if fits && !self.done.contains(&id) {
                     events.push(Event { event, sequence: message.sequence });
                 }
             }
@@ -279,6 +290,16 @@ impl Work<'_> {
             next = batch.next;
         }
         Ok(())
+    }
+
+    /// Events that were forgotten are not sent.
+    fn erased(&mut self, ids: impl Iterator<Item = Uuid>) {
+        for id in ids {
+            self.erased.insert(id);
+            if !self.replay.filter.ids.is_empty() {
+                self.seen.insert(id);
+            }
+        }
     }
 
     /// Those that are to run.

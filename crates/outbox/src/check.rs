@@ -20,6 +20,10 @@ pub const MAX_HEADERS_BYTES: usize = 16_384;
 /// The longest content type in bytes.
 pub const MAX_CONTENT_TYPE_BYTES: usize = 128;
 
+/// The content type of what is left of an event whose payload was erased. Publishers may not use it: subscribers would not
+/// handle the event.
+pub const TOMBSTONE: &str = "application/vnd.aftercommit.tombstone+json";
+
 /// One row to be, in the columns that a publisher may write. All of it is legal.
 pub struct NewEvent {
     /// The event's identity.
@@ -154,6 +158,9 @@ fn check_content_type(content_type: &str) -> Result<(), Problem> {
             format!("is not 1 to {MAX_CONTENT_TYPE_BYTES} characters of printable ASCII without a space at either end"),
         ));
     }
+    if content_type.eq_ignore_ascii_case(TOMBSTONE) {
+        return Err(Problem::new("content_type", "is the one of erased events: no subscriber would handle the event"));
+    }
     Ok(())
 }
 
@@ -195,6 +202,7 @@ mod tests {
             ("headers", (0..20).fold(event(), |event, n| event.header(format!("h{n}"), &long))),
             ("payload", RawEvent::new("a", "text/plain", vec![0; MAX_PAYLOAD_BYTES + 1])),
             ("content_type", RawEvent::new("a", "text/plain ", "")),
+            ("content_type", RawEvent::new("a", TOMBSTONE, "")),
         ] {
             let (named, message) = refused(event);
             assert_eq!(named, field, "{message}");

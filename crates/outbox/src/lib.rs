@@ -173,7 +173,7 @@ mod trace;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-pub use check::{MAX_CONTENT_TYPE_BYTES, MAX_HEADERS_BYTES, MAX_KEY_BYTES, MAX_PAYLOAD_BYTES};
+pub use check::{MAX_CONTENT_TYPE_BYTES, MAX_HEADERS_BYTES, MAX_KEY_BYTES, MAX_PAYLOAD_BYTES, TOMBSTONE};
 pub use error::{PublishError, PublishErrorKind};
 pub use event::{Event, EventId};
 pub use publisher::Publisher;

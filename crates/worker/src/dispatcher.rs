@@ -272,7 +272,7 @@ impl Dispatcher {
         }
         self.account.saw(place);
         let place = EventPlace::Stream(sequence);
-        if let Some(record) = self.schedule(place, id, event.key.as_deref()) {
+        if let Some(record) = self.schedule(place, id, event.order_key()) {
             let event = Some((Arc::new(event), permit));
             let pending = Pending { id, event, reply, deliveries, alive: true, interruptions: 0, record };
             self.pending.insert(place, pending);

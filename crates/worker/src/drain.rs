@@ -168,7 +168,7 @@ impl Drain {
             let mut blocked: HashSet<&str> = HashSet::new();
             let mut batch = Vec::new();
             for event in &self.left {
-                let key = event.key.as_deref();
+                let key = event.order_key();
                 if snoozed.contains(&place(event)) {
                     blocked.extend(key);
                 } else if key.is_none_or(|key| !blocked.contains(key)) {

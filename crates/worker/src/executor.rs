@@ -105,7 +105,7 @@ impl Executor {
         let mut groups: VecDeque<Vec<&Queued>> = VecDeque::from([events.iter().collect()]);
         while let Some(mut group) = groups.pop_front() {
             group.retain(|queued| {
-                let free = queued.event.key.as_deref().is_none_or(|key| !blocked.contains(key));
+                let free = queued.event.order_key().is_none_or(|key| !blocked.contains(key));
                 if !free {
                     report.verdicts.push((queued.place, Verdict::NotRun));
                 }
@@ -118,13 +118,13 @@ impl Executor {
                     let verdict = match self.run_alone(single, &mut took, report).await? {
                         Ok(verdict) => verdict,
                         Err(loss) => {
-                            blocked.extend(single.event.key.as_deref());
+                            blocked.extend(single.event.order_key());
                             self.find_out(loss, report).await?;
                             continue;
                         }
                     };
                     if self.holds_key(&verdict) {
-                        blocked.extend(single.event.key.as_deref());
+                        blocked.extend(single.event.order_key());
                     }
                     report.verdicts.push((single.place, verdict));
                     report.ran = Some(took.end());
@@ -135,7 +135,7 @@ impl Executor {
                         for queued in many {
                             let held = held.contains(&queued.event.id.as_uuid());
                             if held {
-                                blocked.extend(queued.event.key.as_deref());
+                                blocked.extend(queued.event.order_key());
                             }
                             report.verdicts.push((queued.place, if held { Verdict::Held } else { Verdict::Done }));
                         }
@@ -146,7 +146,7 @@ impl Executor {
                     }
                     Err(TransactionError::Unreachable(reason)) => return Err(Halt::Unreachable(reason)),
                     Err(TransactionError::Lost(loss)) => {
-                        blocked.extend(many.iter().filter_map(|queued| queued.event.key.as_deref()));
+                        blocked.extend(many.iter().filter_map(|queued| queued.event.order_key()));
                         self.find_out(loss, report).await?;
                     }
                     // One that hangs would do so in every half that it is in, and so would one that changes the session.

@@ -53,7 +53,7 @@ pub(super) struct Queued {
 impl Queued {
     pub(super) fn row(&self) -> inbox::Row {
         let sequence = Some(self.event.sequence).filter(|sequence| *sequence > 0);
-        let live_key = self.event.key.clone().filter(|_| matches!(self.place, EventPlace::Stream(_)));
+        let live_key = self.event.order_key().filter(|_| matches!(self.place, EventPlace::Stream(_))).map(String::from);
         inbox::Row { event_id: self.event.id.as_uuid(), stream_seq: self.stream_seq, sequence, live_key }
     }
 

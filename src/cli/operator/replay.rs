@@ -122,6 +122,11 @@ fn text(replayed: &Replayed, subscriber: &str, dry_run: bool) -> String {
             format!("; {left_out} left out, because the subscriber is done with them or has them already (--again)")
         }
     };
+    let erased = match replayed.erased {
+        0 => String::new(),
+        erased => format!("; {erased} left out, because what they held was erased: see `aftercommit explain`"),
+    };
+    let left_out = left_out + &erased;
     if !dry_run {
         return format!("{events} sent to {}{left_out}\n", plain(subscriber));
     }

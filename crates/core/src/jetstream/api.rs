@@ -183,6 +183,36 @@ pub(super) async fn newest(context: &Context, stream: &str) -> Result<Option<Str
     get(context, stream, &Which { seq: None, next_by_subj: None, last_by_subj: Some(">") }).await
 }
 
+/// Which message is deleted; without `no_erase` its bytes are overwritten.
+#[derive(Serialize)]
+struct Deleted {
+    seq: u64,
+    no_erase: bool,
+}
+
+/// The answer to a deletion.
+#[derive(Deserialize)]
+struct Deletion {
+    success: bool,
+}
+
+impl Answer for Deletion {
+    fn is_leaders(&self, _: impl FnOnce() -> bool) -> bool {
+        true
+    }
+}
+
+/// Deletes a message and overwrites its bytes. False when there was none under this sequence.
+pub(super) async fn erase(context: &Context, stream: &str, sequence: u64) -> Result<bool, Failure> {
+    check_stream(stream)?;
+    let question = Deleted { seq: sequence, no_erase: false };
+    let answer =
+        ask::<Deletion>(context, &format!("STREAM.MSG.DELETE.{stream}"), &question, || format!("stream {stream}"))
+            .await;
+    let answer = unless(answer?, &[ErrorCode::NO_MESSAGE_FOUND, ErrorCode::SEQUENCE_NOT_FOUND]);
+    Ok(answer?.is_some_and(|deletion| deletion.success))
+}
+
 async fn get(context: &Context, stream: &str, which: &Which<'_>) -> Result<Option<StreamMessage>, Failure> {
     check_stream(stream)?;
     let answer = ask(context, &format!("STREAM.MSG.GET.{stream}"), which, || format!("stream {stream}")).await?;

@@ -7,6 +7,7 @@ pub mod api;
 pub mod budget;
 pub mod consumer;
 pub mod doctor;
+pub mod erase;
 pub mod feed;
 pub mod history;
 pub mod moment;

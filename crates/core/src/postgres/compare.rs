@@ -13,6 +13,7 @@ use super::outbox_event;
 use super::session::Session;
 use super::snapshot::Mark;
 use super::time;
+use crate::digest::Digest;
 
 /// A row of the outbox that a message says it was made of.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,6 +34,17 @@ pub struct Original {
     pub headers: BTreeMap<String, String>,
     /// None when it has another length than the message's.
     pub payload: Option<Bytes>,
+    /// What it was before its payload was erased; none when that was not.
+    pub erased: Option<Erased>,
+}
+
+/// What an event was before its payload was erased.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Erased {
+    /// Its digest then.
+    pub digest: Digest,
+    /// Whether the stream may still have it, because that is not through yet.
+    pub open: bool,
 }
 
 /// The rows with these ids, one for each, in the order of the question. Payloads are read only when they are as long as
@@ -45,9 +57,12 @@ pub async fn originals(
     let rows = sqlx::query(
         "select t.n, o.event_id, o.type, o.version, o.key, o.content_type, o.created_at,
                 case when o.headers <> '{}' then o.headers::text end as headers,
-                case when octet_length(o.payload) = t.length then o.payload end as payload
+                case when octet_length(o.payload) = t.length then o.payload end as payload,
+                tombstone.digest as erased, f.ended_at is null as erased_open
            from unnest($1::bigint[], $2::integer[]) with ordinality as t(id, length, n)
-           join aftercommit.outbox o on o.id = t.id",
+           join aftercommit.outbox o on o.id = t.id
+           left join aftercommit.tombstone on tombstone.event_id = o.event_id
+           left join aftercommit.forget_request f on f.id = tombstone.request",
     )
     .bind(ids)
     .bind(lengths)
@@ -74,6 +89,10 @@ impl FromRow<'_, PgRow> for Original {
             created_at: time::at(row, "created_at")?,
             headers: outbox_event::read_headers(row.try_get("headers")?)?,
             payload: row.try_get::<Option<Vec<u8>>, _>("payload")?.map(Bytes::from),
+            erased: match row.try_get::<Option<&[u8]>, _>("erased")?.and_then(Digest::read) {
+                Some(digest) => Some(Erased { digest, open: row.try_get("erased_open")? }),
+                None => None,
+            },
         })
     }
 }

@@ -12,6 +12,7 @@ pub mod explain;
 pub mod failure;
 pub mod fence;
 pub mod finding;
+pub mod forget;
 pub mod function;
 pub mod handling;
 pub mod identity;

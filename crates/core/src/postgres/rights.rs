@@ -183,6 +183,7 @@ mod tests {
             "own_reconciler",
             "pruner",
             "requester",
+            "eraser",
             "reader",
             "operator",
         ] {

@@ -158,8 +158,17 @@ pub struct Known {
     pub id: i64,
     /// The id of the transaction that wrote it.
     pub xid: u64,
-    /// Of what the event is made of: a message with its ids and another digest is a forgery.
-    pub digest: Digest,
+    /// Of what the event is made of.
+    digest: Digest,
+    /// Of what it was made of before its payload was erased; none when that was not.
+    erased: Option<Digest>,
+}
+
+impl Known {
+    /// Whether a message with this digest is the event, as it is or as it was. One with its ids and another digest is a forgery.
+    pub fn is(&self, digest: Digest) -> bool {
+        self.digest == digest || self.erased == Some(digest)
+    }
 }
 
 /// Which of these events the outbox has, each with the outbox id that is given for it.
@@ -171,9 +180,10 @@ pub async fn known(
     let rows = sqlx::query(
         "select o.event_id, o.id, o.xid::text, o.type, o.version, o.key, o.content_type, o.created_at,
                 case when o.headers <> '{}' then o.headers::text end as headers,
-                sha256(o.payload) as payload_sha256
+                sha256(o.payload) as payload_sha256, tombstone.digest as erased
            from unnest($1::uuid[], $2::bigint[]) as t(event_id, id)
            join aftercommit.outbox o on o.id = t.id and o.event_id = t.event_id
+           left join aftercommit.tombstone on tombstone.event_id = o.event_id
           where aftercommit.reads_up_to(pg_current_snapshot())",
     )
     .bind(event_ids)
@@ -193,7 +203,8 @@ pub async fn known(
                 headers: &read_headers(row.try_get("headers")?)?,
                 payload: row.try_get("payload_sha256")?,
             });
-            Ok(((event_id, id), Known { id, xid, digest }))
+            let erased = row.try_get::<Option<&[u8]>, _>("erased")?.and_then(Digest::read);
+            Ok(((event_id, id), Known { id, xid, digest, erased }))
         })
         .collect()
 }

@@ -9,6 +9,7 @@ use aftercommit_core::config::Schema;
 use aftercommit_core::error::Error;
 use aftercommit_core::postgres::capture::Checked;
 use aftercommit_core::postgres::doctor::{Prepared, Server, Tables, Transaction};
+use aftercommit_core::postgres::forget::Totals;
 use aftercommit_core::postgres::migrate;
 use aftercommit_core::postgres::pause::Pause;
 use aftercommit_core::postgres::quoted;
@@ -69,6 +70,7 @@ pub(super) fn judge(facts: &DatabaseFacts, config: &DoctorConfig) -> Vec<Check> 
         None => {}
     }
     checks.extend(captures(&facts.captures));
+    checks.extend(facts.forgotten.as_ref().and_then(forgotten));
     checks
 }
 
@@ -365,6 +367,26 @@ fn dead_letters(letters: &[(String, i64)]) -> Vec<Check> {
             )
         })
         .collect()
+}
+
+/// Requests to forget that are not through, and how much was forgotten.
+fn forgotten(totals: &Totals) -> Option<Check> {
+    const NAME: &str = "forgotten";
+    let Totals { events, open, oldest_seconds } = *totals;
+    let events = counted(events, "event");
+    match oldest_seconds {
+        Some(seconds) if open > 0 => Some(Check::warn(
+            NAME,
+            format!(
+                "{events} forgotten; {} not through, the oldest for {}: the stream may still have payloads",
+                counted(open, "request"),
+                span(Duration::from_secs_f64(seconds.max(0.0)))
+            ),
+            "`aftercommit forget --resume`, with a relay running",
+        )),
+        _ if totals.events > 0 => Some(Check::ok(NAME, format!("{events} forgotten"))),
+        _ => None,
+    }
 }
 
 fn captures(captures: &[Checked]) -> Vec<Check> {

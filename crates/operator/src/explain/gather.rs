@@ -12,6 +12,7 @@ use aftercommit_core::jetstream::search::{Found, Searcher, Wanted};
 use aftercommit_core::jetstream::stream::{ConsumerPosition, Extent};
 use aftercommit_core::postgres::explain::{self as facts, AtSubscriber, Parked, Repair, Written};
 use aftercommit_core::postgres::failure::{self, Failure};
+use aftercommit_core::postgres::forget::{self, Tombstone};
 use aftercommit_core::postgres::relay_log::{self, State};
 use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::status::{self, AtWork, Leader};
@@ -40,6 +41,7 @@ pub(super) struct Outbox {
     pub(super) written: Option<Written>,
     pub(super) parked: Option<Parked>,
     pub(super) repair: Option<Repair>,
+    pub(super) tombstone: Option<Tombstone>,
     pub(super) log: State,
     pub(super) leader: Option<Leader>,
     pub(super) paused: bool,
@@ -123,6 +125,7 @@ async fn outbox(connection: &mut Session, stream: &str, event: Uuid) -> Result<O
         written,
         parked: facts::parked(connection, event).await?,
         repair: facts::repair(connection, event).await?,
+        tombstone: forget::tombstone(connection, event).await?,
         log: relay_log::newest(connection).await?,
         leader: status::leader(connection, relay::LEASE).await?,
         paused: pause::is_paused(connection, &[relay::LEASE]).await?,

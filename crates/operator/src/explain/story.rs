@@ -13,6 +13,7 @@ use aftercommit_core::jetstream::stream::ConsumerPosition;
 use aftercommit_core::postgres::audit::AuditEntry;
 use aftercommit_core::postgres::explain::AtSubscriber;
 use aftercommit_core::postgres::failure::Failure;
+use aftercommit_core::postgres::forget::Tombstone;
 use aftercommit_core::postgres::status::AtWork;
 use aftercommit_core::text::counted;
 use aftercommit_outbox::event::EventId;
@@ -30,6 +31,9 @@ pub(super) fn tell(event_id: EventId, naming: &Naming, evidence: Evidence) -> Ex
     if let Some(outbox) = &outbox {
         tell_parked(outbox, &mut moments);
         tell_repair(outbox, message.as_ref(), &mut moments);
+        if let Some(tombstone) = &outbox.tombstone {
+            moments.push(moment(tombstone.erased_at, "outbox", format!("erased: {}", forgotten(tombstone))));
+        }
     }
     if let Some(StreamMessage { stream, stream_sequence: sequence, stored_at: Some(at), repair, .. }) = &message {
         let parked = outbox.as_ref().is_some_and(|outbox| outbox.parked.is_some());
@@ -201,6 +205,13 @@ fn tell_repair(outbox: &Outbox, message: Option<&StreamMessage>, moments: &mut V
 
 fn outbox_standing(outbox: &Outbox, in_stream: bool) -> Option<Standing> {
     let written = outbox.written.as_ref();
+    if let Some(tombstone) = &outbox.tombstone {
+        let more = match tombstone.open {
+            true => "; the stream may still have its payload: `aftercommit forget --resume`",
+            false => "",
+        };
+        return Some(standing("erased", format!("erased: {}{more}", forgotten(tombstone))));
+    }
     if let Some(parked) = &outbox.parked {
         let (state, text) = match parked.state.as_str() {
             "parked" => ("parked", format!("parked, see `aftercommit parked list`: {}", parked.reason)),
@@ -236,6 +247,14 @@ fn outbox_standing(outbox: &Outbox, in_stream: bool) -> Option<Standing> {
     })
 }
 
+/// By whom and why.
+fn forgotten(tombstone: &Tombstone) -> String {
+    match (&tombstone.who, &tombstone.why) {
+        (Some(who), Some(why)) => format!("forgotten by {who}: {why}"),
+        _ => "forgotten by its publisher".into(),
+    }
+}
+
 fn standing(state: &'static str, text: impl Into<String>) -> Standing {
     Standing { state, text: text.into(), attempts: None, max_attempts: None, next_try_at: None }
 }
@@ -264,6 +283,9 @@ fn tell_subscriber(found: &AtSubscriber, failures: &[&Failure], max_attempts: Op
     }
     match &found.done {
         Some(done) if done.outcome == "handled" => moments.push(moment(done.at, name, "handled")),
+        Some(done) if done.outcome == "erased" => {
+            moments.push(moment(done.at, name, "the tombstone came: not handled"))
+        }
         Some(done) if done.outcome == "dead" && found.letter.is_none() => {
             moments.push(moment(done.at, name, "given up"));
         }
@@ -384,6 +406,7 @@ impl Place<'_> {
                 let edited = self.edited_by.map(|who| format!(", with the payload as {who} edited it"));
                 return Some(("handled", format!("handled{}", edited.unwrap_or_default())));
             }
+            Some("erased") => return Some(("erased", "forgotten by its publisher before it was handled".into())),
             Some("discarded") => return Some(("discarded", "given up for good by an operator".into())),
             Some(_) => return Some(("dead", "given up; there is no dead letter of it any more".into())),
             None => {}

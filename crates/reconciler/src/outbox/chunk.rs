@@ -33,6 +33,7 @@ pub(super) const MISSING: &str = "missing_from_stream";
 pub(super) const DIFFERS: &str = "differs";
 pub(super) const GHOST: &str = "ghost";
 pub(super) const FOREIGN: &str = "foreign";
+pub(super) const FORGOTTEN: &str = "forgotten";
 
 /// What lies between two places, and what is needed to look at it.
 pub(super) struct Chunk {
@@ -135,6 +136,9 @@ impl Chunk {
                 // Beside other writers it reads beyond both ends; the chunk with that sequence tells it, once.
                 Err(_) if claimed.sequence <= self.from.sequence || claimed.sequence > self.to.sequence => {}
                 Err(oddity) => {
+                    if oddity == Oddity::Forgotten {
+                        found.rows.push(claimed.event.sequence);
+                    }
                     // Under another subject it is still the event.
                     if matches!(oddity, Oddity::Differs { what } if what != "subject") {
                         found.forged.push((claimed.event.sequence, claimed.sequence.cast_signed()));
@@ -222,7 +226,7 @@ async fn is_at(connections: &Connections, history: &History, row: &Absent, seque
     }
     let known = connections.run(async |session| window::known(session, &[ids.0], &[ids.1]).await).await;
     let known = known.map_err(failed)?;
-    Ok(known.get(&ids).is_some_and(|known| known.digest == event.digest()))
+    Ok(known.get(&ids).is_some_and(|known| known.is(event.digest())))
 }
 
 fn failed(error: sqlx::Error) -> Error {
@@ -240,11 +244,15 @@ fn foreign(sequence: u64, subject: &str) -> NewFinding {
 }
 
 fn odd(claimed: &Claimed, oddity: &Oddity) -> NewFinding {
+    let event = &claimed.event;
     let (kind, detail) = match oddity {
         Oddity::Differs { what } => (DIFFERS, format!("the message has another {what} than the event in the outbox")),
         Oddity::Ghost => (GHOST, "the outbox does not have this event".into()),
+        Oddity::Forgotten => (
+            FORGOTTEN,
+            format!("the event was forgotten, and this message has its payload: `aftercommit forget {}`", event.id),
+        ),
     };
-    let event = &claimed.event;
     NewFinding {
         kind,
         item: format!("{}@{}", event.id, claimed.sequence),

@@ -39,7 +39,7 @@ use aftercommit_core::postgres::window::{self, Watch};
 use aftercommit_core::postgres::{database_error, repair};
 use aftercommit_core::runner::job::{Done, Job, Run, Schedule};
 use aftercommit_core::runner::{Definition, Mode, Scope};
-use chunk::{Chunk, DIFFERS, FOREIGN, GHOST, MISSING, Missing, Page};
+use chunk::{Chunk, DIFFERS, FOREIGN, FORGOTTEN, GHOST, MISSING, Missing, Page};
 use listed::Listed;
 use seen::Seen;
 
@@ -188,6 +188,7 @@ struct Odd {
     differs: u64,
     ghosts: u64,
     foreign: u64,
+    forgotten: u64,
 }
 
 /// A run.
@@ -227,9 +228,10 @@ impl Comparing<'_> {
             }
         }
         self.report_parked().await?;
-        let Odd { differs, ghosts, foreign } = self.odd;
+        let Odd { differs, ghosts, foreign, forgotten } = self.odd;
         let detail = json!({ "stream_sequence": up_to.sequence, "outbox_id": up_to.mark.last_id,
-                             "queued": self.queued, "differs": differs, "ghosts": ghosts, "foreign": foreign });
+                             "queued": self.queued, "differs": differs, "ghosts": ghosts, "foreign": foreign,
+                             "forgotten": forgotten });
         Ok(Done {
             reconciled_up_to: self.reconciled_up_to(&up_to).await?,
             swept_since,
@@ -411,7 +413,7 @@ impl Comparing<'_> {
         let ids = (event.id.as_uuid(), event.sequence);
         let known = self.ask(async |session| window::known(session, &[ids.0], &[ids.1]).await).await?;
         match known.get(&ids) {
-            Some(known) if known.digest == event.digest() => Ok(()),
+            Some(known) if known.is(event.digest()) => Ok(()),
             _ => Err(lost_its_end()),
         }
     }
@@ -506,6 +508,7 @@ async fn report_odd(run: &mut Run, odd: &mut Odd, findings: Vec<NewFinding>) -> 
             DIFFERS => &mut odd.differs,
             GHOST => &mut odd.ghosts,
             FOREIGN => &mut odd.foreign,
+            FORGOTTEN => &mut odd.forgotten,
             _ => continue,
         };
         *count += 1;

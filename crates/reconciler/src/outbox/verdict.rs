@@ -23,6 +23,8 @@ pub(super) enum Oddity {
     Differs { what: &'static str },
     /// The outbox does not have the event, and has not removed it for its age either.
     Ghost,
+    /// The event as it was before it was forgotten.
+    Forgotten,
 }
 
 /// What a message is whose row was looked for. `Ok(true)` for one that is exactly its row's, `Ok(false)` for one whose
@@ -37,7 +39,12 @@ pub(super) fn message(
     match original {
         Some(original) if original.event_id == event.id.as_uuid() => match difference(claimed, original, naming) {
             None => Ok(true),
-            Some(what) => Err(Oddity::Differs { what }),
+            Some(what) => match original.erased.filter(|erased| erased.digest == event.digest()) {
+                // Whoever forgets it erases the message, too.
+                Some(erased) if erased.open => Ok(true),
+                Some(_) => Err(Oddity::Forgotten),
+                None => Err(Oddity::Differs { what }),
+            },
         },
         // Ids are given out again after a restore to an earlier time.
         Some(_) => Err(Oddity::Ghost),
@@ -112,6 +119,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
+    use aftercommit_core::postgres::compare::Erased;
 
     fn at(seconds: i64) -> DateTime<Utc> {
         DateTime::from_timestamp(seconds, 0).unwrap()
@@ -144,7 +152,20 @@ mod tests {
             created_at: at(100),
             headers: BTreeMap::new(),
             payload: Some("{}".into()),
+            erased: None,
         }
+    }
+
+    #[test]
+    fn an_event_that_was_forgotten_is_no_forgery() {
+        let naming = Naming::default();
+        let tombstone = |open, digest| Original { payload: None, erased: Some(Erased { digest, open }), ..original() };
+        let is = |original: &Original| message(&claimed(1), Some(original), None, &naming);
+        let was = claimed(1).event.digest();
+        assert_eq!(is(&tombstone(true, was)), Ok(true), "its message is being erased");
+        assert_eq!(is(&tombstone(false, was)), Err(Oddity::Forgotten), "its message should have been");
+        let other = Envelope { payload: "[]".into(), ..claimed(1).event }.digest();
+        assert_eq!(is(&tombstone(true, other)), Err(Oddity::Differs { what: "payload" }));
     }
 
     #[test]

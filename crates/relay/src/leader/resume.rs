@@ -305,7 +305,7 @@ impl Leader<'_> {
         let rows = self.rows(own.iter().map(|(_, identity)| *identity)).await?;
         let claim = |identity: &Identity| {
             let row = rows.get(&(identity.event_id, identity.outbox_id))?;
-            Some(if row.digest == identity.digest { Claim::Event(*row) } else { Claim::Forgery })
+            Some(if row.is(identity.digest) { Claim::Event(*row) } else { Claim::Forgery })
         };
         Ok(own.into_iter().filter_map(|(sequence, identity)| Some((sequence, claim(identity)?))).collect())
     }
@@ -341,7 +341,7 @@ impl Leader<'_> {
         // Not by its source, which an operator may have changed since.
         let same = match identity {
             Some(identity) => {
-                self.rows(std::iter::once(identity)).await?.get(&ids).is_some_and(|row| row.digest == identity.digest)
+                self.rows(std::iter::once(identity)).await?.get(&ids).is_some_and(|row| row.is(identity.digest))
             }
             None => false,
         };

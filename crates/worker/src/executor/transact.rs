@@ -16,7 +16,7 @@ use aftercommit_core::postgres::function::FunctionName;
 use aftercommit_core::postgres::inbox::Entered;
 use aftercommit_core::postgres::pins::Server;
 use aftercommit_core::postgres::session::{Session, Tx};
-use aftercommit_core::postgres::{function, handling, inbox, redrive};
+use aftercommit_core::postgres::{forget, function, handling, inbox, redrive};
 
 use super::{Executor, GRACE, SILENT};
 use crate::batch::{self, BatchError};
@@ -179,12 +179,37 @@ impl Executor {
                 new.push((at, queued));
             }
         }
+        self.take_tombstones(tx, group, &mut new).await?;
         self.work(tx, &new, took).await?;
         self.close(tx, new.len(), (state, transaction)).await?;
         if !on_record.is_empty() {
             self.own_or_conflict(inbox::clear_attempts(tx, &self.subscriber.name, &on_record)).await?;
         }
         Ok(held)
+    }
+
+    /// No handler gets the tombstone of an event that was forgotten; and what this database has of the event is forgotten, too.
+    async fn take_tombstones(
+        &self,
+        tx: &mut Tx<'_>,
+        group: &[&Queued],
+        new: &mut Vec<(usize, &Queued)>,
+    ) -> Result<(), TransactionError> {
+        let id = |queued: &Queued| queued.event.id.as_uuid();
+        let all: Vec<Uuid> =
+            group.iter().filter(|queued| queued.event.is_tombstone()).map(|queued| id(queued)).collect();
+        if all.is_empty() {
+            return Ok(());
+        }
+        let fresh: Vec<Uuid> =
+            new.iter().filter(|(_, queued)| queued.event.is_tombstone()).map(|(_, queued)| id(queued)).collect();
+        new.retain(|(_, queued)| !queued.event.is_tombstone());
+        self.own_or_conflict(forget::take_tombstones(tx, &self.subscriber.name, &all, &fresh)).await?;
+        for event_id in &all {
+            let handled = !fresh.contains(event_id);
+            tracing::info!(subscriber = self.subscriber.name, %event_id, handled, "the event was forgotten by its publisher");
+        }
+        Ok(())
     }
 
     /// Runs the handlers of these events, each with its place in the group.
