@@ -10,6 +10,8 @@
 //! | delete old rows, with what refers to them | [`prune::Spec`], [`prune::Pruner`] |
 //! | know what a delete will take, and tell it | [`hooks::DeleteHooks`], [`hooks::Links`] |
 //! | publish the changes of a table, whoever makes them | [`capture::Capture`] |
+//! | have several services do their part of one request | [`fanout::Jobs`], [`fanout::Participant`] |
+//! | erase a tenant or a person everywhere, with a proof | [`erase::Request`], [`erase::Tables`] |
 //! | look and act as an operator does | [`operator`] |
 //! | test all of this | `testing`, behind the feature of that name |
 //!

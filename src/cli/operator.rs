@@ -7,6 +7,7 @@ mod capture;
 mod coverage;
 mod dead;
 mod doctor;
+mod erase;
 mod explain;
 mod findings;
 mod forget;
@@ -72,6 +73,9 @@ enum Command {
     /// Look for what is wrong, or will be, and say what to do about it; it changes nothing
     #[command(after_help = "Example:\n  aftercommit doctor --nats-monitor http://127.0.0.1:8222")]
     Doctor(Box<doctor::Doctor>),
+    /// Erase a tenant or a person in all services: look before, ask, and see what came of it
+    #[command(subcommand)]
+    Erase(erase::Erase),
     /// Tell one event's whole story, from the outbox to its effects
     #[command(after_help = "Example:\n  aftercommit explain 019aa1c2-7c1f-7b2e-9d55-0d3c5a7e9b11")]
     Explain(Box<explain::Explain>),
@@ -136,7 +140,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
     ("Decide about events", &["dead", "parked", "replay", "forget"]),
     ("Stop and go on", &["relay", "worker"]),
     ("Set up", &["migrate", "provision", "publish", "capture", "subscriber"]),
-    ("Other", &["reconcile", "prune", "job", "completions", "man", "help"]),
+    ("Other", &["reconcile", "prune", "job", "erase", "completions", "man", "help"]),
 ];
 
 /// The help with the commands under headings: clap itself knows only one heading for all of them.
@@ -207,6 +211,11 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
             if !well {
                 exit = ExitCode::FAILURE;
             }
+            text
+        }
+        Command::Erase(command) => {
+            let (text, status) = runtime.block_on(erase::run(command))?;
+            exit = status;
             text
         }
         Command::Explain(command) => runtime.block_on(explain::run(*command))?,

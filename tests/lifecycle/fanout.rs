@@ -160,9 +160,10 @@ fn job(key: &str, begin_after: Option<Duration>) -> JobRequest<DeleteTenant> {
         key: key.into(),
         request: DeleteTenant { tenant: 1 },
         requested_by: "ann".into(),
-        participants: vec!["orders".into(), "bills".into()],
+        participants: ["orders", "bills"].into(),
         due_after: Some(Duration::from_secs(3600)),
         begin_after,
+        parent: None,
     }
 }
 
@@ -187,10 +188,10 @@ async fn the_same_request_is_the_same_job_and_a_rollback_is_none() {
     assert!(stage.request("t2", None).await.new);
     assert_eq!((stage.count("aftercommit.job").await, stage.count("aftercommit.outbox").await), (2, 2));
     for (wrong, told) in [
-        (JobRequest { participants: vec![], ..job("x", None) }, "at least one participant"),
-        (JobRequest { participants: vec!["a".into(), "a".into()], ..job("x", None) }, "\"a\" is named twice"),
+        (JobRequest { participants: [""; 0].into(), ..job("x", None) }, "at least one participant"),
+        (JobRequest { participants: ["a", "a"].into(), ..job("x", None) }, "\"a\" is named twice"),
         (JobRequest { key: String::new(), ..job("x", None) }, "1 to 500 bytes"),
-        (JobRequest { participants: vec![String::new()], ..job("x", None) }, "a participant's name"),
+        (JobRequest { participants: [""].into(), ..job("x", None) }, "a participant's name"),
     ] {
         let error = Jobs::<TenantDeletion>::request(&mut stage.pool.begin().await.unwrap(), wrong).await.unwrap_err();
         assert!(error.kind() == JobErrorKind::Request && error.to_string().contains(told), "{error}");
@@ -403,7 +404,7 @@ async fn operators_see_jobs_ask_anew_and_cancel() {
     let (_, json) = cli(&stage, &["job", "show", &id, "--json"]);
     let json: Value = serde_json::from_str(&json).unwrap();
     assert_eq!(
-        (&json["status"], &json["completed"], &json["participants"][1]["counts"]["orders"]),
+        (&json["status"], &json["services_completed"], &json["participants"][1]["counts"]["orders"]),
         (&"partial".into(), &"1/2".into(), &35.into())
     );
     let (_, listed) = cli(&stage, &["job", "list", "--status", "partial", "--kind", "tenant.deletion"]);

@@ -80,9 +80,10 @@ async fn request_deletion(tx: &mut PgTransaction<'_>, tenant: i64) -> Result<Job
         key: format!("tenant-{tenant}"),
         request: DeleteTenant { tenant },
         requested_by: "ann@example.org".into(),
-        participants: ["orders", "bills"].map(Into::into).into(),
+        participants: ["orders", "bills"].into(),
         due_after: Some(Duration::from_secs(3600)),
         begin_after: Some(Duration::from_secs(60)), // until then it can be cancelled
+        parent: None,
     };
     Ok(Jobs::<TenantDeletion>::request(tx, request).await?.job)
 }

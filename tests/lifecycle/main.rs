@@ -1,6 +1,7 @@
 //! What happens along the life of a row.
 
 mod capture;
+mod erase;
 mod example;
 mod fanout;
 mod forget;

@@ -9,7 +9,8 @@
 //! Nobody calls anybody: participants may be away for days. The tables `job`, `job_participant` and `job_work` are part of the
 //! schema.
 
-mod coordinator;
+pub(crate) mod coordinator;
+pub(crate) mod end;
 mod error;
 mod kind;
 pub mod operate;
@@ -17,10 +18,10 @@ mod overdue;
 mod participant;
 mod request;
 
-pub use aftercommit_core::postgres::job::{Counts, Job, ParticipantStatus};
+pub use aftercommit_core::postgres::job::{ChildJob, Counts, Job, ParticipantStatus, WantedJobs};
 pub use coordinator::Coordinator;
 pub use error::{JobError, JobErrorKind};
 pub use kind::{Ended, Kind, Outcome, Requested};
 pub use overdue::Overdue;
 pub use participant::{Participant, Step, Work};
-pub use request::{Asked, JobId, JobRequest, JobStatus, Jobs};
+pub use request::{Asked, JobId, JobRequest, JobStatus, Jobs, Participants};

@@ -65,6 +65,17 @@ impl Condition {
     }
 }
 
+/// The highest placeholder of a piece of SQL that is to stand in a statement as one expression; 0 without one.
+///
+/// # Errors
+/// [`Spec`](crate::PruneErrorKind::Spec) when it would leave the parentheses around it, is empty, or has a comment or a semicolon.
+#[doc(hidden)]
+pub fn check_expression(sql: &str) -> Result<usize, PruneError> {
+    let (_, highest) =
+        renumbered(sql, 0).map_err(|problem| PruneError::spec(format!("the condition {sql:?} {problem}")))?;
+    Ok(highest)
+}
+
 /// The text without the values.
 impl fmt::Debug for Condition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -24,6 +24,7 @@ pub mod sweep;
 
 pub use aftercommit_core::postgres::sweep::{SweepResult, SweepStatus};
 pub use condition::Condition;
+pub use condition::check_expression;
 pub use error::{PruneError, PruneErrorKind};
 pub use event::RowsPruned;
 pub use policy::Policy;

@@ -7,7 +7,7 @@ use super::terminal::{plain, time};
 use super::who::WhoArgs;
 use crate::cli::PostgresArgs;
 use aftercommit_core::error::Error;
-use aftercommit_lifecycle::fanout::{Job as JobRow, JobId, JobStatus, ParticipantStatus, operate};
+use aftercommit_lifecycle::fanout::{Job as JobRow, JobId, JobStatus, ParticipantStatus, WantedJobs, operate};
 
 #[derive(Subcommand)]
 pub(super) enum Job {
@@ -33,6 +33,9 @@ pub(super) struct List {
     /// Only jobs with this status
     #[arg(long, value_parser = ["running", "completed", "partial", "failed", "cancelled"])]
     status: Option<String>,
+    /// Only jobs that run and are past the time they were due
+    #[arg(long)]
+    overdue: bool,
     /// Maximum number to show
     #[arg(long, default_value_t = 50)]
     limit: i64,
@@ -83,8 +86,12 @@ pub(super) struct Cancel {
 pub(super) async fn run(command: Job) -> Result<String, Error> {
     match command {
         Job::List(command) => {
-            let (kind, status) = (command.kind.as_deref(), command.status.as_deref());
-            let jobs = operate::list(&command.postgres.config()?, kind, status, command.limit).await?;
+            let wanted = WantedJobs {
+                kind: command.kind.as_deref(),
+                status: command.status.as_deref(),
+                overdue: command.overdue,
+            };
+            let jobs = operate::list(&command.postgres.config()?, wanted, command.limit).await?;
             match command.json {
                 true => as_json(&jobs),
                 false if jobs.is_empty() => Ok("there are no such jobs\n".into()),
@@ -129,12 +136,16 @@ fn shown(status: &JobStatus) -> String {
         status.completed, status.failed, status.total
     );
     for participant in &status.participants {
-        let ParticipantStatus { participant: name, status, round, counts, error, ended_at, .. } = participant;
+        let ParticipantStatus { participant: name, status, round, counts, notes, error, ended_at, .. } = participant;
         let round = if *round > 1 { format!(" (asked {round} times)") } else { String::new() };
         let ended = ended_at.map(|ended| format!("  {}", time(ended))).unwrap_or_default();
         let counts: Vec<String> = counts.iter().map(|(name, count)| format!("{name} {count}")).collect();
         let error = error.as_deref().map(|error| format!(": {}", plain(error))).unwrap_or_default();
         text += &format!("  {}  {}{round}{ended}  {}{error}\n", plain(name), plain(status), plain(&counts.join(", ")));
+        text.extend(notes.iter().map(|note| format!("    note: {}\n", plain(note))));
+    }
+    for child in &status.children {
+        text += &format!("  job {}  {}  {}\n", child.id, plain(&child.kind), plain(&child.status));
     }
     text
 }

@@ -3,9 +3,11 @@
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::Value;
+use sqlx::PgConnection;
 use sqlx::types::Json;
 use uuid::Uuid;
 
+use super::job::ours;
 use super::maybe::Maybe;
 use super::session::{Session, Tx};
 use super::time;
@@ -37,6 +39,22 @@ pub async fn write(tx: &mut Tx<'_>, entry: &Entry<'_>) -> Result<(), sqlx::Error
         .execute(tx)
         .await
         .map(drop)
+}
+
+/// The same in a transaction that is not ours, for the schema of this process.
+pub async fn write_in(connection: &mut PgConnection, entry: &Entry<'_>) -> Result<(), sqlx::Error> {
+    sqlx::query(ours(
+        "insert into aftercommit.audit (who, action, subscriber, event_id, detail) values ($1, $2, $3, $4, $5)",
+    ))
+    .bind(entry.who)
+    .bind(entry.action)
+    .bind(entry.subscriber)
+    .bind(entry.event_id)
+    .bind(Json(&entry.detail))
+    .persistent(false)
+    .execute(connection)
+    .await
+    .map(drop)
 }
 
 /// Which rows are wanted; what is none does not matter.

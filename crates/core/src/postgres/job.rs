@@ -43,6 +43,10 @@ pub struct NewJob<'a> {
     pub due_seconds: Option<f64>,
     /// The types of its events: of the request, and of its end.
     pub types: (&'a str, &'a str),
+    /// The job that ends only when this one has ended.
+    pub parent: Option<Uuid>,
+    /// Who registers while it runs is asked, too.
+    pub joinable: bool,
     /// Who is asked.
     pub participants: &'a [String],
 }
@@ -52,7 +56,7 @@ pub struct NewJob<'a> {
 pub struct Job {
     /// Its id.
     pub id: Uuid,
-    /// What is asked, such as `tenant.deletion`.
+    /// What is asked, such as `tenant.deletion` or `erasure.preview`.
     pub kind: String,
     /// What makes a request the same.
     pub request_key: String,
@@ -77,6 +81,21 @@ pub struct Job {
     /// The type of the event that tells the end.
     #[serde(skip)]
     pub ended_type: String,
+    /// The job that ends only when this one has ended.
+    pub parent: Option<Uuid>,
+    /// Whether who registers while it runs is asked, too.
+    pub joinable: bool,
+}
+
+/// A job that belongs to another one, which ends only when it has ended.
+#[derive(Debug, Clone, PartialEq, Serialize, sqlx::FromRow)]
+pub struct ChildJob {
+    /// Its id.
+    pub id: Uuid,
+    /// What is asked, such as `erasure.verification`.
+    pub kind: String,
+    /// As that of any job.
+    pub status: String,
 }
 
 /// What a participant has answered.
@@ -99,9 +118,14 @@ pub struct ParticipantStatus {
     pub ended_at: Option<DateTime<Utc>>,
     /// How many attempts it took; none while it has not answered.
     pub attempts: Option<i32>,
+    /// How long it took in seconds, by its own database's clock; none while it has not ended.
+    pub duration_seconds: Option<f64>,
     /// What it did.
     #[sqlx(json)]
     pub counts: Counts,
+    /// What else it says, such as a table that it does not have.
+    #[sqlx(json)]
+    pub notes: Vec<String>,
     /// Why it failed.
     pub error: Option<String>,
 }
@@ -125,26 +149,33 @@ pub struct Answer<'a> {
     pub attempts: i32,
     /// What it did.
     pub counts: &'a Counts,
+    /// What else it says.
+    pub notes: &'a [String],
     /// Why it failed.
     pub error: Option<&'a str>,
 }
 
 /// A statement for the schema of this process.
-fn ours(sql: &str) -> AssertSqlSafe<String> {
+pub(super) fn ours(sql: &str) -> AssertSqlSafe<String> {
     AssertSqlSafe(published().sql(sql).into_owned())
 }
 
 const JOB: &str = "select id, kind, request_key, request, requested_by, requested_at, due_at, status, ended_at,
-                          requested_type, ended_type from aftercommit.job";
+                          requested_type, ended_type, parent, joinable from aftercommit.job";
 
-const PARTICIPANT: &str = "select participant, round, status, asked_at, started_at, ended_at, attempts, counts, error
+const PARTICIPANT: &str =
+    "select participant, round, status, asked_at, started_at, ended_at, attempts, counts, notes, error,
+                                  extract(epoch from ended_at - started_at)::float8 as duration_seconds
                              from aftercommit.job_participant";
+
+const CHILDREN: &str = "select id, kind, status from aftercommit.job where parent = $1 order by requested_at, id";
 
 /// Writes a job and its participants, unless the same request is there. Returns the job's id, and whether it is new.
 pub async fn request(connection: &mut PgConnection, job: &NewJob<'_>) -> Result<(Uuid, bool), sqlx::Error> {
     let inserted: Option<Uuid> = sqlx::query_scalar(ours(
-        "insert into aftercommit.job (id, kind, request_key, request, requested_by, due_at, requested_type, ended_type)
-         values ($1, $2, $3, $4, $5, clock_timestamp() + make_interval(secs => $6), $7, $8)
+        "insert into aftercommit.job (id, kind, request_key, request, requested_by, due_at, requested_type, ended_type, parent,
+                                      joinable)
+         values ($1, $2, $3, $4, $5, clock_timestamp() + make_interval(secs => $6), $7, $8, $9, $10)
          on conflict (kind, request_key) do nothing returning id",
     ))
     .bind(job.id)
@@ -155,6 +186,8 @@ pub async fn request(connection: &mut PgConnection, job: &NewJob<'_>) -> Result<
     .bind(job.due_seconds)
     .bind(job.types.0)
     .bind(job.types.1)
+    .bind(job.parent)
+    .bind(job.joinable)
     .persistent(false)
     .fetch_optional(&mut *connection)
     .await?;
@@ -190,11 +223,17 @@ pub async fn participants(connection: &mut PgConnection, job: Uuid) -> Result<Ve
         .await
 }
 
+/// The jobs that belong to it, in the order in which they were asked for.
+pub async fn children(connection: &mut PgConnection, job: Uuid) -> Result<Vec<ChildJob>, sqlx::Error> {
+    sqlx::query_as(ours(CHILDREN)).bind(job).persistent(false).fetch_all(connection).await
+}
+
 /// Writes an answer down. False when it is not what is waited for: an earlier round's, a second one, or of somebody who was not asked.
 pub async fn answer(connection: &mut PgConnection, answer: &Answer<'_>) -> Result<bool, sqlx::Error> {
     let done = sqlx::query(ours(
         "update aftercommit.job_participant
-            set status = $4, started_at = $5, ended_at = $6, attempts = $7, counts = $8, error = $9
+            set status = $4, started_at = $5, ended_at = $6, attempts = $7, counts = $8, notes = $9,
+                error = $10
           where job = $1 and participant = $2 and round = $3 and status = 'asked'",
     ))
     .bind(answer.job)
@@ -205,6 +244,7 @@ pub async fn answer(connection: &mut PgConnection, answer: &Answer<'_>) -> Resul
     .bind(answer.ended_at)
     .bind(answer.attempts)
     .bind(Json(answer.counts))
+    .bind(Json(answer.notes))
     .bind(answer.error)
     .persistent(false)
     .execute(connection)
@@ -243,11 +283,17 @@ pub async fn ask_again(
     .fetch_all(&mut *connection)
     .await?;
     if !asked.is_empty() {
-        sqlx::query(ours("update aftercommit.job set status = 'running', ended_at = null where id = $1"))
-            .bind(job)
-            .persistent(false)
-            .execute(connection)
-            .await?;
+        // With it run those that wait for its end.
+        sqlx::query(ours(
+            "with recursive above (id, parent) as (
+                 select id, parent from aftercommit.job where id = $1
+                 union select j.id, j.parent from aftercommit.job j join above a on j.id = a.parent)
+             update aftercommit.job set status = 'running', ended_at = null where id in (select id from above)",
+        ))
+        .bind(job)
+        .persistent(false)
+        .execute(connection)
+        .await?;
     }
     Ok(asked)
 }
@@ -270,23 +316,29 @@ pub async fn overdue(
     .await
 }
 
-/// Jobs that run and have somebody who was asked more than so many seconds ago, behind this id, by id.
+/// Jobs that run, are asked by events of this type, and have somebody who was asked more than so many seconds ago or has registered
+/// since, behind this id, by id.
 pub async fn waiting(
     connection: &mut PgConnection,
-    kind: &str,
+    requested_type: &str,
     seconds: f64,
     after: Option<Uuid>,
     limit: i64,
 ) -> Result<Vec<Uuid>, sqlx::Error> {
     sqlx::query_scalar(ours(
         "select id from aftercommit.job j
-          where status = 'running' and kind = $1 and ($3::uuid is null or id > $3)
+          where status = 'running' and requested_type = $1 and ($3::uuid is null or id > $3)
             and exists (select from aftercommit.job_participant p
                          where p.job = j.id and p.status = 'asked'
-                           and p.asked_at < clock_timestamp() - make_interval(secs => $2))
+                           and (p.asked_at < clock_timestamp() - make_interval(secs => $2)
+                                or j.joinable
+                               and exists (select from aftercommit.participant r
+                                            where r.kind = j.kind
+                                              and not exists (select from aftercommit.job_participant o
+                                                               where o.job = j.id and o.participant = r.name))))
           order by id limit $4",
     ))
-    .bind(kind)
+    .bind(requested_type)
     .bind(seconds)
     .bind(after)
     .bind(limit)
@@ -295,107 +347,95 @@ pub async fn waiting(
     .await
 }
 
-/// What a participant has done of a job so far.
-#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
-pub struct JobWork {
-    /// Which time it was asked.
-    pub round: i32,
-    /// When it began; none when it was cancelled before.
-    #[sqlx(try_from = "Maybe<time::Time>")]
-    pub started_at: Option<DateTime<Utc>>,
-    /// Where the next step begins; none at the beginning.
-    pub position: Option<Value>,
-    /// What it did.
-    #[sqlx(json)]
-    pub counts: Counts,
-    /// When it ended.
-    #[sqlx(try_from = "Maybe<time::Time>")]
-    pub ended_at: Option<DateTime<Utc>>,
-}
-
-/// Begins the work of a round, or goes on with it; the row is locked. What an earlier round has done still counts.
-pub async fn begin_work(
-    connection: &mut PgConnection,
-    job: Uuid,
-    participant: &str,
-    round: i32,
-) -> Result<JobWork, sqlx::Error> {
-    sqlx::query_as(ours(
-        "insert into aftercommit.job_work as w (job, participant, round, started_at) values ($1, $2, $3, clock_timestamp())
-         on conflict (job, participant) do update set round = greatest(w.round, excluded.round)
-         returning round, started_at, position, counts, ended_at",
+/// How many jobs run that are asked by events of this type and are past the time they were due.
+pub async fn past_due(connection: &mut PgConnection, requested_type: &str) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar(ours(
+        "select count(*) from aftercommit.job
+          where status = 'running' and requested_type = $1 and due_at < clock_timestamp()",
     ))
-    .bind(job)
-    .bind(participant)
-    .bind(round)
+    .bind(requested_type)
     .persistent(false)
     .fetch_one(connection)
     .await
 }
 
-/// Writes down what a step did, in the transaction of the step.
-pub async fn save_work(
-    connection: &mut PgConnection,
-    job: Uuid,
-    participant: &str,
-    work: &JobWork,
-    ended: bool,
-) -> Result<(), sqlx::Error> {
-    sqlx::query(ours(
-        "update aftercommit.job_work
-            set position = $3, counts = $4, ended_at = case when $5 then clock_timestamp() end
-          where job = $1 and participant = $2",
-    ))
-    .bind(job)
-    .bind(participant)
-    .bind(work.position.as_ref().map(Json))
-    .bind(Json(&work.counts))
-    .bind(ended)
-    .persistent(false)
-    .execute(connection)
-    .await
-    .map(drop)
-}
-
-/// Writes down that a job is cancelled for a participant that has not begun. False when it has.
-pub async fn cancel_work(
-    connection: &mut PgConnection,
-    job: Uuid,
-    participant: &str,
-    round: i32,
-) -> Result<bool, sqlx::Error> {
-    let done = sqlx::query(ours(
-        "insert into aftercommit.job_work (job, participant, round, ended_at) values ($1, $2, $3, clock_timestamp())
-         on conflict (job, participant) do nothing",
-    ))
-    .bind(job)
-    .bind(participant)
-    .bind(round)
-    .persistent(false)
-    .execute(connection)
-    .await?;
+/// Registers a participant for the jobs of a kind. False when it is registered.
+pub async fn register(connection: &mut PgConnection, kind: &str, name: &str) -> Result<bool, sqlx::Error> {
+    let sql = "insert into aftercommit.participant (kind, name) values ($1, $2) on conflict do nothing";
+    let done = sqlx::query(ours(sql)).bind(kind).bind(name).persistent(false).execute(connection).await?;
     Ok(done.rows_affected() == 1)
 }
 
-/// The last `limit` jobs, the newest first, of a kind and a status where one is named.
-pub async fn list(
-    session: &mut Session,
-    kind: Option<&str>,
-    status: Option<&str>,
-    limit: i64,
-) -> Result<Vec<Job>, sqlx::Error> {
-    let sql = format!(
-        "{JOB} where ($1::text is null or kind = $1) and ($2::text is null or status = $2) order by requested_at desc limit $3"
-    );
-    sqlx::query_as(AssertSqlSafe(sql)).bind(kind).bind(status).bind(limit).fetch_all(session).await
+/// Removes a participant from the register. False when it was not there. Jobs that run still wait for it.
+pub async fn unregister(connection: &mut PgConnection, kind: &str, name: &str) -> Result<bool, sqlx::Error> {
+    let sql = "delete from aftercommit.participant where kind = $1 and name = $2";
+    let done = sqlx::query(ours(sql)).bind(kind).bind(name).persistent(false).execute(connection).await?;
+    Ok(done.rows_affected() == 1)
 }
 
-/// A job with its participants; none when it is not there.
-pub async fn show(session: &mut Session, id: Uuid) -> Result<Option<(Job, Vec<ParticipantStatus>)>, sqlx::Error> {
+/// Who is registered for the jobs of a kind, by name.
+pub async fn registered(connection: &mut PgConnection, kind: &str) -> Result<Vec<String>, sqlx::Error> {
+    let sql = "select name from aftercommit.participant where kind = $1 order by name";
+    sqlx::query_scalar(ours(sql)).bind(kind).persistent(false).fetch_all(connection).await
+}
+
+/// Adds participants to a job: the one that is named, or all that are registered for its kind. Returns those that were not there.
+pub async fn join(
+    connection: &mut PgConnection,
+    job: Uuid,
+    name: Option<&str>,
+) -> Result<Vec<(String, i32)>, sqlx::Error> {
+    sqlx::query_as(ours(
+        "insert into aftercommit.job_participant (job, participant)
+         select $1, $2 where $2 is not null
+         union select j.id, r.name from aftercommit.job j join aftercommit.participant r on r.kind = j.kind
+                where j.id = $1 and $2 is null
+         on conflict do nothing returning participant, round",
+    ))
+    .bind(job)
+    .bind(name)
+    .persistent(false)
+    .fetch_all(connection)
+    .await
+}
+
+/// Which jobs are wanted; what is none does not matter.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct WantedJobs<'a> {
+    /// Those of this kind.
+    pub kind: Option<&'a str>,
+    /// Those with this status.
+    pub status: Option<&'a str>,
+    /// Those that run and are past the time they were due.
+    pub overdue: bool,
+}
+
+/// The last `limit` of the wanted jobs, the newest first.
+pub async fn list(session: &mut Session, wanted: WantedJobs<'_>, limit: i64) -> Result<Vec<Job>, sqlx::Error> {
+    let sql = format!(
+        "{JOB} where ($1::text is null or kind = $1) and ($2::text is null or status = $2)
+                 and (not $4 or status = 'running' and due_at < clock_timestamp())
+          order by requested_at desc limit $3"
+    );
+    sqlx::query_as(AssertSqlSafe(sql))
+        .bind(wanted.kind)
+        .bind(wanted.status)
+        .bind(limit)
+        .bind(wanted.overdue)
+        .fetch_all(session)
+        .await
+}
+
+/// A job with its participants and the jobs that belong to it; none when it is not there.
+pub async fn show(
+    session: &mut Session,
+    id: Uuid,
+) -> Result<Option<(Job, Vec<ParticipantStatus>, Vec<ChildJob>)>, sqlx::Error> {
     let job: Option<Job> =
         sqlx::query_as(AssertSqlSafe(format!("{JOB} where id = $1"))).bind(id).fetch_optional(&mut *session).await?;
     let Some(job) = job else { return Ok(None) };
     let sql = format!("{PARTICIPANT} where job = $1 order by participant");
-    let participants = sqlx::query_as(AssertSqlSafe(sql)).bind(id).fetch_all(session).await?;
-    Ok(Some((job, participants)))
+    let participants = sqlx::query_as(AssertSqlSafe(sql)).bind(id).fetch_all(&mut *session).await?;
+    let children = sqlx::query_as(CHILDREN).bind(id).fetch_all(session).await?;
+    Ok(Some((job, participants, children)))
 }

@@ -2,18 +2,19 @@
 
 use std::marker::PhantomData;
 
-use aftercommit_core::postgres::job::{self, Answer, Counts};
-use aftercommit_outbox::publish;
+use aftercommit_core::postgres::audit::{self, Entry};
+use aftercommit_core::postgres::job::{self, Answer, Job, ParticipantStatus};
 use aftercommit_worker::{Delivery, Handler, HandlerError};
+use serde_json::json;
 use sqlx::PgTransaction;
 
-use super::kind::{Ended, Kind, Outcome};
-use super::request::JobStatus;
+use super::end;
+use super::kind::{Kind, Outcome};
 
 /// The requester's subscriber: `Subscriber::new("tenant-deletions").on::<Outcome<TenantDeletion>>(Coordinator::new())`.
 ///
-/// Answers that come twice, late, or of somebody who was not asked change nothing. The event [`Ended`] goes in the transaction that
-/// wrote the last answer down.
+/// Answers that come twice, late, or of somebody who was not asked change nothing. The event [`Ended`](super::Ended) goes in the
+/// transaction that wrote the last answer down.
 #[derive(Debug)]
 pub struct Coordinator<K>(PhantomData<fn() -> K>);
 
@@ -30,79 +31,50 @@ impl<K> Default for Coordinator<K> {
     }
 }
 
-/// What a job is when nobody is asked any more.
-fn status(done: usize, failed: usize, cancelled: usize) -> &'static str {
-    match (done, failed, cancelled) {
-        (_, 0, 0) => "completed",
-        (0, 0, _) => "cancelled",
-        (0, _, _) => "failed",
-        _ => "partial",
-    }
-}
-
 impl<K: Kind> Handler<Outcome<K>> for Coordinator<K> {
     async fn handle(&self, tx: &mut PgTransaction<'_>, delivery: &Delivery<Outcome<K>>) -> Result<(), HandlerError> {
-        let outcome = &delivery.event;
-        // One answer after the other: of two that are last at the same time neither would see the other.
-        let Some(found) = job::lock(tx, outcome.job).await?.filter(|job| job.kind == K::NAME) else {
-            tracing::warn!(job = %outcome.job, participant = outcome.participant, "an answer to a job that is not here");
-            return Ok(());
-        };
-        let answer = Answer {
-            job: outcome.job,
-            participant: &outcome.participant,
-            round: outcome.round,
-            status: &outcome.status,
-            started_at: outcome.started_at,
-            ended_at: outcome.ended_at,
-            attempts: outcome.attempts,
-            counts: &outcome.counts,
-            error: outcome.error.as_deref(),
-        };
-        if !job::answer(tx, &answer).await? {
-            return Ok(());
+        if let Some((job, _)) = write_down::<K>(tx, &delivery.event).await? {
+            end::settle(tx, job).await?;
         }
-        let all = job::participants(tx, outcome.job).await?;
-        let count = |status| all.iter().filter(|participant| participant.status == status).count();
-        if count("asked") > 0 {
-            return Ok(());
-        }
-        let status = status(count("done"), count("failed"), count("cancelled"));
-        job::end(tx, outcome.job, status).await?;
-        let failed = all.iter().filter(|participant| participant.status == "failed");
-        let mut counts = Counts::new();
-        all.iter().for_each(|participant| job::add(&mut counts, &participant.counts));
-        let ended = Ended::<K> {
-            job: outcome.job,
-            status: status.into(),
-            completed: (count("done") as u64, all.len() as u64),
-            failed: failed.map(|participant| participant.participant.clone()).collect(),
-            counts,
-            kind: PhantomData,
-        };
-        publish(tx, &ended).await?;
-        let completed = JobStatus::of(found, all).completed;
-        tracing::info!(job = %outcome.job, kind = K::NAME, status, completed, "the job has ended");
         Ok(())
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_job_is_what_its_participants_are() {
-        for (counts, expected) in [
-            ((3, 0, 0), "completed"),
-            ((0, 0, 3), "cancelled"),
-            ((0, 3, 0), "failed"),
-            ((0, 1, 2), "failed"),
-            ((1, 2, 0), "partial"),
-            ((1, 0, 2), "partial"),
-            ((1, 1, 1), "partial"),
-        ] {
-            assert_eq!(status(counts.0, counts.1, counts.2), expected, "{counts:?}");
-        }
+/// Writes an answer down. Returns its job, locked, with all participants; none when the answer changes nothing.
+pub(crate) async fn write_down<K: Kind>(
+    tx: &mut PgTransaction<'_>,
+    outcome: &Outcome<K>,
+) -> Result<Option<(Job, Vec<ParticipantStatus>)>, HandlerError> {
+    // One answer after the other: of two that are last at the same time neither would see the other.
+    let Some(found) = job::lock(tx, outcome.job).await?.filter(|job| job.requested_type == K::REQUESTED) else {
+        tracing::warn!(job = %outcome.job, participant = outcome.participant, "an answer to a job that is not here");
+        return Ok(None);
+    };
+    let answer = Answer {
+        job: outcome.job,
+        participant: &outcome.participant,
+        round: outcome.round,
+        status: &outcome.status,
+        started_at: outcome.started_at,
+        ended_at: outcome.ended_at,
+        attempts: outcome.attempts,
+        counts: &outcome.counts,
+        notes: &outcome.notes,
+        error: outcome.error.as_deref(),
+    };
+    if !job::answer(tx, &answer).await? {
+        return Ok(None);
     }
+    let audited =
+        serde_json::from_value::<K::Request>(found.request.clone()).is_ok_and(|request| K::is_audited(&request));
+    if audited {
+        let detail = json!({
+            "job": found.id, "kind": found.kind, "request": found.request, "participant": outcome.participant,
+            "round": outcome.round, "status": outcome.status, "counts": outcome.counts, "error": outcome.error,
+        });
+        let entry = Entry { who: &found.requested_by, action: "job answer", subscriber: None, event_id: None, detail };
+        audit::write_in(tx, &entry).await?;
+    }
+    let all = job::participants(tx, outcome.job).await?;
+    Ok(Some((found, all)))
 }

@@ -25,6 +25,8 @@ pub enum JobErrorKind {
     Unknown,
     /// The job, or the participant, is in a state in which this cannot be done.
     State,
+    /// A guard refuses the request, such as a name that is another one's.
+    Refused,
     /// The event could not be written.
     Event,
     /// The database failed.
@@ -32,11 +34,11 @@ pub enum JobErrorKind {
 }
 
 impl JobError {
-    pub(super) fn new(kind: JobErrorKind, message: impl Into<String>) -> Self {
+    pub(crate) fn new(kind: JobErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), source: None }
     }
 
-    pub(super) fn event(error: PublishError) -> Self {
+    pub(crate) fn event(error: PublishError) -> Self {
         let message = "the event of the job was not written";
         Self { source: Some(error.into()), ..Self::new(JobErrorKind::Event, message) }
     }
@@ -70,7 +72,7 @@ impl From<JobError> for Error {
     fn from(error: JobError) -> Self {
         let kind = match error.kind {
             JobErrorKind::Request => ErrorKind::Config,
-            JobErrorKind::Unknown | JobErrorKind::State => ErrorKind::NotReady,
+            JobErrorKind::Unknown | JobErrorKind::State | JobErrorKind::Refused => ErrorKind::NotReady,
             _ => ErrorKind::Database,
         };
         match error.source {

@@ -41,6 +41,16 @@ pub trait Kind: Send + Sync + 'static {
     const ENDED: &'static str;
     /// What participants need to know.
     type Request: Serialize + DeserializeOwned + Send + Sync + 'static;
+
+    /// The name under which a request is on record, for a kind that asks for several things. Defaults to [`NAME`](Self::NAME).
+    fn name_of(_request: &Self::Request) -> &'static str {
+        Self::NAME
+    }
+
+    /// Whether the request and each answer to it leave a row in the audit trail. Defaults to false.
+    fn is_audited(_request: &Self::Request) -> bool {
+        false
+    }
 }
 
 /// Asks participants; also when some are asked anew, and when a job is cancelled.
@@ -88,6 +98,9 @@ pub struct Outcome<K: Kind> {
     pub status: String,
     /// What it did, as far as it is committed.
     pub counts: Counts,
+    /// What else it says, such as a table that it does not have.
+    #[serde(default)]
+    pub notes: Vec<String>,
     /// Why it failed.
     pub error: Option<String>,
     /// How many attempts it took.

@@ -3,7 +3,7 @@
 use aftercommit_core::config::PostgresConfig;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::postgres::audit::{self, Entry};
-use aftercommit_core::postgres::job::{self, Job};
+use aftercommit_core::postgres::job::{self, Job, WantedJobs};
 use aftercommit_core::postgres::{self, database_error};
 use aftercommit_outbox::{set_pooled, set_schema};
 use serde_json::json;
@@ -14,18 +14,13 @@ use super::request::{self, JobId, JobStatus};
 
 const APPLICATION: &str = "aftercommit";
 
-/// The last `limit` jobs, the newest first; of one kind and one status where they are named.
+/// The last `limit` of the wanted jobs, the newest first.
 ///
 /// # Errors
 /// When the database cannot be asked.
-pub async fn list(
-    config: &PostgresConfig,
-    kind: Option<&str>,
-    status: Option<&str>,
-    limit: i64,
-) -> Result<Vec<Job>, Error> {
+pub async fn list(config: &PostgresConfig, wanted: WantedJobs<'_>, limit: i64) -> Result<Vec<Job>, Error> {
     let mut session = postgres::connect(config, APPLICATION).await?;
-    let jobs = job::list(&mut session, kind, status, limit).await;
+    let jobs = job::list(&mut session, wanted, limit).await;
     jobs.map_err(|error| database_error("reading the jobs failed", error))
 }
 
@@ -36,8 +31,8 @@ pub async fn list(
 pub async fn show(config: &PostgresConfig, id: JobId) -> Result<JobStatus, Error> {
     let mut session = postgres::connect(config, APPLICATION).await?;
     let found = job::show(&mut session, id.0).await.map_err(|error| database_error("reading the job failed", error))?;
-    let (found, participants) = found.ok_or_else(|| unknown(id))?;
-    Ok(JobStatus::of(found, participants))
+    let (found, participants, children) = found.ok_or_else(|| unknown(id))?;
+    Ok(JobStatus::of(found, participants, children))
 }
 
 /// Asks participants anew that have failed: one, or all of them. Returns who is asked.

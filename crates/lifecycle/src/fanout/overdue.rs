@@ -12,7 +12,8 @@ use super::kind::Kind;
 use super::request::{JobId, ask, locked};
 
 /// A reconciler in the requester's database: participants that were asked longer ago than `patience` and have not answered are asked once
-/// more. Whoever has done it answers again and does nothing twice.
+/// more. Whoever has done it answers again and does nothing twice. Who has registered since is asked, too, by jobs for
+/// [`Participants::Registered`](super::Participants::Registered).
 #[derive(Debug)]
 pub struct Overdue<K> {
     name: String,
@@ -44,19 +45,32 @@ impl<K: Kind> Reconciler for Overdue<K> {
         limit: i64,
     ) -> Result<Vec<String>, ItemError> {
         let after = after.and_then(|after| Uuid::parse_str(after).ok());
-        let jobs = job::waiting(tx, K::NAME, self.patience.as_secs_f64(), after, limit).await?;
+        let jobs = job::waiting(tx, K::REQUESTED, self.patience.as_secs_f64(), after, limit).await?;
         Ok(jobs.iter().map(Uuid::to_string).collect())
     }
 
     async fn reconcile(&self, tx: &mut PgTransaction<'_>, item: &str) -> Result<Drift, ItemError> {
         let id = Uuid::parse_str(item).map_err(|_| sqlx::Error::RowNotFound)?;
         let found = locked::<K>(tx, JobId(id)).await?;
-        let late = job::overdue(tx, id, self.patience.as_secs_f64()).await?;
-        if late.is_empty() || found.status != "running" {
+        let open = job::participants(tx, id).await?.iter().any(|participant| participant.status == "asked");
+        if found.status != "running" || !open {
             return Ok(Drift::of(0));
         }
-        let asked = ask(tx, found, late, false).await?;
-        tracing::warn!(job = %id, kind = K::NAME, participants = asked.join(", "), "no answer yet: asked once more");
+        let late = job::overdue(tx, id, self.patience.as_secs_f64()).await?;
+        let new = if found.joinable { job::join(tx, id, None).await? } else { Vec::new() };
+        let names =
+            |asked: &[(String, i32)]| asked.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ");
+        if !late.is_empty() {
+            tracing::warn!(job = %id, kind = found.kind, participants = names(&late), "no answer yet: asked once more");
+        }
+        if !new.is_empty() {
+            tracing::info!(job = %id, kind = found.kind, participants = names(&new), "registered since: asked, too");
+        }
+        let asked = [late, new].concat();
+        if asked.is_empty() {
+            return Ok(Drift::of(0));
+        }
+        let asked = ask(tx, found, asked, false).await?;
         Ok(Drift::of(asked.len() as u64))
     }
 }

@@ -1,21 +1,27 @@
 //! Who works and answers.
 
 use std::marker::PhantomData;
+use std::time::{Duration, Instant};
 
 use aftercommit_core::error::causes;
 use aftercommit_core::fault;
-use aftercommit_core::postgres::job::{self, Counts, JobWork};
+use aftercommit_core::postgres::job::{self, Counts};
+use aftercommit_core::postgres::job_work::{self, JobWork};
 use aftercommit_core::postgres::{describe, is_outage};
 use aftercommit_outbox::publish;
 use aftercommit_worker::{Delivery, Handler, HandlerError};
 use chrono::Utc;
 use serde_json::Value;
-use sqlx::{Connection, PgPool, PgTransaction};
+use sqlx::{Connection, PgConnection, PgPool, PgTransaction};
 
 use super::kind::{Kind, Outcome, Requested};
+use super::request::JobId;
 
 /// How many attempts a participant makes before it answers that it failed.
 const ATTEMPTS: u32 = 5;
+/// How long steps that each commit go on before the message comes again: less than a subscriber's time limit, which is a minute
+/// unless it says otherwise.
+const TURN: Duration = Duration::from_secs(15);
 
 /// What a participant does for a job: one step, or several that each commit.
 pub trait Work<K: Kind>: Send + Sync + 'static {
@@ -31,6 +37,25 @@ pub trait Work<K: Kind>: Send + Sync + 'static {
         request: &K::Request,
         position: Option<Value>,
     ) -> impl Future<Output = Result<Step, HandlerError>> + Send;
+
+    /// Runs before the first step of a round, in its transaction. Defaults to nothing.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    fn begin(
+        &self,
+        _tx: &mut PgTransaction<'_>,
+        _job: JobId,
+        _request: &K::Request,
+    ) -> impl Future<Output = Result<(), HandlerError>> + Send {
+        async { Ok(()) }
+    }
+
+    /// Whether a participant that is asked anew begins at the beginning, because its steps find out themselves what is left to do.
+    /// Defaults to false: it goes on where it failed.
+    fn starts_over(&self) -> bool {
+        false
+    }
 }
 
 /// What a step did.
@@ -38,6 +63,8 @@ pub trait Work<K: Kind>: Send + Sync + 'static {
 pub struct Step {
     /// What it did, by what it was done to; added to what the steps before did.
     pub counts: Counts,
+    /// What else the answer shall say, such as a table that is not there. Each note is told once.
+    pub notes: Vec<String>,
     /// Where the next step begins; none when all is done.
     pub next: Option<Value>,
 }
@@ -45,7 +72,14 @@ pub struct Step {
 impl Step {
     /// The last one.
     pub fn done(counts: impl IntoIterator<Item = (impl Into<String>, u64)>) -> Self {
-        Self { counts: counts.into_iter().map(|(name, count)| (name.into(), count)).collect(), next: None }
+        let counts = counts.into_iter().map(|(name, count)| (name.into(), count)).collect();
+        Self { counts, ..Self::default() }
+    }
+
+    /// Says this, too.
+    pub fn note(mut self, note: impl Into<String>) -> Self {
+        self.notes.push(note.into());
+        self
     }
 
     /// There is more, from this position on.
@@ -94,12 +128,15 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
         requested: &Requested<K>,
         round: i32,
     ) -> Result<JobWork, HandlerError> {
-        let mut work = job::begin_work(tx, requested.job, &self.name, round).await?;
+        let mut work = self.begin(tx, requested, round).await?;
+        if work.ended_at.is_none() && work.position.is_none() {
+            self.work.begin(tx, JobId(requested.job), &requested.request).await?;
+        }
         while work.ended_at.is_none() {
             let step = self.work.step(tx, &requested.request, work.position.take()).await?;
             add(&mut work, step);
             let ended = work.position.is_none();
-            job::save_work(tx, requested.job, &self.name, &work, ended).await?;
+            job_work::save(tx, requested.job, &self.name, &work, ended).await?;
             if ended {
                 work.ended_at = Some(Utc::now());
             }
@@ -107,22 +144,40 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
         Ok(work)
     }
 
-    /// The same with a transaction for each step.
+    async fn begin(
+        &self,
+        connection: &mut PgConnection,
+        requested: &Requested<K>,
+        round: i32,
+    ) -> Result<JobWork, sqlx::Error> {
+        let over = self.work.starts_over();
+        job_work::begin(connection, requested.job, &self.name, round, over).await
+    }
+
+    /// The same with a transaction for each step. After some time the message comes again, which costs no attempt: so work may take
+    /// longer than the subscriber's limit for one handler, whose transaction stays open meanwhile.
     async fn step_by_step(&self, pool: &PgPool, requested: &Requested<K>, round: i32) -> Result<JobWork, HandlerError> {
+        let began = Instant::now();
         loop {
             let mut tx = pool.begin().await?;
             // The row is locked: nobody else takes a step of this job.
-            let mut work = job::begin_work(&mut tx, requested.job, &self.name, round).await?;
+            let mut work = self.begin(&mut tx, requested, round).await?;
             if work.ended_at.is_some() {
                 tx.rollback().await?;
                 return Ok(work);
             }
+            if work.position.is_none() {
+                self.work.begin(&mut tx, JobId(requested.job), &requested.request).await?;
+            }
             let step = self.work.step(&mut tx, &requested.request, work.position.take()).await?;
             add(&mut work, step);
-            job::save_work(&mut tx, requested.job, &self.name, &work, work.position.is_none()).await?;
+            job_work::save(&mut tx, requested.job, &self.name, &work, work.position.is_none()).await?;
             fault::point("job-step");
             tx.commit().await?;
             fault::point("job-stepped");
+            if began.elapsed() > TURN && work.position.is_some() {
+                return Err(HandlerError::snooze(Duration::from_millis(1)));
+            }
         }
     }
 
@@ -136,7 +191,7 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
     ) -> Result<(), HandlerError> {
         let (work, error) = match answer {
             Ok(work) => (Some(work), None),
-            Err(error) => (job::begin_work(tx, requested.job, &self.name, round).await.map(Some)?, Some(error)),
+            Err(error) => (self.begin(tx, requested, round).await.map(Some)?, Some(error)),
         };
         let started_at = work.as_ref().and_then(|work| work.started_at);
         let status = match (&error, started_at) {
@@ -150,6 +205,7 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
             round,
             status: status.into(),
             counts: work.as_ref().map(|work| work.counts.clone()).unwrap_or_default(),
+            notes: work.as_ref().map(|work| work.notes.clone()).unwrap_or_default(),
             error,
             attempts: i32::try_from(attempt).unwrap_or(i32::MAX),
             started_at,
@@ -165,6 +221,8 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
 /// Adds what a step did.
 fn add(work: &mut JobWork, step: Step) {
     job::add(&mut work.counts, &step.counts);
+    let new: Vec<String> = step.notes.into_iter().filter(|note| !work.notes.contains(note)).collect();
+    work.notes.extend(new);
     work.position = step.next;
 }
 
@@ -188,8 +246,8 @@ impl<K: Kind, W: Work<K>> Handler<Requested<K>> for Participant<K, W> {
         };
         let (round, attempt) = (*round, delivery.attempt);
         if requested.cancel {
-            if job::cancel_work(tx, requested.job, &self.name, round).await? {
-                let work = job::begin_work(tx, requested.job, &self.name, round).await?;
+            if job_work::cancel(tx, requested.job, &self.name, round).await? {
+                let work = self.begin(tx, requested, round).await?;
                 self.answer(tx, requested, round, attempt, Ok(work)).await?;
             }
             return Ok(());

@@ -1,0 +1,478 @@
+//! What the catalogue says of the tables of an eraser.
+
+use std::collections::HashMap;
+use std::error::Error as StdError;
+use std::fmt;
+
+use aftercommit_core::postgres::quoted;
+use aftercommit_prune::{PruneError, PruneErrorKind, Table, check_expression};
+use aftercommit_worker::HandlerError;
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgTransaction};
+
+use super::tables::{Rows, Which};
+
+/// The tables in the order in which their rows go.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) entries: Vec<Entry>,
+    /// What there is to say of it, such as a table that is not there.
+    pub(super) notes: Vec<String>,
+    /// Names of optional tables that are not there.
+    missing: Vec<String>,
+    /// Types of columns that are compared with the subject's id, with the column.
+    types: Vec<(String, String)>,
+}
+
+/// Rows of one table.
+#[derive(Debug)]
+pub(super) struct Entry {
+    /// For statements.
+    pub(super) name: String,
+    /// For people.
+    pub(super) label: String,
+    pub(super) partitioned: bool,
+    /// Which rows go, of the table as `t`, with the subject's id as `$1`.
+    pub(super) condition: String,
+    /// What goes with them by `on delete cascade`.
+    pub(super) cascades: Vec<Cascade>,
+    /// The column that finds them; none when only the server knows.
+    found_by: Option<String>,
+}
+
+/// A table whose rows go with those that they refer to.
+#[derive(Debug, Clone)]
+pub(super) struct Cascade {
+    pub(super) name: String,
+    pub(super) label: String,
+    /// Its columns, and those that they refer to, as SQL: `t."a", t."b"`.
+    pub(super) columns: String,
+    pub(super) references: String,
+    first: String,
+    /// Rows that are not to go.
+    pub(super) keep: Option<String>,
+    pub(super) below: Vec<Cascade>,
+}
+
+/// Why it cannot be, or did not work.
+#[derive(Debug)]
+pub(super) enum Problem {
+    /// It never will.
+    Wrong(String),
+    /// It may another time.
+    Failed { doing: String, source: Box<dyn StdError + Send + Sync>, foreign_key: bool },
+}
+
+impl Problem {
+    pub(super) fn failed(table: &str, error: sqlx::Error) -> Self {
+        let foreign_key = error.as_database_error().is_some_and(|error| error.code().as_deref() == Some("23503"));
+        Self::Failed { doing: format!("erasing from {table} failed"), source: error.into(), foreign_key }
+    }
+
+    /// Whether a row of another table refers to one that was to go.
+    pub(super) fn is_foreign_key(&self) -> bool {
+        matches!(self, Self::Failed { foreign_key: true, .. })
+    }
+
+    /// What a handler says of it.
+    pub(super) fn of(self, eraser: &str) -> HandlerError {
+        match self {
+            Self::Wrong(problem) => HandlerError::reject(format!("the eraser {eraser}: {problem}")),
+            failed @ Self::Failed { .. } => HandlerError::retry(failed),
+        }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Wrong(problem) => f.write_str(problem),
+            Self::Failed { doing, .. } => f.write_str(doing),
+        }
+    }
+}
+
+impl StdError for Problem {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        match self {
+            Self::Wrong(_) => None,
+            Self::Failed { source, .. } => Some(&**source),
+        }
+    }
+}
+
+impl From<PruneError> for Problem {
+    fn from(error: PruneError) -> Self {
+        match error.kind() {
+            PruneErrorKind::Spec | PruneErrorKind::CompositePrimaryKey => Self::Wrong(error.to_string()),
+            _ => {
+                Self::Failed { doing: "reading the catalogue failed".into(), source: error.into(), foreign_key: false }
+            }
+        }
+    }
+}
+
+/// What can be said of the tables without the database.
+pub(super) fn check(rows: &[Rows]) -> Result<(), String> {
+    if rows.is_empty() {
+        return Err("it names no tables".into());
+    }
+    for (n, one) in rows.iter().enumerate() {
+        let table = &one.table;
+        if rows[..n].iter().any(|other| other.table == *table) {
+            return Err(format!("the table {table} is named twice: join its conditions with `or`"));
+        }
+        let [which] = one.which.as_slice() else {
+            return Err(format!("the table {table} needs exactly one of column, condition and parent"));
+        };
+        let wrong = |error: PruneError| format!("the table {table}: {error}");
+        match which {
+            Which::Condition(sql) => match check_expression(sql).map_err(wrong)? {
+                1 => {}
+                0 => return Err(format!("the table {table}: its condition does not ask for the subject's id, $1")),
+                _ => {
+                    return Err(format!(
+                        "the table {table}: its condition has more placeholders than $1, the subject's id"
+                    ));
+                }
+            },
+            Which::Parent { table: parent, .. } => {
+                if !rows[n + 1..].iter().any(|other| other.table == *parent) {
+                    return Err(format!(
+                        "the table {table}: its parent {parent} must be named below it, children first"
+                    ));
+                }
+            }
+            Which::Column(_) => {}
+        }
+        if let Some(keep) = &one.keep
+            && check_expression(keep).map_err(wrong)? > 0
+        {
+            return Err(format!("the table {table}: `keep` has no placeholders"));
+        }
+    }
+    Ok(())
+}
+
+/// A table that is there.
+struct Known {
+    table: Table,
+    condition: String,
+    found_by: Option<String>,
+    keep: Option<String>,
+}
+
+impl Plan {
+    /// Looks up everything that the rows name.
+    pub(super) async fn read(tx: &mut PgTransaction<'_>, rows: &[Rows]) -> Result<Self, Problem> {
+        let mut plan = Self { entries: Vec::new(), notes: Vec::new(), missing: Vec::new(), types: Vec::new() };
+        let mut known: HashMap<&str, Known> = HashMap::new();
+        // Parents first: conditions of children have theirs within.
+        for one in rows.iter().rev() {
+            if one.optional && !exists(tx, &one.table).await? {
+                plan.missing.push(one.table.clone());
+                plan.notes.push(format!("there is no table {}: skipped", one.table));
+                continue;
+            }
+            let table = Table::read(tx, &one.table).await?;
+            let (mut condition, found_by) = plan.condition(tx, &table, &one.which, &known).await?;
+            if let Some(keep) = &one.keep {
+                condition = format!("({condition}) and ({keep}) is not true");
+            }
+            known.insert(&one.table, Known { table, condition, found_by, keep: one.keep.clone() });
+        }
+        let keeps: HashMap<String, Option<String>> =
+            known.values().map(|one| (one.table.label.clone(), one.keep.clone())).collect();
+        for one in rows {
+            let Some(Known { table, condition, found_by, .. }) = known.remove(one.table.as_str()) else { continue };
+            let cascades = cascades(tx, &table.name, &keeps, &mut vec![table.label.clone()]).await?;
+            for cascade in &cascades {
+                plan.implicit(tx, &table.name, &condition, cascade, &keeps).await?;
+            }
+            let partitioned = is_partitioned(tx, &table.name).await?;
+            plan.entries.push(Entry {
+                name: table.name,
+                label: table.label,
+                partitioned,
+                condition,
+                cascades,
+                found_by,
+            });
+        }
+        Ok(plan)
+    }
+
+    /// Which rows go, and the column that finds them.
+    async fn condition(
+        &mut self,
+        tx: &mut PgTransaction<'_>,
+        table: &Table,
+        which: &[Which],
+        known: &HashMap<&str, Known>,
+    ) -> Result<(String, Option<String>), Problem> {
+        match which.first() {
+            Some(Which::Column(column)) => {
+                table.column_type(column)?;
+                let kind = plain_type(tx, &table.name, column).await?;
+                let place = format!("{}.{column}", table.label);
+                let condition = format!("t.{} = $1::pg_catalog.text::{kind}", quoted(column));
+                self.types.push((place, kind));
+                Ok((condition, Some(column.clone())))
+            }
+            Some(Which::Condition(sql)) => Ok((format!("({sql})"), None)),
+            Some(Which::Parent { column, table: name, references }) => {
+                table.column_type(column)?;
+                let parent = known.get(name.as_str()).ok_or_else(|| {
+                    Problem::Wrong(format!("there is no table {name}, which {} refers to", table.label))
+                })?;
+                let references = match references {
+                    Some(references) => references.clone(),
+                    None => match referenced(tx, &table.name, column, &parent.table.name).await? {
+                        Some(references) => references,
+                        None => parent.table.key()?.to_string(),
+                    },
+                };
+                parent.table.column_type(&references)?;
+                let (child, references) = (quoted(column), quoted(&references));
+                let (parent, condition) = (&parent.table.name, &parent.condition);
+                let condition = format!("t.{child} in (select t.{references} from {parent} as t where {condition})");
+                Ok((condition, Some(column.clone())))
+            }
+            None => Err(Problem::Wrong(format!("nothing says which rows of {} go", table.label))),
+        }
+    }
+
+    /// Rows that go by cascade are deleted before, in chunks as all others, unless they are named themselves.
+    async fn implicit(
+        &mut self,
+        tx: &mut PgTransaction<'_>,
+        parent: &str,
+        above: &str,
+        cascade: &Cascade,
+        keeps: &HashMap<String, Option<String>>,
+    ) -> Result<(), Problem> {
+        let Cascade { name, label, columns, references, first, .. } = cascade;
+        if keeps.contains_key(label) || name == parent {
+            return Ok(());
+        }
+        let condition = format!("({columns}) in (select {references} from {parent} as t where {above})");
+        for below in &cascade.below {
+            Box::pin(self.implicit(tx, name, &condition, below, keeps)).await?;
+        }
+        let (name, label, found_by) = (name.clone(), label.clone(), Some(first.clone()));
+        let partitioned = is_partitioned(tx, &name).await?;
+        let cascades = cascade.below.clone();
+        self.entries.push(Entry { name, label, partitioned, condition, cascades, found_by });
+        Ok(())
+    }
+
+    /// Names of all tables, also of those that are not there.
+    pub(super) fn labels(&self) -> impl Iterator<Item = &str> {
+        self.entries.iter().map(|entry| entry.label.as_str()).chain(self.missing.iter().map(String::as_str))
+    }
+
+    /// The id must be written as the columns write it: another text could be cut, or be the id of somebody else.
+    pub(super) async fn check_id(&self, tx: &mut PgTransaction<'_>, id: &str) -> Result<(), Problem> {
+        for (place, kind) in &self.types {
+            let mut inner = tx.begin().await.map_err(|error| Problem::failed(place, error))?;
+            let sql = format!("select ($1::pg_catalog.text::{kind})::pg_catalog.text = $1::pg_catalog.text");
+            let same = sqlx::query_scalar::<_, bool>(AssertSqlSafe(sql)).bind(id).persistent(false);
+            let same = match same.fetch_one(&mut *inner).await {
+                Ok(same) => same,
+                Err(error)
+                    if error.as_database_error().is_some_and(|error| is_about_the_value(error.code().as_deref())) =>
+                {
+                    false
+                }
+                Err(error) => return Err(Problem::failed(place, error)),
+            };
+            inner.rollback().await.map_err(|error| Problem::failed(place, error))?;
+            if !same {
+                let problem = format!("the subject's id is not written as the type of {place} writes it");
+                return Err(Problem::Wrong(problem));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tables that are read as a whole for each chunk, because no index finds the rows.
+    pub(super) async fn warnings(&self, tx: &mut PgTransaction<'_>, id: &str) -> Result<Vec<String>, Problem> {
+        let mut warnings = Vec::new();
+        for entry in &self.entries {
+            let found = match &entry.found_by {
+                Some(column) => is_indexed(tx, &entry.name, column).await?,
+                None => uses_an_index(tx, entry, id).await?,
+            };
+            if !found {
+                let column = entry.found_by.as_deref().map(|column| format!(" on {column}")).unwrap_or_default();
+                warnings.push(format!(
+                    "{} has no index{column} that finds the rows: each chunk reads the table",
+                    entry.label
+                ));
+            }
+            for cascade in &entry.cascades {
+                if !is_indexed(tx, &cascade.name, &cascade.first).await? {
+                    let Cascade { label, first, .. } = cascade;
+                    let warning =
+                        format!("{label} has no index on {first}: each row of {} that goes reads it", entry.label);
+                    warnings.push(warning);
+                }
+            }
+        }
+        warnings.dedup();
+        Ok(warnings)
+    }
+}
+
+/// A value that a type does not take.
+fn is_about_the_value(code: Option<&str>) -> bool {
+    code.is_some_and(|code| code.starts_with("22") || code == "23514")
+}
+
+async fn exists(connection: &mut PgConnection, table: &str) -> Result<bool, Problem> {
+    sqlx::query_scalar("select pg_catalog.to_regclass($1) is not null")
+        .bind(table)
+        .persistent(false)
+        .fetch_one(connection)
+        .await
+        .map_err(|error| Problem::failed(table, error))
+}
+
+async fn is_partitioned(connection: &mut PgConnection, table: &str) -> Result<bool, Problem> {
+    sqlx::query_scalar("select relkind = 'p' from pg_catalog.pg_class where oid = $1::pg_catalog.regclass")
+        .bind(table)
+        .persistent(false)
+        .fetch_one(connection)
+        .await
+        .map_err(|error| Problem::failed(table, error))
+}
+
+/// A column's type without its length: a cast to a type with a length cuts what is longer, and would find somebody else.
+async fn plain_type(connection: &mut PgConnection, table: &str, column: &str) -> Result<String, Problem> {
+    sqlx::query_scalar(
+        "select pg_catalog.format('%I.%I', n.nspname, y.typname)
+           from pg_catalog.pg_attribute a
+           join pg_catalog.pg_type y on y.oid = a.atttypid
+           join pg_catalog.pg_namespace n on n.oid = y.typnamespace
+          where a.attrelid = $1::pg_catalog.regclass and a.attname = $2",
+    )
+    .bind(table)
+    .bind(column)
+    .persistent(false)
+    .fetch_one(connection)
+    .await
+    .map_err(|error| Problem::failed(table, error))
+}
+
+/// The column of the parent that a foreign key of one column names.
+async fn referenced(
+    connection: &mut PgConnection,
+    table: &str,
+    column: &str,
+    parent: &str,
+) -> Result<Option<String>, Problem> {
+    sqlx::query_scalar(
+        "select a.attname::text
+           from pg_catalog.pg_constraint k
+           join pg_catalog.pg_attribute own on own.attrelid = k.conrelid and own.attnum = k.conkey[1]
+           join pg_catalog.pg_attribute a on a.attrelid = k.confrelid and a.attnum = k.confkey[1]
+          where k.contype = 'f' and k.conrelid = $1::pg_catalog.regclass and k.confrelid = $2::pg_catalog.regclass
+            and pg_catalog.cardinality(k.conkey) = 1 and own.attname = $3
+          order by k.oid limit 1",
+    )
+    .bind(table)
+    .bind(parent)
+    .bind(column)
+    .persistent(false)
+    .fetch_optional(connection)
+    .await
+    .map_err(|error| Problem::failed(table, error))
+}
+
+async fn is_indexed(connection: &mut PgConnection, table: &str, column: &str) -> Result<bool, Problem> {
+    sqlx::query_scalar(
+        "select exists (select from pg_catalog.pg_index i
+                          join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = i.indkey[0]
+                         where i.indrelid = $1::pg_catalog.regclass and i.indisvalid and a.attname = $2)",
+    )
+    .bind(table)
+    .bind(column)
+    .persistent(false)
+    .fetch_one(connection)
+    .await
+    .map_err(|error| Problem::failed(table, error))
+}
+
+/// Whether the server finds rows of a condition by an index. A small table is read as a whole, whatever indexes it has, so that is
+/// forbidden meanwhile.
+async fn uses_an_index(tx: &mut PgTransaction<'_>, entry: &Entry, id: &str) -> Result<bool, Problem> {
+    let failed = |error| Problem::failed(&entry.label, error);
+    let mut inner = tx.begin().await.map_err(failed)?;
+    sqlx::query("select pg_catalog.set_config('enable_seqscan', 'off', true)")
+        .persistent(false)
+        .execute(&mut *inner)
+        .await
+        .map_err(failed)?;
+    let sql = format!("explain (costs off) select from {} as t where {}", entry.name, entry.condition);
+    let lines: Vec<String> = sqlx::query_scalar(AssertSqlSafe(sql))
+        .bind(id)
+        .persistent(false)
+        .fetch_all(&mut *inner)
+        .await
+        .map_err(failed)?;
+    inner.rollback().await.map_err(failed)?;
+    Ok(lines.iter().any(|line| line.trim_start().starts_with("Index Cond:")))
+}
+
+/// A foreign key with `on delete cascade`.
+#[derive(sqlx::FromRow)]
+struct Key {
+    name: String,
+    label: String,
+    columns: Vec<String>,
+    references: Vec<String>,
+}
+
+/// Tables whose rows go with those of a table, with what goes with them. `above` are those from the first table on.
+async fn cascades(
+    connection: &mut PgConnection,
+    table: &str,
+    keeps: &HashMap<String, Option<String>>,
+    above: &mut Vec<String>,
+) -> Result<Vec<Cascade>, Problem> {
+    let keys: Vec<Key> = sqlx::query_as(
+        "select pg_catalog.format('%I.%I', n.nspname, c.relname) as name, n.nspname || '.' || c.relname as label,
+                array(select a.attname::text from pg_catalog.unnest(k.conkey) with ordinality as u (number, place)
+                        join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = u.number
+                       order by u.place) as columns,
+                array(select a.attname::text from pg_catalog.unnest(k.confkey) with ordinality as u (number, place)
+                        join pg_catalog.pg_attribute a on a.attrelid = k.confrelid and a.attnum = u.number
+                       order by u.place) as \"references\"
+           from pg_catalog.pg_constraint k
+           join pg_catalog.pg_class c on c.oid = k.conrelid
+           join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+          where k.contype = 'f' and k.confdeltype = 'c' and k.confrelid = $1::pg_catalog.regclass and k.conparentid = 0
+          order by 2, 3",
+    )
+    .bind(table)
+    .persistent(false)
+    .fetch_all(&mut *connection)
+    .await
+    .map_err(|error| Problem::failed(table, error))?;
+    let mut found = Vec::new();
+    for Key { name, label, columns, references } in keys {
+        let list =
+            |names: &[String]| names.iter().map(|name| format!("t.{}", quoted(name))).collect::<Vec<_>>().join(", ");
+        let below = if above.contains(&label) {
+            Vec::new()
+        } else {
+            above.push(label.clone());
+            let below = Box::pin(cascades(connection, &name, keeps, above)).await?;
+            above.pop();
+            below
+        };
+        let keep = keeps.get(&label).cloned().flatten();
+        let (first, references) = (columns.first().cloned().unwrap_or_default(), list(&references));
+        found.push(Cascade { name, label, columns: list(&columns), references, first, keep, below });
+    }
+    Ok(found)
+}

@@ -1,0 +1,196 @@
+//! From the request to the proof.
+
+use aftercommit::erase::{Ended, Verified};
+use aftercommit::fanout::operate as jobs;
+
+use super::*;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_erasure_ends_when_nothing_is_left_anywhere() {
+    let fleet = Fleet::new().await;
+    let job = fleet.ask().await;
+    fleet.both_work().await;
+    fleet.coordinate().await;
+    fleet.coordinate().await;
+    let status = fleet.status(job).await;
+    assert_eq!(
+        (status.status.as_str(), status.services_completed.as_str()),
+        ("running", "2/2"),
+        "it is not proven yet"
+    );
+    let verification = status.verification.unwrap();
+    assert_eq!((verification.status.as_str(), verification.left.len()), ("verifying", 2));
+    let asked = events::<Requested>(&fleet.pool).await;
+    assert_eq!(asked.len(), 2, "answers that come again ask nothing again");
+    let wait = asked[1].not_before.unwrap() - chrono::Utc::now();
+    assert!((30..=60).contains(&wait.num_seconds()), "{wait}");
+
+    fleet.both_work().await;
+    fleet.coordinate().await;
+    fleet.coordinate().await;
+    let status = fleet.status(job).await;
+    let verification = status.verification.clone().unwrap();
+    assert_eq!((status.status.as_str(), verification.status.as_str()), ("completed", "verified"));
+    assert_eq!((verification.left.len(), verification.late.len()), (0, 0));
+    assert_eq!((status.total_items_deleted, status.services_failed, status.services_silent), (Some(149), 0, 0));
+    let orders = status.participants.iter().find(|one| one.participant == "orders").unwrap();
+    assert_eq!(orders.counts.as_ref().unwrap(), &all_orders());
+    assert_eq!(orders.notes, ["there is no table public.old_orders: skipped"]);
+    assert!(orders.duration_seconds.is_some_and(|took| took >= 0.0) && orders.attempts == Some(1));
+    let verified = events::<Verified>(&fleet.pool).await;
+    let [verified] = verified.as_slice() else { panic!("{verified:?}") };
+    assert_eq!(
+        (verified.job, verified.status.as_str(), &verified.subject),
+        (job.0, "verified", &Subject::new("tenant", TENANT))
+    );
+    let ended: Vec<(uuid::Uuid, String)> =
+        events::<Ended>(&fleet.pool).await.into_iter().map(|ended| (ended.job, ended.status)).collect();
+    assert_eq!(ended, [(verification.job.0, "completed".into()), (job.0, "completed".into())]);
+    assert_eq!(fleet.orders.count("orders").await + fleet.bills.count("bills").await, 25, "another tenant's stay");
+    // The trail outlives the tenant: the requests, and an answer of each service to each.
+    let acts: Vec<(String, Option<String>, String)> =
+        sqlx::query_as("select action, detail ->> 'participant', who from aftercommit.audit order by id")
+            .fetch_all(&fleet.pool)
+            .await
+            .unwrap();
+    let acts: Vec<(&str, Option<&str>)> =
+        acts.iter().inspect(|act| assert_eq!(act.2, "ann")).map(|act| (act.0.as_str(), act.1.as_deref())).collect();
+    assert_eq!(acts.iter().filter(|act| act.0 == "job request").count(), 2, "{acts:?}");
+    assert_eq!(acts.iter().filter(|act| **act == ("job answer", Some("orders"))).count(), 2, "{acts:?}");
+    assert_eq!(acts.iter().filter(|act| **act == ("job answer", Some("bills"))).count(), 2, "{acts:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_came_late_are_swept_and_counted_as_late() {
+    let fleet = Fleet::new().await;
+    let job = fleet.ask().await;
+    fleet.both_work().await;
+    fleet.coordinate().await;
+    fleet
+        .orders
+        .database
+        .execute(&format!("insert into orders values (100, '{TENANT}'); insert into items values (100, 100)"))
+        .await;
+    fleet.both_work().await;
+    fleet.coordinate().await;
+    let status = fleet.status(job).await;
+    let verification = status.verification.unwrap();
+    assert_eq!((status.status.as_str(), verification.status.as_str()), ("completed", "verified"));
+    let late: Vec<(&str, u64)> = verification.late["orders"].iter().map(|(t, n)| (t.as_str(), *n)).collect();
+    assert_eq!(late, [("public.items", 1), ("public.orders", 1)]);
+    assert_eq!(status.total_items_deleted, Some(151));
+    assert_eq!(fleet.orders.count(&format!("orders where tenant_id = '{TENANT}'")).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_verification_that_fails_names_service_and_table() {
+    let fleet = Fleet::new().await;
+    let job = fleet.ask().await;
+    fleet.both_work().await;
+    fleet.coordinate().await;
+    // A row came late, and cannot go.
+    fleet
+        .bills
+        .database
+        .execute(&format!(
+            "insert into bills values (100, 'tenant:{TENANT}');
+         create function refuse() returns trigger language plpgsql as $$ begin
+             raise exception 'bills are kept for ten years'; end $$;
+         create trigger refuse before delete on bills for each row execute function refuse()"
+        ))
+        .await;
+    let bills = erase::participant(super::bills()).attempts(1);
+    fleet.works(&fleet.orders, &erase::participant(orders())).await;
+    fleet.works(&fleet.bills, &bills).await;
+    fleet.coordinate().await;
+    let status = fleet.status(job).await;
+    let verification = status.verification.unwrap();
+    assert_eq!((status.status.as_str(), verification.status.as_str()), ("partial", "verification_failed"));
+    let [left] = verification.left.as_slice() else { panic!("{verification:?}") };
+    assert!(left.participant == "bills" && left.reason.contains("public.bills"), "{left:?}");
+    let verified = events::<Verified>(&fleet.pool).await;
+    assert_eq!((verified.len(), verified[0].status.as_str()), (1, "verification_failed"));
+    assert_eq!(verified[0].left[0].participant, "bills");
+
+    // The way out: what keeps the rows goes, and the service is asked anew.
+    fleet.bills.database.execute("drop trigger refuse on bills").await;
+    jobs::retry(&fleet.requester.config, "ann", verification.job, None).await.unwrap();
+    assert_eq!(fleet.status(job).await.status, "running", "it waits for its verification again");
+    fleet.works(&fleet.bills, &bills).await;
+    fleet.coordinate().await;
+    let status = fleet.status(job).await;
+    assert_eq!((status.status.as_str(), status.verification.unwrap().status.as_str()), ("completed", "verified"));
+    let words: Vec<String> = events::<Verified>(&fleet.pool).await.into_iter().map(|event| event.status).collect();
+    assert_eq!(words, ["verification_failed", "verified"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_fails_is_not_verified_before_it_is_done() {
+    let fleet = Fleet::new().await;
+    let job = fleet.ask().await;
+    fleet.bills.database.execute("alter table bills rename to old_bills").await;
+    fleet.both_work().await;
+    fleet.coordinate().await;
+    let status = fleet.status(job).await;
+    assert_eq!(
+        (status.status.as_str(), status.services_completed.as_str(), status.verification),
+        ("partial", "1/2", None)
+    );
+    let bills = &status.participants[0];
+    assert!(bills.error.as_ref().unwrap().contains("there is no table \"public.bills\""), "{bills:?}");
+    fleet.bills.database.execute("alter table old_bills rename to bills").await;
+    jobs::retry(&fleet.requester.config, "ann", job, None).await.unwrap();
+    fleet.works(&fleet.bills, &erase::participant(super::bills())).await;
+    fleet.coordinate().await;
+    assert_eq!(fleet.status(job).await.verification.unwrap().status, "verifying");
+    fleet.both_work().await;
+    fleet.coordinate().await;
+    assert_eq!(fleet.status(job).await.status, "completed");
+}
+
+/// Rows of an erased subject are refused where the owner of the table wants it.
+#[tokio::test(flavor = "multi_thread")]
+async fn late_rows_of_an_erased_tenant_can_be_refused() {
+    let fleet = Fleet::new().await;
+    fleet
+        .orders
+        .database
+        .execute(
+            "create trigger refuse_erased before insert or update of tenant_id on orders
+            for each row execute function aftercommit.refuse_erased('tenant', 'tenant_id')",
+        )
+        .await;
+    let insert = async |id: i64, tenant: &str| {
+        sqlx::query("insert into orders values ($1, $2::uuid)").bind(id).bind(tenant).execute(&fleet.orders.pool).await
+    };
+    insert(100, TENANT).await.unwrap();
+    fleet.ask().await;
+    fleet.works(&fleet.orders, &erase::participant(orders())).await;
+    let error = insert(101, TENANT).await.unwrap_err().to_string();
+    assert!(error.contains("the tenant of this row is erased: public.orders"), "{error}");
+    insert(102, OTHER).await.unwrap();
+    let moved = sqlx::query("update orders set tenant_id = $1::uuid where id = 102")
+        .bind(TENANT)
+        .execute(&fleet.orders.pool)
+        .await;
+    assert!(moved.is_err());
+    let erased: (bool, bool) =
+        sqlx::query_as("select aftercommit.is_erased('tenant', $1), aftercommit.is_erased('tenant', $2)")
+            .bind(TENANT)
+            .bind(OTHER)
+            .fetch_one(&fleet.orders.pool)
+            .await
+            .unwrap();
+    assert_eq!(erased, (true, false));
+    // A column that is not there is an error, not silence.
+    fleet
+        .bills
+        .database
+        .execute(
+            "create trigger refuse_erased before insert on bills
+            for each row execute function aftercommit.refuse_erased('tenant', 'tenant_id')",
+        )
+        .await;
+    let wrong = sqlx::query("insert into bills values (100, 'x')").execute(&fleet.bills.pool).await.unwrap_err();
+    assert!(wrong.to_string().contains("needs the kind of subject and a column"), "{wrong}");
+}
