@@ -180,12 +180,19 @@ grant execute on function :"schema".prune_audit, :"schema".prune_leases to :"pru
 
 -- Jobs that several services answer: a participant's worker writes down how far it is. Who asks, and the worker that writes answers
 -- down, also needs the role requester, and both publish.
-grant select, insert (job, participant, round, started_at, ended_at), update (round, position, counts, ended_at)
+grant select, insert (job, participant, round, started_at, ended_at), update (round, position, counts, notes, ended_at)
     on :"schema".job_work to :"worker";
-grant select, insert (id, kind, request_key, request, requested_by, due_at, requested_type, ended_type), update (status, ended_at)
-    on :"schema".job to :"requester";
+grant select, insert (kind, id, job) on :"schema".erased_subject to :"worker";
+grant select,
+    insert (id, kind, request_key, request, requested_by, due_at, requested_type, ended_type, parent, joinable),
+    update (status, ended_at) on :"schema".job to :"requester";
 grant select, insert (job, participant),
-    update (status, round, asked_at, started_at, ended_at, attempts, counts, error) on :"schema".job_participant to :"requester";
+    update (status, round, asked_at, started_at, ended_at, attempts, counts, notes, error)
+    on :"schema".job_participant to :"requester";
+grant select, delete, insert (kind, name) on :"schema".participant to :"requester";
+grant insert (who, action, subscriber, event_id, detail) on :"schema".audit to :"requester";
+-- A service that refuses rows of erased subjects, or asks whether one is erased.
+grant execute on function :"schema".is_erased, :"schema".refuse_erased to :"publisher", :"worker";
 
 -- `aftercommit forget`, and a service that forgets in its own transactions. It reads no payload; functions erase them.
 grant select (event_id, type, key, content_type) on :"schema".outbox, :"schema".dead_letter, :"schema".redrive to :"eraser";
@@ -206,7 +213,8 @@ grant select on
     :"schema".reached, :"schema".inbox_pruned, :"schema".subscriber_start, :"schema".worker_status, :"schema".failure,
     :"schema".reconciler, :"schema".reconcile_run, :"schema".finding,
     :"schema".lease, :"schema".pause, :"schema".audit, :"schema".allowed_type, :"schema".sweep,
-    :"schema".job, :"schema".job_participant, :"schema".job_work, :"schema".forget_request, :"schema".tombstone
+    :"schema".job, :"schema".job_participant, :"schema".participant, :"schema".job_work, :"schema".erased_subject,
+    :"schema".forget_request, :"schema".tombstone
     to :"reader", :"operator";
 grant select on sequence :"schema".outbox_id_seq to :"reader", :"operator";
 grant execute on function :"schema".payload_json, :"schema".reads_up_to to :"reader", :"operator";

@@ -108,6 +108,9 @@ metrics! {
         "Those of them that were repaired, or whose repair was queued.";
     RECONCILER_FAILED_ITEMS_TOTAL, Counter, "aftercommit_reconciler_failed_items_total", ["reconciler"]:
         "Items that runs in this process could not reconcile.";
+    JOBS_OVERDUE, Gauge, "aftercommit_jobs_overdue", ["kind"]:
+        "Jobs that run and are past the time they were due, by kind, counted every few seconds by every process that asks \
+         participants again. `NaN` while the database does not answer.";
     PRUNED_ROWS_TOTAL, Counter, "aftercommit_pruned_rows_total", ["category"]:
         "Rows that sweeps of this process removed, by category, such as `outbox` or the name of a spec.";
     SWEEPS_TOTAL, Counter, "aftercommit_sweeps_total", ["category", "result"]:

@@ -20,7 +20,7 @@ use aftercommit_core::owner::Owner;
 use aftercommit_core::postgres::forget::Totals;
 use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::{
-    self, capture, database_error, doctor as facts, forget, identity, migrate, parked, pause, relay_log, rights,
+    self, capture, database_error, doctor as facts, forget, identity, job, migrate, parked, pause, relay_log, rights,
     sequence, status as positions,
 };
 use aftercommit_core::relay::{LEASE, Mode};
@@ -275,6 +275,8 @@ struct DatabaseFacts {
     /// None without schema, or when it is not the login's business.
     work: Option<Result<Work, Error>>,
     dead_letters: Option<Result<Vec<(String, i64)>, Error>>,
+    /// How many jobs of each kind run, and are overdue. None when it is not the login's business.
+    jobs: Option<Vec<(String, i64, i64)>>,
     /// Empty when it is not the login's business.
     captures: Vec<capture::Checked>,
     forgotten: Option<Totals>,
@@ -322,6 +324,11 @@ async fn look_at_database(config: &DoctorConfig) -> Result<DatabaseFacts, Error>
         let letters = positions::dead_letters(&mut connection).await;
         dead_letters = Some(letters.map_err(|error| database_error("the dead letters cannot be read", error)));
     }
+    let mut jobs = None;
+    if tables.outbox && does(&[Role::Requester, Role::Reader, Role::Operator]) {
+        // Rights that are missing are told by themselves.
+        jobs = job::running(&mut connection).await.ok();
+    }
     let mut captures = Vec::new();
     if tables.outbox && does(&READERS_OF_CAPTURES) {
         captures = look_at_captures(&mut connection).await.map_err(failed)?;
@@ -352,6 +359,7 @@ async fn look_at_database(config: &DoctorConfig) -> Result<DatabaseFacts, Error>
         migrations,
         work,
         dead_letters,
+        jobs,
         captures,
         forgotten,
     })

@@ -78,8 +78,8 @@ pub(super) struct RequestArgs {
     #[command(flatten)]
     services: ServicesArgs,
     /// The subject's name, which must be what the query of the file says; it is kept nowhere
-    #[arg(long, value_name = "NAME", requires = "config")]
-    name: Option<String>,
+    #[arg(long = "name", value_name = "NAME", requires = "config")]
+    called: Option<String>,
     /// Pass over the guards of the file, such as other admins; the audit trail says so
     #[arg(long)]
     force: bool,
@@ -170,7 +170,7 @@ pub(super) async fn run(command: Erase) -> Result<(String, ExitCode), Error> {
 async fn ask(command: RequestArgs) -> Result<(String, ExitCode), Error> {
     let config = command.postgres.config()?;
     let subject = command.subject.subject();
-    let request = command.services.request(subject.clone(), &command.who.name(), Some(command.name.as_deref()))?;
+    let request = command.services.request(subject.clone(), &command.who.name(), Some(command.called.as_deref()))?;
     let asked = operate::ask(&config, request.force(command.force).again(command.again)).await?;
     let (job, status) = (asked.job, &asked.status);
     let known = match status.as_str() {

@@ -48,8 +48,8 @@ async fn a_request_is_guarded_by_its_file_and_says_what_came_of_it() {
     let file = std::env::temp_dir().join(format!("erase-{}.toml", uuid::Uuid::now_v7()));
     std::fs::write(
         &file,
-        "[[subject]]\nkind = 'tenant'\nparticipants = ['orders', 'bills']\nname = 'select name from tenants where id = $1::uuid'\n\
-         due_after = '1s'\n[[subject.guard]]\nwhat = 'other admins'\ncount = 'select count(*) from admins where tenant_id = $1::uuid'\n",
+        "[[subject]]\nkind = 'tenant'\nparticipants = ['orders', 'bills']\nname = 'select name from public.tenants where id = $1::uuid'\n\
+         due_after = '1s'\n[[subject.guard]]\nwhat = 'other admins'\ncount = 'select count(*) from public.admins where tenant_id = $1::uuid'\n",
     )
     .unwrap();
     let file = file.to_str().unwrap().to_string();

@@ -6,8 +6,8 @@ use aftercommit::fanout::{JobErrorKind, Jobs};
 
 use super::*;
 
-const NAME: &str = "select name from tenants where id = $1::uuid";
-const ADMINS: &str = "select count(*) from admins where tenant_id = $1::uuid and name <> 'ann'";
+const NAME: &str = "select name from public.tenants where id = $1::uuid";
+const ADMINS: &str = "select count(*) from public.admins where tenant_id = $1::uuid and name <> 'ann'";
 
 async fn refused(fleet: &Fleet, request: Request) -> String {
     let error = request.ask(&mut fleet.pool.begin().await.unwrap()).await.unwrap_err();

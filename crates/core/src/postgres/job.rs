@@ -347,15 +347,13 @@ pub async fn waiting(
     .await
 }
 
-/// How many jobs run that are asked by events of this type and are past the time they were due.
-pub async fn past_due(connection: &mut PgConnection, requested_type: &str) -> Result<i64, sqlx::Error> {
-    sqlx::query_scalar(ours(
-        "select count(*) from aftercommit.job
-          where status = 'running' and requested_type = $1 and due_at < clock_timestamp()",
-    ))
-    .bind(requested_type)
-    .persistent(false)
-    .fetch_one(connection)
+/// How many jobs of each kind run, and how many of those are past the time they were due.
+pub async fn running(session: &mut Session) -> Result<Vec<(String, i64, i64)>, sqlx::Error> {
+    sqlx::query_as(
+        "select kind, count(*), count(*) filter (where due_at < clock_timestamp())
+           from aftercommit.job where status = 'running' group by kind order by kind",
+    )
+    .fetch_all(session)
     .await
 }
 

@@ -20,7 +20,7 @@ use std::time::Duration;
 pub use due::Runner;
 pub use due::{Definition, check};
 pub use item::{Drift, ItemError, Reconciler};
-pub use monitor::Monitor;
+pub use monitor::{JOBS, Monitor};
 
 /// What a run does about what it finds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

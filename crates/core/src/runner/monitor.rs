@@ -10,14 +10,16 @@ use tokio_util::sync::CancellationToken;
 
 use crate::health::{Check, Health};
 use crate::postgres::connections::Connections;
-use crate::postgres::finding;
 use crate::postgres::reconcile_status::{self, ReconcilerRow};
+use crate::postgres::{finding, job};
 use crate::telemetry;
 
 /// How often the tables are read.
 const SAMPLE: Duration = Duration::from_secs(5);
 /// How old what was read may be, and how late a run.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How names of reconcilers begin that ask participants of jobs again.
+pub const JOBS: &str = "job-";
 /// So many failures in a row are unhealthy.
 const FAILURES: i32 = 3;
 
@@ -116,6 +118,9 @@ pub(super) async fn sample(
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     // Kinds that had findings once, so that their gauges go back to zero.
     let mut kinds = BTreeSet::new();
+    // Those that ask participants of jobs again are in a database with jobs, which they may read.
+    let has_jobs = names.iter().any(|name| name.starts_with(JOBS));
+    let mut jobs = BTreeSet::new();
     while !stop.is_cancelled() {
         let read = connections.run(async |session| {
             Ok((reconcile_status::state(session, &names).await?, finding::count_open(session, &names).await?))
@@ -129,7 +134,23 @@ pub(super) async fn sample(
             Ok(Err(error)) => tracing::debug!(error = %error, "the state of the reconcilers was not read"),
             Err(_) => tracing::debug!("the state of the reconcilers was not read in time"),
         }
+        if has_jobs {
+            let read = connections.run(async |session| job::running(session).await);
+            let read = tokio::time::timeout(PATIENCE, read).await.ok().and_then(Result::ok);
+            export_jobs(read.as_deref(), &mut jobs);
+        }
         let _ = tokio::time::timeout(SAMPLE, stop.cancelled()).await;
+    }
+}
+
+/// `kinds` are those that had jobs once, so that their gauges go back to zero.
+fn export_jobs(running: Option<&[(String, i64, i64)]>, kinds: &mut BTreeSet<String>) {
+    kinds.extend(running.unwrap_or_default().iter().map(|(kind, ..)| kind.clone()));
+    for kind in kinds.iter() {
+        let overdue =
+            running.map(|rows| rows.iter().find(|(name, ..)| name == kind).map_or(0, |(_, _, overdue)| *overdue));
+        let overdue = overdue.map_or(f64::NAN, |overdue| overdue as f64);
+        gauge!(telemetry::JOBS_OVERDUE.name, "kind" => kind.clone()).set(overdue);
     }
 }
 

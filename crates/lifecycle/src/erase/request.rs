@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use aftercommit_core::postgres::audit::{self, Entry};
+use aftercommit_core::postgres::describe;
 use aftercommit_core::postgres::erasure::{self, Known};
 use serde_json::{Map, Value, json};
 use sqlx::{AssertSqlSafe, PgTransaction, Row};
@@ -185,8 +186,12 @@ impl Request {
     async fn check_name(&self, tx: &mut PgTransaction<'_>) -> Result<(), JobError> {
         let Some((name, sql)) = &self.name else { return Ok(()) };
         let subject = &self.subject;
-        let rows =
-            sqlx::query(AssertSqlSafe(sql.clone())).bind(&subject.id).persistent(false).fetch_all(&mut **tx).await?;
+        let rows = sqlx::query(AssertSqlSafe(sql.clone()))
+            .bind(&subject.id)
+            .persistent(false)
+            .fetch_all(&mut **tx)
+            .await
+            .map_err(|error| asked_wrong(&format!("the query for the name of a {}", subject.kind), error))?;
         let refuse =
             |problem: String| Err(JobError::new(JobErrorKind::Refused, format!("nothing was asked: {problem}")));
         match rows.as_slice() {
@@ -208,7 +213,8 @@ impl Request {
                 .bind(&self.subject.id)
                 .persistent(false)
                 .fetch_one(&mut **tx)
-                .await?;
+                .await
+                .map_err(|error| asked_wrong(&format!("the query for {what}"), error))?;
             match count {
                 Some(0) => {}
                 Some(count) if self.force => {
@@ -227,6 +233,13 @@ impl Request {
         }
         Ok(forced)
     }
+}
+
+/// A query of a guard failed.
+fn asked_wrong(query: &str, error: sqlx::Error) -> JobError {
+    let told = describe(&error);
+    let problem = format!("nothing was asked: {query} failed: {told} (name tables with their schema)");
+    JobError::new(JobErrorKind::Database, problem)
 }
 
 fn check(subject: &Subject) -> Result<(), JobError> {

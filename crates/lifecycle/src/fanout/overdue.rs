@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::time::Duration;
 
 use aftercommit_core::postgres::job;
-use aftercommit_core::runner::{Drift, ItemError, Reconciler};
+use aftercommit_core::runner::{Drift, ItemError, JOBS, Reconciler};
 use sqlx::PgTransaction;
 use uuid::Uuid;
 
@@ -25,7 +25,7 @@ impl<K: Kind> Overdue<K> {
     /// For the jobs of a kind; `tenant.deletion` makes the reconciler `job-tenant-deletion`.
     pub fn new(patience: Duration) -> Self {
         let kind = K::NAME.replace(|c: char| !c.is_ascii_alphanumeric() && c != '_', "-");
-        Self { name: format!("job-{kind}"), patience, kind: PhantomData }
+        Self { name: format!("{JOBS}{kind}"), patience, kind: PhantomData }
     }
 }
 

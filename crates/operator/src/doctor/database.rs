@@ -69,6 +69,7 @@ pub(super) fn judge(facts: &DatabaseFacts, config: &DoctorConfig) -> Vec<Check> 
         )),
         None => {}
     }
+    checks.extend(jobs(facts.jobs.as_deref().unwrap_or_default()));
     checks.extend(captures(&facts.captures));
     checks.extend(facts.forgotten.as_ref().and_then(forgotten));
     checks
@@ -387,6 +388,20 @@ fn forgotten(totals: &Totals) -> Option<Check> {
         _ if totals.events > 0 => Some(Check::ok(NAME, format!("{events} forgotten"))),
         _ => None,
     }
+}
+
+/// Nothing without jobs.
+fn jobs(running: &[(String, i64, i64)]) -> Option<Check> {
+    const NAME: &str = "jobs";
+    let late: Vec<String> =
+        running.iter().filter(|(.., late)| *late > 0).map(|(kind, _, late)| format!("{kind} {late}")).collect();
+    if !late.is_empty() {
+        let finding = format!("jobs are past the time they were due: {}", late.join(", "));
+        let remedy = "see `aftercommit job list --overdue`, and who has not answered with `aftercommit job show`";
+        return Some(Check::warn(NAME, finding, remedy));
+    }
+    let all: i64 = running.iter().map(|(_, count, _)| count).sum();
+    (all > 0).then(|| Check::ok(NAME, format!("{}, none is overdue", counted(all, "running job"))))
 }
 
 fn captures(captures: &[Checked]) -> Vec<Check> {
