@@ -22,6 +22,8 @@
 
 #[cfg(feature = "cli")]
 pub mod cli;
+#[cfg(feature = "cli")]
+mod erasers;
 #[cfg(all(feature = "cli", feature = "testing"))]
 #[doc(hidden)]
 pub mod parsers;

@@ -1,11 +1,18 @@
 //! The worker, to be run within a program: what `aftercommit-worker` runs, with handlers in Rust.
 
-#[cfg(feature = "cli")]
-pub use aftercommit_worker::read_file;
 pub use aftercommit_worker::{
     BatchError, BatchHandler, Delivery, FailedModule, FailurePolicy, Handler, HandlerError, Module, Monitor, Queues,
     Registry, Start, StartError, Subscriber, SubscriberReport, Worker, WorkerReport, set_span_parent,
 };
+
+/// Reads the subscribers of a `worker.toml`, erasers among them; all steps of an eraser are one transaction.
+///
+/// # Errors
+/// When the file cannot be read or is wrong; the message names the file, the line and the key.
+#[cfg(feature = "cli")]
+pub fn read_file(path: &std::path::Path) -> Result<Vec<Subscriber>, crate::Error> {
+    crate::erasers::read_file(path, None)
+}
 
 /// The `main` of a service whose handlers are written in Rust: reads the command line and the environment as
 /// `aftercommit-worker` does, without `--config`, and runs until a signal ends it. It takes a [`Registry`], or a list of

@@ -17,7 +17,7 @@ use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig, Schema};
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::runner::{Mode, Runner, Scope};
 use aftercommit_reconciler::with_comparisons;
-use aftercommit_worker::{MAX_CONNECTIONS, Queues, Registry, Worker, read_file};
+use aftercommit_worker::{MAX_CONNECTIONS, Queues, Registry, Worker};
 
 const NAME: &str = "aftercommit-worker";
 /// The interval of what runs on demand only.
@@ -46,9 +46,10 @@ impl Cli {
     fn worker(&self) -> Result<(Worker, NatsConfig), Error> {
         let remedy = format!("run `aftercommit provision --config {}`", self.config.display());
         let (postgres, nats, naming) = servers(&self.servers)?;
+        let subscribers = crate::erasers::read_file(&self.config, Some(&postgres))?;
         let worker = Worker::new(postgres, nats.clone(), naming).remedy(remedy);
         let worker = worker.unhealthy_after(self.http.unhealthy_after).max_connections(self.connections.most);
-        Ok((worker.queues(self.queues.config()?).registry(read_file(&self.config)?), nats))
+        Ok((worker.queues(self.queues.config()?).registry(subscribers), nats))
     }
 }
 

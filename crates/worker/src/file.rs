@@ -58,6 +58,17 @@ use aftercommit_core::subscription::check_name;
 struct File {
     #[serde(default)]
     subscriber: Vec<Spanned<Entry>>,
+    #[serde(default)]
+    eraser: Vec<Spanned<toml::Table>>,
+}
+
+/// A part of the file that others read: an `[[eraser]]`.
+#[derive(Debug)]
+pub struct Section {
+    /// Where it is, such as `worker.toml:7`.
+    pub place: String,
+    /// What it says.
+    pub table: toml::Table,
 }
 
 #[derive(Deserialize)]
@@ -167,28 +178,41 @@ impl<'de> Deserialize<'de> for Prefix {
 ///
 /// # Errors
 /// When the file cannot be read or is wrong; the message names the file, the line and the key.
-pub fn read_file(path: &Path) -> Result<Vec<Subscriber>, Error> {
+pub fn read_file(path: &Path) -> Result<(Vec<Subscriber>, Vec<Section>), Error> {
     let text = std::fs::read_to_string(path).map_err(|error| {
         Error::with_source(ErrorKind::Config, format!("the file {} cannot be read", path.display()), error)
     })?;
-    let mut subscribers =
-        parse(&text).map_err(|message| Error::new(ErrorKind::Config, format!("{}{message}", path.display())))?;
+    let (mut subscribers, mut erasers) =
+        read(&text).map_err(|message| Error::new(ErrorKind::Config, format!("{}{message}", path.display())))?;
     for subscriber in &mut subscribers {
         subscriber.place = format!("{}{}", path.display(), subscriber.place);
     }
-    Ok(subscribers)
+    for eraser in &mut erasers {
+        eraser.place = format!("{}{}", path.display(), eraser.place);
+    }
+    Ok((subscribers, erasers))
+}
+
+#[cfg(test)]
+fn parse(text: &str) -> Result<Vec<Subscriber>, String> {
+    read(text).map(|(subscribers, _)| subscribers)
 }
 
 /// The error begins with `:line: `, and the place of a subscriber is `:line`, for behind the file's name.
-fn parse(text: &str) -> Result<Vec<Subscriber>, String> {
+fn read(text: &str) -> Result<(Vec<Subscriber>, Vec<Section>), String> {
     let at = |span: Range<usize>, message: String| format!(":{}: {message}", line(text, span.start));
     let file: File = toml::from_str(text).map_err(|error| match error.span() {
         Some(span) => at(span, error.message().to_string()),
         None => format!(": {}", error.message()),
     })?;
-    if file.subscriber.is_empty() {
+    if file.subscriber.is_empty() && file.eraser.is_empty() {
         return Err(": it has no [[subscriber]]".into());
     }
+    let section = |eraser: Spanned<toml::Table>| {
+        let place = format!(":{}", line(text, eraser.span().start));
+        Section { place, table: eraser.into_inner() }
+    };
+    let erasers = file.eraser.into_iter().map(section).collect();
     let mut subscribers: Vec<Subscriber> = Vec::new();
     for entry in file.subscriber {
         let span = entry.span();
@@ -221,7 +245,21 @@ fn parse(text: &str) -> Result<Vec<Subscriber>, String> {
         subscriber.validate().map_err(|error| at(span, error.to_string()))?;
         subscribers.push(subscriber);
     }
-    Ok(subscribers)
+    Ok((subscribers, erasers))
+}
+
+/// Where something of a section is posted, by its table `http`: its keys are those of a subscriber's but `mode` and `answers`.
+///
+/// # Errors
+/// What is wrong, with its key.
+pub fn endpoint(table: toml::Table) -> Result<Endpoint, String> {
+    for key in ["mode", "answers"] {
+        if table.contains_key(key) {
+            return Err(format!("unknown field `{key}`"));
+        }
+    }
+    let http: Http = table.try_into().map_err(|error: toml::de::Error| error.message().to_string())?;
+    http.endpoint().map_err(|(_, key, problem)| format!("{key}: {problem}"))
 }
 
 impl Entry {

@@ -36,6 +36,8 @@ const CONNECT: Duration = Duration::from_secs(10);
 const RETRY_AFTER_RANGE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(3600));
 /// Answers are not read for what they say, only so that their connections can be used again; up to this size.
 const ANSWER: usize = 64 * 1024;
+/// But for those that are read, up to this size.
+const EXCHANGED: usize = 1024 * 1024;
 /// And for so long.
 const ANSWER_TIME: Duration = Duration::from_millis(250);
 /// The events' own headers, which a setting cannot replace.
@@ -52,7 +54,7 @@ const RESERVED: [&str; 9] = [
 ];
 
 /// Where events are posted, and how.
-pub(super) struct Endpoint {
+pub struct Endpoint {
     uri: Uri,
     pub(super) mode: ContentMode,
     pub(super) timeout: Duration,
@@ -307,6 +309,39 @@ impl Endpoint {
             request.headers_mut().insert(name, HeaderValue::try_from(value).map_err(|_| ())?);
         }
         Ok(request)
+    }
+
+    /// Posts JSON and returns the answer's body, for who has no event: of at most 1 MiB, within the timeout. Any answer but
+    /// a 2xx is an error.
+    ///
+    /// # Errors
+    /// As a handler's about the answer.
+    pub async fn exchange(&self, body: Vec<u8>) -> Result<Bytes, HandlerError> {
+        if self.ready.get().is_none() {
+            self.prepare()?;
+        }
+        let ready = self.ready.get().ok_or_else(|| Unreachable("the endpoint was not prepared".into()))?;
+        let mut request = Request::new(Full::new(Bytes::from(body)));
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = self.uri.clone();
+        *request.headers_mut() = ready.headers.clone();
+        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let asked = async {
+            let response = ready.client.request(request).await.map_err(|error| {
+                let problem = format!("{self} cannot be reached, or the connection was lost: {}", reasons(&error));
+                if error.is_connect() { Unreachable(problem).into() } else { HandlerError::unavailable(problem) }
+            })?;
+            let verdict = self.judge(response.status(), response.headers());
+            if let Err(error) = verdict {
+                discard(response).await;
+                return Err(error);
+            }
+            let body = Limited::new(response.into_body(), EXCHANGED).collect().await;
+            body.map(|body| body.to_bytes())
+                .map_err(|_| HandlerError::retry(format!("{self} broke its answer off, or it has more than 1 MiB")))
+        };
+        let late = || HandlerError::retry(format!("{self} did not answer within {:?}", self.timeout));
+        tokio::time::timeout(self.timeout, asked).await.unwrap_or_else(|_| Err(late()))
     }
 
     /// What an answer means for the event.

@@ -110,8 +110,10 @@ use progress::Progress;
 
 pub use batch::{BatchError, BatchHandler};
 #[cfg(feature = "cli")]
-pub use file::read_file;
+pub use file::{Section, endpoint, read_file};
 pub use handler::{Delivery, Handler, HandlerError};
+#[cfg(feature = "cli")]
+pub use http::Endpoint;
 pub use monitor::{Monitor, SubscriberReport, WorkerReport};
 pub use registry::{FailedModule, Module, Queues, Registry};
 pub use span::set_span_parent;

@@ -9,9 +9,10 @@ use super::as_json;
 use super::terminal::plain;
 use crate::cli::NamingArgs;
 use crate::cli::servers::NatsArgs;
+use crate::worker::read_file;
 use aftercommit_core::error::Error;
 use aftercommit_operator::coverage::{self, Unserved};
-use aftercommit_worker::{Registry, read_file};
+use aftercommit_worker::Registry;
 
 #[derive(Args)]
 pub(super) struct Coverage {

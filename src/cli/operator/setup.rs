@@ -104,7 +104,7 @@ pub(super) async fn migrate(command: Migrate) -> Result<String, Error> {
 }
 
 pub(super) async fn provision(command: Provision) -> Result<String, Error> {
-    let subscribers = command.config.as_deref().map(aftercommit_worker::read_file).transpose()?;
+    let subscribers = command.config.as_deref().map(crate::worker::read_file).transpose()?;
     let (nats, naming, postgres) = (command.nats.config()?, command.naming.config()?, command.postgres.config()?);
     let outbox = command.outbox.config(&postgres)?;
     if command.adopt && subscribers.is_none() && outbox.is_none() {

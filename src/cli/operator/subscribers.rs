@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use crate::worker::read_file;
 use aftercommit_core::config::{Naming, NatsConfig};
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::subscription::Subscription;
-use aftercommit_worker::{Registry, read_file};
+use aftercommit_worker::Registry;
 
 /// Subscribers by name or by their definition.
 #[derive(Args)]

@@ -1,10 +1,13 @@
 //! Who works and answers.
 
+use std::fmt;
 use std::marker::PhantomData;
 use std::time::{Duration, Instant};
 
-use aftercommit_core::error::causes;
+use aftercommit_core::config::PostgresConfig;
+use aftercommit_core::error::{Error, causes};
 use aftercommit_core::fault;
+use aftercommit_core::postgres::connections::Connections;
 use aftercommit_core::postgres::job::{self, Counts};
 use aftercommit_core::postgres::job_work::{self, JobWork};
 use aftercommit_core::postgres::{describe, is_outage};
@@ -97,8 +100,20 @@ pub struct Participant<K, W> {
     name: String,
     work: W,
     attempts: u32,
-    steps: Option<PgPool>,
+    steps: Option<Steps>,
     kind: PhantomData<fn() -> K>,
+}
+
+/// Where steps commit by themselves.
+enum Steps {
+    Pool(PgPool),
+    Database(Connections),
+}
+
+impl fmt::Debug for Steps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Steps")
+    }
 }
 
 impl<K: Kind, W: Work<K>> Participant<K, W> {
@@ -111,7 +126,17 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
     /// transaction. What is committed stays, whatever happens to the process, and the next attempt goes on there.
     #[must_use]
     pub fn each_step_commits(self, pool: PgPool) -> Self {
-        Self { steps: Some(pool), ..self }
+        Self { steps: Some(Steps::Pool(pool)), ..self }
+    }
+
+    /// The same on a connection to this database, which is made when it is needed.
+    ///
+    /// # Errors
+    /// When the configuration is wrong.
+    #[doc(hidden)]
+    pub fn each_step_commits_in(self, postgres: &PostgresConfig) -> Result<Self, Error> {
+        let connections = Connections::new(postgres, "aftercommit-worker")?;
+        Ok(Self { steps: Some(Steps::Database(connections)), ..self })
     }
 
     /// How many attempts it makes before it answers that it failed; less than the subscriber's own, which then never counts.
@@ -156,29 +181,59 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
 
     /// The same with a transaction for each step. After some time the message comes again, which costs no attempt: so work may take
     /// longer than the subscriber's limit for one handler, whose transaction stays open meanwhile.
-    async fn step_by_step(&self, pool: &PgPool, requested: &Requested<K>, round: i32) -> Result<JobWork, HandlerError> {
+    async fn step_by_step(&self, steps: &Steps, requested: &Requested<K>, round: i32) -> Result<JobWork, HandlerError> {
         let began = Instant::now();
         loop {
-            let mut tx = pool.begin().await?;
-            // The row is locked: nobody else takes a step of this job.
-            let mut work = self.begin(&mut tx, requested, round).await?;
-            if work.ended_at.is_some() {
-                tx.rollback().await?;
-                return Ok(work);
-            }
-            if work.position.is_none() {
-                self.work.begin(&mut tx, JobId(requested.job), &requested.request).await?;
-            }
-            let step = self.work.step(&mut tx, &requested.request, work.position.take()).await?;
-            add(&mut work, step);
-            job_work::save(&mut tx, requested.job, &self.name, &work, work.position.is_none()).await?;
-            fault::point("job-step");
-            tx.commit().await?;
+            let work = match steps {
+                Steps::Pool(pool) => {
+                    let mut tx = pool.begin().await?;
+                    let work = self.one_step(&mut tx, requested, round).await?;
+                    tx.commit().await?;
+                    work
+                }
+                Steps::Database(connections) => {
+                    let mut session = connections.take_for_others().await?;
+                    let mut tx = session.begin().await?;
+                    let work = self.one_step(tx.for_others(), requested, round).await?;
+                    tx.commit().await?;
+                    // One on which something failed is closed instead.
+                    connections.give_back(session);
+                    work
+                }
+            };
             fault::point("job-stepped");
-            if began.elapsed() > TURN && work.position.is_some() {
-                return Err(HandlerError::snooze(Duration::from_millis(1)));
+            match work {
+                work if work.ended_at.is_some() => return Ok(work),
+                _ if began.elapsed() > TURN => return Err(HandlerError::snooze(Duration::from_millis(1))),
+                _ => {}
             }
         }
+    }
+
+    /// The next step, in a transaction of its own; nothing when all of it is done.
+    async fn one_step(
+        &self,
+        tx: &mut PgTransaction<'_>,
+        requested: &Requested<K>,
+        round: i32,
+    ) -> Result<JobWork, HandlerError> {
+        // The row is locked: nobody else takes a step of this job.
+        let mut work = self.begin(tx, requested, round).await?;
+        if work.ended_at.is_some() {
+            return Ok(work);
+        }
+        if work.position.is_none() {
+            self.work.begin(tx, JobId(requested.job), &requested.request).await?;
+        }
+        let step = self.work.step(tx, &requested.request, work.position.take()).await?;
+        add(&mut work, step);
+        let ended = work.position.is_none();
+        job_work::save(tx, requested.job, &self.name, &work, ended).await?;
+        fault::point("job-step");
+        if ended {
+            work.ended_at = Some(Utc::now());
+        }
+        Ok(work)
     }
 
     async fn answer(
@@ -256,7 +311,7 @@ impl<K: Kind, W: Work<K>> Handler<Requested<K>> for Participant<K, W> {
             return Err(HandlerError::snooze(wait));
         }
         let worked = match &self.steps {
-            Some(pool) => self.step_by_step(pool, requested, round).await,
+            Some(steps) => self.step_by_step(steps, requested, round).await,
             None => {
                 // What fails takes only its own doing with it, so that the failure can be answered.
                 let mut inner = tx.begin().await?;
