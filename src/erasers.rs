@@ -9,6 +9,7 @@
 //!
 //! [[eraser.subject]]
 //! kind = "tenant"
+//! forget = { keys = ["tenant-{id}"], key_prefixes = ["tenant-{id}/"] }   # events with these keys; needs the role eraser
 //!
 //! [[eraser.subject.table]]           # children first
 //! table = "public.items"
@@ -38,7 +39,7 @@ use aftercommit_core::config::PostgresConfig;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::postgres::job::Counts;
 use aftercommit_core::subscription::check_name;
-use aftercommit_lifecycle::erase::{self, Eraser, Erasing, Erasure, Preview, Requested, Rows, Subject, Tables};
+use aftercommit_lifecycle::erase::{self, Eraser, Erasing, Erasure, Events, Preview, Requested, Rows, Subject, Tables};
 use aftercommit_lifecycle::fanout::{Participant, Step};
 use aftercommit_outbox::subject::SubjectPrefix;
 use aftercommit_worker::{Endpoint, HandlerError, Section, Subscriber, endpoint};
@@ -67,6 +68,18 @@ struct Kind {
     kind: String,
     #[serde(default)]
     table: Vec<TableEntry>,
+    #[serde(default)]
+    forget: Forget,
+}
+
+/// Keys of events, with `{id}` for the subject's id.
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Forget {
+    #[serde(default)]
+    keys: Vec<String>,
+    #[serde(default)]
+    key_prefixes: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -139,15 +152,27 @@ fn subscriber(entry: Entry, postgres: Option<&PostgresConfig>) -> Result<Subscri
     let mut made = Subscriber::new(durable).max_attempts(ATTEMPTS);
     made = match (subject.is_empty(), http) {
         (false, None) => {
-            let mut tables = Tables::new(&name);
-            for Kind { kind, table } in subject {
+            let (mut tables, mut keys) = (Tables::new(&name), Vec::new());
+            for Kind { kind, table, forget: Forget { keys: whole, key_prefixes } } in subject {
+                keys.extend(whole.into_iter().map(|key| (kind.clone(), key, false)));
+                keys.extend(key_prefixes.into_iter().map(|key| (kind.clone(), key, true)));
                 tables = tables.of(kind, table.into_iter().map(Rows::from));
             }
             if let Some(chunk) = chunk {
                 tables = tables.chunk(chunk);
             }
             tables.check()?;
-            made.on::<Requested>(in_steps(erase::participant(tables), postgres)?)
+            if keys.is_empty() {
+                made.on::<Requested>(in_steps(erase::participant(tables), postgres)?)
+            } else {
+                let with = |events: Events<Tables>, (kind, key, prefix): (String, String, bool)| match prefix {
+                    true => events.key_prefix(kind, key),
+                    false => events.key(kind, key),
+                };
+                let events = keys.into_iter().fold(Events::of(tables), with);
+                events.check().map_err(|problem| format!("forget: {problem}"))?;
+                made.on::<Requested>(in_steps(erase::participant(events), postgres)?)
+            }
         }
         (true, Some(http)) if chunk.is_none() => {
             let endpoint = endpoint(http).map_err(|problem| format!("http: {problem}"))?;
@@ -288,6 +313,11 @@ mod tests {
             (table(""), "the table a needs exactly one of column, condition and parent"),
             (table("where = 'true'"), "does not ask for the subject's id"),
             (table("column = 'x'\nkepe = 'y'"), "unknown field `kepe`"),
+            (
+                "[[eraser]]\nname = 'a'\nsubject = [{ kind = 'tenant', table = [{ table = 'a', column = 'b' }], forget = { keys = ['x'] } }]"
+                    .into(),
+                "forget: the key \"x\" lacks {id}",
+            ),
             (table("parent = { table = 'b', column = 'c' }"), "its parent b must be named below it"),
             ("[[eraser]]\nname = 'a'\nhttp = { url = 'ftp://x' }".into(), "http: url: it must begin with http"),
             ("[[eraser]]\nname = 'a'\nhttp = { url = 'http://u:p@x/' }".into(), "http: url: it must name a host, and no user"),

@@ -9,6 +9,7 @@
 
 mod coordinator;
 mod eraser;
+mod events;
 pub mod file;
 pub mod forget;
 pub mod operate;
@@ -25,6 +26,7 @@ use crate::fanout::{self, Kind};
 
 pub use coordinator::{Coordinator, Left, Verified};
 pub use eraser::{Eraser, Erasing, Preview, participant};
+pub use events::Events;
 pub use request::{Asked, Request};
 pub use tables::{Rows, Tables};
 

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::maybe::Maybe;
 use super::session::{Session, Tx};
 use super::time;
+use crate::envelope::TOMBSTONE;
 use aftercommit_outbox::schema::published;
 
 /// Rows of the outbox that one transaction goes through.
@@ -71,7 +72,7 @@ impl Request {
 }
 
 /// What a selection finds in the tables of a database.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, sqlx::FromRow)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, sqlx::FromRow)]
 pub struct Found {
     /// Events of the outbox that are not forgotten yet.
     pub outbox: i64,
@@ -85,22 +86,52 @@ const REQUEST: &str =
     "select id, who, why, event_ids, key, key_prefix, type, requested_at, tables_at, published_at, ended_at
                          from aftercommit.forget_request";
 
+const FIND: &str = "
+    with selection (events, key, key_prefix, type) as (select $1::uuid[], $2::text, $3::text, $4::text)
+    select (select count(*) from aftercommit.outbox e, selection s where (s.events is null or e.event_id = any(s.events))
+               and (s.key is null or e.key = s.key) and (s.key_prefix is null or starts_with(e.key, s.key_prefix))
+               and (s.type is null or e.type = s.type) and e.content_type <> $5) as outbox,
+           (select count(*) from aftercommit.dead_letter e, selection s where (s.events is null or e.event_id = any(s.events))
+               and (s.key is null or e.key = s.key) and (s.key_prefix is null or starts_with(e.key, s.key_prefix))
+               and (s.type is null or e.type = s.type) and e.content_type <> $5) as dead_letters,
+           (select count(*) from aftercommit.redrive e, selection s where (s.events is null or e.event_id = any(s.events))
+               and (s.key is null or e.key = s.key) and (s.key_prefix is null or starts_with(e.key, s.key_prefix))
+               and (s.type is null or e.type = s.type) and e.content_type <> $5) as redriven";
+
+/// A statement for the schema of this process.
+fn ours(sql: &str) -> AssertSqlSafe<String> {
+    AssertSqlSafe(published().sql(sql).into_owned())
+}
+
+impl Selection {
+    /// The ids that were named; none when any event is meant.
+    fn ids(&self) -> Option<&[Uuid]> {
+        Some(self.events.as_slice()).filter(|events| !events.is_empty())
+    }
+}
+
 /// Counts what a selection finds, and changes nothing.
 pub async fn find(session: &mut Session, selection: &Selection) -> Result<Found, sqlx::Error> {
-    let fits = "(cardinality($1::uuid[]) = 0 or event_id = any($1)) and ($2::text is null or key = $2)
-                and ($3::text is null or starts_with(key, $3)) and ($4::text is null or type = $4)
-                and content_type <> 'application/vnd.aftercommit.tombstone+json'";
-    let sql = format!(
-        "select (select count(*) from aftercommit.outbox where {fits}) as outbox,
-                (select count(*) from aftercommit.dead_letter where {fits}) as dead_letters,
-                (select count(*) from aftercommit.redrive where {fits}) as redriven"
-    );
-    sqlx::query_as(AssertSqlSafe(sql))
-        .bind(&selection.events)
+    sqlx::query_as(FIND)
+        .bind(selection.ids())
         .bind(&selection.key)
         .bind(&selection.key_prefix)
         .bind(&selection.event_type)
+        .bind(TOMBSTONE)
         .fetch_one(session)
+        .await
+}
+
+/// The same in a transaction of the caller's, for the schema of this process.
+pub async fn find_within(connection: &mut PgConnection, selection: &Selection) -> Result<Found, sqlx::Error> {
+    sqlx::query_as(ours(FIND))
+        .bind(selection.ids())
+        .bind(&selection.key)
+        .bind(&selection.key_prefix)
+        .bind(&selection.event_type)
+        .bind(TOMBSTONE)
+        .persistent(false)
+        .fetch_one(connection)
         .await
 }
 
@@ -109,7 +140,7 @@ pub async fn begin(tx: &mut Tx<'_>, who: &str, why: &str, selection: &Selection)
     sqlx::query_scalar("select aftercommit.forget_begin($1, $2, $3, $4, $5, $6)")
         .bind(who)
         .bind(why)
-        .bind(Some(&selection.events).filter(|events| !events.is_empty()))
+        .bind(selection.ids())
         .bind(&selection.key)
         .bind(&selection.key_prefix)
         .bind(&selection.event_type)
@@ -117,24 +148,55 @@ pub async fn begin(tx: &mut Tx<'_>, who: &str, why: &str, selection: &Selection)
         .await
 }
 
-/// Forgets in a transaction of the caller's, for the schema of this process, and returns the request's number.
-pub async fn all(
+/// The same in a transaction of the caller's, for the schema of this process; with `all` it forgets what the tables have, too.
+pub async fn begin_within(
     connection: &mut PgConnection,
     who: &str,
     why: &str,
     selection: &Selection,
+    all: bool,
 ) -> Result<i64, sqlx::Error> {
-    let sql = published().sql("select aftercommit.forget($1, $2, $3, $4, $5, $6)").into_owned();
-    sqlx::query_scalar(AssertSqlSafe(sql))
+    let sql = match all {
+        true => ours("select aftercommit.forget($1, $2, $3, $4, $5, $6)"),
+        false => ours("select aftercommit.forget_begin($1, $2, $3, $4, $5, $6)"),
+    };
+    sqlx::query_scalar(sql)
         .bind(who)
         .bind(why)
-        .bind(Some(&selection.events).filter(|events| !events.is_empty()))
+        .bind(selection.ids())
         .bind(&selection.key)
         .bind(&selection.key_prefix)
         .bind(&selection.event_type)
         .persistent(false)
         .fetch_one(connection)
         .await
+}
+
+/// Goes on in the tables, in a transaction of the caller's. True when they have only tombstones.
+pub async fn more_within(connection: &mut PgConnection, request: i64) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(ours("select aftercommit.forget_more($1, $2)"))
+        .bind(request)
+        .bind(LOOK)
+        .persistent(false)
+        .fetch_one(connection)
+        .await
+}
+
+/// How many events a request has forgotten, and how many requests for this reason are not through.
+pub async fn forgotten_within(
+    connection: &mut PgConnection,
+    request: i64,
+    why: &str,
+) -> Result<(i64, i64), sqlx::Error> {
+    sqlx::query_as(ours(
+        "select (select count(*) from aftercommit.tombstone where request = $1),
+                (select count(*) from aftercommit.forget_request where why = $2 and ended_at is null)",
+    ))
+    .bind(request)
+    .bind(why)
+    .persistent(false)
+    .fetch_one(connection)
+    .await
 }
 
 /// Goes on in the tables, one bounded transaction. True when they have only tombstones.

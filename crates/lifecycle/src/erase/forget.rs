@@ -112,7 +112,7 @@ pub async fn resume(config: &ForgetConfig) -> Result<Vec<Forgotten>, Error> {
 /// As [`forget`].
 pub async fn within(tx: &mut PgTransaction<'_>, who: &str, why: &str, selection: &Selection) -> Result<i64, Error> {
     check(who, why, selection)?;
-    sql::all(tx, who, why, selection).await.map_err(failed)
+    sql::begin_within(tx, who, why, selection, true).await.map_err(failed)
 }
 
 fn check(who: &str, why: &str, selection: &Selection) -> Result<(), Error> {
