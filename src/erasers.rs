@@ -149,7 +149,8 @@ fn subscriber(entry: Entry, postgres: Option<&PostgresConfig>) -> Result<Subscri
     check_name(&name).map_err(|problem| format!("name: {problem}"))?;
     let durable = subscriber.unwrap_or_else(|| format!("{name}-erasures"));
     check_name(&durable).map_err(|problem| format!("subscriber: {problem}"))?;
-    let mut made = Subscriber::new(durable).max_attempts(ATTEMPTS);
+    // Each crash leaves it further on.
+    let mut made = Subscriber::new(durable).max_attempts(ATTEMPTS).max_crashes(CRASHES);
     made = match (subject.is_empty(), http) {
         (false, None) => {
             let (mut tables, mut keys) = (Tables::new(&name), Vec::new());
@@ -195,6 +196,8 @@ fn subscriber(entry: Entry, postgres: Option<&PostgresConfig>) -> Result<Subscri
 
 /// More than a participant makes before it answers that it failed.
 const ATTEMPTS: u32 = 10;
+/// How often a process may die at one erasure: what it has deleted stays, so the next one has less to do.
+const CRASHES: u32 = 50;
 
 fn in_steps<E: Eraser>(
     participant: Participant<Erasure, Erasing<E>>,

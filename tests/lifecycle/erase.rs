@@ -4,6 +4,7 @@
 mod cli;
 mod guards;
 mod kills;
+mod system;
 mod tables;
 mod verification;
 

@@ -36,6 +36,8 @@ impl Received {
 pub enum Reply {
     Status(u16),
     With(u16, String),
+    /// 200 with this body.
+    Body(String),
     /// After a while.
     Slow(Duration),
     /// No answer, and the connection stays open.
@@ -155,14 +157,20 @@ async fn serve(
         let request = Received { line: line.into(), headers: all, body, at: Instant::now() };
         let before = {
             let mut log = log.lock().unwrap();
-            let same = |other: &&Received| other.headers["idempotency-key"] == request.headers["idempotency-key"];
+            let same =
+                |other: &&Received| other.headers.get("idempotency-key") == request.headers.get("idempotency-key");
             let before = log.iter().filter(same).count();
             log.push(request.clone());
             before
         };
+        let mut body = String::new();
         let (status, headers) = match answer(&request, before) {
             Reply::Status(status) => (status, String::new()),
             Reply::With(status, headers) => (status, headers),
+            Reply::Body(text) => {
+                body = text;
+                (200, String::new())
+            }
             Reply::Slow(time) => {
                 tokio::time::sleep(time).await;
                 (204, String::new())
@@ -170,8 +178,8 @@ async fn serve(
             Reply::Hang => std::future::pending().await,
             Reply::Cut => return None,
         };
-        let length = if status == 204 { "" } else { "content-length: 0\r\n" };
-        let answer = format!("HTTP/1.1 {status} as told\r\n{length}{headers}\r\n");
+        let length = if status == 204 { String::new() } else { format!("content-length: {}\r\n", body.len()) };
+        let answer = format!("HTTP/1.1 {status} as told\r\n{length}{headers}\r\n{body}");
         stream.write_all(answer.as_bytes()).await.ok()?;
     }
 }

@@ -258,7 +258,9 @@ pub fn endpoint(table: toml::Table) -> Result<Endpoint, String> {
             return Err(format!("unknown field `{key}`"));
         }
     }
-    let http: Http = table.try_into().map_err(|error: toml::de::Error| error.message().to_string())?;
+    // As text again: a table has no places.
+    let text = toml::to_string(&table).map_err(|error| error.to_string())?;
+    let http: Http = toml::from_str(&text).map_err(|error| error.message().to_string())?;
     http.endpoint().map_err(|(_, key, problem)| format!("{key}: {problem}"))
 }
 
