@@ -2,6 +2,7 @@
 //! interleaving, every fault at every step. `docs/model.md` says what is modelled and what is not.
 
 pub mod inbox;
+pub mod jobs;
 pub mod relay;
 pub mod rewound;
 
