@@ -54,6 +54,8 @@ create table aftercommit.job_work (
     job         uuid        not null,
     participant text        not null,
     round       integer     not null,
+    failed      integer     not null default 0,                     -- the newest round that was answered as failed
+    error       text,                                               -- why
     started_at  timestamptz,                                        -- null: cancelled before it began
     position    jsonb,                                              -- where the next step begins
     counts      jsonb       not null default '{}',

@@ -180,7 +180,7 @@ grant execute on function :"schema".prune_audit, :"schema".prune_leases to :"pru
 
 -- Jobs that several services answer: a participant's worker writes down how far it is. Who asks, and the worker that writes answers
 -- down, also needs the role requester, and both publish.
-grant select, insert (job, participant, round, started_at, ended_at), update (round, position, counts, notes, ended_at)
+grant select, insert (job, participant, round, started_at, ended_at), update (round, failed, error, position, counts, notes, ended_at)
     on :"schema".job_work to :"worker";
 grant select, insert (kind, id, job) on :"schema".erased_subject to :"worker";
 grant select,

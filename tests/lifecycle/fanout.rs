@@ -260,6 +260,58 @@ async fn a_participant_that_fails_can_be_asked_anew_alone() {
     assert_eq!(unknown.unwrap_err().kind(), JobErrorKind::Unknown);
 }
 
+/// Who has not answered is asked once more; the first request fails, and the second one finds what made it fail gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_round_that_failed_is_not_run_again() {
+    let stage = Stage::new().await;
+    let asked = stage.request("t1", None).await;
+    let (work, _) = DeleteRows::failing("bills", 1);
+    let failing = Participant::new("bills", work).attempts(1);
+    stage.works(&orders()).await;
+    stage.works(&failing).await;
+    stage.coordinate().await;
+    stage.works(&failing).await;
+    stage.coordinate().await;
+    assert_eq!(stage.count("bills").await, 10, "nobody would count what is done now");
+    let answers = stage.events::<Outcome<TenantDeletion>>().await;
+    let [.., first, again] = answers.as_slice() else { panic!("{answers:?}") };
+    assert_eq!((again.status.as_str(), &again.error), ("failed", &first.error));
+    let mut tx = stage.pool.begin().await.unwrap();
+    Jobs::<TenantDeletion>::retry(&mut tx, asked.job, None).await.unwrap();
+    tx.commit().await.unwrap();
+    stage.works(&failing).await;
+    stage.coordinate().await;
+    assert_eq!((stage.status(asked.job).await.completed.as_str(), stage.count("bills").await), ("2/2", 5));
+}
+
+/// A step that fails while another instance does the same work.
+struct Overtaken(PgPool);
+
+impl Work<TenantDeletion> for Overtaken {
+    async fn step(&self, tx: &mut PgTransaction<'_>, _: &DeleteTenant, _: Option<Value>) -> Result<Step, HandlerError> {
+        // Its own transaction ends, as when the server ends it; the row is free.
+        sqlx::raw_sql("rollback; begin").execute(&mut **tx).await?;
+        let payload: Vec<u8> =
+            sqlx::query_scalar("select payload from aftercommit.outbox order by id limit 1").fetch_one(&self.0).await?;
+        let delivery = Delivery::new(serde_json::from_slice(&payload)?);
+        let mut other = self.0.begin().await?;
+        bills().handle(&mut other, &delivery).await?;
+        other.commit().await?;
+        Err(HandlerError::reject("the server has ended the transaction"))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_does_not_hide_what_another_instance_did() {
+    let stage = Stage::new().await;
+    let asked = stage.request("t1", None).await;
+    stage.works(&orders()).await;
+    stage.works(&Participant::new("bills", Overtaken(stage.pool.clone())).each_step_commits(stage.pool.clone())).await;
+    stage.coordinate().await;
+    let status = stage.status(asked.job).await;
+    assert_eq!((status.completed.as_str(), status.total, stage.count("bills").await), ("2/2", 40, 5));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn steps_that_commit_go_on_where_they_were() {
     let stage = Stage::new().await;

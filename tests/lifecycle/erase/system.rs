@@ -91,7 +91,7 @@ async fn services_that_die_are_down_or_overloaded_finish_and_are_verified() {
     let orders_file = directory.write("orders.toml", ORDERS_TOML);
     let bills_file = directory.write(
         "bills.toml",
-        &format!(
+        format!(
             "[[eraser]]\nname = 'bills'\n[[eraser.subject]]\nkind = 'tenant'\n[[eraser.subject.table]]\ntable = 'public.bills'\n\
              where = \"tenant = 'tenant:' || $1\"\n[[eraser]]\nname = 'models'\nhttp = {{ url = 'http://{}/erase' }}\n",
             endpoint.address

@@ -16,6 +16,10 @@ use super::time;
 pub struct JobWork {
     /// Which time it was asked.
     pub round: i32,
+    /// The newest round that was answered as failed; 0 when none was.
+    pub failed: i32,
+    /// Why.
+    pub error: Option<String>,
     /// When it began; none when it was cancelled before.
     #[sqlx(try_from = "Maybe<time::Time>")]
     pub started_at: Option<DateTime<Utc>>,
@@ -46,7 +50,7 @@ pub async fn begin(
          on conflict (job, participant) do update
             set position = case when not ($4 and excluded.round > w.round) then w.position end,
                 round = greatest(w.round, excluded.round)
-         returning round, started_at, position, counts, notes, ended_at",
+         returning round, failed, error, started_at, position, counts, notes, ended_at",
     ))
     .bind(job)
     .bind(participant)
@@ -67,7 +71,8 @@ pub async fn save(
 ) -> Result<(), sqlx::Error> {
     sqlx::query(ours(
         "update aftercommit.job_work
-            set position = $3, counts = $4, ended_at = case when $5 then clock_timestamp() end, notes = $6
+            set position = $3, counts = $4, ended_at = case when $5 then clock_timestamp() end, notes = $6,
+                error = case when not $5 then error end
           where job = $1 and participant = $2",
     ))
     .bind(job)
@@ -76,6 +81,27 @@ pub async fn save(
     .bind(Json(&work.counts))
     .bind(ended)
     .bind(Json(&work.notes))
+    .persistent(false)
+    .execute(connection)
+    .await
+    .map(drop)
+}
+
+/// Writes down that a round is answered as failed, so that its request changes nothing when it comes again.
+pub async fn fail(
+    connection: &mut PgConnection,
+    job: Uuid,
+    participant: &str,
+    round: i32,
+    error: &str,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(ours(
+        "update aftercommit.job_work set failed = greatest(failed, $3), error = $4 where job = $1 and participant = $2",
+    ))
+    .bind(job)
+    .bind(participant)
+    .bind(round)
+    .bind(error)
     .persistent(false)
     .execute(connection)
     .await

@@ -94,7 +94,7 @@ impl Step {
 /// A participant of the jobs of a kind: `Subscriber::new("pos-deletions").on::<Requested<TenantDeletion>>(Participant::new("pos", DeleteRows))`.
 ///
 /// Work and answer are committed together, in the participant's own database. When the last attempt has failed, it answers that, and
-/// can be asked anew. A job that was done is answered again and not done again.
+/// can be asked anew. A request that comes again is answered again and changes nothing, whether it was done or had failed.
 #[derive(Debug)]
 pub struct Participant<K, W> {
     name: String,
@@ -154,10 +154,10 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
         round: i32,
     ) -> Result<JobWork, HandlerError> {
         let mut work = self.begin(tx, requested, round).await?;
-        if work.ended_at.is_none() && work.position.is_none() {
+        if !is_answered(&work, round) && work.position.is_none() {
             self.work.begin(tx, JobId(requested.job), &requested.request).await?;
         }
-        while work.ended_at.is_none() {
+        while !is_answered(&work, round) {
             let step = self.work.step(tx, &requested.request, work.position.take()).await?;
             add(&mut work, step);
             let ended = work.position.is_none();
@@ -203,7 +203,7 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
             };
             fault::point("job-stepped");
             match work {
-                work if work.ended_at.is_some() => return Ok(work),
+                work if is_answered(&work, round) => return Ok(work),
                 _ if began.elapsed() > TURN => return Err(HandlerError::snooze(Duration::from_millis(1))),
                 _ => {}
             }
@@ -219,7 +219,7 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
     ) -> Result<JobWork, HandlerError> {
         // The row is locked: nobody else takes a step of this job.
         let mut work = self.begin(tx, requested, round).await?;
-        if work.ended_at.is_some() {
+        if is_answered(&work, round) {
             return Ok(work);
         }
         if work.position.is_none() {
@@ -236,41 +236,60 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
         Ok(work)
     }
 
+    /// Answers that it failed, unless another instance did the work meanwhile. The row is locked until that is committed.
+    async fn answer_failure(
+        &self,
+        tx: &mut PgTransaction<'_>,
+        requested: &Requested<K>,
+        round: i32,
+        attempt: u32,
+        error: String,
+    ) -> Result<(), HandlerError> {
+        let mut work = self.begin(tx, requested, round).await?;
+        if !is_answered(&work, round) {
+            let (job, participant) = (requested.job, &self.name);
+            tracing::warn!(%job, participant, attempt, error, "answering that it failed");
+            job_work::fail(tx, job, participant, round, &error).await?;
+            work.error = Some(error);
+        }
+        self.answer(tx, requested, round, attempt, work).await
+    }
+
     async fn answer(
         &self,
         tx: &mut PgTransaction<'_>,
         requested: &Requested<K>,
         round: i32,
         attempt: u32,
-        answer: Result<JobWork, String>,
+        work: JobWork,
     ) -> Result<(), HandlerError> {
-        let (work, error) = match answer {
-            Ok(work) => (Some(work), None),
-            Err(error) => (self.begin(tx, requested, round).await.map(Some)?, Some(error)),
-        };
-        let started_at = work.as_ref().and_then(|work| work.started_at);
-        let status = match (&error, started_at) {
-            (Some(_), _) => "failed",
-            (None, Some(_)) => "done",
-            (None, None) => "cancelled",
+        let (status, error) = match (work.ended_at, work.started_at) {
+            (Some(_), Some(_)) => ("done", None),
+            (Some(_), None) => ("cancelled", None),
+            (None, _) => ("failed", work.error),
         };
         let outcome = Outcome::<K> {
             job: requested.job,
             participant: self.name.clone(),
             round,
             status: status.into(),
-            counts: work.as_ref().map(|work| work.counts.clone()).unwrap_or_default(),
-            notes: work.as_ref().map(|work| work.notes.clone()).unwrap_or_default(),
+            counts: work.counts,
+            notes: work.notes,
             error,
             attempts: i32::try_from(attempt).unwrap_or(i32::MAX),
-            started_at,
-            ended_at: work.and_then(|work| work.ended_at).unwrap_or_else(Utc::now),
+            started_at: work.started_at,
+            ended_at: work.ended_at.unwrap_or_else(Utc::now),
             kind: PhantomData,
         };
         publish(tx, &outcome).await?;
         fault::point("job-answered");
         Ok(())
     }
+}
+
+/// Whether a request of this round changes nothing any more: the work has ended, or the round was answered as failed.
+fn is_answered(work: &JobWork, round: i32) -> bool {
+    work.ended_at.is_some() || work.failed >= round
 }
 
 /// Adds what a step did.
@@ -303,7 +322,7 @@ impl<K: Kind, W: Work<K>> Handler<Requested<K>> for Participant<K, W> {
         if requested.cancel {
             if job_work::cancel(tx, requested.job, &self.name, round).await? {
                 let work = self.begin(tx, requested, round).await?;
-                self.answer(tx, requested, round, attempt, Ok(work)).await?;
+                self.answer(tx, requested, round, attempt, work).await?;
             }
             return Ok(());
         }
@@ -328,12 +347,10 @@ impl<K: Kind, W: Work<K>> Handler<Requested<K>> for Participant<K, W> {
             }
         };
         match worked {
-            Ok(work) => self.answer(tx, requested, round, attempt, Ok(work)).await,
+            Ok(work) => self.answer(tx, requested, round, attempt, work).await,
             Err(error) => {
-                let reason = verdict(error, attempt >= self.attempts)?;
-                let (job, participant) = (requested.job, &self.name);
-                tracing::warn!(%job, participant, attempt, error = reason, "answering that it failed");
-                self.answer(tx, requested, round, attempt, Err(reason)).await
+                let error = verdict(error, attempt >= self.attempts)?;
+                self.answer_failure(tx, requested, round, attempt, error).await
             }
         }
     }
