@@ -7,7 +7,7 @@ use std::time::Duration;
 use aftercommit::Event;
 use aftercommit::fanout::{
     Asked, Coordinator, Ended, JobErrorKind, JobId, JobRequest, JobStatus, Jobs, Kind, Outcome, Overdue, Participant,
-    Requested, Step, Work,
+    Participants, Requested, Step, Work,
 };
 use aftercommit::reconciler::{Mode, Runner, Scope};
 use aftercommit::worker::{Delivery, Handler, HandlerError};
@@ -430,6 +430,102 @@ async fn two_last_answers_at_once_end_it_once() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn who_registers_while_a_job_runs_is_asked_too() {
+    let stage = Stage::new().await;
+    let mut tx = stage.pool.begin().await.unwrap();
+    let request = JobRequest { participants: Participants::Registered, ..job("t1", None) };
+    let error = Jobs::<TenantDeletion>::request(&mut tx, request.clone()).await.unwrap_err();
+    assert!(error.to_string().contains("named or registered"), "{error}");
+    for name in ["orders", "bills"] {
+        assert!(Jobs::<TenantDeletion>::register(&mut tx, name).await.unwrap());
+        assert!(!Jobs::<TenantDeletion>::register(&mut tx, name).await.unwrap(), "it is there");
+    }
+    let asked = Jobs::<TenantDeletion>::request(&mut tx, request).await.unwrap();
+    assert!(Jobs::<TenantDeletion>::register(&mut tx, "late").await.unwrap());
+    assert_eq!(Jobs::<TenantDeletion>::registered(&mut tx).await.unwrap(), ["bills", "late", "orders"]);
+    tx.commit().await.unwrap();
+    // A job that named its participants is not joined by itself.
+    let named = stage.request("t2", None).await;
+    let runner = Runner::new(stage.database.config.clone());
+    let runner = runner.reconciler(Overdue::<TenantDeletion>::new(Duration::from_secs(60)));
+    let run = async || runner.run_now("job-tenant-deletion", Scope::Full, Mode::Repair).await.unwrap().repaired;
+    assert_eq!((run().await, run().await), (1, 0));
+    let event = stage.events::<Requested<TenantDeletion>>().await.pop().unwrap();
+    assert_eq!((event.job, event.participants.as_slice()), (asked.job.0, [("late".to_string(), 1)].as_slice()));
+    assert_eq!(stage.status(asked.job).await.completed, "0/3");
+    assert_eq!(stage.status(named.job).await.completed, "0/2");
+
+    let mut tx = stage.pool.begin().await.unwrap();
+    assert!(Jobs::<TenantDeletion>::join(&mut tx, named.job, "pos").await.unwrap());
+    assert!(!Jobs::<TenantDeletion>::join(&mut tx, named.job, "pos").await.unwrap(), "it takes part already");
+    tx.commit().await.unwrap();
+    for participant in [orders(), bills(), Participant::new("pos", DeleteRows::of("bills"))] {
+        for event in stage.events::<Requested<TenantDeletion>>().await {
+            stage.hand(&participant, event, 1).await.unwrap();
+        }
+    }
+    stage.coordinate().await;
+    assert_eq!(stage.status(named.job).await.completed, "3/3");
+    let mut tx = stage.pool.begin().await.unwrap();
+    let error = Jobs::<TenantDeletion>::join(&mut tx, named.job, "too-late").await.unwrap_err();
+    assert_eq!(error.kind(), JobErrorKind::State, "{error}");
+    assert!(Jobs::<TenantDeletion>::unregister(&mut tx, "late").await.unwrap());
+    assert!(!Jobs::<TenantDeletion>::unregister(&mut tx, "late").await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_ends_only_when_those_that_belong_to_it_have_ended() {
+    let stage = Stage::new().await;
+    let parent = stage.request("t1", None).await;
+    let mut tx = stage.pool.begin().await.unwrap();
+    let child = JobRequest { parent: Some(parent.job), participants: ["bills"].into(), ..job("child", None) };
+    let child = Jobs::<TenantDeletion>::request(&mut tx, child).await.unwrap();
+    let grandchild = JobRequest { parent: Some(child.job), participants: ["orders"].into(), ..job("grandchild", None) };
+    let grandchild = Jobs::<TenantDeletion>::request(&mut tx, grandchild).await.unwrap();
+    tx.commit().await.unwrap();
+    let answer = async |job: JobId, participant: &Participant<TenantDeletion, DeleteRows>| {
+        for event in stage.events::<Requested<TenantDeletion>>().await {
+            if event.job == job.0 {
+                stage.hand(participant, event, 1).await.unwrap();
+            }
+        }
+        stage.coordinate().await;
+    };
+    answer(parent.job, &orders()).await;
+    answer(parent.job, &bills()).await;
+    answer(child.job, &bills()).await;
+    let status = stage.status(parent.job).await;
+    assert_eq!((status.job.status.as_str(), status.completed.as_str()), ("running", "2/2"));
+    assert_eq!(status.children.iter().map(|child| child.id).collect::<Vec<_>>(), [child.job.0]);
+    let mut tx = stage.pool.begin().await.unwrap();
+    let error = Jobs::<TenantDeletion>::cancel(&mut tx, parent.job).await.unwrap_err();
+    assert!(error.to_string().contains("waits for jobs that belong to it"), "{error}");
+    drop(tx);
+    // The last one fails: those above are done in part, until it is asked anew.
+    let (work, _) = DeleteRows::failing("orders", 1);
+    answer(grandchild.job, &Participant::new("orders", work).attempts(1)).await;
+    let words = async || {
+        let mut words = Vec::new();
+        for job in [grandchild.job, child.job, parent.job] {
+            words.push(stage.status(job).await.job.status);
+        }
+        words
+    };
+    assert_eq!(words().await, ["failed", "partial", "partial"]);
+    let mut tx = stage.pool.begin().await.unwrap();
+    Jobs::<TenantDeletion>::retry(&mut tx, grandchild.job, None).await.unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!(words().await, ["running", "running", "running"]);
+    answer(grandchild.job, &orders()).await;
+    assert_eq!(words().await, ["completed", "completed", "completed"]);
+    assert_eq!(stage.events::<Ended<TenantDeletion>>().await.len(), 6);
+    let mut tx = stage.pool.begin().await.unwrap();
+    let late = JobRequest { parent: Some(parent.job), ..job("late", None) };
+    let error = Jobs::<TenantDeletion>::request(&mut tx, late).await.unwrap_err();
+    assert!(error.kind() == JobErrorKind::State && error.to_string().contains("is completed"), "{error}");
+}
+
 /// What the command printed.
 fn cli(stage: &Stage, arguments: &[&str]) -> (Option<i32>, String) {
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_aftercommit"));
@@ -464,6 +560,7 @@ async fn operators_see_jobs_ask_anew_and_cancel() {
         listed.starts_with(&format!("{id}  tenant.deletion  t1  partial  requested ")) && listed.contains(" by ann"),
         "{listed}"
     );
+    assert_eq!(cli(&stage, &["job", "list", "--overdue"]).1, "there are no such jobs\n");
     assert!(cli(&stage, &["job", "list", "--status", "wrong"]).1.contains("running, completed, partial"));
 
     let (status, said) = cli(&stage, &["job", "retry", &id, "--participant", "orders"]);

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use aftercommit::capture::{self, Capture};
 use aftercommit::config::PostgresConfig;
+use aftercommit::erase::{self, Rows, Subject, Tables};
 use aftercommit::fanout::{
     Coordinator, JobError, JobId, JobRequest, Jobs, Kind, Outcome, Overdue, Participant, Requested, Step, Work,
 };
@@ -116,6 +117,45 @@ fn coordinator() -> Subscriber {
 fn reconcilers(postgres: &PostgresConfig) -> Runner {
     // Who has not answered after ten minutes is asked once more.
     Runner::new(postgres.clone()).reconciler(Overdue::<TenantDeletion>::new(Duration::from_secs(600)))
+}
+
+fn order_tables() -> Tables {
+    Tables::new("orders").of(
+        "tenant",
+        [
+            Rows::of("public.order_items").parent("order_id", "public.orders"),
+            Rows::of("public.orders").column("tenant_id"),
+            Rows::of("public.recipes").column("tenant_id").keep("is_system"), // these stay
+            Rows::of("public.old_orders").column("tenant_id").optional(),     // it need not be there
+            Rows::of("public.notes").condition("about = 'tenant:' || $1"),    // $1 is the id as text
+        ],
+    )
+}
+
+fn order_erasures(pool: PgPool) -> Subscriber {
+    let participant = erase::participant(order_tables()).each_step_commits(pool);
+    Subscriber::new("orders-erasures").on::<erase::Requested>(participant)
+}
+
+async fn erase_tenant(tx: &mut PgTransaction<'_>, tenant: &str, name: &str) -> Result<erase::Asked, JobError> {
+    let month = Duration::from_secs(30 * 24 * 3600);
+    erase::Request::new(Subject::new("tenant", tenant), "ann@example.org")
+        .participants(["orders", "bills"])
+        .named(name, "select name from public.tenants where id = $1::uuid")
+        .none_left("other admins", "select count(*) from public.admins where tenant_id = $1::uuid and not leaves")
+        .due_after(month)
+        .begin_after(Duration::from_secs(3600)) // until then `aftercommit job cancel` stops it
+        .ask(tx)
+        .await
+}
+
+fn erasures() -> Subscriber {
+    // A minute after the last answer all look once more.
+    Subscriber::new("erasures").on::<erase::Outcome>(erase::Coordinator::new().verify_after(Duration::from_secs(60)))
+}
+
+fn reminder(postgres: &PostgresConfig) -> Runner {
+    Runner::new(postgres.clone()).reconciler(erase::Overdue::new(Duration::from_secs(600)))
 }
 
 /// The tables of the guide about deletes.
@@ -248,4 +288,47 @@ async fn the_guides_job_is_done() {
     let summary =
         reconcilers(&database.config).run_now("job-tenant-deletion", Scope::Full, Mode::Repair).await.unwrap();
     assert_eq!(summary.repaired, 0, "nobody is late yet");
+}
+
+/// The guide about erasures: its guards, its tables, and its files say the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_guides_erasure_is_asked_for_and_done() {
+    const TENANT: &str = "5d0f3a52-6b5b-4b1c-9a3e-0c6d1f2a3b41";
+    let database = Database::migrated().await;
+    database
+        .execute(&format!(
+            "create table tenants (id uuid primary key, name text); create table admins (tenant_id uuid, leaves boolean);
+             create table orders (id bigint primary key, tenant_id uuid);
+             create table order_items (id bigint primary key, order_id bigint references orders);
+             create table recipes (id bigint primary key, tenant_id uuid, is_system boolean); create table notes (about text);
+             insert into tenants values ('{TENANT}', 'Acme'); insert into admins values ('{TENANT}', true);
+             insert into orders values (1, '{TENANT}'), (2, null); insert into order_items values (1, 1), (2, 2);
+             insert into recipes values (1, '{TENANT}', true), (2, '{TENANT}', false); insert into notes values ('tenant:{TENANT}')"
+        ))
+        .await;
+    let pool = database.pool().await;
+    let mut tx = pool.begin().await.unwrap();
+    assert!(erase_tenant(&mut tx, TENANT, "Other").await.is_err());
+    let job = erase_tenant(&mut tx, TENANT, "Acme").await.unwrap().job;
+    tx.commit().await.unwrap();
+    let payload: Vec<u8> = sqlx::query_scalar("select payload from aftercommit.outbox").fetch_one(&pool).await.unwrap();
+    let mut requested: erase::Requested = serde_json::from_slice(&payload).unwrap();
+    requested.not_before = None;
+    let mut tx = pool.begin().await.unwrap();
+    erase::participant(order_tables()).handle(&mut tx, &Delivery::new(requested)).await.unwrap();
+    tx.commit().await.unwrap();
+    let left: i64 = sqlx::query_scalar("select (select count(*) from orders) * 100 + (select count(*) from order_items) * 10 + (select count(*) from recipes)")
+        .fetch_one(&pool).await.unwrap();
+    assert_eq!(left, 111);
+    assert_eq!((order_erasures(pool).name(), erasures().name()), ("orders-erasures", "erasures"));
+    let summary = reminder(&database.config).run_now("job-erasure", Scope::Full, Mode::Repair).await.unwrap();
+    assert_eq!(summary.repaired, 0, "nobody is late yet");
+    let guide = include_str!("../../docs/guides/erase-a-tenant-or-a-person.md");
+    let files: Vec<&str> = guide.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    let directory = crate::support::Directory::new();
+    let subscribers = aftercommit::worker::read_file(&directory.write("worker.toml", files[0])).unwrap();
+    assert_eq!(subscribers.iter().map(Subscriber::name).collect::<Vec<_>>(), ["orders-erasures", "models-erasures"]);
+    let config = erase::file::load(&directory.write("erase.toml", files[1])).unwrap();
+    let request = config.request(Subject::new("tenant", TENANT), "ann", Some("Acme")).unwrap();
+    assert_eq!(erase::operate::ask(&database.config, request).await.unwrap().job, job);
 }

@@ -162,7 +162,11 @@ const PRUNER: [&str; 10] = [
     "insert into aftercommit.pause (name) values ('relay')",
 ];
 
-const REQUESTER: [&str; 6] = [
+const REQUESTER: [&str; 10] = [
+    "select from aftercommit.audit",
+    "delete from aftercommit.audit",
+    "update aftercommit.audit set who = 'another'",
+    "insert into aftercommit.erased_subject (kind, id, job) values ('a', 'a', gen_random_uuid())",
     "select from aftercommit.outbox",
     "delete from aftercommit.job",
     "update aftercommit.job set requested_by = 'another'",

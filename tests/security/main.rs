@@ -6,6 +6,7 @@ mod support;
 
 mod canary;
 mod database;
+mod erasure;
 mod letters;
 mod lookalikes;
 mod nats;
