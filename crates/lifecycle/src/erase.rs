@@ -19,6 +19,7 @@ mod sweep;
 mod tables;
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -51,6 +52,9 @@ impl fmt::Display for Subject {
         write!(f, "{} {}", self.kind, self.id)
     }
 }
+
+/// How long who does not answer is asked again for a preview.
+const PREVIEW: Duration = Duration::from_secs(3600);
 
 /// What participants do about a subject.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,6 +95,11 @@ impl Kind for Erasure {
             Act::Erase => Self::NAME,
             Act::Verify => "erasure.verification",
         }
+    }
+
+    fn asks_again(task: &Task, age: Duration) -> bool {
+        // Nobody waits for it any more.
+        task.act != Act::Preview || age < PREVIEW
     }
 
     fn is_audited(task: &Task) -> bool {

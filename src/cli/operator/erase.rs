@@ -170,20 +170,22 @@ pub(super) async fn run(command: Erase) -> Result<(String, ExitCode), Error> {
 async fn ask(command: RequestArgs) -> Result<(String, ExitCode), Error> {
     let config = command.postgres.config()?;
     let subject = command.subject.subject();
-    let request = command.services.request(subject.clone(), &command.who.name(), Some(command.called.as_deref()))?;
+    let told_of = plain(&subject.to_string());
+    let request = command.services.request(subject, &command.who.name(), Some(command.called.as_deref()))?;
     let asked = operate::ask(&config, request.force(command.force).again(command.again)).await?;
     let (job, status) = (asked.job, &asked.status);
     let known = match status.as_str() {
-        "completed" => format!("nothing was done: {subject} is erased already, by job {job}\n"),
-        "running" => format!("nothing was done: {subject} is being erased, by job {job}\n"),
+        "completed" => format!("nothing was done: {told_of} is erased already, by job {job}\n"),
+        "running" => format!("nothing was done: {told_of} is being erased, by job {job}\n"),
         _ => format!(
-            "nothing was done: job {job} for {subject} is {status}; ask those anew that failed with `aftercommit job retry {job}`\n"
+            "nothing was done: job {job} for {told_of} is {status}; ask those anew that failed with `aftercommit job retry {job}`\n"
         ),
     };
-    let first = if asked.new { format!("asked to erase {subject}: job {job}\n") } else { known };
+    let first = if asked.new { format!("asked to erase {told_of}: job {job}\n") } else { known };
     let Some(limit) = command.wait else {
-        let text = if command.json { as_json(&json!({ "asked": asked }))? } else { plain(&first) + "\n" };
-        return Ok((text, ExitCode::SUCCESS));
+        let well = asked.new || matches!(status.as_str(), "running" | "completed");
+        let text = if command.json { as_json(&json!({ "asked": asked }))? } else { first };
+        return Ok((text, if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }));
     };
     let ended = operate::wait(&config, job, limit).await?;
     if command.json {

@@ -1,7 +1,14 @@
 //! From the request to the proof.
 
+use std::time::Duration;
+
 use aftercommit::erase::{Ended, Verified};
 use aftercommit::fanout::operate as jobs;
+use aftercommit::reconciler::{Mode, Runner, Scope};
+use aftercommit::testing::eventually;
+use metrics_exporter_prometheus::PrometheusBuilder;
+
+use crate::support::SOON;
 
 use super::*;
 
@@ -193,4 +200,70 @@ async fn late_rows_of_an_erased_tenant_can_be_refused() {
         .await;
     let wrong = sqlx::query("insert into bills values (100, 'x')").execute(&fleet.bills.pool).await.unwrap_err();
     assert!(wrong.to_string().contains("needs the kind of subject and a column"), "{wrong}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_verification_the_last_answer_ends_it() {
+    let fleet = Fleet::new().await;
+    let job = fleet.ask().await;
+    fleet.both_work().await;
+    let believes = Coordinator::new().without_verification();
+    for service in [&fleet.orders, &fleet.bills] {
+        for outcome in events::<Outcome>(&service.pool).await {
+            hand(&fleet.pool, &believes, outcome, 1).await.unwrap();
+        }
+    }
+    let status = fleet.status(job).await;
+    assert_eq!((status.status.as_str(), status.verification), ("completed", None));
+}
+
+/// Whoever does not answer is asked again, for a preview only as long as somebody may wait for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_service_is_asked_again_but_not_for_an_old_preview() {
+    let fleet = Fleet::new().await;
+    let preview = operate::preview(&fleet.requester.config, Fleet::request()).await.unwrap();
+    let job = fleet.ask().await;
+    let runner = Runner::new(fleet.requester.config.clone()).reconciler(erase::Overdue::new(Duration::from_secs(60)));
+    let run = async || {
+        fleet
+            .requester
+            .execute("update aftercommit.job_participant set asked_at = asked_at - interval '2 minutes'")
+            .await;
+        runner.run_now("job-erasure", Scope::Full, Mode::Repair).await.unwrap().repaired
+    };
+    assert_eq!(run().await, 4);
+    fleet.requester.execute("update aftercommit.job set requested_at = requested_at - interval '2 hours'").await;
+    assert_eq!(run().await, 2);
+    let last = events::<Requested>(&fleet.pool).await.pop().unwrap();
+    assert!(last.job == job.0 && last.job != preview.0);
+}
+
+/// What is past the time it was due is a number for alerts, and a line of doctor.
+#[test]
+fn overdue_erasures_are_counted_for_alerts() {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let rendered = recorder.handle();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    metrics::with_local_recorder(&recorder, || {
+        runtime.block_on(async {
+            let fleet = Fleet::new().await;
+            let request = Fleet::request().due_after(Duration::from_millis(1));
+            let job = operate::ask(&fleet.requester.config, request).await.unwrap().job;
+            let listed = cli(&fleet.requester, &["job", "list", "--overdue"]).1;
+            assert!(listed.contains(&job.to_string()) && listed.contains("running, overdue"), "{listed}");
+            let doctor = cli(&fleet.requester, &["doctor", "--nats-url", "nats://127.0.0.1:1"]).1;
+            assert!(doctor.contains("jobs are past the time they were due: erasure 1"), "{doctor}");
+            let runner =
+                Runner::new(fleet.requester.config.clone()).reconciler(erase::Overdue::new(Duration::from_secs(60)));
+            let stop = tokio_util::sync::CancellationToken::new();
+            let running = tokio::spawn(runner.run(stop.clone()));
+            let counted = |count| format!("aftercommit_jobs_overdue{{kind=\"erasure\"}} {count}");
+            let seen = async |count: u64| rendered.render().contains(&counted(count));
+            eventually(SOON, "it is counted", async || seen(1).await).await.unwrap();
+            fleet.requester.execute("update aftercommit.job set due_at = now() + interval '1 hour'").await;
+            eventually(SOON, "it goes back to zero", async || seen(0).await).await.unwrap();
+            stop.cancel();
+            running.await.unwrap().unwrap();
+        });
+    });
 }

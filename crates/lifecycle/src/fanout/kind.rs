@@ -1,6 +1,7 @@
 //! What is asked, and the events of it.
 
 use std::marker::PhantomData;
+use std::time::Duration;
 
 use aftercommit_core::postgres::job::Counts;
 use aftercommit_outbox::event::Event;
@@ -45,6 +46,11 @@ pub trait Kind: Send + Sync + 'static {
     /// The name under which a request is on record, for a kind that asks for several things. Defaults to [`NAME`](Self::NAME).
     fn name_of(_request: &Self::Request) -> &'static str {
         Self::NAME
+    }
+
+    /// Whether [`Overdue`](super::Overdue) asks again who does not answer, so long after the request. Defaults to always.
+    fn asks_again(_request: &Self::Request, _age: Duration) -> bool {
+        true
     }
 
     /// Whether the request and each answer to it leave a row in the audit trail. Defaults to false.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use aftercommit_core::postgres::job;
 use aftercommit_core::runner::{Drift, ItemError, JOBS, Reconciler};
+use chrono::Utc;
 use sqlx::PgTransaction;
 use uuid::Uuid;
 
@@ -53,7 +54,9 @@ impl<K: Kind> Reconciler for Overdue<K> {
         let id = Uuid::parse_str(item).map_err(|_| sqlx::Error::RowNotFound)?;
         let found = locked::<K>(tx, JobId(id)).await?;
         let open = job::participants(tx, id).await?.iter().any(|participant| participant.status == "asked");
-        if found.status != "running" || !open {
+        let age = (Utc::now() - found.requested_at).to_std().unwrap_or_default();
+        let asks = serde_json::from_value(found.request.clone()).is_ok_and(|request| K::asks_again(&request, age));
+        if found.status != "running" || !open || !asks {
             return Ok(Drift::of(0));
         }
         let late = job::overdue(tx, id, self.patience.as_secs_f64()).await?;
