@@ -104,6 +104,10 @@ grant execute on function :"schema".capture_check, :"schema".capture_all, :"sche
     :"schema".capture_pins, :"schema".capture_base_type, :"schema".capture_per_now, :"schema".capture_primary_key,
     :"schema".capture_call, :"schema".capture_call_with, :"schema".capture_partitions, :"schema".capture_remedy to :"publisher", :"reader", :"operator";
 
+-- Sealed events: a subject's first event makes its key. No role may read keys to look at them; to forget one is for the role eraser.
+grant select (subject_kind, subject_id, key_ref, wrapped_key, key_id), insert (subject_kind, subject_id, key_ref, wrapped_key, key_id)
+    on :"schema".data_key to :"publisher";
+
 -- aftercommit-relay. It deletes what is published and old, and stamps rows anew after a restore: `update (xid)`.
 grant select, delete, update (xid) on :"schema".outbox to :"relay";
 grant select, update on sequence :"schema".outbox_id_seq to :"relay";
@@ -134,6 +138,9 @@ grant select, insert, update, delete on :"schema".worker_status to :"worker";
 grant select, insert, delete on :"schema".failure to :"worker";
 grant select, insert, delete on :"schema".reached to :"worker";
 grant select, insert, update (pruned_to) on :"schema".inbox_pruned to :"worker";
+-- To open sealed events.
+grant select (subject_kind, subject_id, key_ref, wrapped_key, key_id) on :"schema".data_key to :"worker";
+grant select (key_ref) on :"schema".forgotten_key to :"worker";
 -- aftercommit provision, and aftercommit-worker --provision.
 grant select, insert, update (stream, stream_created, sequence, starts_at, asked, recorded_at) on :"schema".subscriber_start
     to :"worker", :"operator";

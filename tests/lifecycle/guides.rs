@@ -1,11 +1,12 @@
 //! The code of the guides about rows that go: each of their Rust blocks is in this file as it is there.
 
 use std::error::Error;
+use std::sync::Arc;
 use std::time::Duration;
 
 use aftercommit::capture::{self, Capture};
 use aftercommit::config::PostgresConfig;
-use aftercommit::erase::{self, Rows, Subject, Tables};
+use aftercommit::erase::{self, MasterKey, Opened, Rows, SealError, Sealed, Sealer, Subject, Tables};
 use aftercommit::fanout::{
     Coordinator, JobError, JobId, JobRequest, Jobs, Kind, Outcome, Overdue, Participant, Requested, Step, Work,
 };
@@ -13,6 +14,7 @@ use aftercommit::hooks::{DeleteError, DeleteHook, DeleteHooks, HookPolicy, Links
 use aftercommit::prune::{Association, Child, Condition, Prune, PruneError, Spec};
 use aftercommit::reconciler::{Mode, Runner, Scope};
 use aftercommit::worker::{Delivery, Handler, HandlerError, Subscriber};
+use aftercommit::{Event, outbox};
 use chrono::{TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -331,4 +333,85 @@ async fn the_guides_erasure_is_asked_for_and_done() {
     let config = erase::file::load(&directory.write("erase.toml", files[1])).unwrap();
     let request = config.request(Subject::new("tenant", TENANT), "ann", Some("Acme")).unwrap();
     assert_eq!(erase::operate::ask(&database.config, request).await.unwrap().job, job);
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct UserRegistered {
+    user: i64,
+    email: String,
+}
+
+impl Event for UserRegistered {
+    const TYPE: &'static str = "user.registered";
+}
+
+fn sealer(master: [u8; 32]) -> Result<Sealer, SealError> {
+    Sealer::new(MasterKey::new("2026-12", master))
+}
+
+async fn register(tx: &mut PgTransaction<'_>, sealer: &Sealer, user: &UserRegistered) -> Result<(), Box<dyn Error>> {
+    let subject = Subject::new("user", user.user);
+    let sealed = sealer.seal(tx, &subject, user).await?;
+    outbox::publish_raw(tx, sealed).await?;
+    Ok(())
+}
+
+struct Welcome(Arc<Sealer>);
+
+impl Handler<Sealed<UserRegistered>> for Welcome {
+    async fn handle(
+        &self,
+        tx: &mut PgTransaction<'_>,
+        delivery: &Delivery<Sealed<UserRegistered>>,
+    ) -> Result<(), HandlerError> {
+        match self.0.open(&mut **tx, delivery).await? {
+            Opened::Plain(user) => {
+                sqlx::query("insert into mail (address) values ($1)").bind(&user.email).execute(&mut **tx).await?;
+            }
+            // Nothing to do for somebody who is forgotten.
+            Opened::Erased => {}
+        }
+        Ok(())
+    }
+}
+
+async fn forget_user(tx: &mut PgTransaction<'_>, user: i64) -> Result<bool, SealError> {
+    Sealer::forget(tx, &Subject::new("user", user)).await
+}
+
+async fn change_master(pool: &PgPool, new: [u8; 32], old: [u8; 32]) -> Result<Sealer, SealError> {
+    let sealer = Sealer::new(MasterKey::new("2027-06", new))?.earlier(MasterKey::new("2026-12", old))?;
+    loop {
+        let mut tx = pool.begin().await?;
+        let done = sealer.rewrap(&mut tx, 1000).await?;
+        tx.commit().await?;
+        if done == 0 {
+            return Ok(sealer); // the old one is needed no more
+        }
+    }
+}
+
+/// The guide about sealed events: a mail is sent, the master key changed, and the user forgotten.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_guides_user_is_forgotten() {
+    let database = Database::migrated().await;
+    database.execute("create table mail (address text)").await;
+    let pool = database.pool().await;
+    let user = UserRegistered { user: 7, email: "ann@example.org".into() };
+    let mut tx = pool.begin().await.unwrap();
+    register(&mut tx, &sealer([1; 32]).unwrap(), &user).await.unwrap();
+    let (id, payload): (uuid::Uuid, Vec<u8>) =
+        sqlx::query_as("select event_id, payload from aftercommit.outbox").fetch_one(&mut *tx).await.unwrap();
+    tx.commit().await.unwrap();
+    let mut delivery = Delivery::new(serde_json::from_slice::<Sealed<UserRegistered>>(&payload).unwrap());
+    delivery.id = id.into();
+    let welcome = Welcome(Arc::new(change_master(&pool, [2; 32], [1; 32]).await.unwrap()));
+    for expected in [1, 1] {
+        let mut tx = pool.begin().await.unwrap();
+        welcome.handle(&mut tx, &delivery).await.unwrap();
+        let mails: i64 = sqlx::query_scalar("select count(*) from mail").fetch_one(&mut *tx).await.unwrap();
+        assert_eq!(mails, expected, "the second time the user is forgotten");
+        forget_user(&mut tx, 7).await.unwrap();
+        tx.commit().await.unwrap();
+    }
 }

@@ -8,5 +8,6 @@ mod forget;
 mod guides;
 mod hooks;
 mod links;
+mod seal;
 #[path = "../support/mod.rs"]
 mod support;

@@ -15,6 +15,8 @@ pub mod forget;
 pub mod operate;
 mod plan;
 mod request;
+#[cfg(feature = "seal")]
+mod seal;
 mod sweep;
 mod tables;
 
@@ -29,6 +31,8 @@ pub use coordinator::{Coordinator, Left, Verified};
 pub use eraser::{Eraser, Erasing, Preview, participant};
 pub use events::Events;
 pub use request::{Asked, Request};
+#[cfg(feature = "seal")]
+pub use seal::{MasterKey, Opened, SEALED_CONTENT_TYPE, SealError, SealErrorKind, Sealed, Sealer};
 pub use tables::{Rows, Tables};
 
 /// Whose data is meant. It travels in events and stays on record, so it has no name and nothing else of a person: an id.

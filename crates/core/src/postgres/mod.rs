@@ -43,6 +43,7 @@ pub mod resend;
 pub mod restamp;
 pub mod rights;
 pub mod running;
+pub mod seal;
 pub mod sequence;
 pub mod servers;
 pub mod session;
