@@ -5,6 +5,7 @@
 //! name = "orders"                    # among the participants of erasures
 //! subscriber = "orders-erasures"     # durable name; the name and `-erasures` when left out
 //! chunk = 1000                       # rows that one transaction deletes
+//! time_limit = "1m"                  # of a preview, and of one transaction
 //! queue = "heavy"                    # as of a subscriber; so are stream and prefix
 //!
 //! [[eraser.subject]]
@@ -54,6 +55,7 @@ struct Entry {
     name: String,
     subscriber: Option<String>,
     chunk: Option<u32>,
+    time_limit: Option<String>,
     queue: Option<String>,
     stream: Option<String>,
     prefix: Option<String>,
@@ -145,7 +147,7 @@ pub(crate) fn read_file(path: &Path, postgres: Option<&PostgresConfig>) -> Resul
 }
 
 fn subscriber(entry: Entry, postgres: Option<&PostgresConfig>) -> Result<Subscriber, String> {
-    let Entry { name, subscriber, chunk, queue, stream, prefix, subject, http } = entry;
+    let Entry { name, subscriber, chunk, time_limit, queue, stream, prefix, subject, http } = entry;
     check_name(&name).map_err(|problem| format!("name: {problem}"))?;
     let durable = subscriber.unwrap_or_else(|| format!("{name}-erasures"));
     check_name(&durable).map_err(|problem| format!("subscriber: {problem}"))?;
@@ -182,6 +184,11 @@ fn subscriber(entry: Entry, postgres: Option<&PostgresConfig>) -> Result<Subscri
         (true, Some(_)) => return Err("chunk: a service behind HTTP has no tables".into()),
         _ => return Err(format!("subject, http: the eraser {name} needs exactly one of them")),
     };
+    if let Some(limit) = time_limit {
+        let limit = humantime::parse_duration(&limit)
+            .map_err(|error| format!("time_limit: {limit:?} is no duration: {error}"))?;
+        made = made.time_limit(limit);
+    }
     if let Some(queue) = queue {
         made = made.queue(queue);
     }
@@ -326,6 +333,7 @@ mod tests {
             ("[[eraser]]\nname = 'a'\nhttp = { url = 'http://u:p@x/' }".into(), "http: url: it must name a host, and no user"),
             ("[[eraser]]\nname = 'a'\nhttp = { url = 'http://x', mode = 'binary' }".into(), "unknown field `mode`"),
             ("[[eraser]]\nname = 'a'\nchunk = 5\nhttp = { url = 'http://x' }".into(), "chunk: "),
+            ("[[eraser]]\nname = 'a'\ntime_limit = '1x'\nhttp = { url = 'http://x' }".into(), "time_limit: "),
             ("[[eraser]]\nname = 'a'\nprefix = ' '\nhttp = { url = 'http://x' }".into(), "prefix: "),
             (
                 "[[subscriber]]\nname = 'a-erasures'\ntypes = ['*']\nsql.function = 'f'\n[[eraser]]\nname = 'a'\nhttp.url = 'http://x'"

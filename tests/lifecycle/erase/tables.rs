@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use aftercommit::erase::Preview;
 use aftercommit::fanout::Step;
+use aftercommit::testing::unique_name;
 use serde_json::Value;
 
 use super::*;
@@ -119,6 +120,46 @@ async fn rows_that_stay_stop_a_cascade_that_would_take_them() {
     assert!(error.contains("rows of public.recipes are to stay"), "{error}");
     assert_eq!(service.count("recipes where is_system").await, 1);
     assert_eq!(erase(&service, &tables, "2").await.unwrap().0["public.recipes"], 1);
+    // What refers to a row that stays, stays.
+    service
+        .database
+        .execute("create table steps (recipe bigint references recipes); insert into steps values (1), (1), (2)")
+        .await;
+    let tables = Tables::new("recipes").of(
+        "tenant",
+        [
+            Rows::of("public.steps").parent("recipe", "public.recipes"),
+            Rows::of("public.recipes").column("tenant").keep("is_system"),
+        ],
+    );
+    let (counts, _) = erase(&service, &tables, "1").await.unwrap();
+    assert_eq!((counts["public.steps"], counts["public.recipes"], service.count("steps").await), (1, 1, 2));
+}
+
+/// Rows that a role does not see would be counted as none, and proven to be gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn row_level_security_that_hides_rows_is_an_error() {
+    let role = unique_name("eraser");
+    let service = Service::new(&format!(
+        "create table a (id bigint primary key, tenant bigint); insert into a values (1, 1), (2, 2);
+         create role {role}; grant select, update, delete on a to {role};
+         alter table a enable row level security;
+         create policy own on a using (tenant = nullif(current_setting('app.tenant', true), '')::bigint)"
+    ))
+    .await;
+    let tables = Tables::new("a").of("tenant", [Rows::of("public.a").column("tenant")]);
+    let look = async || {
+        let mut tx = service.pool.begin().await.unwrap();
+        sqlx::query(sqlx::AssertSqlSafe(format!("set local role {role}"))).execute(&mut *tx).await.unwrap();
+        tables.preview(&mut tx, &Subject::new("tenant", 1)).await.map_err(|error| format!("{error:?}"))
+    };
+    let hidden = look().await.unwrap_err();
+    assert!(hidden.contains("row-level security may hide rows of public.a"), "{hidden}");
+    service.database.execute(&format!("create policy whole on a to {role} using (true)")).await;
+    assert_eq!(look().await.unwrap().counts["public.a"], 1);
+    service.database.execute(&format!("create policy narrow on a as restrictive to {role} using (id > 1)")).await;
+    assert!(look().await.is_err());
+    service.database.execute(&format!("drop owned by {role}; drop role {role}")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -174,6 +174,7 @@ impl Plan {
                 continue;
             }
             let table = Table::read(tx, &one.table).await?;
+            check_visible(tx, &table.name, &table.label).await?;
             let (mut condition, found_by) = plan.condition(tx, &table, &one.which, &known).await?;
             if let Some(keep) = &one.keep {
                 condition = format!("({condition}) and ({keep}) is not true");
@@ -258,6 +259,7 @@ impl Plan {
         for below in &cascade.below {
             Box::pin(self.implicit(tx, name, &condition, below, keeps)).await?;
         }
+        check_visible(tx, name, label).await?;
         let (name, label, found_by) = (name.clone(), label.clone(), Some(first.clone()));
         let partitioned = is_partitioned(tx, &name).await?;
         let cascades = cascade.below.clone();
@@ -335,6 +337,31 @@ async fn exists(connection: &mut PgConnection, table: &str) -> Result<bool, Prob
         .fetch_one(connection)
         .await
         .map_err(|error| Problem::failed(table, error))
+}
+
+/// Rows that row-level security hides would be counted as none, and never go: only a policy that shows all of them is as good as none.
+async fn check_visible(connection: &mut PgConnection, table: &str, label: &str) -> Result<(), Problem> {
+    let hidden: bool = sqlx::query_scalar(
+        "with policy as (
+             select p.polpermissive as permissive, p.polcmd = '*' and pg_catalog.pg_get_expr(p.polqual, p.polrelid) = 'true' as whole
+               from pg_catalog.pg_policy p
+              where p.polrelid = $1::pg_catalog.regclass
+                and exists (select from pg_catalog.unnest(p.polroles) as r where r = 0 or pg_catalog.pg_has_role(r, 'usage')))
+         select pg_catalog.row_security_active($1::pg_catalog.regclass::pg_catalog.oid)
+            and (exists (select from policy where not permissive) or not exists (select from policy where permissive and whole))",
+    )
+    .bind(table)
+    .persistent(false)
+    .fetch_one(connection)
+    .await
+    .map_err(|error| Problem::failed(label, error))?;
+    if hidden {
+        return Err(Problem::Wrong(format!(
+            "row-level security may hide rows of {label} from this role: give it a policy for all commands `using (true)`, or \
+             `bypassrls`"
+        )));
+    }
+    Ok(())
 }
 
 async fn is_partitioned(connection: &mut PgConnection, table: &str) -> Result<bool, Problem> {
