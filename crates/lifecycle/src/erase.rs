@@ -7,6 +7,7 @@
 //!
 //! A service has an [`Eraser`]. For rows of tables it needs no code: [`Tables`].
 
+mod catalogue;
 mod coordinator;
 mod eraser;
 mod events;
