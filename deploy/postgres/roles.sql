@@ -207,7 +207,7 @@ grant select on :"schema".forget_request, :"schema".tombstone to :"eraser";
 grant select (seq, stream) on :"schema".relay_log to :"eraser";
 grant select (outbox_id, event_id, state) on :"schema".repair, :"schema".parked to :"eraser";
 grant execute on function :"schema".forget, :"schema".forget_begin, :"schema".forget_more, :"schema".forget_late_copies,
-    :"schema".forget_publish, :"schema".forget_unsettled, :"schema".forget_found, :"schema".forget_end to :"eraser";
+    :"schema".forget_publish, :"schema".forget_unsettled, :"schema".forget_found, :"schema".forget_end, :"schema".forget_data_key to :"eraser";
 -- Whoever compares messages with events knows what an event was before, by its digest; workers forget what they get tombstones of.
 grant select on :"schema".tombstone to :"relay", :"outbox_reconciler";
 grant select (id, ended_at) on :"schema".forget_request to :"outbox_reconciler";

@@ -463,3 +463,32 @@ async fn events_that_only_the_stream_has_are_erased_by_their_key() {
         files(&scenario.nats.store_directory()).iter().flat_map(|(_, bytes)| found(bytes)).collect();
     assert_eq!(left, [90].into());
 }
+
+/// Three servers each have a file of the stream; their logs of it have the payload until nats-server compacts them.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_replica_of_the_stream_is_erased() {
+    use aftercommit::testing::servers::NatsCluster;
+    let cluster = NatsCluster::start(3, NatsOptions::default()).await.unwrap();
+    let database = Postgres::shared().await.unwrap().create_database().await.unwrap();
+    let outbox = Outbox::new(database, cluster.members[0].url()).await;
+    let js = outbox.js().await;
+    let mut stream = js.get_stream(&outbox.naming.stream).await.unwrap().cached_info().config.clone();
+    stream.num_replicas = 3;
+    js.update_stream(stream).await.unwrap();
+    let relay = outbox.relay();
+    for n in 0..20 {
+        publish(&outbox, PERSON, n, &canary(n)).await;
+    }
+    outbox.settled().await;
+    let forgotten = forget::forget(&config(&outbox), "jane", "request 1", &key(PERSON)).await.unwrap();
+    assert_eq!((forgotten.events, forgotten.messages, forgotten.waits_for), (20, Some(20), None));
+    eventually(SOON, "no server has a message", async || {
+        cluster.members.iter().all(|member| {
+            let streams = files(&member.store_directory());
+            streams.iter().all(|(name, bytes)| name.contains("_js_") || found(bytes).is_empty())
+        })
+    })
+    .await
+    .unwrap();
+    relay.stop().await.unwrap();
+}

@@ -7,6 +7,7 @@ mod support;
 mod canary;
 mod database;
 mod erasure;
+mod forget;
 mod letters;
 mod lookalikes;
 mod nats;

@@ -267,3 +267,53 @@ fn overdue_erasures_are_counted_for_alerts() {
         });
     });
 }
+
+/// A service's events are part of its erasure: counted, forgotten after its rows, and the proof waits for the stream.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_events_of_a_subject_go_with_its_rows() {
+    use aftercommit::erase::Events;
+    use aftercommit::erase::forget::{self, ForgetConfig};
+
+    let fleet = Fleet::new().await;
+    let nats = aftercommit::testing::servers::Nats::shared().await.unwrap();
+    let pool = &fleet.orders.pool;
+    let outbox = crate::support::Outbox::of(fleet.orders.database.config.clone(), nats.url()).await;
+    let relay = outbox.relay();
+    for key in [format!("tenant-{TENANT}"), format!("tenant-{TENANT}/order-1"), format!("tenant-{OTHER}")] {
+        sqlx::query("select aftercommit.publish('order.placed', '{\"secret\": 1}', $1)")
+            .bind(key)
+            .execute(pool)
+            .await
+            .unwrap();
+    }
+    outbox.settled().await;
+    let eraser = || Events::of(orders()).key("tenant", "tenant-{id}").key_prefix("tenant", "tenant-{id}/");
+    let participant = || erase::participant(eraser()).each_step_commits(pool.clone());
+    let job = fleet.ask().await;
+    fleet.works(&fleet.orders, &participant()).await;
+    fleet.works(&fleet.bills, &erase::participant(bills())).await;
+    fleet.coordinate().await;
+    let counts = fleet
+        .status(job)
+        .await
+        .participants
+        .iter()
+        .find_map(|one| (one.participant == "orders").then(|| one.counts.clone().unwrap()));
+    assert_eq!(counts.unwrap()["aftercommit.events"], 2);
+    let left = "aftercommit.outbox where type = 'order.placed' and content_type = 'application/json'";
+    assert_eq!(count(pool, left).await, 1);
+
+    // Nobody has erased the stream yet, so there is no proof, and no failure either.
+    let verify = async |attempt| {
+        let mut asked = events::<Requested>(&fleet.pool).await.pop().unwrap();
+        asked.not_before = None;
+        hand(pool, &participant(), asked, attempt).await
+    };
+    let waits = verify(1).await.unwrap_err();
+    assert!(matches!(waits, HandlerError::Snooze(_)), "{waits:?}");
+    let config = ForgetConfig::new(outbox.postgres.clone(), outbox.nats.clone(), outbox.naming.clone());
+    let through = forget::resume(&config).await.unwrap();
+    assert!(through.len() == 2 && through.iter().all(|one| one.waits_for.is_none()), "{through:?}");
+    verify(2).await.unwrap();
+    relay.stop().await.unwrap();
+}

@@ -341,3 +341,44 @@ pub async fn take_tombstones(
         .await
         .map(drop)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::PostgresConfig;
+    use crate::digest::Digest;
+    use crate::postgres::{self, window};
+    use aftercommit_testing::servers::Postgres;
+
+    /// The database tells a message of an event that was forgotten by a digest that the programs compute of the message.
+    #[tokio::test]
+    async fn the_database_computes_the_digest_of_the_programs() {
+        let config = PostgresConfig::new(Postgres::shared().await.unwrap().create_database().await.unwrap());
+        let mut session = postgres::connect(&config, "aftercommit-test").await.unwrap();
+        postgres::migrate::run(&mut session).await.unwrap();
+        // Headers that were written before their names were reserved, and names whose order depends on the collation.
+        for statement in [
+            "alter table aftercommit.outbox drop constraint outbox_header_names_are_not_reserved,
+                                            drop constraint outbox_header_values_are_legal",
+            "insert into aftercommit.outbox (event_id, type, version, key, headers, payload, content_type, created_at) values
+             (gen_random_uuid(), 'a', 1, null, '{}', '', 'x', '1970-01-01'),
+             (gen_random_uuid(), 'a.b', 2147483647, U&'Stra\\00dfe \\+01F600',
+              '{\"b\": \"1\", \"B\": \"2\", \"a-b\": \"\", \"a_b\": \"x y\"}', '{}', 'application/json', '2026-02-28 23:59:59.999999+00'),
+             (gen_random_uuid(), 'a', 1, 'k', '{\"Aftercommit-Repair\": \"x\", \"NATS-a\": \"y\", \"ce-id\": \"z\", \"own\": \"  both  \"}',
+              convert_to(repeat('long', 5000), 'UTF8'), 'text/plain; charset=utf-8', '0001-01-01 00:00:00+00'),
+             (gen_random_uuid(), 'a', 1, 'k', '{}', '\\x00ff', 'a', '9999-12-31 23:59:59.999999+00')",
+        ] {
+            sqlx::query(statement).execute(&mut session).await.unwrap();
+        }
+        let rows: Vec<(Uuid, i64, Vec<u8>)> =
+            sqlx::query_as("select event_id, id, aftercommit.event_digest(o) from aftercommit.outbox o order by id")
+                .fetch_all(&mut session)
+                .await
+                .unwrap();
+        assert_eq!(rows.len(), 4);
+        for (event_id, id, digest) in rows {
+            let known = window::known(&mut session, &[event_id], &[id]).await.unwrap();
+            assert!(known[&(event_id, id)].is(Digest::read(&digest).unwrap()), "event {id}");
+        }
+    }
+}
