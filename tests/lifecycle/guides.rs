@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use aftercommit::capture::{self, Capture};
 use aftercommit::config::PostgresConfig;
-use aftercommit::erase::{self, MasterKey, Opened, Rows, SealError, Sealed, Sealer, Subject, Tables};
+use aftercommit::erase::{self, Events, MasterKey, Opened, Rows, SealError, Sealed, Sealer, Subject, Tables};
 use aftercommit::fanout::{
     Coordinator, JobError, JobId, JobRequest, Jobs, Kind, Outcome, Overdue, Participant, Requested, Step, Work,
 };
@@ -137,6 +137,11 @@ fn order_tables() -> Tables {
 fn order_erasures(pool: PgPool) -> Subscriber {
     let participant = erase::participant(order_tables()).each_step_commits(pool);
     Subscriber::new("orders-erasures").on::<erase::Requested>(participant)
+}
+
+fn order_erasures_with_events(pool: PgPool) -> Subscriber {
+    let eraser = Events::of(order_tables()).key("tenant", "tenant-{id}").key_prefix("tenant", "tenant-{id}/");
+    Subscriber::new("orders-erasures").on::<erase::Requested>(erase::participant(eraser).each_step_commits(pool))
 }
 
 async fn erase_tenant(tx: &mut PgTransaction<'_>, tenant: &str, name: &str) -> Result<erase::Asked, JobError> {
@@ -322,6 +327,7 @@ async fn the_guides_erasure_is_asked_for_and_done() {
     let left: i64 = sqlx::query_scalar("select (select count(*) from orders) * 100 + (select count(*) from order_items) * 10 + (select count(*) from recipes)")
         .fetch_one(&pool).await.unwrap();
     assert_eq!(left, 111);
+    assert_eq!(order_erasures_with_events(pool.clone()).name(), "orders-erasures");
     assert_eq!((order_erasures(pool).name(), erasures().name()), ("orders-erasures", "erasures"));
     let summary = reminder(&database.config).run_now("job-erasure", Scope::Full, Mode::Repair).await.unwrap();
     assert_eq!(summary.repaired, 0, "nobody is late yet");
