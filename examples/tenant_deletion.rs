@@ -5,6 +5,8 @@
 //! `cargo run --features testing --example tenant_deletion -- --disturb` does it on servers that it starts for itself; `--help` lists
 //! what can be disturbed.
 
+#[path = "tenant_deletion/beside.rs"]
+pub(crate) mod beside;
 #[path = "tenant_deletion/fleet.rs"]
 pub(crate) mod fleet;
 #[path = "tenant_deletion/options.rs"]
@@ -201,6 +203,10 @@ async fn example() -> Result<bool, Error> {
         println!("{}", options::HELP);
         return Ok(true);
     };
+    if options.beside > 0 {
+        beside::measure(this_program, beside::Size::default(), options.beside).await?;
+        return Ok(true);
+    }
     let began = Instant::now();
     let proof = run(&options, this_program, false).await?;
     println!(

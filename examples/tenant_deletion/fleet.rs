@@ -55,8 +55,20 @@ impl Drop for Directory {
 impl Fleet {
     /// Servers, and a database and a stream for each service, with rows of all tenants; no process runs yet.
     pub async fn prepare(program: fn() -> Result<Command, Error>) -> Result<Self, Error> {
+        let tables = services::ALL.iter().map(|service| (service.name, service.sql));
+        let fleet = Self::of(program, false, tables).await?;
+        fleet.make_files()?;
+        Ok(fleet)
+    }
+
+    /// The same for some services, and the requester. Commits wait for the disk or not.
+    pub async fn of(
+        program: fn() -> Result<Command, Error>,
+        fsync: bool,
+        tables: impl IntoIterator<Item = (&str, &'static str)>,
+    ) -> Result<Self, Error> {
         let settings = vec![("max_connections".into(), "300".into())];
-        let postgres = Postgres::start(PostgresOptions { fsync: false, settings }).await?;
+        let postgres = Postgres::start(PostgresOptions { fsync, settings }).await?;
         let nats = Nats::start(NatsOptions::default()).await?;
         let directory = Directory(std::env::temp_dir().join(unique_name("tenant-deletion")));
         fs::create_dir(&directory.0)?;
@@ -70,15 +82,21 @@ impl Fleet {
             _nats: nats,
         };
         let name = unique_name("fleet");
-        let tables = services::ALL.iter().map(|service| (service.name, service.sql));
-        for (service, sql) in tables.chain([(REQUESTER, TABLES)]) {
-            fleet.add(&name, service, sql).await?;
+        let tables: Vec<_> = tables.into_iter().collect();
+        let participants: Vec<String> = tables.iter().map(|(service, _)| (*service).into()).collect();
+        for (service, sql) in tables.into_iter().chain([(REQUESTER, TABLES)]) {
+            fleet.add(&name, &participants, service, sql).await?;
         }
-        fleet.make_files()?;
         Ok(fleet)
     }
 
-    async fn add(&mut self, fleet: &str, service: &str, sql: &'static str) -> Result<(), Error> {
+    async fn add(
+        &mut self,
+        fleet: &str,
+        participants: &[String],
+        service: &str,
+        sql: &'static str,
+    ) -> Result<(), Error> {
         let database = PostgresConfig::new(self._postgres.create_database().await?);
         operator::migrate(&database).await?;
         let pool = PgPoolOptions::new().max_connections(1).connect(&database.url).await?;
@@ -86,9 +104,11 @@ impl Fleet {
         let seat = Seat {
             name: service.into(),
             fleet: fleet.into(),
+            participants: participants.to_vec(),
             database,
             nats: NatsConfig { url: self._nats.url(), ..NatsConfig::default() },
             files: self.directory.0.join(service),
+            chunk: None,
             fails: 0,
             pause: Duration::ZERO,
             holds: None,
@@ -152,6 +172,15 @@ impl Fleet {
         process.child.kill()?;
         process.child.wait()?;
         Ok(())
+    }
+
+    /// The memory of a service's process, in MB.
+    pub fn memory(&self, service: &str) -> Result<f64, Error> {
+        let process = self.processes.get(service).ok_or("the process does not run")?;
+        let status = fs::read_to_string(format!("/proc/{}/status", process.child.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("the kernel tells no VmRSS")?;
+        let kilobytes: f64 = line.trim().trim_end_matches(" kB").parse()?;
+        Ok(kilobytes / 1024.0)
     }
 
     /// Where a process writes what it logs.

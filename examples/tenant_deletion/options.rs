@@ -13,7 +13,8 @@ Usage: tenant_deletion [OPTIONS]
   --fail NAME:TIMES      Let the first attempts of this service fail
   --down NAME:SECONDSs   Start this service so much later
   --kill-requester       Kill the requester between the commit of the request and its reply; the caller asks again
-  --disturb              All of these: --kill pos --fail suppliers:2 --down training:20s --kill-requester";
+  --disturb              All of these: --kill pos --fail suppliers:2 --down training:20s --kill-requester
+  --beside ROUNDS        Measure what erasing 100,000 rows costs others in the same tables, who have 1,000,000";
 
 /// What is disturbed; by default nothing.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -26,6 +27,8 @@ pub struct Options {
     pub down: Option<(String, Duration)>,
     /// Whether the requester is killed before it replies.
     pub kill_requester: bool,
+    /// How often it is measured what an erasure costs others; 0 to delete a tenant.
+    pub beside: usize,
 }
 
 impl Options {
@@ -36,6 +39,7 @@ impl Options {
             fail: Some(("suppliers".into(), 2)),
             down: Some(("training".into(), down)),
             kill_requester: true,
+            beside: 0,
         }
     }
 
@@ -59,6 +63,11 @@ impl Options {
                 }
                 "--kill-requester" => options.kill_requester = true,
                 "--disturb" => options = Self::disturb(Duration::from_secs(20)),
+                "--beside" => {
+                    let rounds = value()?;
+                    options.beside =
+                        rounds.parse().map_err(|_| format!("{argument}: {rounds:?} is no number of rounds"))?;
+                }
                 "-h" | "--help" => return Ok(None),
                 _ => return Err(format!("{argument:?} is unknown; --help lists what there is")),
             }

@@ -13,7 +13,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
 use super::seat::Seat;
-use super::services::{self, TENANT};
+use super::services::TENANT;
 use super::{Error, REQUESTER};
 
 /// Its tables: five tenants.
@@ -45,11 +45,11 @@ pub async fn run(seat: &Seat) -> Result<(), Error> {
     let pool = PgPoolOptions::new().max_connections(2).connect(&seat.database.url).await?;
     let naming = seat.naming()?;
     let mut worker = Worker::new(seat.database.clone(), seat.nats.clone(), naming).max_connections(8);
-    for service in &services::ALL {
+    for service in &seat.participants {
         // A stream has one owner, so each service has its own, and each of them is read.
-        let stream = seat.naming_of(service.name)?;
+        let stream = seat.naming_of(service)?;
         let coordinator = Coordinator::new().verify_after(VERIFY_AFTER);
-        let subscriber = Subscriber::new(format!("answers-of-{}", service.name));
+        let subscriber = Subscriber::new(format!("answers-of-{service}"));
         let subscriber = subscriber.stream(stream.stream).prefix(stream.prefix).concurrency(1);
         worker = worker.subscriber(subscriber.on::<erase::Outcome>(coordinator));
     }
@@ -82,7 +82,7 @@ fn calls() -> UnboundedReceiver<String> {
 async fn answer(seat: &Seat, pool: &PgPool, mut calls: UnboundedReceiver<String>) -> Result<(), Error> {
     while let Some(call) = calls.recv().await {
         let tenant = call.strip_prefix("delete ").ok_or("a call is unknown")?.parse()?;
-        let reply = delete(pool, tenant).await?;
+        let reply = delete(seat, pool, tenant).await?;
         if let Some(file) = &seat.holds {
             std::fs::write(file, "committed")?;
             std::future::pending::<()>().await;
@@ -93,10 +93,10 @@ async fn answer(seat: &Seat, pool: &PgPool, mut calls: UnboundedReceiver<String>
 }
 
 /// The tenant's state and the request are one transaction.
-async fn delete(pool: &PgPool, tenant: i64) -> Result<Reply, Error> {
+async fn delete(seat: &Seat, pool: &PgPool, tenant: i64) -> Result<Reply, Error> {
     let mut tx = pool.begin().await?;
     let asked = Request::new(Subject::new(TENANT, tenant), format!("admin@{tenant}"))
-        .participants(services::ALL.map(|service| service.name))
+        .participants(seat.participants.clone())
         .named(format!("tenant {tenant}"), "select name from tenants where id = $1::bigint")
         .none_left("other admins", "select count(*) - 1 from admins where tenant_id = $1::bigint")
         .ask(&mut tx)

@@ -16,10 +16,14 @@ pub struct Seat {
     pub name: String,
     /// The fleet, in front of the names of its streams.
     pub fleet: String,
+    /// Who takes part in deletions.
+    pub participants: Vec<String>,
     pub database: PostgresConfig,
     pub nats: NatsConfig,
     /// Where files outside of the databases are.
     pub files: PathBuf,
+    /// How many rows a step deletes, where that is not the service's own.
+    pub chunk: Option<u32>,
     /// How many of its first attempts fail.
     pub fails: u32,
     /// How long each step takes besides.
@@ -36,9 +40,11 @@ impl Seat {
         Ok(Some(Self {
             name,
             fleet: std::env::var("FLEET")?,
+            participants: std::env::var("FLEET_PARTICIPANTS")?.split(',').map(String::from).collect(),
             database: PostgresConfig::new(std::env::var("FLEET_DATABASE")?),
             nats: NatsConfig { url: std::env::var("FLEET_NATS")?, ..NatsConfig::default() },
             files: std::env::var_os("FLEET_FILES").ok_or("FLEET_FILES is not set")?.into(),
+            chunk: std::env::var("FLEET_CHUNK").ok().map(|chunk| chunk.parse()).transpose()?,
             fails: number("FLEET_FAILS")?,
             pause: Duration::from_millis(number("FLEET_PAUSE")?.into()),
             holds: std::env::var_os("FLEET_HOLDS").map(PathBuf::from),
@@ -50,11 +56,15 @@ impl Seat {
         command
             .env("FLEET_NAME", &self.name)
             .env("FLEET", &self.fleet)
+            .env("FLEET_PARTICIPANTS", self.participants.join(","))
             .env("FLEET_DATABASE", &self.database.url)
             .env("FLEET_NATS", &self.nats.url)
             .env("FLEET_FILES", &self.files)
             .env("FLEET_FAILS", self.fails.to_string())
             .env("FLEET_PAUSE", self.pause.as_millis().to_string());
+        if let Some(chunk) = self.chunk {
+            command.env("FLEET_CHUNK", chunk.to_string());
+        }
         if let Some(holds) = &self.holds {
             command.env("FLEET_HOLDS", holds);
         }

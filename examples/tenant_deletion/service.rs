@@ -21,9 +21,10 @@ use super::services;
 /// Runs until the process is ended.
 pub async fn run(seat: &Seat) -> Result<(), Error> {
     let service = services::service(&seat.name).ok_or("there is no such service")?;
+    let tables = service.tables(seat.chunk);
     match seat.name.as_str() {
-        "training" => serve(seat, Training { tables: service.tables(), directory: seat.files.clone() }).await,
-        _ => serve(seat, service.tables()).await,
+        "training" => serve(seat, Training { tables, directory: seat.files.clone() }).await,
+        _ => serve(seat, tables).await,
     }
 }
 

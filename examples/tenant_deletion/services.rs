@@ -18,14 +18,14 @@ pub struct Service {
     pub goes: &'static [(&'static str, &'static str)],
     /// What the service goes by.
     rows: fn() -> Vec<Rows>,
-    /// How many rows a step deletes.
+    /// How many rows a step deletes: few, so that there is something to kill. By default it is a thousand.
     chunk: u32,
 }
 
 impl Service {
     /// What the service erases, without a line of code.
-    pub fn tables(&self) -> Tables {
-        Tables::new(self.name).of(TENANT, (self.rows)()).chunk(self.chunk)
+    pub fn tables(&self, chunk: Option<u32>) -> Tables {
+        Tables::new(self.name).of(TENANT, (self.rows)()).chunk(chunk.unwrap_or(self.chunk))
     }
 }
 
