@@ -140,7 +140,7 @@ async fn the_grants_it_names_are_those_that_a_relay_needs() {
     let config = DoctorConfig { postgres: limited.clone(), ..config(&outbox) };
     let report = look(config.clone()).await;
     let missing = found(&report, Severity::Fail, "grants");
-    assert_eq!(missing.len(), 12, "schema, nine tables, sequence, function: {report}");
+    assert_eq!(missing.len(), 13, "schema, ten tables, sequence, function: {report}");
     for check in missing {
         let statement = check.remedy.clone().unwrap();
         assert!(statement.starts_with("grant "), "{statement}");
