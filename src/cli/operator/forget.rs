@@ -156,7 +156,7 @@ pub(super) async fn run(command: Forget) -> Result<(String, ExitCode), Error> {
 }
 
 fn told(all: &[Forgotten], json: bool) -> Result<(String, ExitCode), Error> {
-    let through = all.iter().all(|forgotten| forgotten.waits_for.is_none());
+    let through = all.iter().all(|forgotten| forgotten.waits_for.is_none() && forgotten.unknown.is_empty());
     let exit = if through { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     let text = match all {
         _ if json => as_json(&all)?,
@@ -167,9 +167,16 @@ fn told(all: &[Forgotten], json: bool) -> Result<(String, ExitCode), Error> {
 }
 
 fn line(forgotten: &Forgotten) -> String {
-    let Forgotten { request, events, messages, waits_for } = forgotten;
-    let events = counted(*events, "event");
-    match (waits_for, messages) {
+    let Forgotten { request, events, messages, unknown, waits_for } = forgotten;
+    let events = counted(events - unknown.len() as u64, "event");
+    let unknown = match unknown.as_slice() {
+        [] => String::new(),
+        unknown => {
+            let ids: Vec<String> = unknown.iter().map(ToString::to_string).collect();
+            format!("not found: {}; should a copy come later, it is erased\n", ids.join(", "))
+        }
+    };
+    let told = match (waits_for, messages) {
         (Some(waits_for), _) => format!(
             "request {request}: {events} forgotten in the tables of this database; for the stream it waits for {waits_for}, then run \
              `aftercommit forget --resume`\n"
@@ -180,5 +187,6 @@ fn line(forgotten: &Forgotten) -> String {
         (None, None) => {
             format!("request {request}: {events} forgotten; this database publishes to no stream\n")
         }
-    }
+    };
+    told + &unknown
 }

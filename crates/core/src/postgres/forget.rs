@@ -258,6 +258,22 @@ pub async fn events(
     .await
 }
 
+/// Of the events that a request names, those of which this database knows nothing.
+pub async fn unknown(session: &mut Session, request: i64) -> Result<Vec<Uuid>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select t.event_id from aftercommit.forget_request f join aftercommit.tombstone t on t.event_id = any(f.event_ids)
+          where f.id = $1 and t.outbox_id is null
+            and not exists (select from aftercommit.dead_letter l where l.event_id = t.event_id)
+            and not exists (select from aftercommit.redrive r where r.event_id = t.event_id)
+            and not exists (select from aftercommit.attempt a where a.event_id = t.event_id)
+            and not exists (select from aftercommit.audit a where a.event_id = t.event_id)
+          order by t.event_id",
+    )
+    .bind(request)
+    .fetch_all(session)
+    .await
+}
+
 /// Writes down events that only the stream had.
 pub async fn found(session: &mut Session, request: i64, events: &[Uuid]) -> Result<(), sqlx::Error> {
     sqlx::query("select aftercommit.forget_found($1, $2)").bind(request).bind(events).execute(session).await.map(drop)

@@ -55,6 +55,8 @@ pub struct Forgotten {
     pub events: u64,
     /// Messages of the stream that were erased; none when that was not come to, or this database publishes nothing.
     pub messages: Option<u64>,
+    /// Of the events that were named, those that neither this database nor the stream has. They have tombstones all the same.
+    pub unknown: Vec<Uuid>,
     /// What it waits for, in words; none when it has ended.
     pub waits_for: Option<String>,
 }
@@ -170,7 +172,8 @@ impl<'a> Work<'a> {
             fault::point("forget-more");
         }
         fault::point("forget-tables");
-        let mut forgotten = Forgotten { request: id, events: 0, messages: None, waits_for: None };
+        let unknown = sql::unknown(&mut self.session, id).await.map_err(failed)?;
+        let mut forgotten = Forgotten { request: id, events: 0, messages: None, unknown, waits_for: None };
         let (events, in_outbox) = self.events(id).await?;
         forgotten.events = events.len() as u64;
         if !self.late_copies(id).await? {
@@ -186,7 +189,7 @@ impl<'a> Work<'a> {
         }
         fault::point("forget-published");
         let messages = match &self.stream {
-            Some(_) => self.stream(id, events).await?,
+            Some(_) => self.stream(id, events, &mut forgotten.unknown).await?,
             // No relay has ever published, and none has to.
             None if in_outbox => return Err(Error::new(ErrorKind::Integrity, "the relay's log names no stream")),
             None => 0,
@@ -255,7 +258,7 @@ impl<'a> Work<'a> {
     }
 
     /// Erases all messages of these events but tombstones, and of others that the request means, which the outbox has removed.
-    async fn stream(&mut self, id: i64, events: HashSet<Uuid>) -> Result<u64, Error> {
+    async fn stream(&mut self, id: i64, events: HashSet<Uuid>, unknown: &mut Vec<Uuid>) -> Result<u64, Error> {
         let Some(stream) = &self.stream else { return Ok(0) };
         let request = sql::request(&mut self.session, id).await.map_err(failed)?;
         let source = &self.config.naming.source;
@@ -266,10 +269,11 @@ impl<'a> Work<'a> {
             let (mut sequences, mut found) = (Vec::new(), Vec::new());
             for message in &batch.messages {
                 let Ok(event) = stored::event(message) else { continue };
+                let event_id = event.id.as_uuid();
+                unknown.retain(|unknown| *unknown != event_id);
                 if event.is_tombstone() {
                     continue;
                 }
-                let event_id = event.id.as_uuid();
                 let known = events.contains(&event_id);
                 let means = |request: &Request| request.means(&event.event_type, event.key.as_deref());
                 let meant = known || (event.source == *source && request.as_ref().is_some_and(means));

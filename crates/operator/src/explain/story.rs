@@ -37,8 +37,10 @@ pub(super) fn tell(event_id: EventId, naming: &Naming, evidence: Evidence) -> Ex
     }
     if let Some(StreamMessage { stream, stream_sequence: sequence, stored_at: Some(at), repair, .. }) = &message {
         let parked = outbox.as_ref().is_some_and(|outbox| outbox.parked.is_some());
+        let erased = outbox.as_ref().is_some_and(|outbox| outbox.tombstone.is_some());
         let repair = match (repair, parked) {
             (false, _) => "",
+            (true, false) if erased => ", its tombstone",
             (true, true) => ", out of the outbox's order, after it had been parked",
             (true, false) => ", out of the outbox's order, because it was missing there",
         };
@@ -194,7 +196,11 @@ fn tell_parked(outbox: &Outbox, moments: &mut Vec<Moment>) {
 /// What a reconciler found and the relay did about it.
 fn tell_repair(outbox: &Outbox, message: Option<&StreamMessage>, moments: &mut Vec<Moment>) {
     let Some(repair) = &outbox.repair else { return };
-    moments.push(moment(repair.queued_at, "outbox", "found missing in the stream, queued to be published again"));
+    let why = match outbox.tombstone {
+        Some(_) => "its tombstone was queued to be published",
+        None => "found missing in the stream, queued to be published again",
+    };
+    moments.push(moment(repair.queued_at, "outbox", why));
     // The message itself tells the rest, where it is still there.
     let sequence = repair.sequence.and_then(|sequence| u64::try_from(sequence).ok());
     let told = message.is_some_and(|message| message.stored_at.is_some() && Some(message.stream_sequence) == sequence);
