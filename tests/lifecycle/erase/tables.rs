@@ -103,6 +103,76 @@ async fn an_id_that_a_column_would_cut_is_refused() {
     }
 }
 
+/// A chunk of grandchildren goes by the rows that they hang on: what others have in the table is not read each time.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_chunk_reads_does_not_grow_with_others_rows() {
+    let service = Service::new(
+        "create table orders (id bigint primary key, tenant bigint); create index on orders (tenant);
+         create table lines (id bigint primary key, order_id bigint references orders); create index on lines (order_id);
+         create table notes (id bigint primary key, line_id bigint references lines); create index on notes (line_id);
+         insert into orders select n, case when n <= 10000 then 1 else 2 end from generate_series(1, 10200) n;
+         insert into lines select n, (n - 1) % 10200 + 1 from generate_series(1, 20400) n;
+         insert into notes select n, n from generate_series(1, 20400) n; analyze",
+    )
+    .await;
+    let read = async || {
+        let sql = "select sum(coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0))::bigint from pg_stat_user_tables
+                    where relname in ('lines', 'notes')";
+        let mut last: i64 = -1;
+        // What a session has read is known when it ends, or has been idle for a second.
+        loop {
+            tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+            let now: i64 = sqlx::query_scalar(sql).fetch_one(&service.pool).await.unwrap();
+            if std::mem::replace(&mut last, now) == now {
+                return now;
+            }
+        }
+    };
+    let tables = Tables::new("orders").chunk(20).of(
+        "tenant",
+        [
+            Rows::of("public.notes").parent("line_id", "public.lines"),
+            Rows::of("public.lines").parent("order_id", "public.orders"),
+            Rows::of("public.orders").column("tenant"),
+        ],
+    );
+    let before = read().await;
+    let (counts, steps) = erase(&service, &tables, "2").await.unwrap();
+    assert_eq!(
+        (counts["public.orders"], counts["public.lines"], counts["public.notes"], steps > 50),
+        (200, 400, 400, true)
+    );
+    let read = read().await - before;
+    assert!(read < 100_000, "{read} rows were read to delete 800 in {steps} steps");
+}
+
+/// Tables of one parent that do not stand together go in the order in which they are named.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_order_of_the_tables_is_kept() {
+    let service = Service::new(
+        "create table orders (id bigint primary key, tenant bigint);
+         create table bills (id bigint primary key, tenant bigint);
+         create table lines (id bigint primary key, order_id bigint references orders, bill bigint references bills);
+         create table notes (id bigint primary key, order_id bigint references orders);
+         insert into bills select n, n % 2 from generate_series(1, 40) n; insert into orders select n, n % 2 from generate_series(1, 40) n;
+         insert into lines select n, n, n from generate_series(1, 40) n; insert into notes select n, n from generate_series(1, 40) n",
+    )
+    .await;
+    // Lines refer to bills, so they go before them; notes could go later.
+    let tables = Tables::new("orders").chunk(3).of(
+        "tenant",
+        [
+            Rows::of("public.lines").parent("order_id", "public.orders"),
+            Rows::of("public.bills").column("tenant"),
+            Rows::of("public.notes").parent("order_id", "public.orders"),
+            Rows::of("public.orders").column("tenant"),
+        ],
+    );
+    let (counts, _) = erase(&service, &tables, "1").await.unwrap();
+    assert_eq!(counts.values().copied().collect::<Vec<_>>(), [20, 20, 20, 20]);
+    assert!(preview(&service, &tables, "1").await.unwrap().is_zero());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_that_stay_stop_a_cascade_that_would_take_them() {
     let service = Service::new(

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::error::Error as StdError;
 use std::fmt;
+use std::ops::RangeInclusive;
 
 use aftercommit_core::postgres::quoted;
 use aftercommit_prune::{PruneError, PruneErrorKind, Table, check_expression};
@@ -36,6 +37,10 @@ pub(super) struct Entry {
     pub(super) partitioned: bool,
     /// Which rows go, of the table as `t`, with the subject's id as `$1`.
     pub(super) condition: String,
+    /// The same of the chosen rows of the table at the top of its parents, whose places are `$2`; none when that has partitions.
+    pub(super) chosen: Option<String>,
+    /// The table at the top of its parents; its own when it has none.
+    top: String,
     /// What goes with them by `on delete cascade`.
     pub(super) cascades: Vec<Cascade>,
     /// The column that finds them; none when only the server knows.
@@ -157,11 +162,36 @@ pub(super) fn check(rows: &[Rows]) -> Result<(), String> {
     Ok(())
 }
 
+/// Which rows of a table go.
+struct Goes {
+    condition: String,
+    /// See [`Entry::chosen`].
+    chosen: Option<String>,
+    /// See [`Entry::top`].
+    top: String,
+    found_by: Option<String>,
+}
+
+impl Goes {
+    /// Rows of a table that refer to these.
+    fn below(&self, columns: &str, references: &str, parent: &str, found_by: String) -> Self {
+        let below = |above: &String| format!("{columns} in (select {references} from {parent} as t where {above})");
+        let (condition, chosen) = (below(&self.condition), self.chosen.as_ref().map(below));
+        Self { condition, chosen, top: self.top.clone(), found_by: Some(found_by) }
+    }
+
+    /// Without those that stay.
+    fn but(self, keep: &str) -> Self {
+        let but = |condition: String| format!("({condition}) and ({keep}) is not true");
+        Self { condition: but(self.condition), chosen: self.chosen.map(but), ..self }
+    }
+}
+
 /// A table that is there.
 struct Known {
     table: Table,
-    condition: String,
-    found_by: Option<String>,
+    partitioned: bool,
+    goes: Goes,
     keep: Option<String>,
 }
 
@@ -179,41 +209,59 @@ impl Plan {
             }
             let table = Table::read(tx, &one.table).await?;
             check_visible(tx, &table.name, &table.label).await?;
-            let (mut condition, found_by) = plan.condition(tx, &table, &one.which, &known).await?;
-            if let Some(keep) = &one.keep {
-                condition = format!("({condition}) and ({keep}) is not true");
+            let partitioned = is_partitioned(tx, &table.name).await?;
+            let mut goes = plan.goes(tx, &table, &one.which, &known).await?;
+            if !matches!(one.which.first(), Some(Which::Parent { .. })) && !partitioned {
+                let place = "t.ctid = any(($2::pg_catalog.text[])::pg_catalog.tid[])";
+                goes.chosen = Some(format!("{place} and ({})", goes.condition));
             }
-            known.insert(&one.table, Known { table, condition, found_by, keep: one.keep.clone() });
+            if let Some(keep) = &one.keep {
+                goes = goes.but(keep);
+            }
+            known.insert(&one.table, Known { table, partitioned, goes, keep: one.keep.clone() });
         }
         let keeps: HashMap<String, Option<String>> =
             known.values().map(|one| (one.table.label.clone(), one.keep.clone())).collect();
         for one in rows {
-            let Some(Known { table, condition, found_by, .. }) = known.remove(one.table.as_str()) else { continue };
+            let Some(Known { table, partitioned, goes, .. }) = known.remove(one.table.as_str()) else { continue };
             let cascades = cascades(tx, &table.name, &keeps, &mut vec![table.label.clone()]).await?;
             for cascade in &cascades {
-                plan.implicit(tx, &table.name, &condition, cascade, &keeps).await?;
+                plan.implicit(tx, &table.name, &goes, cascade, &keeps).await?;
             }
-            let partitioned = is_partitioned(tx, &table.name).await?;
-            plan.entries.push(Entry {
-                name: table.name,
-                label: table.label,
-                partitioned,
-                condition,
-                cascades,
-                found_by,
-            });
+            plan.push(table.name, table.label, partitioned, goes, cascades);
         }
         Ok(plan)
     }
 
+    fn push(&mut self, name: String, label: String, partitioned: bool, goes: Goes, cascades: Vec<Cascade>) {
+        let Goes { condition, chosen, top, found_by } = goes;
+        self.entries.push(Entry { name, label, partitioned, condition, chosen, top, cascades, found_by });
+    }
+
+    /// The entries around this one that go together, some rows of the last one with all that refers to them at a time: so none of them
+    /// is read as a whole again and again. None when it goes alone.
+    pub(super) fn block(&self, at: usize) -> Option<RangeInclusive<usize>> {
+        let top = &self.entries.get(at)?.top;
+        let last = at + self.entries[at..].iter().position(|entry| entry.name == *top)?;
+        let others = |entry: &Entry| entry.top != *top || entry.chosen.is_none();
+        let first = self.entries[..last].iter().rposition(others).map_or(0, |other| other + 1);
+        (first < last && (first..=last).contains(&at) && self.entries[last].chosen.is_some()).then_some(first..=last)
+    }
+
     /// Which rows go, and the column that finds them.
-    async fn condition(
+    async fn goes(
         &mut self,
         tx: &mut PgTransaction<'_>,
         table: &Table,
         which: &[Which],
         known: &HashMap<&str, Known>,
-    ) -> Result<(String, Option<String>), Problem> {
+    ) -> Result<Goes, Problem> {
+        let top = |condition: String, found_by: Option<String>| Goes {
+            condition,
+            chosen: None,
+            top: table.name.clone(),
+            found_by,
+        };
         match which.first() {
             Some(Which::Column(column)) => {
                 table.column_type(column)?;
@@ -221,9 +269,9 @@ impl Plan {
                 let place = format!("{}.{column}", table.label);
                 let condition = format!("t.{} = $1::pg_catalog.text::{kind}", quoted(column));
                 self.types.push((place, kind));
-                Ok((condition, Some(column.clone())))
+                Ok(top(condition, Some(column.clone())))
             }
-            Some(Which::Condition(sql)) => Ok((format!("({sql})"), None)),
+            Some(Which::Condition(sql)) => Ok(top(format!("({sql})"), None)),
             Some(Which::Parent { column, table: name, references }) => {
                 table.column_type(column)?;
                 let parent = known.get(name.as_str()).ok_or_else(|| {
@@ -237,10 +285,8 @@ impl Plan {
                     },
                 };
                 parent.table.column_type(&references)?;
-                let (child, references) = (quoted(column), quoted(&references));
-                let (parent, condition) = (&parent.table.name, &parent.condition);
-                let condition = format!("t.{child} in (select t.{references} from {parent} as t where {condition})");
-                Ok((condition, Some(column.clone())))
+                let (child, references) = (format!("t.{}", quoted(column)), format!("t.{}", quoted(&references)));
+                Ok(parent.goes.below(&child, &references, &parent.table.name, column.clone()))
             }
             None => Err(Problem::Wrong(format!("nothing says which rows of {} go", table.label))),
         }
@@ -251,7 +297,7 @@ impl Plan {
         &mut self,
         tx: &mut PgTransaction<'_>,
         parent: &str,
-        above: &str,
+        above: &Goes,
         cascade: &Cascade,
         keeps: &HashMap<String, Option<String>>,
     ) -> Result<(), Problem> {
@@ -259,15 +305,13 @@ impl Plan {
         if keeps.contains_key(label) || name == parent {
             return Ok(());
         }
-        let condition = format!("({columns}) in (select {references} from {parent} as t where {above})");
+        let goes = above.below(&format!("({columns})"), references, parent, first.clone());
         for below in &cascade.below {
-            Box::pin(self.implicit(tx, name, &condition, below, keeps)).await?;
+            Box::pin(self.implicit(tx, name, &goes, below, keeps)).await?;
         }
         check_visible(tx, name, label).await?;
-        let (name, label, found_by) = (name.clone(), label.clone(), Some(first.clone()));
-        let partitioned = is_partitioned(tx, &name).await?;
-        let cascades = cascade.below.clone();
-        self.entries.push(Entry { name, label, partitioned, condition, cascades, found_by });
+        let partitioned = is_partitioned(tx, name).await?;
+        self.push(name.clone(), label.clone(), partitioned, goes, cascade.below.clone());
         Ok(())
     }
 

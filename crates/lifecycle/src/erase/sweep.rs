@@ -48,9 +48,18 @@ impl Places {
         }
     }
 
-    async fn of(connection: &mut PgConnection, entry: &Entry, sql: String, id: &str) -> Result<Self, Problem> {
-        let rows: Vec<(String, String)> = sqlx::query_as(AssertSqlSafe(sql))
-            .bind(id)
+    async fn of(
+        connection: &mut PgConnection,
+        entry: &Entry,
+        sql: String,
+        id: &str,
+        chosen: Option<&[String]>,
+    ) -> Result<Self, Problem> {
+        let mut query = sqlx::query_as(AssertSqlSafe(sql)).bind(id);
+        if let Some(chosen) = chosen {
+            query = query.bind(chosen);
+        }
+        let rows: Vec<(String, String)> = query
             .persistent(false)
             .fetch_all(connection)
             .await
@@ -85,14 +94,38 @@ impl Places {
     }
 }
 
-/// Deletes up to `limit` rows of a table, and what has come since that would go with them by cascade.
-pub(super) async fn chunk(tx: &mut PgTransaction<'_>, entry: &Entry, id: &str, limit: u32) -> Result<Swept, Problem> {
-    let Entry { name, label, condition, .. } = entry;
+/// Places of up to `most` rows that are to go, with what refers to them. They are not locked: whoever changes one moves it to
+/// another place, where it is chosen later.
+pub(super) async fn choose(
+    tx: &mut PgTransaction<'_>,
+    entry: &Entry,
+    id: &str,
+    most: u32,
+) -> Result<Vec<String>, Problem> {
+    let sql = format!("select t.ctid::pg_catalog.text from {} as t where {} limit {most}", entry.name, entry.condition);
+    let places = sqlx::query_scalar(AssertSqlSafe(sql)).bind(id).persistent(false).fetch_all(&mut **tx).await;
+    places.map_err(|error| Problem::failed(&entry.label, error))
+}
+
+/// Deletes up to `limit` rows of a table, and what has come since that would go with them by cascade. With `chosen` only rows that go
+/// with these of its [block](Plan::block).
+pub(super) async fn chunk(
+    tx: &mut PgTransaction<'_>,
+    entry: &Entry,
+    id: &str,
+    chosen: Option<&[String]>,
+    limit: u32,
+) -> Result<Swept, Problem> {
+    let Entry { name, label, .. } = entry;
+    let (chosen, condition) = match (chosen, &entry.chosen) {
+        (Some(chosen), Some(condition)) => (Some(chosen), condition),
+        _ => (None, &entry.condition),
+    };
     let sql = format!(
         "select t.tableoid::pg_catalog.text, t.ctid::pg_catalog.text from {name} as t where {condition} limit {limit} for update of t"
     );
     // Locked, so that nobody adds rows that refer to them.
-    let mut places = Places::of(tx, entry, sql, id).await?;
+    let mut places = Places::of(tx, entry, sql, id, chosen).await?;
     let mut swept = Swept { selected: u32::try_from(places.places.len()).unwrap_or(u32::MAX), ..Swept::default() };
     if places.places.is_empty() {
         return Ok(swept);

@@ -124,12 +124,15 @@ impl Rows {
 }
 
 /// Where a step goes on: at which of how many tables.
-#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
 struct Position {
     at: usize,
     of: usize,
     #[serde(default)]
     back: u32,
+    /// The chosen rows of the [block](Plan::block) that it is in: their places.
+    #[serde(default)]
+    chosen: Vec<String>,
 }
 
 impl Tables {
@@ -215,12 +218,24 @@ impl Tables {
     ) -> Result<Step, HandlerError> {
         let (mut step, mut left) = (Step::default(), self.chunk);
         while let Some(entry) = plan.entries.get(position.at) {
+            let block = plan.block(position.at);
+            if let Some(block) = block.as_ref().filter(|_| position.chosen.is_empty()) {
+                let chosen = sweep::choose(tx, &plan.entries[*block.end()], id, self.chunk).await;
+                position.chosen = chosen.map_err(|error| error.of(&self.name))?;
+                position.at = if position.chosen.is_empty() { block.end() + 1 } else { *block.start() };
+                continue;
+            }
             // What fails takes only its own doing with it.
             let mut inner = tx.begin().await?;
-            match sweep::chunk(&mut inner, entry, id, left).await {
+            let chosen = block.as_ref().map(|_| position.chosen.as_slice());
+            match sweep::chunk(&mut inner, entry, id, chosen, left).await {
                 Ok(Swept { selected: 0, .. }) => {
                     inner.rollback().await?;
-                    position.at += 1;
+                    if block.is_some_and(|block| position.at == *block.end()) {
+                        position.chosen.clear();
+                    } else {
+                        position.at += 1;
+                    }
                     continue;
                 }
                 Ok(swept) => {
@@ -235,7 +250,7 @@ impl Tables {
                         table = entry.label,
                         "rows came late: once more from the first table"
                     );
-                    position = Position { at: 0, back: position.back + 1, ..position };
+                    position = Position { at: 0, back: position.back + 1, chosen: Vec::new(), ..position };
                     left = 0;
                 }
                 Err(error) => return Err(error.of(&self.name)),
