@@ -8,6 +8,7 @@ create table aftercommit.job (
     request        jsonb       not null,
     requested_by   text        not null,
     requested_at   timestamptz not null default clock_timestamp(),
+    begin_at       timestamptz,                                     -- nobody begins before
     due_at         timestamptz,                                     -- later it is overdue
     status         text        not null default 'running',
     ended_at       timestamptz,

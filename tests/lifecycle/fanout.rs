@@ -374,6 +374,23 @@ async fn a_job_is_cancelled_until_somebody_begins() {
     assert!(error.kind() == JobErrorKind::State && error.to_string().contains("partial"), "{error}");
 }
 
+/// Until it begins it can be cancelled, also when somebody is asked once more meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_is_asked_once_more_still_waits_to_begin() {
+    let stage = Stage::new().await;
+    stage.request("t1", Some(Duration::from_secs(600))).await;
+    stage.database.execute("update aftercommit.job_participant set asked_at = now() - interval '2 minutes'").await;
+    let runner = Runner::new(stage.database.config.clone());
+    let runner = runner.reconciler(Overdue::<TenantDeletion>::new(Duration::from_secs(60)));
+    assert_eq!(runner.run_now("job-tenant-deletion", Scope::Full, Mode::Repair).await.unwrap().repaired, 2);
+    let requests = stage.events::<Requested<TenantDeletion>>().await;
+    assert_eq!(requests.len(), 2);
+    for event in requests {
+        assert!(matches!(stage.hand(&orders(), event, 1).await, Err(HandlerError::Snooze(_))));
+    }
+    assert_eq!(stage.count("orders where tenant = 1").await, 35);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_does_not_answer_is_asked_again_and_nobody_else() {
     let stage = Stage::new().await;

@@ -316,6 +316,15 @@ async fn roles_seal_and_open_and_do_not_forget() {
     }
     let mut reader = login("reader").await;
     assert!(sqlx::query("select from aftercommit.data_key").execute(&mut reader).await.is_err());
+    // The eraser may, and nothing more: it deletes no rows and makes none.
+    let mut eraser = login("eraser").await;
+    let new = self::sealer("b", 2).earlier(MasterKey::new("a", [1; 32])).unwrap();
+    assert_eq!(new.rewrap(&mut eraser, 10).await.unwrap(), 1);
+    for sql in ["delete from aftercommit.data_key", "lock table aftercommit.data_key in exclusive mode"] {
+        assert!(sqlx::query(sql).execute(&mut eraser).await.is_err(), "{sql}");
+    }
+    assert!(Sealer::forget(&mut eraser, &subject(7)).await.unwrap());
+    assert_eq!(sealer.open(&mut worker, &delivery).await.unwrap(), Opened::Erased);
 }
 
 /// Writes the addresses that it can read.

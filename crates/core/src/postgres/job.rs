@@ -41,6 +41,8 @@ pub struct NewJob<'a> {
     pub requested_by: &'a str,
     /// After so many seconds it is overdue.
     pub due_seconds: Option<f64>,
+    /// Nobody begins before.
+    pub begin_at: Option<DateTime<Utc>>,
     /// The types of its events: of the request, and of its end.
     pub types: (&'a str, &'a str),
     /// The job that ends only when this one has ended.
@@ -70,6 +72,9 @@ pub struct Job {
     /// When it is overdue; none when nobody said.
     #[sqlx(try_from = "Maybe<time::Time>")]
     pub due_at: Option<DateTime<Utc>>,
+    /// Nobody begins before; none to begin at once.
+    #[sqlx(try_from = "Maybe<time::Time>")]
+    pub begin_at: Option<DateTime<Utc>>,
     /// `running`, `completed`, `partial`, `failed` or `cancelled`.
     pub status: String,
     /// When it ended; none while it runs.
@@ -160,7 +165,8 @@ pub(super) fn ours(sql: &str) -> AssertSqlSafe<String> {
     AssertSqlSafe(published().sql(sql).into_owned())
 }
 
-const JOB: &str = "select id, kind, request_key, request, requested_by, requested_at, due_at, status, ended_at,
+const JOB: &str =
+    "select id, kind, request_key, request, requested_by, requested_at, due_at, begin_at, status, ended_at,
                           requested_type, ended_type, parent, joinable from aftercommit.job";
 
 const PARTICIPANT: &str =
@@ -174,8 +180,8 @@ const CHILDREN: &str = "select id, kind, status from aftercommit.job where paren
 pub async fn request(connection: &mut PgConnection, job: &NewJob<'_>) -> Result<(Uuid, bool), sqlx::Error> {
     let inserted: Option<Uuid> = sqlx::query_scalar(ours(
         "insert into aftercommit.job (id, kind, request_key, request, requested_by, due_at, requested_type, ended_type, parent,
-                                      joinable)
-         values ($1, $2, $3, $4, $5, clock_timestamp() + make_interval(secs => $6), $7, $8, $9, $10)
+                                      joinable, begin_at)
+         values ($1, $2, $3, $4, $5, clock_timestamp() + make_interval(secs => $6), $7, $8, $9, $10, $11)
          on conflict (kind, request_key) do nothing returning id",
     ))
     .bind(job.id)
@@ -188,6 +194,7 @@ pub async fn request(connection: &mut PgConnection, job: &NewJob<'_>) -> Result<
     .bind(job.types.1)
     .bind(job.parent)
     .bind(job.joinable)
+    .bind(job.begin_at)
     .persistent(false)
     .fetch_optional(&mut *connection)
     .await?;

@@ -153,11 +153,13 @@ impl<K: Kind> Jobs<K> {
             request: &body,
             requested_by: &request.requested_by,
             due_seconds: request.due_after.map(|due| due.as_secs_f64()),
+            begin_at: request.begin_after.map(|wait| Utc::now() + wait),
             types: (K::REQUESTED, K::ENDED),
             parent: request.parent.map(|parent| parent.0),
             joinable,
             participants: &participants,
         };
+        let begin_at = new.begin_at;
         let (id, new) = job::request(tx, &new).await?;
         if new {
             if K::is_audited(&request.request) {
@@ -173,7 +175,7 @@ impl<K: Kind> Jobs<K> {
                 job: id,
                 participants: participants.into_iter().map(|name| (name, 1)).collect(),
                 cancel: false,
-                not_before: request.begin_after.map(|wait| Utc::now() + wait),
+                not_before: begin_at,
                 request: request.request,
                 kind: PhantomData,
             };
@@ -312,8 +314,11 @@ pub(super) async fn ask(
     asked: Vec<(String, i32)>,
     cancel: bool,
 ) -> Result<Vec<String>, JobError> {
-    let body =
-        json!({ "job": job.id, "participants": asked, "cancel": cancel, "not_before": null, "request": job.request });
+    // Whoever is asked once more, or joins, still waits.
+    let not_before = job.begin_at.filter(|_| !cancel);
+    let body = json!({
+        "job": job.id, "participants": asked, "cancel": cancel, "not_before": not_before, "request": job.request,
+    });
     let event = RawEvent::json(job.requested_type, &body).map_err(JobError::event)?;
     publish_raw(tx, event.key(key(job.id, cancel))).await.map_err(JobError::event)?;
     Ok(asked.into_iter().map(|(name, _)| name).collect())
