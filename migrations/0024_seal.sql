@@ -10,7 +10,8 @@ create table aftercommit.data_key (
     created_at   timestamptz not null default clock_timestamp(),
     primary key (subject_kind, subject_id),
     constraint data_key_ref_is_unique unique (key_ref),
-    constraint data_key_subject_size check (octet_length(subject_kind) between 1 and 100 and octet_length(subject_id) between 1 and 500),
+    constraint data_key_kind_size check (octet_length(subject_kind) between 1 and 100),
+    constraint data_key_id_size check (octet_length(subject_id) between 1 and 500),
     constraint data_key_master_size check (octet_length(key_id) between 1 and 100),
     constraint data_key_wrapped_size check (octet_length(wrapped_key) between 1 and 500)
 );

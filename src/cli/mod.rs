@@ -1,6 +1,7 @@
 //! The command lines of the binaries.
 
 mod http;
+mod log;
 pub mod operator;
 mod reconciling;
 pub mod relay;
@@ -11,21 +12,16 @@ pub mod worker;
 
 use std::env;
 use std::ffi::{OsStr, OsString};
-use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Command, Parser};
 use tokio_util::sync::CancellationToken;
-use tracing::{Level, Metadata};
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::filter_fn;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 
 use aftercommit_core::config::{Naming, check_stream};
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_outbox::subject::SubjectPrefix;
+use log::start_logging;
 use servers::PostgresArgs;
 
 /// How long a soft stop may take before the process ends anyway.
@@ -92,29 +88,6 @@ fn without_empty_variables(command: Command, variable: &impl Fn(&OsStr) -> Optio
         false => arg,
     });
     command.mut_subcommands(|command| without_empty_variables(command, variable))
-}
-
-/// Logs to standard error, as `RUST_LOG` says; without it from level info, of the NATS client only warnings.
-fn start_logging() {
-    let wanted = env::var(EnvFilter::DEFAULT_ENV).ok().filter(|wanted| !wanted.is_empty());
-    let filter = wanted.and_then(|wanted| EnvFilter::try_new(wanted).ok());
-    let filter = filter.unwrap_or_else(|| EnvFilter::new("info,async_nats=warn"));
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    let lines = lines.with_ansi(std::io::stderr().is_terminal());
-    tracing_subscriber::registry().with(filter).with(filter_fn(is_discreet)).with(lines).init();
-}
-
-/// Keeps out what the drivers would show of secrets and payloads: the NATS client shows whole messages and answers when it
-/// is asked to be talkative, the PostgreSQL driver warns of lines of the password file and of parameters of the URL with
-/// what is in them.
-fn is_discreet(line: &Metadata<'_>) -> bool {
-    match line.target() {
-        "async_nats::connection" => *line.level() != Level::TRACE,
-        "async_nats::jetstream::context" => *line.level() < Level::DEBUG,
-        "sqlx_postgres::options::parse" => line.fields().field("value").is_none(),
-        "sqlx_postgres::options::pgpass" => line.fields().field("line").is_none(),
-        _ => true,
-    }
 }
 
 /// Runs a role until it ends or is told to stop. The first SIGTERM, SIGINT or SIGHUP cancels the token that `start` gets; a

@@ -11,6 +11,7 @@ mod erase;
 mod explain;
 mod findings;
 mod forget;
+mod health;
 mod job;
 mod parked;
 mod peek;
@@ -35,7 +36,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use super::{fail, parse, start_logging};
+use super::log::{LogArgs, start_logging};
+use super::{fail, parse};
 use aftercommit_core::error::{Error, ErrorKind};
 
 /// The operator's tool of aftercommit
@@ -48,6 +50,8 @@ use aftercommit_core::error::{Error, ErrorKind};
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    #[command(flatten)]
+    log: LogArgs,
 }
 
 #[derive(Subcommand)]
@@ -87,6 +91,9 @@ enum Command {
                             aftercommit forget --event 019aa1c2-7c1f-7b2e-9d55-0d3c5a7e9b11 --why 'request 2026-114'\n  \
                             aftercommit forget --resume --every 10s")]
     Forget(Box<forget::Forget>),
+    /// Ask a relay or a worker over HTTP whether it is well, as a container's health check does
+    #[command(after_help = "Example:\n  aftercommit health --url http://127.0.0.1:9464/readyz")]
+    Health(health::Health),
     /// See jobs that several services answer, ask failed ones anew, or cancel
     #[command(subcommand)]
     Job(job::Job),
@@ -136,7 +143,7 @@ enum Command {
 
 /// The commands as the help groups them.
 const GROUPS: [(&str, &[&str]); 5] = [
-    ("See what is", &["status", "backlog", "doctor", "coverage", "explain", "peek", "audit", "findings", "runs"]),
+    ("See what is", &["status", "backlog", "doctor", "coverage", "explain", "peek", "audit", "findings", "runs", "health"]),
     ("Decide about events", &["dead", "parked", "replay", "forget"]),
     ("Stop and go on", &["relay", "worker"]),
     ("Set up", &["migrate", "provision", "publish", "capture", "subscriber"]),
@@ -169,10 +176,12 @@ fn header(text: &str) -> Result<(String, String), String> {
 /// Runs the command line of this process. The exit status is 0 when all went well, 1 when it did not or the doctor found
 /// something that fails, and 2 when the command line or a setting is at fault.
 pub fn main() -> ExitCode {
-    let result = match parse(env::args_os()) {
-        Cli { command: Command::Reconcile(command) } if command.goes_on() => return reconcile::go_on(*command),
-        Cli { command: Command::Forget(command) } if command.goes_on() => return forget::go_on(*command),
-        Cli { command: Command::Prune(command) } if command.goes_on() => return prune::go_on(command),
+    let cli: Cli = parse(env::args_os());
+    cli.log.choose();
+    let result = match cli {
+        Cli { command: Command::Reconcile(command), .. } if command.goes_on() => return reconcile::go_on(*command),
+        Cli { command: Command::Forget(command), .. } if command.goes_on() => return forget::go_on(*command),
+        Cli { command: Command::Prune(command), .. } if command.goes_on() => return prune::go_on(command),
         cli => run(cli),
     };
     match result {
@@ -220,6 +229,11 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         }
         Command::Explain(command) => runtime.block_on(explain::run(*command))?,
         Command::Findings(command) => runtime.block_on(findings::findings(command))?,
+        Command::Health(command) => {
+            let (text, status) = runtime.block_on(health::run(command))?;
+            exit = status;
+            text
+        }
         Command::Forget(command) => {
             let (text, status) = runtime.block_on(forget::run(*command))?;
             exit = status;

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::http::{self, HttpArgs};
 use super::reconciling::{self, ReconcileArgs};
 use super::servers::Servers;
+use super::log::LogArgs;
 use super::{fail, parse, run_role};
 use aftercommit_core::error::Error;
 use aftercommit_core::relay::Mode;
@@ -50,6 +51,8 @@ struct Cli {
     reconcile: ReconcileArgs,
     #[command(flatten)]
     http: HttpArgs,
+    #[command(flatten)]
+    log: LogArgs,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -147,6 +150,7 @@ pub(super) fn command() -> clap::Command {
 /// command line or a setting is at fault, 1 when schema or stream are missing at the start or the stop was a hard one.
 pub fn main() -> ExitCode {
     let cli: Cli = parse(env::args_os());
+    cli.log.choose();
     match cli.config() {
         Ok(config) => {
             let runner = cli.reconciler(&config);

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::http::{self, HttpArgs};
 use super::reconciling::{self, ReconcileArgs};
 use super::servers::Servers;
+use super::log::LogArgs;
 use super::{fail, parse, run_role};
 use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig, Schema};
 use aftercommit_core::error::{Error, ErrorKind};
@@ -40,6 +41,8 @@ struct Cli {
     reconcile: ReconcileArgs,
     #[command(flatten)]
     http: HttpArgs,
+    #[command(flatten)]
+    log: LogArgs,
 }
 
 impl Cli {
@@ -132,11 +135,14 @@ struct Service {
     reconcile: ReconcileArgs,
     #[command(flatten)]
     http: HttpArgs,
+    #[command(flatten)]
+    log: LogArgs,
 }
 
 /// See [`crate::worker::main`].
 pub(crate) fn serve(registry: Registry, arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli: Service = parse(arguments);
+    cli.log.choose();
     let worker = || -> Result<(Worker, NatsConfig), Error> {
         let (postgres, nats, naming) = servers(&cli.servers)?;
         let worker = Worker::new(postgres, nats.clone(), naming);
@@ -202,6 +208,7 @@ pub(super) fn command() -> clap::Command {
 /// command line, the file or a setting is at fault, 1 when the stop was a hard one.
 pub fn main() -> ExitCode {
     let cli: Cli = parse(env::args_os());
+    cli.log.choose();
     match cli.worker() {
         Ok((worker, nats)) => run_role(NAME, |shutdown| run((worker, nats), cli.reconcile, cli.http, shutdown)),
         Err(error) => fail(NAME, &error),

@@ -3,6 +3,7 @@
 mod events;
 mod log;
 mod outbox;
+mod programs;
 mod reconciler;
 #[path = "../support/mod.rs"]
 mod support;
