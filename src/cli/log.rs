@@ -28,7 +28,14 @@ enum LogFormat {
 #[command(next_help_heading = "Logs")]
 pub(super) struct LogArgs {
     /// How log lines are written to standard error; RUST_LOG says which, such as info,aftercommit_relay=debug
-    #[arg(long, env = "AFTERCOMMIT_LOG_FORMAT", value_enum, value_name = "FORMAT", default_value = "text", global = true)]
+    #[arg(
+        long,
+        env = "AFTERCOMMIT_LOG_FORMAT",
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "text",
+        global = true
+    )]
     log_format: LogFormat,
 }
 

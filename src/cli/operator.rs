@@ -143,7 +143,10 @@ enum Command {
 
 /// The commands as the help groups them.
 const GROUPS: [(&str, &[&str]); 5] = [
-    ("See what is", &["status", "backlog", "doctor", "coverage", "explain", "peek", "audit", "findings", "runs", "health"]),
+    (
+        "See what is",
+        &["status", "backlog", "doctor", "coverage", "explain", "peek", "audit", "findings", "runs", "health"],
+    ),
     ("Decide about events", &["dead", "parked", "replay", "forget"]),
     ("Stop and go on", &["relay", "worker"]),
     ("Set up", &["migrate", "provision", "publish", "capture", "subscriber"]),

@@ -8,9 +8,9 @@ use clap::Parser;
 use tokio_util::sync::CancellationToken;
 
 use super::http::{self, HttpArgs};
+use super::log::LogArgs;
 use super::reconciling::{self, ReconcileArgs};
 use super::servers::Servers;
-use super::log::LogArgs;
 use super::{fail, parse, run_role};
 use aftercommit_core::error::Error;
 use aftercommit_core::relay::Mode;

@@ -10,9 +10,9 @@ use clap::Parser;
 use tokio_util::sync::CancellationToken;
 
 use super::http::{self, HttpArgs};
+use super::log::LogArgs;
 use super::reconciling::{self, ReconcileArgs};
 use super::servers::Servers;
-use super::log::LogArgs;
 use super::{fail, parse, run_role};
 use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig, Schema};
 use aftercommit_core::error::{Error, ErrorKind};
