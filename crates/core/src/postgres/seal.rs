@@ -36,13 +36,12 @@ fn ours(sql: &str) -> AssertSqlSafe<String> {
     AssertSqlSafe(published().sql(sql).into_owned())
 }
 
-const COLUMNS: &str = "subject_kind, subject_id, key_ref, wrapped_key, key_id";
-
 /// The key of a subject.
 pub async fn of_subject(connection: &mut PgConnection, kind: &str, id: &str) -> Result<Option<DataKey>, sqlx::Error> {
-    sqlx::query_as(ours(&format!(
-        "select {COLUMNS} from aftercommit.data_key where subject_kind = $1 and subject_id = $2"
-    )))
+    sqlx::query_as(ours(
+        "select subject_kind, subject_id, key_ref, wrapped_key, key_id from aftercommit.data_key
+          where subject_kind = $1 and subject_id = $2",
+    ))
     .bind(kind)
     .bind(id)
     .persistent(false)
@@ -104,10 +103,10 @@ pub async fn wrapped_by_others(
     key_id: &str,
     limit: i64,
 ) -> Result<Vec<DataKey>, sqlx::Error> {
-    sqlx::query_as(ours(&format!(
-        "select {COLUMNS} from aftercommit.data_key where key_id < $1 or key_id > $1
-          order by key_id, key_ref limit $2 for update skip locked"
-    )))
+    sqlx::query_as(ours(
+        "select subject_kind, subject_id, key_ref, wrapped_key, key_id from aftercommit.data_key where key_id <> $1
+          order by key_id, key_ref limit $2 for update skip locked",
+    ))
     .bind(key_id)
     .bind(limit)
     .persistent(false)
