@@ -486,6 +486,7 @@ async fn every_replica_of_the_stream_is_erased() {
     for n in 0..20 {
         publish(&outbox, PERSON, n, &canary(n)).await;
     }
+    eventually(SOON, "all are stored", async || outbox.stored().await == 20).await.unwrap();
     outbox.settled().await;
     let forgotten = forget::forget(&config(&outbox), "jane", "request 1", &key(PERSON)).await.unwrap();
     assert_eq!((forgotten.events, forgotten.messages, forgotten.waits_for), (20, Some(20), None));

@@ -45,7 +45,7 @@ async fn json_logs_have_one_object_per_line() {
     assert!(well.status.success(), "{}", said(&well));
     let unknown = health(&format!("http://{address}/nowhere"));
     assert_eq!(unknown.status.code(), Some(1), "{}", said(&unknown));
-    relay.signal("TERM");
+    relay.signal("-TERM");
     relay.wait();
 }
 

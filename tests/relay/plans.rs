@@ -63,6 +63,7 @@ const READS_ALL: &[(&str, &str)] = &[
     ("select subscriber, count(*) from aftercommit.dead_letter", "what `aftercommit status` counts"),
     ("with failing as (select subscriber, count(*)", "the same"),
     ("select (select count(*) from (select from aftercommit.attempt", "a count of what waits, up to a limit"),
+    ("with selection (events, key, key_prefix, type)", "what is to be forgotten, by keys: they have no index"),
     ("select name, kind, count(*) from aftercommit.finding", "a count of what is open"),
     ("select * from ( select id, name, kind, item,", "an operator's list of findings"),
 ];

@@ -169,13 +169,14 @@ impl<E: Eraser> Eraser for Events<E> {
 
     async fn verify(&self, tx: &mut PgTransaction<'_>, subject: &Subject) -> Result<Preview, HandlerError> {
         let mut left = self.eraser.verify(tx, subject).await?;
-        left.counts.insert(EVENTS.into(), self.count(tx, subject).await?);
+        // Before the events are counted, for which the outbox is read.
         let (_, open) = sql::forgotten_within(tx, 0, &why(subject)).await?;
         if left.is_zero() && open > 0 {
             // Not a failure of this service: whoever erases streams has not come to it.
             tracing::info!(eraser = self.name(), %subject, open, "the stream has yet to be erased: `aftercommit forget --resume`");
             return Err(HandlerError::snooze(LOOK));
         }
+        left.counts.insert(EVENTS.into(), self.count(tx, subject).await?);
         Ok(left)
     }
 }

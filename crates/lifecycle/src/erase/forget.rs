@@ -149,22 +149,26 @@ struct Work<'a> {
 
 impl<'a> Work<'a> {
     async fn open(config: &'a ForgetConfig) -> Result<Self, Error> {
-        let mut session = connect(&config.postgres).await?;
-        let stream = match sql::stream(&mut session).await.map_err(failed)? {
-            Some(stream) if stream != config.naming.stream => {
-                let problem = format!(
-                    "nothing is forgotten: this outbox is published to stream {stream} and not to {}: give --stream {stream}",
-                    config.naming.stream
-                );
-                return Err(Error::new(ErrorKind::Config, problem));
-            }
-            Some(stream) => {
-                let connection = jetstream::connect(&config.nats, "aftercommit-forget", "_INBOX_eraser").await?;
-                Some(Eraser::new(&connection, &stream).await?)
-            }
-            None => None,
-        };
-        Ok(Self { config, session, stream })
+        let session = connect(&config.postgres).await?;
+        let mut work = Self { config, session, stream: None };
+        work.find_stream().await?;
+        Ok(work)
+    }
+
+    /// The stream that a relay publishes to, as its log says; none as long as no relay has published anything.
+    async fn find_stream(&mut self) -> Result<(), Error> {
+        let naming = &self.config.naming;
+        let Some(stream) = sql::stream(&mut self.session).await.map_err(failed)? else { return Ok(()) };
+        if stream != naming.stream {
+            let problem = format!(
+                "nothing is forgotten: this outbox is published to stream {stream} and not to {}: give --stream {stream}",
+                naming.stream
+            );
+            return Err(Error::new(ErrorKind::Config, problem));
+        }
+        let connection = jetstream::connect(&self.config.nats, "aftercommit-forget", "_INBOX_eraser").await?;
+        self.stream = Some(Eraser::new(&connection, &stream).await?);
+        Ok(())
     }
 
     async fn go_on(&mut self, id: i64) -> Result<Forgotten, Error> {
@@ -188,12 +192,11 @@ impl<'a> Work<'a> {
             return Ok(forgotten);
         }
         fault::point("forget-published");
-        let messages = match &self.stream {
-            Some(_) => self.stream(id, events, &mut forgotten.unknown).await?,
-            // No relay has ever published, and none has to.
-            None if in_outbox => return Err(Error::new(ErrorKind::Integrity, "the relay's log names no stream")),
-            None => 0,
-        };
+        if self.stream.is_none() && in_outbox {
+            // The first relay has come to these events meanwhile.
+            self.find_stream().await?;
+        }
+        let messages = self.erase(id, events, &mut forgotten.unknown).await?;
         sql::end(&mut self.session, id, messages).await.map_err(failed)?;
         tracing::info!(request = id, events = forgotten.events, messages, "events were forgotten");
         forgotten.messages = self.stream.is_some().then_some(messages);
@@ -258,7 +261,7 @@ impl<'a> Work<'a> {
     }
 
     /// Erases all messages of these events but tombstones, and of others that the request means, which the outbox has removed.
-    async fn stream(&mut self, id: i64, events: HashSet<Uuid>, unknown: &mut Vec<Uuid>) -> Result<u64, Error> {
+    async fn erase(&mut self, id: i64, events: HashSet<Uuid>, unknown: &mut Vec<Uuid>) -> Result<u64, Error> {
         let Some(stream) = &self.stream else { return Ok(0) };
         let request = sql::request(&mut self.session, id).await.map_err(failed)?;
         let source = &self.config.naming.source;
