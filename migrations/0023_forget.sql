@@ -15,7 +15,10 @@ create table aftercommit.forget_request (
     last_id      bigint      not null,                   -- later events of the outbox are not meant
     up_to        bigint      not null default 0,         -- the outbox has been gone through up to this id
     tables_at    timestamptz,                            -- since when the tables of this database have only tombstones
-    tables_xid   xid8,                                   -- transactions that ran then may have written copies later
+    tables_xid   xid8,                                   -- transactions that ran then may have written more later
+    late         boolean     not null default false,     -- whether those have ended, and the tables are gone through once more
+    late_at      timestamptz,                            -- since when that is done
+    stream_to    bigint,                                 -- the stream has been gone through up to this sequence
     published_at timestamptz,                            -- since when tombstones are published, or queued to be
     ended_at     timestamptz,                            -- since when the stream has nothing else either
     messages     bigint,                                 -- messages of the stream that were erased
@@ -96,13 +99,13 @@ begin
     perform set_config('aftercommit.action', 'forget', true), set_config('aftercommit.who', by_whom, true);
     update aftercommit.dead_letter
        set payload = aftercommit.tombstone_payload(payload, clock_timestamp()), headers = '{}',
-           content_type = 'application/vnd.aftercommit.tombstone+json', reason = 'erased'
-     where event_id = any(events) and content_type <> 'application/vnd.aftercommit.tombstone+json';
+           content_type = 'application/vnd.aftercommit-tombstone+json', reason = 'erased'
+     where event_id = any(events) and content_type <> 'application/vnd.aftercommit-tombstone+json';
     perform set_config('aftercommit.action', '', true), set_config('aftercommit.who', '', true);
     update aftercommit.redrive
        set payload = aftercommit.tombstone_payload(payload, clock_timestamp()), headers = '{}',
-           content_type = 'application/vnd.aftercommit.tombstone+json'
-     where event_id = any(events) and content_type <> 'application/vnd.aftercommit.tombstone+json';
+           content_type = 'application/vnd.aftercommit-tombstone+json'
+     where event_id = any(events) and content_type <> 'application/vnd.aftercommit-tombstone+json';
     update aftercommit.attempt set last_error = 'erased' where event_id = any(events) and last_error <> 'erased';
     update aftercommit.failure set error = 'erased' where event_id = any(events) and error <> 'erased';
     update aftercommit.audit set detail = detail - '{payload_base64,headers,reason}'::text[]
@@ -125,13 +128,16 @@ begin
         return new;
     end if;
     if tg_table_name in ('dead_letter', 'redrive') then
-        if tg_op = 'UPDATE' and old.content_type = 'application/vnd.aftercommit.tombstone+json' then
-            new.payload := old.payload;
-        elsif new.content_type <> 'application/vnd.aftercommit.tombstone+json' then
+        if tg_op = 'UPDATE' and old.content_type = 'application/vnd.aftercommit-tombstone+json' then
+            if new.payload is distinct from old.payload then
+                raise exception 'event % was forgotten: there is nothing to edit', new.event_id
+                    using errcode = 'object_not_in_prerequisite_state';
+            end if;
+        elsif new.content_type <> 'application/vnd.aftercommit-tombstone+json' then
             new.payload := aftercommit.tombstone_payload(new.payload, clock_timestamp());
         end if;
         new.headers := '{}';
-        new.content_type := 'application/vnd.aftercommit.tombstone+json';
+        new.content_type := 'application/vnd.aftercommit-tombstone+json';
     end if;
     case tg_table_name
         when 'dead_letter' then new.reason := 'erased';
@@ -212,7 +218,7 @@ begin
     if not found then
         raise exception 'there is no request % to forget something', request_id using errcode = 'no_data_found';
     end if;
-    if request.tables_at is not null then
+    if request.late_at is not null or (request.tables_at is not null and request.up_to >= request.last_id) then
         return true;
     end if;
     if request.event_ids is not null then
@@ -230,7 +236,7 @@ begin
     insert into aftercommit.tombstone as t (event_id, request, outbox_id, digest, payload_sha256, payload_bytes)
     select o.event_id, request_id, o.id, aftercommit.event_digest(o), sha256(o.payload), octet_length(o.payload)
       from aftercommit.outbox o
-     where o.id = any(ids) and o.content_type <> 'application/vnd.aftercommit.tombstone+json'
+     where o.id = any(ids) and o.content_type <> 'application/vnd.aftercommit-tombstone+json'
     on conflict (event_id) do update
        set request = excluded.request, outbox_id = excluded.outbox_id, digest = excluded.digest,
            payload_sha256 = excluded.payload_sha256, payload_bytes = excluded.payload_bytes, erased_at = excluded.erased_at;
@@ -239,8 +245,8 @@ begin
       from aftercommit.outbox o where o.id = any(ids) and t.event_id = o.event_id and t.request is distinct from request_id;
     update aftercommit.outbox o
        set payload = aftercommit.tombstone_payload(o.payload, clock_timestamp()), headers = '{}',
-           content_type = 'application/vnd.aftercommit.tombstone+json'
-     where o.id = any(ids) and o.content_type <> 'application/vnd.aftercommit.tombstone+json';
+           content_type = 'application/vnd.aftercommit-tombstone+json'
+     where o.id = any(ids) and o.content_type <> 'application/vnd.aftercommit-tombstone+json';
     events := array(select o.event_id from aftercommit.outbox o where o.id = any(ids));
     perform aftercommit.forget_copies(events, request.who);
     if looked_to is not null and looked_to < request.last_id then
@@ -251,17 +257,23 @@ begin
     if request.event_ids is not null and num_nulls(request.key, request.key_prefix, request.type) = 3 then
         events := request.event_ids;
     else
-        events := array(select l.event_id from aftercommit.dead_letter l where aftercommit.forget_means(request, l.type, l.key)
+        -- Not those that the outbox of this database has: they were meant above, or are later ones. Of another outbox the time tells.
+        events := array(select l.event_id from aftercommit.dead_letter l
+                         where aftercommit.forget_means(request, l.type, l.key) and l.time <= request.requested_at
                            and (request.event_ids is null or l.event_id = any(request.event_ids))
+                           and not exists (select from aftercommit.outbox o where o.event_id = l.event_id)
                         union
-                        select r.event_id from aftercommit.redrive r where aftercommit.forget_means(request, r.type, r.key)
-                           and (request.event_ids is null or r.event_id = any(request.event_ids)));
+                        select r.event_id from aftercommit.redrive r
+                         where aftercommit.forget_means(request, r.type, r.key) and r.time <= request.requested_at
+                           and (request.event_ids is null or r.event_id = any(request.event_ids))
+                           and not exists (select from aftercommit.outbox o where o.event_id = r.event_id));
     end if;
     insert into aftercommit.tombstone as t (event_id, request) select unnest(events), request_id
     on conflict (event_id) do update set request = excluded.request;
     perform aftercommit.forget_copies(events, request.who);
     update aftercommit.forget_request
-       set up_to = request.last_id, tables_at = clock_timestamp(), tables_xid = pg_current_xact_id()
+       set up_to = request.last_id, tables_at = coalesce(tables_at, clock_timestamp()),
+           tables_xid = coalesce(tables_xid, pg_current_xact_id())
      where id = request_id;
     return true;
 end
@@ -285,9 +297,9 @@ end
 $$;
 revoke all on function aftercommit.forget from public;
 
--- Looks once more for copies, which transactions may have written that ran when the tables were gone through. False while
--- one of them runs.
-create function aftercommit.forget_late_copies(request_id bigint) returns boolean
+-- Goes through the tables once more, for what transactions have written that ran when that was done before: events that could
+-- not be seen, and copies. `waits` while one of them runs, `more` while there is more to do, then `done`.
+create function aftercommit.forget_late(request_id bigint, look integer default 10000) returns text
     language plpgsql security definer
     set search_path = pg_catalog, pg_temp
 as $$
@@ -296,9 +308,20 @@ declare
     events uuid[];
     after uuid := '00000000-0000-0000-0000-000000000000';
 begin
-    select * into request from aftercommit.forget_request f where f.id = request_id;
+    select * into request from aftercommit.forget_request f where f.id = request_id for update;
+    if request.late_at is not null then
+        return 'done';
+    end if;
     if request.tables_xid is null or pg_snapshot_xmin(pg_current_snapshot()) <= request.tables_xid then
-        return false;
+        return 'waits';
+    end if;
+    if not request.late then
+        -- Ids up to `last_id` were given before; whoever has one has ended.
+        update aftercommit.forget_request set up_to = 0, late = true where id = request_id;
+        return 'more';
+    end if;
+    if not aftercommit.forget_more(request_id, look) then
+        return 'more';
     end if;
     loop
         events := array(select t.event_id from aftercommit.tombstone t
@@ -307,10 +330,11 @@ begin
         perform aftercommit.forget_copies(events, request.who);
         after := events[cardinality(events)];
     end loop;
-    return true;
+    update aftercommit.forget_request set late_at = clock_timestamp() where id = request_id;
+    return 'done';
 end
 $$;
-revoke all on function aftercommit.forget_late_copies from public;
+revoke all on function aftercommit.forget_late from public;
 
 -- Queues the tombstones of a request, which the leading relay publishes, so that subscribers learn of them. Returns how many
 -- events the relay has not come to yet; then nothing is queued.
@@ -373,6 +397,28 @@ begin
 end
 $$;
 revoke all on function aftercommit.forget_found from public;
+
+-- Of the events that a request names, those of which this database knows nothing.
+create function aftercommit.forget_unknown(request_id bigint) returns setof uuid
+    language sql stable security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+    select t.event_id from aftercommit.forget_request f join aftercommit.tombstone t on t.event_id = any(f.event_ids)
+     where f.id = request_id and t.outbox_id is null
+       and not exists (select from aftercommit.dead_letter l where l.event_id = t.event_id)
+       and not exists (select from aftercommit.redrive r where r.event_id = t.event_id)
+       and not exists (select from aftercommit.attempt a where a.event_id = t.event_id)
+     order by t.event_id
+$$;
+revoke all on function aftercommit.forget_unknown from public;
+
+create function aftercommit.forget_at(request_id bigint, sequence bigint) returns void
+    language sql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+    update aftercommit.forget_request set stream_to = sequence where id = request_id and ended_at is null
+$$;
+revoke all on function aftercommit.forget_at from public;
 
 create function aftercommit.forget_end(request_id bigint, erased bigint) returns void
     language sql volatile security definer

@@ -238,6 +238,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
             text
         }
         Command::Forget(command) => {
+            start_logging();
             let (text, status) = runtime.block_on(forget::run(*command))?;
             exit = status;
             text

@@ -149,7 +149,10 @@ async fn erase_tenant(tx: &mut PgTransaction<'_>, tenant: &str, name: &str) -> R
     erase::Request::new(Subject::new("tenant", tenant), "ann@example.org")
         .participants(["orders", "bills"])
         .named(name, "select name from public.tenants where id = $1::uuid")
-        .none_left("other admins", "select count(*) from public.admins where tenant_id = $1::uuid and not leaves")
+        .none_left(
+            "other admins",
+            "select count(*) from public.admins where tenant_id = $1::uuid and leaves is not true",
+        )
         .due_after(month)
         .begin_after(Duration::from_secs(3600)) // until then `aftercommit job cancel` stops it
         .ask(tx)

@@ -27,7 +27,7 @@ async fn the_shipped_rights_suffice_to_forget() {
     let forget = ["forget", "--key", "a", "--why", "request 1", "--yes"];
     let told = succeeded(&stage.run("aftercommit", "eraser", "eraser", &forget));
     assert_eq!(told, "request 1: 1 event forgotten; 1 message of the stream erased\n");
-    assert_eq!(count("aftercommit.outbox where content_type = 'application/vnd.aftercommit.tombstone+json'").await, 1);
+    assert_eq!(count("aftercommit.outbox where content_type = 'application/vnd.aftercommit-tombstone+json'").await, 1);
     // In a transaction of a service that has the role, too.
     let pool = sqlx::PgPool::connect(&stage.url_of("eraser")).await.unwrap();
     let forgotten = "select aftercommit.forget('orders', 'request 2', key => 'b')";

@@ -22,7 +22,7 @@ pub const MAX_CONTENT_TYPE_BYTES: usize = 128;
 
 /// The content type of what is left of an event whose payload was erased. Publishers may not use it: subscribers would not
 /// handle the event.
-pub const TOMBSTONE: &str = "application/vnd.aftercommit.tombstone+json";
+pub const TOMBSTONE: &str = "application/vnd.aftercommit-tombstone+json";
 
 /// One row to be, in the columns that a publisher may write. All of it is legal.
 pub struct NewEvent {

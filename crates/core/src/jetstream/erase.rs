@@ -6,6 +6,7 @@
 use std::ops::RangeInclusive;
 
 use async_nats::jetstream::{self, Context, ErrorCode};
+use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, TryStreamExt};
 
 use super::history::{Batch, History};
@@ -48,6 +49,14 @@ impl Eraser {
     /// What there is of the stream.
     pub async fn extent(&self) -> Result<Extent, Error> {
         self.reader.extent().await
+    }
+
+    /// The sequence from which on messages were stored at this time or later.
+    pub async fn since(&self, extent: Extent, time: DateTime<Utc>) -> Result<u64, Error> {
+        if extent.first > extent.last {
+            return Ok(extent.first);
+        }
+        self.history.since(extent.first, extent.last, time).await
     }
 
     /// The next messages of a range.

@@ -53,6 +53,10 @@ pub struct Request {
     /// Since when the tables of this database have only tombstones; none while they have more.
     #[sqlx(try_from = "Maybe<time::Time>")]
     pub tables_at: Option<DateTime<Utc>>,
+    /// Later events of the outbox are not meant.
+    pub last_id: i64,
+    /// The stream has been gone through up to this sequence; none when it has not.
+    pub stream_to: Option<i64>,
     /// Since when the tombstones are published, or queued to be.
     #[sqlx(try_from = "Maybe<time::Time>")]
     pub published_at: Option<DateTime<Utc>>,
@@ -83,7 +87,7 @@ pub struct Found {
 }
 
 const REQUEST: &str =
-    "select id, who, why, event_ids, key, key_prefix, type, requested_at, tables_at, published_at, ended_at
+    "select id, who, why, event_ids, key, key_prefix, type, requested_at, last_id, stream_to, tables_at, published_at, ended_at
                          from aftercommit.forget_request";
 
 const FIND: &str = "
@@ -204,9 +208,29 @@ pub async fn more(session: &mut Session, request: i64) -> Result<bool, sqlx::Err
     sqlx::query_scalar("select aftercommit.forget_more($1, $2)").bind(request).bind(LOOK).fetch_one(session).await
 }
 
-/// Looks for copies that were written meanwhile. False while a transaction runs that may still write one.
-pub async fn late_copies(session: &mut Session, request: i64) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar("select aftercommit.forget_late_copies($1)").bind(request).fetch_one(session).await
+/// What is to be done about transactions that ran when the tables were gone through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Late {
+    /// One of them still runs.
+    Waits,
+    /// There is more of what they wrote.
+    More,
+    /// It is gone.
+    Done,
+}
+
+/// Goes on with what transactions have written that ran when the tables were gone through, one bounded transaction.
+pub async fn late(session: &mut Session, request: i64) -> Result<Late, sqlx::Error> {
+    let state: String = sqlx::query_scalar("select aftercommit.forget_late($1, $2)")
+        .bind(request)
+        .bind(LOOK)
+        .fetch_one(session)
+        .await?;
+    Ok(match state.as_str() {
+        "waits" => Late::Waits,
+        "more" => Late::More,
+        _ => Late::Done,
+    })
 }
 
 /// Queues the tombstones for the relay. Returns how many events it has not come to; then nothing is queued.
@@ -260,18 +284,41 @@ pub async fn events(
 
 /// Of the events that a request names, those of which this database knows nothing.
 pub async fn unknown(session: &mut Session, request: i64) -> Result<Vec<Uuid>, sqlx::Error> {
-    sqlx::query_scalar(
-        "select t.event_id from aftercommit.forget_request f join aftercommit.tombstone t on t.event_id = any(f.event_ids)
-          where f.id = $1 and t.outbox_id is null
-            and not exists (select from aftercommit.dead_letter l where l.event_id = t.event_id)
-            and not exists (select from aftercommit.redrive r where r.event_id = t.event_id)
-            and not exists (select from aftercommit.attempt a where a.event_id = t.event_id)
-            and not exists (select from aftercommit.audit a where a.event_id = t.event_id)
-          order by t.event_id",
+    sqlx::query_scalar("select aftercommit.forget_unknown($1)").bind(request).fetch_all(session).await
+}
+
+/// Those of these events that the outbox has.
+pub async fn in_outbox(session: &mut Session, events: &[Uuid]) -> Result<Vec<Uuid>, sqlx::Error> {
+    sqlx::query_scalar("select event_id from aftercommit.outbox where event_id = any($1)")
+        .bind(events)
+        .fetch_all(session)
+        .await
+}
+
+/// Before which time none of the events was written that a request names; none when the outbox does not have all of them, or the
+/// request names none.
+pub async fn not_before(session: &mut Session, request: i64) -> Result<Option<DateTime<Utc>>, sqlx::Error> {
+    let time: Option<Option<time::Time>> = sqlx::query_scalar(
+        "select case when count(*) = count(o.id) then min(o.created_at) end
+           from aftercommit.forget_request f
+           join aftercommit.tombstone t on t.request = f.id
+           left join aftercommit.outbox o on o.event_id = t.event_id
+          where f.id = $1 and f.event_ids is not null",
     )
     .bind(request)
-    .fetch_all(session)
-    .await
+    .fetch_optional(session)
+    .await?;
+    Ok(time.flatten().map(DateTime::from))
+}
+
+/// Keeps up to where the stream has been gone through.
+pub async fn keep_place(session: &mut Session, request: i64, sequence: u64) -> Result<(), sqlx::Error> {
+    sqlx::query("select aftercommit.forget_at($1, $2)")
+        .bind(request)
+        .bind(sequence.cast_signed())
+        .execute(session)
+        .await
+        .map(drop)
 }
 
 /// Writes down events that only the stream had.

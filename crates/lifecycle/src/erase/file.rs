@@ -10,7 +10,7 @@
 //!
 //! [[subject.guard]]                    # refuses while it counts something, unless --force
 //! what = "other admins"
-//! count = "select count(*) from public.admins where tenant_id = $1::bigint and not leaves"
+//! count = "select count(*) from public.admins where tenant_id = $1::bigint and leaves is not true"
 //! ```
 
 use std::path::Path;

@@ -12,10 +12,12 @@ use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::jetstream::erase::Eraser;
 use aftercommit_core::jetstream::stored;
+use aftercommit_core::postgres::forget::Late;
 pub use aftercommit_core::postgres::forget::{Found, Request, Selection, Tombstone};
 use aftercommit_core::postgres::session::Session;
 use aftercommit_core::postgres::{self, database_error, forget as sql};
 use aftercommit_core::{fault, jetstream};
+use chrono::TimeDelta;
 use serde::Serialize;
 use sqlx::PgTransaction;
 use tokio::time::Instant;
@@ -25,6 +27,10 @@ use uuid::Uuid;
 const LOOK: Duration = Duration::from_millis(200);
 /// Events whose ids are read at a time.
 const PAGE: i64 = 10_000;
+/// How often the log says how far the stream has been gone through, and the place is kept.
+const TELL: Duration = Duration::from_secs(5);
+/// How far the clocks of PostgreSQL and NATS may be apart.
+const CLOCKS: TimeDelta = TimeDelta::hours(1);
 
 /// Where and how to forget.
 #[derive(Debug, Clone)]
@@ -178,9 +184,10 @@ impl<'a> Work<'a> {
         fault::point("forget-tables");
         let unknown = sql::unknown(&mut self.session, id).await.map_err(failed)?;
         let mut forgotten = Forgotten { request: id, events: 0, messages: None, unknown, waits_for: None };
+        let through = self.late(id).await?;
         let (events, in_outbox) = self.events(id).await?;
         forgotten.events = events.len() as u64;
-        if !self.late_copies(id).await? {
+        if !through {
             let what = "transactions that were open when the tables were gone through: see pg_stat_activity";
             forgotten.waits_for = Some(what.into());
             return Ok(forgotten);
@@ -188,7 +195,9 @@ impl<'a> Work<'a> {
         fault::point("forget-late");
         let left = self.at_the_relay(id).await?;
         if left > 0 {
-            forgotten.waits_for = Some(format!("a relay, which has {left} events to publish: start one"));
+            forgotten.waits_for = Some(format!(
+                "a relay, which has {left} events to publish: start one, or `aftercommit relay resume` when it is paused"
+            ));
             return Ok(forgotten);
         }
         fault::point("forget-published");
@@ -215,17 +224,16 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Waits for transactions that may still write copies. False when one does not end.
-    async fn late_copies(&mut self, id: i64) -> Result<bool, Error> {
+    /// Waits for transactions that ran when the tables were gone through, and goes through them once more. False when one does not end.
+    async fn late(&mut self, id: i64) -> Result<bool, Error> {
         let begun = Instant::now();
         loop {
-            if sql::late_copies(&mut self.session, id).await.map_err(failed)? {
-                return Ok(true);
+            match sql::late(&mut self.session, id).await.map_err(failed)? {
+                Late::Done => return Ok(true),
+                Late::More => fault::point("forget-late-more"),
+                Late::Waits if begun.elapsed() > self.config.patience => return Ok(false),
+                Late::Waits => tokio::time::sleep(LOOK).await,
             }
-            if begun.elapsed() > self.config.patience {
-                return Ok(false);
-            }
-            tokio::time::sleep(LOOK).await;
         }
     }
 
@@ -264,12 +272,20 @@ impl<'a> Work<'a> {
     async fn erase(&mut self, id: i64, events: HashSet<Uuid>, unknown: &mut Vec<Uuid>) -> Result<u64, Error> {
         let Some(stream) = &self.stream else { return Ok(0) };
         let request = sql::request(&mut self.session, id).await.map_err(failed)?;
+        let request = request.ok_or_else(|| Error::new(ErrorKind::Integrity, format!("request {id} is gone")))?;
         let source = &self.config.naming.source;
         let extent = stream.extent().await?;
-        let (mut next, mut erased) = (Some(extent.first), 0);
+        let begins = match sql::not_before(&mut self.session, id).await.map_err(failed)? {
+            Some(time) => stream.since(extent, time - CLOCKS).await?,
+            None => extent.first,
+        };
+        // Where a process was that died over it, unless the stream is another one since.
+        let place = request.stream_to.map_or(0, i64::cast_unsigned);
+        let begins = if place <= extent.last { begins.max(place + 1) } else { begins };
+        let (mut next, mut erased, mut told) = (Some(begins), 0, Instant::now());
         while let Some(first) = next.filter(|first| *first <= extent.last) {
             let batch = stream.batch(first..=extent.last).await?;
-            let (mut sequences, mut found) = (Vec::new(), Vec::new());
+            let (mut sequences, mut others) = (Vec::new(), Vec::new());
             for message in &batch.messages {
                 let Ok(event) = stored::event(message) else { continue };
                 let event_id = event.id.as_uuid();
@@ -277,25 +293,32 @@ impl<'a> Work<'a> {
                 if event.is_tombstone() {
                     continue;
                 }
-                let known = events.contains(&event_id);
-                let means = |request: &Request| request.means(&event.event_type, event.key.as_deref());
-                let meant = known || (event.source == *source && request.as_ref().is_some_and(means));
-                if !meant {
-                    continue;
-                }
-                sequences.push(message.sequence);
-                if !known {
-                    found.push(event_id);
+                let earlier = event.source == *source && event.sequence <= request.last_id;
+                if events.contains(&event_id) {
+                    sequences.push(message.sequence);
+                } else if earlier && request.means(&event.event_type, event.key.as_deref()) {
+                    others.push((event_id, message.sequence));
                 }
             }
-            if !found.is_empty() {
-                sql::found(&mut self.session, id, &found).await.map_err(failed)?;
+            if !others.is_empty() {
+                let ids: Vec<Uuid> = others.iter().map(|(event_id, _)| *event_id).collect();
+                let there = sql::in_outbox(&mut self.session, &ids).await.map_err(failed)?;
+                others.retain(|(event_id, _)| !there.contains(event_id));
+                let ids: Vec<Uuid> = others.iter().map(|(event_id, _)| *event_id).collect();
+                sql::found(&mut self.session, id, &ids).await.map_err(failed)?;
+                sequences.extend(others.iter().map(|(_, sequence)| *sequence));
             }
             erased += stream.erase(&sequences).await?;
             if !sequences.is_empty() {
                 fault::point("forget-erased");
             }
             next = batch.next;
+            if told.elapsed() > TELL {
+                let at = next.unwrap_or(extent.last);
+                tracing::info!(request = id, at, last = extent.last, erased, "erasing the stream");
+                sql::keep_place(&mut self.session, id, at - 1).await.map_err(failed)?;
+                told = Instant::now();
+            }
         }
         Ok(erased)
     }
