@@ -1,4 +1,4 @@
-//! `[[eraser]]` in `worker.toml`: participants of erasures without Rust code.
+//! `[[eraser]]` and `[[coordinator]]` in `worker.toml`: participants of erasures, and who takes their answers, without Rust code.
 //!
 //! ```toml
 //! [[eraser]]
@@ -29,6 +29,11 @@
 //! [[eraser]]                         # of a service behind HTTP
 //! name = "models"
 //! http = { url = "https://models.example/erase", timeout = "30s", headers = { Authorization = "env:TOKEN" } }
+//!
+//! [[coordinator]]                    # in the requester's database: takes the answers of one stream
+//! subscriber = "erasures"            # durable name; `erasures` when left out
+//! verify_after = "60s"               # how long after the last answer all look once more
+//! stream = "ORDERS"                  # as of a subscriber; so are prefix and queue
 //! ```
 //!
 //! Behind HTTP each preview and each step is a POST of `{"subject": {"kind", "id"}, "act", "position"}`; `act` is `preview`, `erase` or
@@ -40,7 +45,9 @@ use aftercommit_core::config::PostgresConfig;
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::postgres::job::Counts;
 use aftercommit_core::subscription::check_name;
-use aftercommit_lifecycle::erase::{self, Eraser, Erasing, Erasure, Events, Preview, Requested, Rows, Subject, Tables};
+use aftercommit_lifecycle::erase::{
+    self, Coordinator, Eraser, Erasing, Erasure, Events, Outcome, Preview, Requested, Rows, Subject, Tables,
+};
 use aftercommit_lifecycle::fanout::{Participant, Step};
 use aftercommit_outbox::subject::SubjectPrefix;
 use aftercommit_worker::{Endpoint, HandlerError, Section, Subscriber, endpoint};
@@ -134,10 +141,14 @@ impl From<TableEntry> for Rows {
 pub(crate) fn read_file(path: &Path, postgres: Option<&PostgresConfig>) -> Result<Vec<Subscriber>, Error> {
     let (mut subscribers, sections) = aftercommit_worker::read_file(path)?;
     for section in sections {
-        let Section { place, table } = section;
-        let refuse = |problem: String| Error::new(ErrorKind::Config, format!("{place}: [[eraser]]: {problem}"));
-        let entry: Entry = table.try_into().map_err(|error: toml::de::Error| refuse(error.message().to_string()))?;
-        let subscriber = subscriber(entry, postgres).map_err(refuse)?;
+        let Section { kind, place, table } = section;
+        let refuse = |problem: String| Error::new(ErrorKind::Config, format!("{place}: [[{kind}]]: {problem}"));
+        let unreadable = |error: toml::de::Error| refuse(error.message().to_string());
+        let subscriber = match kind {
+            "coordinator" => coordinator(table.try_into().map_err(unreadable)?),
+            _ => subscriber(table.try_into().map_err(unreadable)?, postgres),
+        };
+        let subscriber = subscriber.map_err(refuse)?;
         if subscribers.iter().any(|other| other.name() == subscriber.name()) {
             return Err(refuse(format!("there is another subscriber {}", subscriber.name())));
         }
@@ -189,6 +200,16 @@ fn subscriber(entry: Entry, postgres: Option<&PostgresConfig>) -> Result<Subscri
             .map_err(|error| format!("time_limit: {limit:?} is no duration: {error}"))?;
         made = made.time_limit(limit);
     }
+    placed(made, queue, stream, prefix)
+}
+
+/// In a queue, and at a stream with a prefix, where those are given.
+fn placed(
+    mut made: Subscriber,
+    queue: Option<String>,
+    stream: Option<String>,
+    prefix: Option<String>,
+) -> Result<Subscriber, String> {
     if let Some(queue) = queue {
         made = made.queue(queue);
     }
@@ -199,6 +220,29 @@ fn subscriber(entry: Entry, postgres: Option<&PostgresConfig>) -> Result<Subscri
         made = made.prefix(SubjectPrefix::new(prefix).map_err(|error| format!("prefix: {error}"))?);
     }
     Ok(made)
+}
+
+/// Who takes the answers of one stream, as the file has it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CoordinatorEntry {
+    subscriber: Option<String>,
+    verify_after: Option<String>,
+    queue: Option<String>,
+    stream: Option<String>,
+    prefix: Option<String>,
+}
+
+fn coordinator(entry: CoordinatorEntry) -> Result<Subscriber, String> {
+    let CoordinatorEntry { subscriber, verify_after, queue, stream, prefix } = entry;
+    let durable = subscriber.unwrap_or_else(|| "erasures".into());
+    check_name(&durable).map_err(|problem| format!("subscriber: {problem}"))?;
+    let mut coordinator = Coordinator::new();
+    if let Some(text) = verify_after {
+        let wait = humantime::parse_duration(&text).map_err(|error| format!("verify_after: {text:?}: {error}"))?;
+        coordinator = coordinator.verify_after(wait);
+    }
+    placed(Subscriber::new(durable).on::<Outcome>(coordinator), queue, stream, prefix)
 }
 
 /// More than a participant makes before it answers that it failed.
@@ -305,7 +349,8 @@ mod tests {
     fn the_file_of_the_documentation_says_what_it_shows() {
         let subscribers = read(&shown()).unwrap_or_else(|error| panic!("{error}"));
         let names: Vec<&str> = subscribers.iter().map(Subscriber::name).collect();
-        assert_eq!(names, ["orders-erasures", "models-erasures"]);
+        assert_eq!(names, ["orders-erasures", "models-erasures", "erasures"]);
+        assert_eq!(subscribers[2].types(), ["erasure.outcome"]);
         assert_eq!(subscribers[0].types(), ["erasure.requested"]);
     }
 
@@ -320,6 +365,8 @@ mod tests {
             ("[[eraser]]\nname = 'a'\nnmae = 'b'".to_string(), ":1: [[eraser]]: unknown field `nmae`"),
             ("\n[[eraser]]\nname = 'a'".into(), ":2: [[eraser]]: subject, http: the eraser a needs exactly one"),
             ("[[eraser]]\nname = 'a b'".into(), "name: "),
+            ("[[coordinator]]\nverify_afer = '1s'".into(), ":1: [[coordinator]]: unknown field `verify_afer`"),
+            ("[[coordinator]]\nverify_after = 'soon'".into(), "verify_after: "),
             (table(""), "the table a needs exactly one of column, condition and parent"),
             (table("where = 'true'"), "does not ask for the subject's id"),
             (table("column = 'x'\nkepe = 'y'"), "unknown field `kepe`"),

@@ -60,11 +60,15 @@ struct File {
     subscriber: Vec<Spanned<Entry>>,
     #[serde(default)]
     eraser: Vec<Spanned<toml::Table>>,
+    #[serde(default)]
+    coordinator: Vec<Spanned<toml::Table>>,
 }
 
-/// A part of the file that others read: an `[[eraser]]`.
+/// A part of the file that others read: an `[[eraser]]` or a `[[coordinator]]`.
 #[derive(Debug)]
 pub struct Section {
+    /// Which of them: `eraser` or `coordinator`.
+    pub kind: &'static str,
     /// Where it is, such as `worker.toml:7`.
     pub place: String,
     /// What it says.
@@ -182,15 +186,15 @@ pub fn read_file(path: &Path) -> Result<(Vec<Subscriber>, Vec<Section>), Error> 
     let text = std::fs::read_to_string(path).map_err(|error| {
         Error::with_source(ErrorKind::Config, format!("the file {} cannot be read", path.display()), error)
     })?;
-    let (mut subscribers, mut erasers) =
+    let (mut subscribers, mut sections) =
         read(&text).map_err(|message| Error::new(ErrorKind::Config, format!("{}{message}", path.display())))?;
     for subscriber in &mut subscribers {
         subscriber.place = format!("{}{}", path.display(), subscriber.place);
     }
-    for eraser in &mut erasers {
-        eraser.place = format!("{}{}", path.display(), eraser.place);
+    for section in &mut sections {
+        section.place = format!("{}{}", path.display(), section.place);
     }
-    Ok((subscribers, erasers))
+    Ok((subscribers, sections))
 }
 
 #[cfg(test)]
@@ -205,14 +209,17 @@ fn read(text: &str) -> Result<(Vec<Subscriber>, Vec<Section>), String> {
         Some(span) => at(span, error.message().to_string()),
         None => format!(": {}", error.message()),
     })?;
-    if file.subscriber.is_empty() && file.eraser.is_empty() {
+    if file.subscriber.is_empty() && file.eraser.is_empty() && file.coordinator.is_empty() {
         return Err(": it has no [[subscriber]]".into());
     }
-    let section = |eraser: Spanned<toml::Table>| {
-        let place = format!(":{}", line(text, eraser.span().start));
-        Section { place, table: eraser.into_inner() }
+    let section = |kind| {
+        move |section: Spanned<toml::Table>| {
+            let place = format!(":{}", line(text, section.span().start));
+            Section { kind, place, table: section.into_inner() }
+        }
     };
-    let erasers = file.eraser.into_iter().map(section).collect();
+    let coordinators = file.coordinator.into_iter().map(section("coordinator"));
+    let sections = file.eraser.into_iter().map(section("eraser")).chain(coordinators).collect();
     let mut subscribers: Vec<Subscriber> = Vec::new();
     for entry in file.subscriber {
         let span = entry.span();
@@ -245,7 +252,7 @@ fn read(text: &str) -> Result<(Vec<Subscriber>, Vec<Section>), String> {
         subscriber.validate().map_err(|error| at(span, error.to_string()))?;
         subscribers.push(subscriber);
     }
-    Ok((subscribers, erasers))
+    Ok((subscribers, sections))
 }
 
 /// Where something of a section is posted, by its table `http`: its keys are those of a subscriber's but `mode` and `answers`.

@@ -235,6 +235,9 @@ fn shown(status: &ErasureStatus) -> String {
         Some(deleted) => format!(", total_items_deleted: {deleted}\n"),
         None => format!(", total_items_found: {}\n", number(status.total_items_found)),
     };
+    if status.services_silent == status.participants.len() as u64 {
+        text += "nobody has answered: do the services' workers run, and does a coordinator take answers here ([[coordinator]] in worker.toml)?\n";
+    }
     if let Some(verification) = &status.verification {
         text += &format!("verification: {}, job {}\n", plain(&verification.status), verification.job);
         for (service, counts) in &verification.late {

@@ -73,7 +73,15 @@ pub(super) enum Problem {
 
 impl Problem {
     pub(super) fn failed(table: &str, error: sqlx::Error) -> Self {
-        let foreign_key = error.as_database_error().is_some_and(|error| error.code().as_deref() == Some("23503"));
+        let violated = error.as_database_error().filter(|error| error.code().as_deref() == Some("23503"));
+        let own = violated.filter(|error| error.table().is_some_and(|own| table.ends_with(&format!(".{own}"))));
+        if let Some(constraint) = own.and_then(|error| error.constraint()) {
+            return Self::Wrong(format!(
+                "rows of {table} refer to others of it by {constraint}, so they do not go a chunk at a time: make it `on delete \
+                 cascade` or `on delete set null`, or the chunk as large as all of them"
+            ));
+        }
+        let foreign_key = violated.is_some();
         Self::Failed { doing: format!("erasing from {table} failed"), source: error.into(), foreign_key }
     }
 
