@@ -218,8 +218,7 @@ def names(documents):
         if key in seen:
             yield f"{name(document)}: is there twice"
         seen.add(key)
-        # A job's pods have six characters more.
-        if len(key[1]) > 63 - (document["kind"] == "Job") * 0:
+        if len(key[1]) > 63:
             yield f"{name(document)}: the name is longer than 63 characters"
         for value in document["metadata"]["labels"].values():
             if not re.fullmatch(r"([A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?)?", str(value)):
@@ -311,7 +310,7 @@ def damaged(documents):
         (files, lambda all: spec(all)["volumes"].pop()),
         (files, lambda all: container(relay(all))["volumeMounts"].pop()),
         (files, config_map_gone),
-        (probes, lambda all: container(relay(all))["livenessProbe"]["httpGet"].update(path="/livez2")),
+        (probes, lambda all: container(relay(all))["livenessProbe"]["httpGet"].update(path="/alive")),
         (probes, lambda all: container(relay(all))["readinessProbe"]["httpGet"].update(port="metrics")),
         (probes, lambda all: container(relay(all))["ports"][0].update(containerPort=1)),
         (known, lambda all: container(relay(all))["args"].append("--reconcile-evry=5m")),

@@ -104,7 +104,7 @@ grant execute on function :"schema".capture_check, :"schema".capture_all, :"sche
     :"schema".capture_pins, :"schema".capture_base_type, :"schema".capture_per_now, :"schema".capture_primary_key,
     :"schema".capture_call, :"schema".capture_call_with, :"schema".capture_partitions, :"schema".capture_remedy to :"publisher", :"reader", :"operator";
 
--- Sealed events: a subject's first event makes its key. No role may read keys to look at them; to forget one is for the role eraser.
+-- Sealed events: a subject's first event makes its key. The role eraser forgets it.
 grant select (subject_kind, subject_id, key_ref, wrapped_key, key_id), insert (subject_kind, subject_id, key_ref, wrapped_key, key_id)
     on :"schema".data_key to :"publisher";
 
@@ -191,7 +191,7 @@ grant select, insert (job, participant, round, started_at, ended_at), update (ro
     on :"schema".job_work to :"worker";
 grant select, insert (kind, id, job) on :"schema".erased_subject to :"worker";
 grant select,
-    insert (id, kind, request_key, request, requested_by, due_at, requested_type, ended_type, parent, joinable),
+    insert (id, kind, request_key, request, requested_by, due_at, requested_type, ended_type, parent, joinable, begin_at),
     update (status, ended_at) on :"schema".job to :"requester";
 grant select, insert (job, participant),
     update (status, round, asked_at, started_at, ended_at, attempts, counts, notes, error)
@@ -204,8 +204,12 @@ grant execute on function :"schema".is_erased, :"schema".refuse_erased to :"publ
 -- `aftercommit forget`, and a service that forgets in its own transactions. It reads no payload; functions erase them.
 grant select (event_id, type, key, content_type) on :"schema".outbox, :"schema".dead_letter, :"schema".redrive to :"eraser";
 grant select on :"schema".forget_request, :"schema".tombstone to :"eraser";
+-- Whether an event that is named by its id is known here at all.
+grant select (event_id) on :"schema".attempt, :"schema".audit to :"eraser";
 grant select (seq, stream) on :"schema".relay_log to :"eraser";
 grant select (outbox_id, event_id, state) on :"schema".repair, :"schema".parked to :"eraser";
+-- Keys of sealed events are wrapped anew when the master key changes, and forgotten.
+grant select (subject_kind, subject_id, key_ref, wrapped_key, key_id), update (wrapped_key, key_id) on :"schema".data_key to :"eraser";
 grant execute on function :"schema".forget, :"schema".forget_begin, :"schema".forget_more, :"schema".forget_late_copies,
     :"schema".forget_publish, :"schema".forget_unsettled, :"schema".forget_found, :"schema".forget_end, :"schema".forget_data_key to :"eraser";
 -- Whoever compares messages with events knows what an event was before, by its digest; workers forget what they get tombstones of.

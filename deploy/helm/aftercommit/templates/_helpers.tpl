@@ -170,7 +170,10 @@ where it runs), `http`, `restart`.
 {{- range .parts -}}
 {{- $env = concat $env (default list .env) -}}{{- $mounts = concat $mounts (default list .mounts) -}}{{- $volumes = concat $volumes (default list .volumes) -}}
 {{- end -}}
-{{- with $v.log -}}{{- $env = append $env (dict "name" "RUST_LOG" "value" .) -}}{{- end -}}
+{{- if ne .container "roles" -}}
+{{- with $v.log.level -}}{{- $env = append $env (dict "name" "RUST_LOG" "value" .) -}}{{- end -}}
+{{- $env = append $env (dict "name" "AFTERCOMMIT_LOG_FORMAT" "value" $v.log.format) -}}
+{{- end -}}
 {{- $env = concat $env $v.pods.extraEnv (default list .settings.extraEnv) -}}
 {{- include "aftercommit.checkEnv" (dict "env" $env "path" .path) -}}
 automountServiceAccountToken: false
