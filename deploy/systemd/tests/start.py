@@ -1,0 +1,153 @@
+"""Starts what the units start. Arguments: the directory of the programs.
+
+There is no systemd here that could start units, so each becomes a process as the unit says: its command, its environment file as shipped but for
+addresses, its credentials, a user of its own without capabilities. strace watches it, because a system call that the unit's filter refuses, or memory that
+is writable and executable, would end it under systemd only.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import unit
+from unit import ROOT, UNITS
+
+sys.path.insert(0, str(ROOT / "deploy/tests"))
+from servers import PG, Failed, eventually, free_port, handled, prepare, publish, run, say, stop, with_servers  # noqa: E402
+
+programs = sys.argv[1]
+# As DynamicUser chooses: one that nobody else has.
+USER = 61999
+ACCOUNTS = {"relay": ("shop_relay", "relay"), "worker": ("receipts_worker", "receipts"), "forget": ("shop_eraser", "eraser"), "prune": ("shop_pruner", "")}
+
+
+def allowed():
+    """What SystemCallFilter leaves, by the groups of this systemd."""
+    text = run("systemd-analyze", "--no-pager", "syscall-filter")
+    groups, current = {}, None
+    for line in text.splitlines():
+        if line.startswith("@"):
+            groups[current := line.strip()] = []
+        elif line.startswith(" ") and current and not line.strip().startswith("#"):
+            groups[current].append(line.strip())
+
+    def calls(name):
+        return set().union(*(calls(member) if member.startswith("@") else {member} for member in groups[name]))
+
+    some = unit.Unit(UNITS[0], "", "")
+    left = set()
+    for line in some.all("SystemCallFilter"):
+        words = set().union(*map(calls, line.lstrip("~").split()))
+        left = left - words if line.startswith("~") else left | words
+    return left
+
+
+class Process:
+    """A unit as a process."""
+
+    def __init__(self, path, servers, stack):
+        self.kind = path.name.partition(".")[0].rstrip("@").removeprefix("aftercommit-")
+        directory = servers.directory / self.kind
+        credentials = directory / "credentials"
+        credentials.mkdir(parents=True)
+        self.unit = unit.Unit(path, "receipts", credentials)
+        login, user = ACCOUNTS[self.kind]
+        url = f"postgres://{login}:{servers.passwords[login]}@localhost:{servers.postgres_port}/shop?sslmode=verify-full\n"
+        contents = {"database-url": url, "nats-password": servers.nats_passwords.get(user, "")}
+        for line in self.unit.all("LoadCredential"):
+            name = line.partition(":")[0]
+            (credentials / name).write_text(contents.get(name) or (self.unit.example / name).read_text())
+        # The example as it is shipped, with what docs/deploy.md has people fill in.
+        env = (self.unit.example / "env").read_text()
+        env = env.replace("tls://nats.example.com:4222", f"tls://localhost:{servers.nats_port}")
+        env = re.sub(r"^#((?:NATS_CA|PGSSLROOTCERT)=).*", rf"\g<1>{servers.directory}/ca.crt", env, flags=re.M)
+        self.port = free_port()
+        env = re.sub(r"^(AFTERCOMMIT_HTTP=127.0.0.1:).*", rf"\g<1>{self.port}", env, flags=re.M)
+        self.serves = "AFTERCOMMIT_HTTP=" in env
+        variables = dict(line.split("=", 1) for line in env.splitlines() if line and not line.startswith("#"))
+        for file in [credentials, *credentials.iterdir()]:
+            os.chown(file, USER, USER)
+            os.chmod(file, 0o500 if file.is_dir() else 0o400)
+        command = self.unit.one("ExecStart").split()
+        command[0] = f"{programs}/{os.path.basename(command[0])}"
+        self.trace, self.log = servers.directory / f"{self.kind}.trace", servers.directory / f"{self.kind}.log"
+        # -D: the program stays the child, and gets the signals.
+        tracing = ["strace", "-D", "-f", "-q", "-o", str(self.trace)] if shutil.which("strace") else []
+        confined = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", *tracing,
+                    "env", "--ignore-environment", *(f"{name}={value}" for name, value in {**self.unit.environment(), **variables}.items()), *command]
+        self.trace.touch()
+        os.chown(self.trace, USER, USER)
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(confined, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd="/")
+        stack.callback(stop, self.process, signal.SIGKILL)
+
+    def ready(self):
+        def answer():
+            if self.process.poll() is not None:
+                raise Failed(f"{self.unit.name}: ended with status {self.process.returncode}: {self.log.read_text()[-2000:]}")
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=5) as got:
+                    return got.status == 200
+            except urllib.error.HTTPError as error:
+                return error.read().decode()
+            except OSError as error:
+                return str(error)
+        eventually(f"{self.unit.name} is ready", answer)
+        say(f"{self.unit.name} is ready")
+
+    def end(self, left):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            status = self.process.wait(int(self.unit.one("TimeoutStopSec").rstrip("s")))
+        except subprocess.TimeoutExpired:
+            raise Failed(f"{self.unit.name}: does not stop in time") from None
+        if status:
+            raise Failed(f"{self.unit.name}: ends with status {status}: {self.log.read_text()[-2000:]}")
+        if not shutil.which("strace"):
+            return
+        ended = re.compile(rf"^{self.process.pid} .*exited with", re.M)
+        eventually("strace has written", lambda: bool(ended.search(self.trace.read_text(errors="replace"))))
+        lines = self.trace.read_text(errors="replace").splitlines()
+        used = {match[1] for line in lines if (match := re.match(r"\d+\s+(\w+)\(", line))}
+        if len(used) < 10:
+            raise Failed(f"{self.unit.name}: strace has seen {sorted(used)} only")
+        if used - left:
+            raise Failed(f"{self.unit.name}: its SystemCallFilter refuses {sorted(used - left)}")
+        if any("PROT_WRITE|PROT_EXEC" in line for line in lines):
+            raise Failed(f"{self.unit.name}: MemoryDenyWriteExecute refuses what it does")
+        say(f"{self.unit.name} has stopped; of {len(used)} system calls the unit refuses none")
+
+
+def work(servers, stack):
+    prepare(servers)
+    psql = [*servers.as_postgres, f"{PG}/psql", "-X", "-h", str(servers.socket), "-p", str(servers.postgres_port), "-d", "shop", "-f", str(servers.socket / "roles.sql")]
+    owner = f"postgres://shop_owner:{servers.passwords['shop_owner']}@localhost:{servers.postgres_port}/shop?sslmode=verify-full"
+    secure = {**os.environ, "PGSSLROOTCERT": f"{servers.directory}/ca.crt", "NATS_CA": f"{servers.directory}/ca.crt", "NATS_URL": f"tls://localhost:{servers.nats_port}"}
+    run(f"{programs}/aftercommit", "migrate", env={**secure, "DATABASE_URL": owner})
+    run(*psql, cwd="/")
+    provisioner = owner.replace("shop_owner", "shop_provisioner").replace(servers.passwords["shop_owner"], servers.passwords["shop_provisioner"])
+    run(f"{programs}/aftercommit", "provision", "--config", str(ROOT / "deploy/systemd/examples/worker/worker.toml"),
+        env={**secure, "DATABASE_URL": provisioner, "OUTBOX_DATABASE_URL": provisioner, "NATS_USER": "provisioner", "NATS_PASSWORD": servers.nats_passwords["provisioner"]})
+    left = allowed()
+    processes = [Process(path, servers, stack) for path in UNITS]
+    for one in processes:
+        if one.serves:
+            one.ready()
+    publish(servers, 1)
+    handled(servers, 1)
+    say("an event that was published with SQL is handled")
+    servers.psql_as("shop_service", "select aftercommit.forget('orders', 'request 1', key => 'order-1')")
+    eraser = next(one for one in processes if one.kind == "forget")
+    eventually("the eraser is through", lambda: servers.psql("select count(*) from aftercommit.forget_request where ended_at is null") == "0"
+               or eraser.log.read_text()[-500:])
+    for one in processes:
+        one.end(left)
+
+
+if __name__ == "__main__":
+    with_servers(work, "what the units start works, with the shipped roles and accounts, over TLS")
