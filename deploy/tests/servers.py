@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import signal
@@ -16,17 +17,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PG = os.environ.get("AFTERCOMMIT_PG_BIN", "")
 NATS = os.environ.get("AFTERCOMMIT_NATS_SERVER", "")
 SOON = 60
-
-# As docs/deploy.md has them: the login and its role.
-LOGINS = {
-    "shop_owner": "aftercommit_owner",
-    "shop_service": "aftercommit_publisher, aftercommit_eraser",
-    "shop_relay": "aftercommit_relay, aftercommit_outbox_reconciler",
-    "shop_provisioner": "aftercommit_operator",
-    "shop_eraser": "aftercommit_eraser",
-    "shop_pruner": "aftercommit_pruner",
-    "receipts_worker": "aftercommit_worker, aftercommit_inbox_reconciler",
-}
 
 
 class Failed(Exception):
@@ -70,19 +60,57 @@ def certificates(directory):
     run("openssl", "x509", "-req", "-in", "server.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-days", "2", "-extfile", "names", "-out", "server.crt", **quiet)
 
 
+def section(title):
+    """A part of docs/deploy.md, up to the next heading of the same level."""
+    page = (ROOT / "docs/deploy.md").read_text()
+    level = title.partition(" ")[0]
+    body = page.split(f"\n{title}\n", 1)[1]
+    # Not what is a comment in a block.
+    return re.split(rf"(?m)^#{{2,{len(level)}}} (?=[\dA-Z])", body)[0]
+
+
+def blocks(title, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", section(title), re.M | re.S)
+
+
 class Servers:
-    """PostgreSQL and nats-server with TLS, which end with this process."""
+    """PostgreSQL and nats-server with TLS, which end with this process. What docs/deploy.md makes of logins and rights is made by its own commands."""
 
     def __init__(self, directory, stack):
         self.directory = directory
         self.postgres_port, self.nats_port = free_port(), free_port()
-        self.passwords = {login: secrets.token_hex(12) for login in [*LOGINS, "admin"]}
-        users = ("system", "provisioner", "relay", "outbox_reconciler", "branch_balance", "receipts", "receipts_reconciler", "eraser", "operator")
-        # A bare value of nats-server's configuration that begins with a digit would be a number.
-        self.nats_passwords = {user: "p" + secrets.token_hex(12) for user in users}
+        self.admin = secrets.token_hex(12)
         certificates(directory)
+        # The checkout in which one types.
+        self.checkout = directory / "checkout"
+        self.checkout.mkdir()
+        for part in ("deploy", "target"):
+            (self.checkout / part).symlink_to(ROOT / part)
+        shutil.copy(directory / "ca.crt", self.checkout)
         self.start_postgres(stack)
+        self.typed = ""
+        self.type("".join(blocks("### 1. A password for each process", "sh")))
         self.start_nats(stack)
+
+    def here(self, text):
+        """What the page says, of these servers."""
+        text = text.replace("db.example.com:5432", f"localhost:{self.postgres_port}").replace("5432", str(self.postgres_port))
+        return text.replace("db.example.com", "localhost").replace("nats.example.com:4222", f"localhost:{self.nats_port}")
+
+    def type(self, commands, programs=""):
+        """Runs commands of the page in the shell in which those before were run: what they have exported is still there."""
+        script = f"set -euo pipefail\n{self.typed}\n{self.here(commands)}"
+        path = f"{PG}:{programs}:{os.environ['PATH']}"
+        env = {"PATH": path, "HOME": str(self.directory)}
+        run("bash", "-c", script, cwd=self.checkout, env=env, input=f"{self.admin}\n")
+        self.typed += "".join(line + "\n" for line in self.here(commands).splitlines() if "export " in line or line.startswith("umask"))
+
+    def secret(self, name):
+        return (self.checkout / "secrets" / name).read_text()
+
+    def hidden(self):
+        """All passwords, for looking into logs."""
+        return [self.admin, *re.findall(r"[0-9a-f]{48}", "".join(file.read_text() for file in (self.checkout / "secrets").iterdir()))]
 
     def start_postgres(self, stack):
         data = self.directory / "postgres"
@@ -111,7 +139,7 @@ class Servers:
         (directory / "nats-server.conf").write_text(
             f'listen: "127.0.0.1:{self.nats_port}"\njetstream {{ store_dir: "{directory}/store", sync_interval: always }}\n'
             f'tls {{ cert_file: "{self.directory}/server.crt", key_file: "{self.directory}/server.key" }}\ninclude "accounts.conf"\n')
-        variables = {f"AFTERCOMMIT_{user.upper()}_PASSWORD": password for user, password in self.nats_passwords.items()}
+        variables = dict(line.split("=", 1) for line in self.secret("nats-server.env").splitlines())
         log = open(self.directory / "nats.log", "wb")
         server = subprocess.Popen([NATS, "--config", str(directory / "nats-server.conf")], env={**os.environ, **variables}, stdout=log, stderr=log)
         stack.callback(stop, server, signal.SIGTERM)
@@ -128,19 +156,8 @@ class Servers:
 
     def psql_as(self, login, sql):
         """As a service does: over TLS, with a password."""
-        env = {**os.environ, "PGPASSWORD": self.passwords[login]}
-        url = f"host=localhost port={self.postgres_port} dbname=shop user={login} sslmode=verify-full sslrootcert={self.directory}/ca.crt"
-        return run(f"{PG}/psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", url, "-c", sql, env=env, cwd="/").strip()
-
-    def secrets(self):
-        """The existing secrets that the values name: name, key, content."""
-        url = lambda login: {"url": f"postgres://{login}:{self.passwords[login]}@localhost:{self.postgres_port}/shop?sslmode=verify-full\n"}
-        service = f"[aftercommit]\nhost=localhost\nport={self.postgres_port}\ndbname=shop\nuser=admin\npassword={self.passwords['admin']}\nsslmode=verify-full\n"
-        all = {login.replace("_", "-"): url(login) for login in LOGINS}
-        all |= {f"nats-{user}": {"password": password} for user, password in self.nats_passwords.items()}
-        all["shop-admin"] = {"pg_service.conf": service}
-        all["servers-ca"] = {"ca.crt": (self.directory / "ca.crt").read_text()}
-        return all
+        env = {**os.environ, "PGSSLROOTCERT": str(self.directory / "ca.crt")}
+        return run(f"{PG}/psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", self.secret(f"{login}.url").strip(), "-c", sql, env=env, cwd="/").strip()
 
 
 def stop(process, how=signal.SIGTERM):
@@ -153,19 +170,10 @@ def stop(process, how=signal.SIGTERM):
 
 
 def prepare(servers):
-    """What docs/deploy.md does by hand before the chart is installed."""
+    """The page's logins and rights."""
     servers.psql("create database shop", "postgres")
-    servers.psql(f"create role admin superuser login password '{servers.passwords['admin']}'")
-    psql = [*servers.as_postgres, f"{PG}/psql", "-X", "-h", str(servers.socket), "-p", str(servers.postgres_port), "-d", "shop"]
-    shutil.copy(ROOT / "deploy/postgres/roles.sql", servers.socket / "roles.sql")
-    run(*psql, "-f", str(servers.socket / "roles.sql"), cwd="/")
-    for login, roles in LOGINS.items():
-        servers.psql(f"create role {login} login password '{servers.passwords[login]}' in role {roles}")
-    servers.psql("""
-        create table public.receipts (id bigint generated always as identity, event_id uuid, what jsonb);
-        create function public.receipt(event jsonb) returns void language sql as
-            $$ insert into public.receipts (event_id, what) values ((event ->> 'id')::uuid, event -> 'data') $$;
-        grant insert on public.receipts to receipts_worker""")
+    servers.psql(f"alter role postgres password '{servers.admin}'")
+    servers.type("".join(blocks("### 3. PostgreSQL", "sh")))
 
 
 def publish(servers, number):

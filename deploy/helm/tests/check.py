@@ -35,6 +35,9 @@ def in_step():
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     if chart["appVersion"] != version:
         yield f"Chart.yaml has the appVersion {chart['appVersion']}, Cargo.toml the version {version}"
+    [values] = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs/deploy.md").read_text(), re.M | re.S)
+    if yaml.safe_load(values) != yaml.safe_load((TESTS / "values/secured.yaml").read_text()):
+        yield "the values of docs/deploy.md differ from deploy/helm/tests/values/secured.yaml"
     # The example in a comment is what people copy.
     text = (CHART / "values.yaml").read_text()
     example = re.search(r"^workers: \[\]\n((?:#.*\n)+)", text, re.M).group(1)

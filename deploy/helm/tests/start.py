@@ -1,12 +1,12 @@
 """Starts what the chart renders. Arguments: helm, and the directory of the programs.
 
-The values are those of values/secured.yaml, which docs/deploy.md builds. PostgreSQL and nats-server are private ones, with TLS, the roles of roles.sql
-and the accounts of accounts.conf. Each container becomes a process with the rendered command, variables, files, user and groups, on a root
+Values, secrets, logins and rights are those of docs/deploy.md, whose commands are run. PostgreSQL and nats-server are private ones, with TLS. Each container becomes a process with the rendered command, variables, files, user and groups, on a root
 file system of its own that is read-only, without capabilities. What a kubelet and a network do beside that is not shown.
 """
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +18,7 @@ import rendered
 from rendered import ROOT, argv, container, environment, name, pod
 
 sys.path.insert(0, str(ROOT / "deploy/tests"))
-from servers import PG, SOON, Failed, eventually, free_port, handled, prepare, publish, say, stop, with_servers  # noqa: E402
+from servers import PG, SOON, Failed, blocks, eventually, free_port, handled, prepare, publish, say, section, stop, with_servers  # noqa: E402
 
 helm, programs = sys.argv[1], sys.argv[2]
 VALUES = rendered.CHART.parent / "tests/values/secured.yaml"
@@ -50,6 +50,12 @@ exec chroot "$root" "$@"
 """
 
 
+def existing(servers):
+    """The secrets that the page has people create: name, key, content."""
+    created = re.findall(r"create secret generic (\S+) --from-file=(\S+?)=(\S+)", section("### 1. Namespace and secrets"))
+    return {name: {key: (servers.checkout / file).read_text()} for name, key, file in created}
+
+
 class Pod:
     """The one container of a rendered pod as a process."""
 
@@ -69,7 +75,7 @@ class Pod:
         for mount in container(document).get("volumeMounts", []):
             [volume] = [one for one in spec["volumes"] if one["name"] == mount["name"]]
             assert mount["mountPath"] == f"/etc/aftercommit/{mount['name']}", mount
-            self.mount(mount["name"], volume, servers.secrets(), maps, context["fsGroup"])
+            self.mount(mount["name"], volume, existing(servers), maps, context["fsGroup"])
         variables = [f"{key}={value}" for key, value in environment(document).items()]
         inside = ["/usr/bin/setpriv", f"--reuid={context['runAsUser']}", f"--regid={context['runAsGroup']}", f"--groups={context['fsGroup']}",
                   "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "/usr/bin/env", "--ignore-environment",
@@ -171,6 +177,7 @@ def deployment(servers, part, stack):
 
 def work(servers, stack):
     prepare(servers)
+    servers.type("".join(blocks("### 1. Namespace and secrets", "sh")))
     jobs(servers)
     relays = [deployment(servers, "-relay", stack) for _ in range(2)]
     workers = [deployment(servers, "-worker-receipts", stack) for _ in range(2)]
@@ -206,7 +213,7 @@ def work(servers, stack):
     for one in (relays[1], workers[1], eraser, pruner):
         one.end()
     for one in [*everybody, eraser]:
-        for secret in (*servers.passwords.values(), *servers.nats_passwords.values()):
+        for secret in servers.hidden():
             if secret in one.log.read_text():
                 raise Failed(f"{name(one.document)}: a password is in its log")
 

@@ -1,11 +1,12 @@
 """Starts what the units start. Arguments: the directory of the programs.
 
-There is no systemd here that could start units, so each becomes a process as the unit says: its command, its environment file as shipped but for
-addresses, its credentials, a user of its own without capabilities. strace watches it, because a system call that the unit's filter refuses, or memory that
+There is no systemd here that could start units, so each becomes a process as the unit says: its command, its environment file, its credentials, a user
+of its own without capabilities. Files are where the commands of docs/deploy.md put them, below another root. strace watches it, because a system call that the unit's filter refuses, or memory that
 is writable and executable, would end it under systemd only.
 """
 
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -18,12 +19,11 @@ import unit
 from unit import ROOT, UNITS
 
 sys.path.insert(0, str(ROOT / "deploy/tests"))
-from servers import PG, Failed, eventually, free_port, handled, prepare, publish, run, say, stop, with_servers  # noqa: E402
+from servers import Failed, blocks, eventually, free_port, handled, prepare, publish, run, say, stop, with_servers  # noqa: E402
 
 programs = sys.argv[1]
 # As DynamicUser chooses: one that nobody else has.
 USER = 61999
-ACCOUNTS = {"relay": ("shop_relay", "relay"), "worker": ("receipts_worker", "receipts"), "forget": ("shop_eraser", "eraser"), "prune": ("shop_pruner", "")}
 
 
 def allowed():
@@ -56,16 +56,12 @@ class Process:
         credentials = directory / "credentials"
         credentials.mkdir(parents=True)
         self.unit = unit.Unit(path, "receipts", credentials)
-        login, user = ACCOUNTS[self.kind]
-        url = f"postgres://{login}:{servers.passwords[login]}@localhost:{servers.postgres_port}/shop?sslmode=verify-full\n"
-        contents = {"database-url": url, "nats-password": servers.nats_passwords.get(user, "")}
         for line in self.unit.all("LoadCredential"):
-            name = line.partition(":")[0]
-            (credentials / name).write_text(contents.get(name) or (self.unit.example / name).read_text())
-        # The example as it is shipped, with what docs/deploy.md has people fill in.
-        env = (self.unit.example / "env").read_text()
-        env = env.replace("tls://nats.example.com:4222", f"tls://localhost:{servers.nats_port}")
-        env = re.sub(r"^#((?:NATS_CA|PGSSLROOTCERT)=).*", rf"\g<1>{servers.directory}/ca.crt", env, flags=re.M)
+            name, _, file = line.partition(":")
+            shutil.copy(f"{servers.directory}/root{file}", credentials / name)
+        # With what the page has people look through.
+        env = servers.here(pathlib.Path(f"{servers.directory}/root{self.unit.one('EnvironmentFile')}").read_text())
+        env = re.sub(r"^#((?:NATS_CA|PGSSLROOTCERT)=)", rf"\g<1>{servers.directory}/root", env, flags=re.M)
         self.port = free_port()
         env = re.sub(r"^(AFTERCOMMIT_HTTP=127.0.0.1:).*", rf"\g<1>{self.port}", env, flags=re.M)
         self.serves = "AFTERCOMMIT_HTTP=" in env
@@ -123,16 +119,24 @@ class Process:
         say(f"{self.unit.name} has stopped; of {len(used)} system calls the unit refuses none")
 
 
+def install(servers):
+    """The page's installation below another root, as the user who types; root has what sudo installs."""
+    root = servers.directory / "root"
+    for directory in ("usr/bin", "etc/systemd/system"):
+        (root / directory).mkdir(parents=True)
+    commands = "".join(blocks("### 1. Programs, units, settings", "sh"))
+    commands = commands.replace("sudo ", "").replace(" /etc/", f" {root}/etc/").replace(" /usr/bin/", f" {root}/usr/bin/").replace("target/release", programs)
+    servers.type(commands)
+    secrets = [file for file in (root / "etc/aftercommit").rglob("*") if file.name in ("database-url", "nats-password")]
+    if len(secrets) != 7 or any(file.stat().st_mode & 0o077 for file in secrets):
+        raise Failed(f"not for root alone: {secrets}")
+    os.chmod(root, 0o755)
+
+
 def work(servers, stack):
     prepare(servers)
-    psql = [*servers.as_postgres, f"{PG}/psql", "-X", "-h", str(servers.socket), "-p", str(servers.postgres_port), "-d", "shop", "-f", str(servers.socket / "roles.sql")]
-    owner = f"postgres://shop_owner:{servers.passwords['shop_owner']}@localhost:{servers.postgres_port}/shop?sslmode=verify-full"
-    secure = {**os.environ, "PGSSLROOTCERT": f"{servers.directory}/ca.crt", "NATS_CA": f"{servers.directory}/ca.crt", "NATS_URL": f"tls://localhost:{servers.nats_port}"}
-    run(f"{programs}/aftercommit", "migrate", env={**secure, "DATABASE_URL": owner})
-    run(*psql, cwd="/")
-    provisioner = owner.replace("shop_owner", "shop_provisioner").replace(servers.passwords["shop_owner"], servers.passwords["shop_provisioner"])
-    run(f"{programs}/aftercommit", "provision", "--config", str(ROOT / "deploy/systemd/examples/worker/worker.toml"),
-        env={**secure, "DATABASE_URL": provisioner, "OUTBOX_DATABASE_URL": provisioner, "NATS_USER": "provisioner", "NATS_PASSWORD": servers.nats_passwords["provisioner"]})
+    install(servers)
+    servers.type("".join(blocks("### 2. Schema, rights, stream", "sh")), programs)
     left = allowed()
     processes = [Process(path, servers, stack) for path in UNITS]
     for one in processes:
