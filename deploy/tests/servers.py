@@ -102,8 +102,9 @@ class Servers:
         script = f"set -euo pipefail\n{self.typed}\n{self.here(commands)}"
         path = f"{PG}:{programs}:{os.environ['PATH']}"
         env = {"PATH": path, "HOME": str(self.directory)}
-        run("bash", "-c", script, cwd=self.checkout, env=env, input=f"{self.admin}\n")
+        output = run("bash", "-c", script, cwd=self.checkout, env=env, input=f"{self.admin}\n")
         self.typed += "".join(line + "\n" for line in self.here(commands).splitlines() if "export " in line or line.startswith("umask"))
+        return output
 
     def secret(self, name):
         return (self.checkout / "secrets" / name).read_text()
@@ -183,6 +184,16 @@ def publish(servers, number):
 def handled(servers, count):
     eventually(f"{count} events are handled once", lambda: servers.psql("select count(*), count(distinct event_id) from receipts") == f"{count}|{count}"
                or servers.psql("select count(*) from receipts"))
+
+
+def see_it_work(servers, programs):
+    """The page's last section."""
+    servers.type("".join(blocks("## See it work", "sh")), programs)
+    handled(servers, 1)
+    say("an event that was published with SQL is handled")
+    status = lambda: servers.type("aftercommit status || true", programs)
+    eventually("`aftercommit status` says that all is well", lambda: status().startswith("OK: everything flows") or status())
+    say("`aftercommit status` says: OK: everything flows")
 
 
 def with_servers(work, done):

@@ -5,10 +5,14 @@ Each check returns the problems that it sees; at the end each is shown to see on
 
 import copy
 import json
+import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import kubernetes_validate
@@ -271,7 +275,6 @@ def order(documents):
 
 def refused():
     """What is wrong is refused, and what helm says names it."""
-    import tempfile
     for case in yaml.safe_load((TESTS / "refused.yaml").read_text()):
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
             yaml.safe_dump(case["values"], file)
@@ -283,6 +286,61 @@ def refused():
                 # The schema names places as '/relay/replicas', and unknown keys beside them.
                 if case["says"] not in error.stderr:
                     yield f"refused, but not for {case['says']}: {case['values']}: {error.stderr.strip()}"
+
+
+def notes(values):
+    """NOTES.txt, which `helm template` leaves out: an error in it would stop an installation."""
+    with tempfile.TemporaryDirectory() as directory:
+        copied = shutil.copytree(CHART, f"{directory}/aftercommit")
+        pathlib.Path(copied, "templates/notes.yaml").write_text(
+            'apiVersion: v1\nkind: ConfigMap\nmetadata: { name: notes }\ndata:\n'
+            '  notes: |\n    {{- include "aftercommit/templates/NOTES.txt" . | nindent 4 }}\n')
+        try:
+            documents = rendered.template(helm, values, chart=copied)
+        except subprocess.CalledProcessError as error:
+            yield f"NOTES.txt: {error.stderr}"
+            return
+    [text] = [document["data"]["notes"] for document in documents if document["metadata"]["name"] == "notes"]
+    deployments = {document["metadata"]["name"] for document in documents if document["kind"] == "Deployment"}
+    for named in set(re.findall(r"deployment/(\S+)", text)) - deployments:
+        yield f"NOTES.txt names the deployment {named}"
+    if "docs/deploy.md" not in text:
+        yield f"NOTES.txt ends early: {text}"
+
+
+def leaves(values, path=()):
+    """The paths of what is no map and no list of maps."""
+    if isinstance(values, dict) and values:
+        for key, value in values.items():
+            yield from leaves(value, (*path, key))
+    elif isinstance(values, list) and values and isinstance(values[0], dict):
+        for index, value in enumerate(values):
+            yield from leaves(value, (*path, index))
+    else:
+        yield path
+
+
+def dead():
+    """Each value of values/everything.yaml does something: without it something else is rendered, or nothing."""
+    everything = yaml.safe_load((TESTS / "values/everything.yaml").read_text())
+    whole = rendered.template(helm, TESTS / "values/everything.yaml")
+
+    def same(path):
+        values = copy.deepcopy(everything)
+        parent = values
+        for key in path[:-1]:
+            parent = parent[key]
+        del parent[path[-1]]
+        try:
+            return rendered.template(helm, "-", input=yaml.safe_dump(values)) == whole
+        except subprocess.CalledProcessError:
+            return False
+
+    paths = list(leaves(everything))
+    with ThreadPoolExecutor(4) as pool:
+        for path, unchanged in zip(paths, pool.map(same, paths)):
+            if unchanged:
+                yield f"values/everything.yaml: {'.'.join(map(str, path))} changes nothing"
 
 
 CHECKS = [restricted, secrets, files, probes, known, names, grace, order]
@@ -356,11 +414,13 @@ def main():
             objects += len(documents)
             problems += [f"{values.name}: {problem}" for problem in schemas(documents, version)]
         else:
+            problems += [f"{values.name}: {problem}" for problem in notes(values)]
             for check in CHECKS:
                 problems += [f"{values.name}: {problem}" for problem in check(documents)]
     long = rendered.template(helm, TESTS / "values/everything.yaml", release="a" * 53, sets=["fullnameOverride=", "workers[0].name=" + "b" * 20])
     problems += [f"a long release: {problem}" for problem in names(long)]
     problems += refused()
+    problems += dead()
     problems += damaged(rendered.template(helm, TESTS / "values/secured.yaml"))
     for problem in problems:
         print(problem, file=sys.stderr)

@@ -10,14 +10,14 @@ CHART = ROOT / "deploy/helm/aftercommit"
 RELEASE, NAMESPACE = "shop", "events"
 
 
-def template(helm, *files, version="1.30.0", sets=(), release=RELEASE):
+def template(helm, *files, version="1.30.0", sets=(), release=RELEASE, input=None, chart=CHART):
     """The objects, in helm's order: hooks last. Raises CalledProcessError with what helm says."""
-    command = [helm, "template", release, str(CHART), "--namespace", NAMESPACE, "--kube-version", f"{version}"]
+    command = [helm, "template", release, str(chart), "--namespace", NAMESPACE, "--kube-version", f"{version}"]
     for file in files:
         command += ["--values", str(file)]
     for value in sets:
         command += ["--set", value]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, input=input).stdout
     return [document for document in yaml.safe_load_all(output) if document]
 
 

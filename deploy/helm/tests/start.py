@@ -18,7 +18,7 @@ import rendered
 from rendered import ROOT, argv, container, environment, name, pod
 
 sys.path.insert(0, str(ROOT / "deploy/tests"))
-from servers import PG, SOON, Failed, blocks, eventually, free_port, handled, prepare, publish, say, section, stop, with_servers  # noqa: E402
+from servers import PG, SOON, Failed, blocks, eventually, free_port, handled, prepare, publish, say, section, see_it_work, stop, with_servers  # noqa: E402
 
 helm, programs = sys.argv[1], sys.argv[2]
 VALUES = rendered.CHART.parent / "tests/values/secured.yaml"
@@ -116,6 +116,7 @@ class Pod:
         port = {port["name"]: port["containerPort"] for port in one["ports"]}[get["port"]]
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}{get['path']}", timeout=5) as answer:
+                self.said = answer.read().decode().splitlines()[0]
                 return answer.status == 200 or answer.status
         except urllib.error.HTTPError as error:
             return error.read().decode()
@@ -132,7 +133,7 @@ class Pod:
             eventually("its liveness probe succeeds", lambda: self.ask("livenessProbe"))
         except Failed as error:
             self.fail(error)
-        say(f"{name(self.document)} is ready")
+        say(f"{name(self.document)} is ready: {self.said}")
 
     def confined(self):
         """What the kernel says of the running process."""
@@ -187,9 +188,7 @@ def work(servers, stack):
         one.ready()
     for one in [*everybody, eraser]:
         one.confined()
-    publish(servers, 1)
-    handled(servers, 1)
-    say("an event that was published with SQL is handled")
+    see_it_work(servers, programs)
 
     # The upgrade of the chart, while everything runs.
     jobs(servers)
@@ -202,7 +201,7 @@ def work(servers, stack):
     handled(servers, 3)
     say("after a second run of the jobs, and with a relay and a worker killed, events are still handled, once")
 
-    servers.psql_as("shop_service", "select aftercommit.forget('orders', 'request 1', key => 'order-1')")
+    servers.psql_as("shop_service", "select aftercommit.forget('orders', 'request 1', key => 'order-7')")
     eventually("the eraser is through", lambda: servers.psql("select count(*) from aftercommit.forget_request where ended_at is null") == "0"
                or eraser.log.read_text()[-500:])
     say("what a service forgot with SQL, the eraser has erased from the stream")

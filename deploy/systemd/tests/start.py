@@ -19,7 +19,7 @@ import unit
 from unit import ROOT, UNITS
 
 sys.path.insert(0, str(ROOT / "deploy/tests"))
-from servers import Failed, blocks, eventually, free_port, handled, prepare, publish, run, say, stop, with_servers  # noqa: E402
+from servers import Failed, blocks, eventually, free_port, prepare,  run, say, see_it_work, stop, with_servers  # noqa: E402
 
 programs = sys.argv[1]
 # As DynamicUser chooses: one that nobody else has.
@@ -61,7 +61,7 @@ class Process:
             shutil.copy(f"{servers.directory}/root{file}", credentials / name)
         # With what the page has people look through.
         env = servers.here(pathlib.Path(f"{servers.directory}/root{self.unit.one('EnvironmentFile')}").read_text())
-        env = re.sub(r"^#((?:NATS_CA|PGSSLROOTCERT)=)", rf"\g<1>{servers.directory}/root", env, flags=re.M)
+        env = re.sub(r"^((?:NATS_CA|PGSSLROOTCERT)=)", rf"\g<1>{servers.directory}/root", env, flags=re.M)
         self.port = free_port()
         env = re.sub(r"^(AFTERCOMMIT_HTTP=127.0.0.1:).*", rf"\g<1>{self.port}", env, flags=re.M)
         self.serves = "AFTERCOMMIT_HTTP=" in env
@@ -142,10 +142,8 @@ def work(servers, stack):
     for one in processes:
         if one.serves:
             one.ready()
-    publish(servers, 1)
-    handled(servers, 1)
-    say("an event that was published with SQL is handled")
-    servers.psql_as("shop_service", "select aftercommit.forget('orders', 'request 1', key => 'order-1')")
+    see_it_work(servers, programs)
+    servers.psql_as("shop_service", "select aftercommit.forget('orders', 'request 1', key => 'order-7')")
     eraser = next(one for one in processes if one.kind == "forget")
     eventually("the eraser is through", lambda: servers.psql("select count(*) from aftercommit.forget_request where ended_at is null") == "0"
                or eraser.log.read_text()[-500:])

@@ -204,8 +204,6 @@ grant execute on function :"schema".is_erased, :"schema".refuse_erased to :"publ
 -- `aftercommit forget`, and a service that forgets in its own transactions. It reads no payload; functions erase them.
 grant select (event_id, type, key, content_type) on :"schema".outbox, :"schema".dead_letter, :"schema".redrive to :"eraser";
 grant select on :"schema".forget_request, :"schema".tombstone to :"eraser";
--- Whether an event that is named by its id is known here at all.
-grant select (event_id) on :"schema".attempt, :"schema".audit to :"eraser";
 grant select (seq, stream) on :"schema".relay_log to :"eraser";
 grant select (outbox_id, event_id, state) on :"schema".repair, :"schema".parked to :"eraser";
 -- Keys of sealed events are wrapped anew when the master key changes, and forgotten.
