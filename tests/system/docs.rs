@@ -174,3 +174,16 @@ fn every_fault_has_a_row_that_names_a_test_or_a_reason() {
         assert!(columns[3].trim_end_matches(" |").split(' ').all(|one| one.starts_with('I')), "{row}");
     }
 }
+
+/// Helm reads nothing outside of a chart, so it has copies.
+#[test]
+fn the_chart_has_alerts_and_roles_as_they_are() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
+    for (own, copy) in [
+        ("deploy/postgres/roles.sql", "deploy/helm/aftercommit/files/roles.sql"),
+        ("deploy/prometheus/alerts.yml", "deploy/helm/aftercommit/files/alerts.yml"),
+    ] {
+        assert!(text(own) == text(copy), "{own} was changed: copy it to {copy}");
+    }
+}

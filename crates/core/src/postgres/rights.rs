@@ -166,7 +166,7 @@ mod tests {
     fn the_script_is_understood() {
         let publisher = of(&["publisher"]);
         let columns =
-            publisher.iter().filter(|right| right.kind == "table").filter_map(|right| right.column.as_deref());
+            publisher.iter().filter(|right| right.object == "outbox").filter_map(|right| right.column.as_deref());
         let columns: Vec<&str> = columns.collect();
         assert_eq!(columns, ["event_id", "type", "version", "key", "headers", "payload", "content_type"]);
         let functions: Vec<&str> =

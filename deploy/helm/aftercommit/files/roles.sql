@@ -202,13 +202,14 @@ grant insert (who, action, subscriber, event_id, detail) on :"schema".audit to :
 grant execute on function :"schema".is_erased, :"schema".refuse_erased to :"publisher", :"worker";
 
 -- `aftercommit forget`, and a service that forgets in its own transactions. It reads no payload; functions erase them.
-grant select (event_id, type, key, content_type) on :"schema".outbox, :"schema".dead_letter, :"schema".redrive to :"eraser";
+grant select (id, event_id, type, key, content_type, created_at) on :"schema".outbox to :"eraser";
+grant select (event_id, type, key, content_type) on :"schema".dead_letter, :"schema".redrive to :"eraser";
 grant select on :"schema".forget_request, :"schema".tombstone to :"eraser";
 grant select (seq, stream) on :"schema".relay_log to :"eraser";
 grant select (outbox_id, event_id, state) on :"schema".repair, :"schema".parked to :"eraser";
 -- Keys of sealed events are wrapped anew when the master key changes, and forgotten.
 grant select (subject_kind, subject_id, key_ref, wrapped_key, key_id), update (wrapped_key, key_id) on :"schema".data_key to :"eraser";
-grant execute on function :"schema".forget, :"schema".forget_begin, :"schema".forget_more, :"schema".forget_late_copies,
+grant execute on function :"schema".forget, :"schema".forget_begin, :"schema".forget_more, :"schema".forget_late, :"schema".forget_unknown, :"schema".forget_at,
     :"schema".forget_publish, :"schema".forget_unsettled, :"schema".forget_found, :"schema".forget_end, :"schema".forget_data_key to :"eraser";
 -- Whoever compares messages with events knows what an event was before, by its digest; workers forget what they get tombstones of.
 grant select on :"schema".tombstone to :"relay", :"outbox_reconciler";
