@@ -337,9 +337,14 @@ async fn the_guides_erasure_is_asked_for_and_done() {
     let guide = include_str!("../../docs/guides/erase-a-tenant-or-a-person.md");
     let files: Vec<&str> = guide.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
     let directory = crate::support::Directory::new();
-    let subscribers = aftercommit::worker::read_file(&directory.write("worker.toml", files[0])).unwrap();
-    assert_eq!(subscribers.iter().map(Subscriber::name).collect::<Vec<_>>(), ["orders-erasures", "models-erasures"]);
-    let config = erase::file::load(&directory.write("erase.toml", files[1])).unwrap();
+    let [erasers, coordinator, guards, events] = files.as_slice() else { panic!("{} files", files.len()) };
+    let forget = events.lines().find(|line| line.starts_with("forget = ")).unwrap();
+    let erasers = erasers.replacen("kind = \"tenant\"", &format!("kind = \"tenant\"\n{forget}"), 1);
+    let worker = directory.write("worker.toml", format!("{erasers}\n{coordinator}"));
+    let subscribers = aftercommit::worker::read_file(&worker).unwrap();
+    let names: Vec<&str> = subscribers.iter().map(Subscriber::name).collect();
+    assert_eq!(names, ["orders-erasures", "models-erasures", "erasures"]);
+    let config = erase::file::load(&directory.write("erase.toml", guards)).unwrap();
     let request = config.request(Subject::new("tenant", TENANT), "ann", Some("Acme")).unwrap();
     assert_eq!(erase::operate::ask(&database.config, request).await.unwrap().job, job);
 }
