@@ -5,6 +5,7 @@
 //! name = "orders"                    # among the participants of erasures
 //! subscriber = "orders-erasures"     # durable name; the name and `-erasures` when left out
 //! chunk = 1000                       # rows that one transaction deletes
+//! rest = 100                         # rests a hundred times as long as it works; not at all when left out
 //! time_limit = "1m"                  # of a preview, and of one transaction
 //! queue = "heavy"                    # as of a subscriber; so are stream and prefix
 //!
@@ -62,6 +63,8 @@ struct Entry {
     name: String,
     subscriber: Option<String>,
     chunk: Option<u32>,
+    #[serde(default)]
+    rest: f64,
     time_limit: Option<String>,
     queue: Option<String>,
     stream: Option<String>,
@@ -158,8 +161,11 @@ pub(crate) fn read_file(path: &Path, postgres: Option<&PostgresConfig>) -> Resul
 }
 
 fn subscriber(entry: Entry, postgres: Option<&PostgresConfig>) -> Result<Subscriber, String> {
-    let Entry { name, subscriber, chunk, time_limit, queue, stream, prefix, subject, http } = entry;
+    let Entry { name, subscriber, chunk, rest, time_limit, queue, stream, prefix, subject, http } = entry;
     check_name(&name).map_err(|problem| format!("name: {problem}"))?;
+    if !rest.is_finite() || rest < 0.0 {
+        return Err(format!("rest: {rest} is not 0 or more"));
+    }
     let durable = subscriber.unwrap_or_else(|| format!("{name}-erasures"));
     check_name(&durable).map_err(|problem| format!("subscriber: {problem}"))?;
     // Each crash leaves it further on.
@@ -177,7 +183,7 @@ fn subscriber(entry: Entry, postgres: Option<&PostgresConfig>) -> Result<Subscri
             }
             tables.check()?;
             if keys.is_empty() {
-                made.on::<Requested>(in_steps(erase::participant(tables), postgres)?)
+                made.on::<Requested>(in_steps(erase::participant(tables).rest(rest), postgres)?)
             } else {
                 let with = |events: Events<Tables>, (kind, key, prefix): (String, String, bool)| match prefix {
                     true => events.key_prefix(kind, key),
@@ -185,12 +191,12 @@ fn subscriber(entry: Entry, postgres: Option<&PostgresConfig>) -> Result<Subscri
                 };
                 let events = keys.into_iter().fold(Events::of(tables), with);
                 events.check().map_err(|problem| format!("forget: {problem}"))?;
-                made.on::<Requested>(in_steps(erase::participant(events), postgres)?)
+                made.on::<Requested>(in_steps(erase::participant(events).rest(rest), postgres)?)
             }
         }
         (true, Some(http)) if chunk.is_none() => {
             let endpoint = endpoint(http).map_err(|problem| format!("http: {problem}"))?;
-            made.on::<Requested>(in_steps(erase::participant(HttpEraser { name, endpoint }), postgres)?)
+            made.on::<Requested>(in_steps(erase::participant(HttpEraser { name, endpoint }).rest(rest), postgres)?)
         }
         (true, Some(_)) => return Err("chunk: a service behind HTTP has no tables".into()),
         _ => return Err(format!("subject, http: the eraser {name} needs exactly one of them")),

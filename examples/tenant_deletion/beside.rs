@@ -62,6 +62,8 @@ pub async fn measure(program: fn() -> Result<Command, Error>, size: Size, rounds
     let pool = PgPoolOptions::new().max_connections(2).connect(&fleet.seat("orders")?.database.url).await?;
     plant(&pool, 0, size.others, None).await?;
     fleet.seat_mut("orders")?.chunk = Some(1000);
+    // As one that has days for it and works beside customers.
+    fleet.seat_mut("orders")?.rest = Some(100.0);
     fleet.start("orders")?;
     fleet.start(REQUESTER)?;
     let (mut measured, mut application) = (Vec::new(), Application { pool: pool.clone(), next: 2 * FAR });

@@ -109,6 +109,7 @@ impl Fleet {
             nats: NatsConfig { url: self._nats.url(), ..NatsConfig::default() },
             files: self.directory.0.join(service),
             chunk: None,
+            rest: None,
             fails: 0,
             pause: Duration::ZERO,
             holds: None,

@@ -24,6 +24,8 @@ pub struct Seat {
     pub files: PathBuf,
     /// How many rows a step deletes, where that is not the service's own.
     pub chunk: Option<u32>,
+    /// How many times as long as a step takes it rests; not at all when left out.
+    pub rest: Option<f64>,
     /// How many of its first attempts fail.
     pub fails: u32,
     /// How long each step takes besides.
@@ -45,6 +47,7 @@ impl Seat {
             nats: NatsConfig { url: std::env::var("FLEET_NATS")?, ..NatsConfig::default() },
             files: std::env::var_os("FLEET_FILES").ok_or("FLEET_FILES is not set")?.into(),
             chunk: std::env::var("FLEET_CHUNK").ok().map(|chunk| chunk.parse()).transpose()?,
+            rest: std::env::var("FLEET_REST").ok().map(|rest| rest.parse()).transpose()?,
             fails: number("FLEET_FAILS")?,
             pause: Duration::from_millis(number("FLEET_PAUSE")?.into()),
             holds: std::env::var_os("FLEET_HOLDS").map(PathBuf::from),
@@ -64,6 +67,9 @@ impl Seat {
             .env("FLEET_PAUSE", self.pause.as_millis().to_string());
         if let Some(chunk) = self.chunk {
             command.env("FLEET_CHUNK", chunk.to_string());
+        }
+        if let Some(rest) = self.rest {
+            command.env("FLEET_REST", rest.to_string());
         }
         if let Some(holds) = &self.holds {
             command.env("FLEET_HOLDS", holds);

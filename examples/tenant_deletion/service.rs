@@ -35,7 +35,7 @@ async fn serve(seat: &Seat, eraser: impl Eraser) -> Result<(), Error> {
     let subscriber = Subscriber::new(format!("{}-erasures", seat.name))
         .stream(requester.stream)
         .prefix(requester.prefix)
-        .on::<erase::Requested>(erase::participant(eraser).each_step_commits(pool))
+        .on::<erase::Requested>(erase::participant(eraser).each_step_commits(pool).rest(seat.rest.unwrap_or(0.0)))
         .backoff(Backoff { first: Duration::from_millis(500), max: Duration::from_secs(5) })
         .concurrency(1);
     let worker = Worker::new(seat.database.clone(), seat.nats.clone(), seat.naming()?);

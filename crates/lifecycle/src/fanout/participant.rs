@@ -25,6 +25,8 @@ const ATTEMPTS: u32 = 5;
 /// How long steps that each commit go on before the message comes again: less than a subscriber's time limit, which is a minute
 /// unless it says otherwise.
 const TURN: Duration = Duration::from_secs(15);
+/// How long a rest between two steps is at most.
+const LONGEST_REST: Duration = Duration::from_secs(5);
 
 /// What a participant does for a job: one step, or several that each commit.
 pub trait Work<K: Kind>: Send + Sync + 'static {
@@ -101,6 +103,7 @@ pub struct Participant<K, W> {
     work: W,
     attempts: u32,
     steps: Option<Steps>,
+    rest: f64,
     kind: PhantomData<fn() -> K>,
 }
 
@@ -119,7 +122,7 @@ impl fmt::Debug for Steps {
 impl<K: Kind, W: Work<K>> Participant<K, W> {
     /// With this name, which the request has among its participants. All steps run in one transaction.
     pub fn new(name: impl Into<String>, work: W) -> Self {
-        Self { name: name.into(), work, attempts: ATTEMPTS, steps: None, kind: PhantomData }
+        Self { name: name.into(), work, attempts: ATTEMPTS, steps: None, rest: 0.0, kind: PhantomData }
     }
 
     /// Each step commits by itself, on a connection of this pool to the participant's database: for work that is too large for one
@@ -137,6 +140,13 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
     pub fn each_step_commits_in(self, postgres: &PostgresConfig) -> Result<Self, Error> {
         let connections = Connections::new(postgres, "aftercommit-worker")?;
         Ok(Self { steps: Some(Steps::Database(connections)), ..self })
+    }
+
+    /// How long it rests after each step that commits, as a multiple of how long the step took, 5 seconds at most: for work that is not
+    /// urgent, beside an application whose slowest answers count. With 100 the work takes a hundredth of the time. Defaults to 0.
+    #[must_use]
+    pub fn rest(self, times: f64) -> Self {
+        Self { rest: if times.is_finite() { times.max(0.0) } else { 0.0 }, ..self }
     }
 
     /// How many attempts it makes before it answers that it failed; less than the subscriber's own, which then never counts.
@@ -184,6 +194,7 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
     async fn step_by_step(&self, steps: &Steps, requested: &Requested<K>, round: i32) -> Result<JobWork, HandlerError> {
         let began = Instant::now();
         loop {
+            let step_began = Instant::now();
             let work = match steps {
                 Steps::Pool(pool) => {
                     let mut tx = pool.begin().await?;
@@ -206,6 +217,10 @@ impl<K: Kind, W: Work<K>> Participant<K, W> {
                 work if is_answered(&work, round) => return Ok(work),
                 _ if began.elapsed() > TURN => return Err(HandlerError::snooze(Duration::from_millis(1))),
                 _ => {}
+            }
+            let rest = (step_began.elapsed().as_secs_f64() * self.rest).min(LONGEST_REST.as_secs_f64());
+            if rest > 0.0 {
+                tokio::time::sleep(Duration::from_secs_f64(rest)).await;
             }
         }
     }
