@@ -69,31 +69,6 @@ pub(super) async fn plain_type(connection: &mut PgConnection, table: &str, colum
     .map_err(|error| Problem::failed(table, error))
 }
 
-/// The column of the parent that a foreign key of one column names.
-pub(super) async fn referenced(
-    connection: &mut PgConnection,
-    table: &str,
-    column: &str,
-    parent: &str,
-) -> Result<Option<String>, Problem> {
-    sqlx::query_scalar(
-        "select a.attname::text
-           from pg_catalog.pg_constraint k
-           join pg_catalog.pg_attribute own on own.attrelid = k.conrelid and own.attnum = k.conkey[1]
-           join pg_catalog.pg_attribute a on a.attrelid = k.confrelid and a.attnum = k.confkey[1]
-          where k.contype = 'f' and k.conrelid = $1::pg_catalog.regclass and k.confrelid = $2::pg_catalog.regclass
-            and pg_catalog.cardinality(k.conkey) = 1 and own.attname = $3
-          order by k.oid limit 1",
-    )
-    .bind(table)
-    .bind(parent)
-    .bind(column)
-    .persistent(false)
-    .fetch_optional(connection)
-    .await
-    .map_err(|error| Problem::failed(table, error))
-}
-
 /// Whether an index begins with the column.
 pub(super) async fn is_indexed(connection: &mut PgConnection, table: &str, column: &str) -> Result<bool, Problem> {
     sqlx::query_scalar(

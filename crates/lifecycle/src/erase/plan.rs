@@ -10,9 +10,7 @@ use aftercommit_prune::{PruneError, PruneErrorKind, Table, check_expression};
 use aftercommit_worker::HandlerError;
 use sqlx::{AssertSqlSafe, Connection, PgTransaction};
 
-use super::catalogue::{
-    cascades, check_visible, exists, is_indexed, is_partitioned, plain_type, referenced, uses_an_index,
-};
+use super::catalogue::{cascades, check_visible, exists, is_indexed, is_partitioned, plain_type, uses_an_index};
 use super::tables::{Rows, Which};
 
 /// The tables in the order in which their rows go.
@@ -287,7 +285,7 @@ impl Plan {
                 })?;
                 let references = match references {
                     Some(references) => references.clone(),
-                    None => match referenced(tx, &table.name, column, &parent.table.name).await? {
+                    None => match table.referenced(tx, column, &parent.table).await? {
                         Some(references) => references,
                         None => parent.table.key()?.to_string(),
                     },

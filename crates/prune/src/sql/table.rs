@@ -96,7 +96,10 @@ impl Table {
     }
 
     /// The column of `parent` that a foreign key of this table's `column` refers to; none without such a foreign key.
-    pub(crate) async fn referenced(
+    ///
+    /// # Errors
+    /// When the catalogue cannot be read.
+    pub async fn referenced(
         &self,
         connection: &mut PgConnection,
         column: &str,
