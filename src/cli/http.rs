@@ -86,11 +86,11 @@ pub(super) struct Server {
 }
 
 /// Runs a role, and answers questions about it until it ends.
-pub(super) async fn beside<T>(server: Option<Server>, check: impl Check, role: impl Future<Output = T>) -> T {
+pub(super) async fn beside<T>(server: Option<Server>, check: Arc<impl Check>, role: impl Future<Output = T>) -> T {
     let Some(server) = server else { return role.await };
     tokio::select! {
         result = role => result,
-        never = server.serve(Arc::new(check)) => match never {},
+        never = server.serve(check) => match never {},
     }
 }
 

@@ -8,6 +8,7 @@ pub mod relay;
 // Public for the bench, a program of the workspace that is given the same servers. So are `parse`, `signal` and `fail`.
 #[doc(hidden)]
 pub mod servers;
+mod systemd;
 pub mod worker;
 
 use std::env;

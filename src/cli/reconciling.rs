@@ -107,6 +107,10 @@ impl<R: Check> Check for Checks<R> {
         self.role.readiness()
     }
 
+    fn hangs(&self) -> bool {
+        self.role.hangs()
+    }
+
     fn refresh_metrics(&self) {
         self.role.refresh_metrics();
         if let Some(reconciler) = &self.reconciler {

@@ -2,6 +2,7 @@
 
 use std::env;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
@@ -11,7 +12,7 @@ use super::http::{self, HttpArgs};
 use super::log::LogArgs;
 use super::reconciling::{self, ReconcileArgs};
 use super::servers::Servers;
-use super::{fail, parse, run_role};
+use super::{fail, parse, run_role, systemd};
 use aftercommit_core::error::Error;
 use aftercommit_core::relay::Mode;
 use aftercommit_core::runner::Runner;
@@ -169,7 +170,9 @@ async fn run(
     let server = http.open().await?;
     let relay = Relay::new(config);
     let (checks, running) = reconciling::start(relay.monitor(), runner, &shutdown);
-    let result = Box::pin(http::beside(server, checks, relay.run(shutdown))).await;
+    let (checks, run) = (Arc::new(checks), relay.run(shutdown.clone()));
+    let run = systemd::beside(Arc::clone(&checks), shutdown, run);
+    let result = Box::pin(http::beside(server, checks, run)).await;
     running.end().await;
     result
 }

@@ -4,6 +4,7 @@ use std::env;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
@@ -13,7 +14,7 @@ use super::http::{self, HttpArgs};
 use super::log::LogArgs;
 use super::reconciling::{self, ReconcileArgs};
 use super::servers::Servers;
-use super::{fail, parse, run_role};
+use super::{fail, parse, run_role, systemd};
 use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig, Schema};
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_core::runner::{Mode, Runner, Scope};
@@ -194,7 +195,9 @@ async fn run(
     };
     let (checks, running) =
         reconciling::start(worker.monitor(), Some(runner).filter(|runner| !runner.is_empty()), &shutdown);
-    let result = Box::pin(http::beside(server, checks, worker.run(shutdown))).await;
+    let (checks, run) = (Arc::new(checks), worker.run(shutdown.clone()));
+    let run = systemd::beside(Arc::clone(&checks), shutdown, run);
+    let result = Box::pin(http::beside(server, checks, run)).await;
     running.end().await;
     result
 }

@@ -15,4 +15,6 @@ mod stats_debounce;
 mod stewardship;
 #[path = "../support/mod.rs"]
 mod support;
+#[cfg(target_os = "linux")]
+mod systemd;
 mod urls;

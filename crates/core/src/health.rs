@@ -21,6 +21,12 @@ pub trait Check: Send + Sync + 'static {
     /// Whether it has what it needs to work: its servers, and the lead or a place in the queue for it.
     fn readiness(&self) -> Health;
 
+    /// Whether it makes no progress and knows of nothing that keeps it: a process that only a new start helps. An outage of
+    /// a server is none of its own. Defaults to false.
+    fn hangs(&self) -> bool {
+        false
+    }
+
     /// Brings metrics that change by themselves up to date.
     fn refresh_metrics(&self);
 }
@@ -87,6 +93,12 @@ impl Facts<'_> {
         Health { ok: self.outage.is_none() && !self.blocked && self.phase != Phase::Connecting, text: self.describe() }
     }
 
+    /// Unhealthy, although it leads, work waits for certain, and nothing is known to be in its way.
+    pub fn hangs(&self, patience: Duration, now: Instant) -> bool {
+        let in_its_way = self.blocked || self.outage.is_some() || self.phase != Phase::Leading;
+        !in_its_way && self.waiting.is_some_and(|events| events > 0) && !self.health(patience, now).ok
+    }
+
     fn describe(&self) -> String {
         let phase = match self.phase {
             Phase::Connecting => "connecting",
@@ -150,6 +162,32 @@ mod tests {
         assert!(facts.health(PATIENCE, start + PATIENCE).ok);
         assert!(!facts.health(PATIENCE, start + PATIENCE * 2).ok);
         assert!(!facts.readiness().ok);
+    }
+
+    #[test]
+    fn only_who_could_work_and_does_not_hangs() {
+        let (start, late) = (Instant::now(), Instant::now() + PATIENCE * 2);
+        let facts = Facts {
+            phase: Phase::Leading,
+            state: "publishing",
+            waiting: Some(3),
+            blocked: false,
+            outage: None,
+            progressed: start,
+        };
+        assert!(facts.hangs(PATIENCE, late) && !facts.hangs(PATIENCE, start));
+        let others = [
+            Facts { phase: Phase::StandingBy, ..facts.clone() },
+            Facts { phase: Phase::Connecting, ..facts.clone() },
+            Facts { phase: Phase::Paused, ..facts.clone() },
+            Facts { waiting: Some(0), ..facts.clone() },
+            Facts { waiting: None, ..facts.clone() },
+            Facts { blocked: true, ..facts.clone() },
+            Facts { outage: Some("refused"), ..facts.clone() },
+        ];
+        for facts in others {
+            assert!(!facts.hangs(PATIENCE, late), "{facts:?}");
+        }
     }
 
     #[test]

@@ -110,6 +110,11 @@ impl Check for Monitor {
         self.with_facts(|facts| facts.readiness())
     }
 
+    fn hangs(&self) -> bool {
+        let silent = self.position.borrow().told.elapsed() > self.patience;
+        silent && self.with_facts(|facts| facts.hangs(self.patience, Instant::now()))
+    }
+
     fn refresh_metrics(&self) {
         let since = self.position.borrow().progressed.elapsed();
         let name = telemetry::RELAY_SECONDS_SINCE_PROGRESS.name;

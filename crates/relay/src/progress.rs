@@ -28,6 +28,8 @@ pub(super) struct RelayPosition {
     pub(super) state: String,
     /// When it last published something, found nothing to publish, or found another one leading.
     pub(super) progressed: Instant,
+    /// When it last told anything: one that waits for a server says so again and again.
+    pub(super) told: Instant,
     /// `published` when the window was opened.
     before_window: u64,
 }
@@ -49,6 +51,7 @@ impl Progress {
             published: 0,
             state: String::new(),
             progressed: Instant::now(),
+            told: Instant::now(),
             before_window: 0,
         };
         gauge!(telemetry::RELAY_IN_FLIGHT_LIMIT.name, "stream" => stream.to_string()).set(in_flight_limit as f64);
@@ -64,6 +67,7 @@ impl Progress {
         self.position.send_modify(|position| {
             position.phase = phase;
             position.state = state.into();
+            position.told = Instant::now();
             if phase != Phase::Connecting {
                 position.progressed = Instant::now();
             }
@@ -95,7 +99,7 @@ impl Progress {
             position.last_id = last.outbox_id;
             position.last_sequence = sequence;
             position.published += events.len() as u64;
-            position.progressed = now;
+            (position.progressed, position.told) = (now, now);
         });
         self.metrics.stored(events, now);
     }
@@ -139,6 +143,7 @@ impl Progress {
     pub(super) fn idle(&self) {
         self.position.send_if_modified(|position| {
             position.progressed = Instant::now();
+            position.told = position.progressed;
             let changed = position.state != "idle";
             if changed {
                 position.state = "idle".into();
@@ -152,6 +157,7 @@ impl Progress {
         self.position.send_if_modified(|position| {
             let changed = position.state != state;
             position.state = state;
+            position.told = Instant::now();
             changed
         });
     }

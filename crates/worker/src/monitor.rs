@@ -201,6 +201,11 @@ impl Check for Monitor {
         self.all(Progress::readiness)
     }
 
+    fn hangs(&self) -> bool {
+        let (outage, now) = (self.outage(), Instant::now());
+        self.subscribers.borrow().iter().any(|progress| progress.hangs(outage.as_deref(), self.patience, now))
+    }
+
     fn refresh_metrics(&self) {
         self.subscribers.borrow().iter().for_each(|progress| progress.refresh());
     }

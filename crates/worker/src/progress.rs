@@ -230,10 +230,21 @@ impl Progress {
     /// Whether it makes progress.
     pub(super) fn health(&self, outage: Option<&str>, patience: Duration, now: Instant) -> Health {
         let position = self.position();
-        // A handler that is within its time limit is not stuck.
-        let more =
-            if position.load.executors > 0 && !position.is_troubled() { self.time_limit } else { Duration::ZERO };
-        self.with_facts(&position, outage, |facts| facts.health(patience + more, now))
+        let patience = self.patience(&position, patience);
+        self.with_facts(&position, outage, |facts| facts.health(patience, now))
+    }
+
+    /// Whether it makes none and nothing is known to keep it.
+    pub(super) fn hangs(&self, outage: Option<&str>, patience: Duration, now: Instant) -> bool {
+        let position = self.position();
+        let patience = self.patience(&position, patience);
+        self.with_facts(&position, outage, |facts| facts.hangs(patience, now))
+    }
+
+    /// A handler that is within its time limit is not stuck.
+    fn patience(&self, position: &SubscriberPosition, patience: Duration) -> Duration {
+        let handlers_run = position.load.executors > 0 && !position.is_troubled();
+        patience + if handlers_run { self.time_limit } else { Duration::ZERO }
     }
 
     /// Whether it has what it needs to work.

@@ -10,6 +10,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -72,10 +73,17 @@ class Process:
         command = self.unit.one("ExecStart").split()
         command[0] = f"{programs}/{os.path.basename(command[0])}"
         self.trace, self.log = servers.directory / f"{self.kind}.trace", servers.directory / f"{self.kind}.log"
+        self.said = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if self.unit.one("Type") == "notify" else None
+        notified = {}
+        if self.said:
+            self.said.bind(path := str(directory / "notify"))
+            os.chown(path, USER, USER)
+            # A period that the test sees the end of.
+            notified = {"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "3000000"}
         # -D: the program stays the child, and gets the signals.
         tracing = ["strace", "-D", "-f", "-q", "-o", str(self.trace)] if shutil.which("strace") else []
         confined = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", *tracing,
-                    "env", "--ignore-environment", *(f"{name}={value}" for name, value in {**self.unit.environment(), **variables}.items()), *command]
+                    "env", "--ignore-environment", *(f"{name}={value}" for name, value in {**self.unit.environment(), **variables, **notified}.items()), *command]
         self.trace.touch()
         os.chown(self.trace, USER, USER)
         with open(self.log, "wb") as log:
@@ -94,7 +102,18 @@ class Process:
             except OSError as error:
                 return str(error)
         eventually(f"{self.unit.name} is ready", answer)
+        for line in ("READY=1", "WATCHDOG=1") if self.said else ():
+            self.hear(line)
         say(f"{self.unit.name} is ready")
+
+    def hear(self, line):
+        """Waits until the process has told systemd that."""
+        self.said.settimeout(30)
+        try:
+            while line not in self.said.recv(4096).decode().splitlines():
+                pass
+        except TimeoutError:
+            raise Failed(f"{self.unit.name}: never says {line}") from None
 
     def end(self, left):
         self.process.send_signal(signal.SIGTERM)
@@ -102,6 +121,8 @@ class Process:
             status = self.process.wait(int(self.unit.one("TimeoutStopSec").rstrip("s")))
         except subprocess.TimeoutExpired:
             raise Failed(f"{self.unit.name}: does not stop in time") from None
+        if self.said:
+            self.hear("STOPPING=1")
         if status:
             raise Failed(f"{self.unit.name}: ends with status {status}: {self.log.read_text()[-2000:]}")
         if not shutil.which("strace"):

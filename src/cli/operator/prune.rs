@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Args, Subcommand};
 use serde_json::json;
@@ -87,7 +88,7 @@ pub(super) fn go_on(command: Prune) -> ExitCode {
         let Prune::Run(command) = command else { return Ok(()) };
         let pruner = command.pruner()?;
         let server = command.http.open().await?;
-        http::beside(server, pruner.monitor(), pruner.run(shutdown)).await;
+        http::beside(server, Arc::new(pruner.monitor()), pruner.run(shutdown)).await;
         Ok(())
     })
 }

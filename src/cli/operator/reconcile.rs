@@ -1,6 +1,7 @@
 //! `aftercommit reconcile`.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -126,7 +127,7 @@ pub(super) fn go_on(command: Reconcile) -> ExitCode {
         let (runner, _) = command.runner().await?;
         let server = command.http.open().await?;
         let checks = runner.monitor();
-        Box::pin(http::beside(server, checks, runner.run(shutdown))).await
+        Box::pin(http::beside(server, Arc::new(checks), runner.run(shutdown))).await
     })
 }
 
