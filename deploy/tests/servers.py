@@ -103,7 +103,7 @@ class Servers:
         path = f"{PG}:{programs}:{os.environ['PATH']}"
         env = {"PATH": path, "HOME": str(self.directory)}
         output = run("bash", "-c", script, cwd=self.checkout, env=env, input=f"{self.admin}\n")
-        self.typed += "".join(line + "\n" for line in self.here(commands).splitlines() if "export " in line or line.startswith("umask"))
+        self.typed += "".join(line + "\n" for line in self.here(commands).splitlines() if "export " in line or line.startswith(("umask", "deploy=")))
         return output
 
     def secret(self, name):
