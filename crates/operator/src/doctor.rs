@@ -1,20 +1,23 @@
-//! One look for what is wrong, or will be: each check ends as OK, WARN or FAIL, with what to do.
+//! One look for what is wrong, or will be: each check ends as OK, `?`, WARN or FAIL, with what to do.
 
 mod broker;
 mod connections;
+mod consumers;
 mod database;
 mod ids;
+mod report;
+mod upkeep;
 mod work;
 
-use std::fmt;
 use std::time::Duration;
 
 use chrono::{TimeDelta, Utc};
-use serde::Serialize;
 
 use super::status::{self, Status};
 use aftercommit_core::config::{Naming, NatsConfig, PostgresConfig};
 use aftercommit_core::error::{Error, ErrorKind};
+use aftercommit_core::jetstream::consumer::ConsumerSpec;
+use aftercommit_core::jetstream::rights::{Rights, rights as rights_of_user};
 use aftercommit_core::jetstream::{self, doctor as nats, monitoring};
 use aftercommit_core::owner::Owner;
 use aftercommit_core::postgres::forget::Totals;
@@ -24,8 +27,9 @@ use aftercommit_core::postgres::{
     sequence, status as positions,
 };
 use aftercommit_core::relay::{LEASE, Mode};
-use aftercommit_core::text::plain;
+use aftercommit_core::subscription::Subscription;
 pub(super) use aftercommit_core::text::span;
+pub use report::{CHECKS, Check, Report, Severity};
 
 /// The roles that may see dead letters.
 const READERS_OF_LETTERS: [Role; 4] = [Role::Worker, Role::InboxReconciler, Role::Reader, Role::Operator];
@@ -54,6 +58,9 @@ pub struct DoctorConfig {
     /// The roles of `deploy/postgres/roles.sql` whose rights the database login is to have, all of them and no others.
     /// Defaults to none: then those of a relay must be there, and what there is besides is left alone.
     pub roles: Vec<Role>,
+    /// The subscribers that are to be there, as `worker::Registry::subscriptions` has them. Defaults to none: then consumers
+    /// are judged by themselves, and one that is missing is not missed.
+    pub subscribers: Vec<Subscription>,
 }
 
 /// A role of `deploy/postgres/roles.sql`.
@@ -121,7 +128,16 @@ impl DoctorConfig {
     /// The defaults for an outbox and its stream.
     pub fn new(postgres: PostgresConfig, nats: NatsConfig, naming: Naming) -> Self {
         let retention = Duration::from_hours(7 * 24);
-        Self { mode: Mode::Exclusive, naming, nats, nats_monitor: None, postgres, retention, roles: Vec::new() }
+        Self {
+            mode: Mode::Exclusive,
+            naming,
+            nats,
+            nats_monitor: None,
+            postgres,
+            retention,
+            roles: Vec::new(),
+            subscribers: Vec::new(),
+        }
     }
 }
 
@@ -129,72 +145,6 @@ impl DoctorConfig {
     /// Whether the login is to have any of these roles, or nobody has said which it is to have.
     fn does(&self, roles: &[Role]) -> bool {
         self.roles.is_empty() || self.roles.iter().any(|role| roles.contains(role))
-    }
-}
-
-/// How bad it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "UPPERCASE")]
-pub enum Severity {
-    /// As it should be.
-    Ok,
-    /// It works, and something can be lost, stops one day or waits for a decision.
-    Warn,
-    /// Events are lost or do not get on.
-    Fail,
-}
-
-/// One thing that was looked at.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Check {
-    /// How bad it is.
-    pub status: Severity,
-    /// What was looked at, such as `grants`. Several checks can have the same name.
-    pub name: &'static str,
-    /// What was found.
-    pub finding: String,
-    /// What to do; none when all is well.
-    pub remedy: Option<String>,
-}
-
-impl Check {
-    fn ok(name: &'static str, finding: impl Into<String>) -> Self {
-        Self { status: Severity::Ok, name, finding: finding.into(), remedy: None }
-    }
-
-    fn warn(name: &'static str, finding: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { status: Severity::Warn, name, finding: finding.into(), remedy: Some(remedy.into()) }
-    }
-
-    fn fail(name: &'static str, finding: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { status: Severity::Fail, name, finding: finding.into(), remedy: Some(remedy.into()) }
-    }
-}
-
-/// What `aftercommit doctor` prints. With `--json` it is printed as it is here.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Report {
-    /// The worst of the checks.
-    pub status: Severity,
-    /// All of them, those of the database first.
-    pub checks: Vec<Check>,
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for Check { status, name, finding, remedy } in &self.checks {
-            let status = match status {
-                Severity::Ok => "OK",
-                Severity::Warn => "WARN",
-                Severity::Fail => "FAIL",
-            };
-            writeln!(f, "{status:<4}  {name:<18}  {}", plain(finding))?;
-            if let Some(remedy) = remedy {
-                writeln!(f, "{:26}-> {}", "", plain(remedy))?;
-            }
-        }
-        let count = |severity| self.checks.iter().filter(|check| check.status == severity).count();
-        writeln!(f, "\n{} OK, {} WARN, {} FAIL", count(Severity::Ok), count(Severity::Warn), count(Severity::Fail))
     }
 }
 
@@ -211,6 +161,10 @@ pub async fn doctor(config: &DoctorConfig) -> Result<Report, Error> {
     // Without the database or its schema there is nothing to add to what is said of that.
     let publisher = database.as_ref().ok().and_then(DatabaseFacts::publisher).cloned();
     let has_schema = database.as_ref().is_ok_and(|seen| seen.tables.outbox);
+    let here = database.as_ref().ok().map(|seen| consumers::Here {
+        owner: seen.owner.clone(),
+        remembered: seen.upkeep.remembered.clone().unwrap_or_default(),
+    });
     let mut checks = match unless_config(database)? {
         Ok(seen) => database::judge(&seen, config),
         Err(error) => vec![database::unreachable(&error)],
@@ -220,6 +174,8 @@ pub async fn doctor(config: &DoctorConfig) -> Result<Report, Error> {
             let sync = unless_config(sync.transpose())?.transpose();
             checks.extend(broker::judge(&seen, sync.as_ref(), config));
             checks.extend(broker::owner(&seen, publisher.as_ref(), config));
+            let status = workers.as_ref().and_then(|workers| workers.as_ref().ok());
+            checks.extend(consumers::judge(&seen, here.as_ref(), status, config));
         }
         Err(error) => checks.push(broker::unreachable(&error)),
     }
@@ -272,6 +228,9 @@ struct DatabaseFacts {
     migrations: Option<migrate::Difference>,
     /// None when the role owns the schema or is a superuser.
     rights: Option<rights::Difference>,
+    /// Which database this is; none when the role may not ask.
+    owner: Option<Owner>,
+    upkeep: upkeep::Upkeep,
     /// None without schema, or when it is not the login's business.
     work: Option<Result<Work, Error>>,
     dead_letters: Option<Result<Vec<(String, i64)>, Error>>,
@@ -290,8 +249,6 @@ struct Work {
     paused: Vec<pause::Pause>,
     parked: i64,
     oldest_event: Option<Duration>,
-    /// Which outbox this is; none when the role may not ask.
-    owner: Option<Owner>,
     sequence: sequence::Sequence,
 }
 
@@ -299,7 +256,7 @@ impl DatabaseFacts {
     /// Which outbox this is, when there are events in it: a database with subscribers alone has an empty one.
     fn publisher(&self) -> Option<&Owner> {
         let work = self.work.as_ref()?.as_ref().ok()?;
-        work.oldest_event.and(work.owner.as_ref())
+        work.oldest_event.and(self.owner.as_ref())
     }
 }
 
@@ -354,6 +311,8 @@ async fn look_at_database(config: &DoctorConfig) -> Result<DatabaseFacts, Error>
         prepared: facts::prepared(&mut connection).await.map_err(failed)?,
         longest: facts::longest_transaction(&mut connection).await.map_err(failed)?,
         rights,
+        owner: identity::owner(&mut connection).await.ok(),
+        upkeep: upkeep::look(&mut connection, tables.outbox).await.map_err(failed)?,
         server,
         tables,
         migrations,
@@ -385,7 +344,6 @@ async fn look_at_work(connection: &mut Session) -> Result<Work, Error> {
         paused: pause::list(&mut *connection).await.map_err(failed)?,
         parked: parked::count(connection).await.map_err(failed)?,
         oldest_event: facts::oldest_event(connection).await.map_err(failed)?,
-        owner: identity::owner(connection).await.ok(),
         sequence: sequence::read(connection).await.map_err(failed)?,
     })
 }
@@ -395,16 +353,21 @@ async fn look_at_work(connection: &mut Session) -> Result<Work, Error> {
 struct BrokerFacts {
     server: nats::Server,
     stream: Result<nats::Stream, Error>,
+    /// None when the server does not tell.
+    rights: Option<Rights>,
 }
 
 async fn look_at_broker(config: &DoctorConfig) -> Result<BrokerFacts, Error> {
     let connection = jetstream::connect(&config.nats, "aftercommit-doctor", "_INBOX_operator").await?;
-    let stream = nats::stream(&connection, &config.naming, config.mode == Mode::Shared).await;
+    let wanted: Vec<ConsumerSpec> = config.subscribers.iter().map(|one| one.spec.clone()).collect();
+    let stream = nats::stream(&connection, &config.naming, config.mode == Mode::Shared, &wanted).await;
     let stream = stream.map_err(|error| match connection.complaint() {
         Some(complaint) => Error::with_source(error.kind(), error.report(), complaint),
         None => error,
     });
-    Ok(BrokerFacts { server: nats::server(&connection), stream })
+    // Last, because the server complains of who may not ask.
+    let rights = rights_of_user(&connection, &config.naming).await;
+    Ok(BrokerFacts { server: nats::server(&connection), stream, rights })
 }
 
 /// None when it is not the login's business.
@@ -425,21 +388,6 @@ async fn look_at_sync(config: &DoctorConfig) -> Option<Result<monitoring::Sync, 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_report_is_readable() {
-        let checks = vec![Check::ok("fsync", "on"), Check::warn("clock", "late", "run NTP")];
-        let report = Report { status: Severity::Warn, checks };
-        let expected = "OK    fsync               on\n\
-                        WARN  clock               late\n                          -> run NTP\n\n1 OK, 1 WARN, 0 FAIL\n";
-        assert_eq!(report.to_string(), expected);
-        let json = serde_json::to_value(&report).unwrap();
-        assert_eq!(json["status"], "WARN");
-        assert_eq!(
-            json["checks"][0],
-            serde_json::json!({"status": "OK", "name": "fsync", "finding": "on", "remedy": null})
-        );
-    }
 
     #[test]
     fn a_connection_in_clear_is_told_with_its_server() {

@@ -1,5 +1,6 @@
 //! `aftercommit doctor`.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
@@ -7,12 +8,17 @@ use clap::Args;
 use super::as_json;
 use crate::cli::relay::{Writers, days};
 use crate::cli::servers::Servers;
+use crate::worker::read_file;
 use aftercommit_core::error::Error;
 use aftercommit_operator::doctor::{DoctorConfig, Role, Severity, doctor};
+use aftercommit_worker::Registry;
 
 /// What the relay was given too has the same names here, so that one environment serves both.
 #[derive(Args)]
 pub(super) struct Doctor {
+    /// A worker.toml whose subscribers are to have consumers as it says; may be given several times
+    #[arg(long, value_name = "FILE")]
+    config: Vec<PathBuf>,
     /// Print it as JSON
     #[arg(long)]
     json: bool,
@@ -44,7 +50,12 @@ fn role(name: &str) -> Result<Role, String> {
 /// The report, and whether nothing in it fails.
 pub(super) async fn run(command: Doctor) -> Result<(String, bool), Error> {
     let (postgres, nats, naming) = command.servers.config()?;
+    let mut declared = Vec::new();
+    for file in &command.config {
+        declared.extend(read_file(file)?);
+    }
     let config = DoctorConfig {
+        subscribers: Registry::from(declared).subscriptions(&naming)?,
         mode: command.mode.into(),
         nats_monitor: command.nats_monitor.filter(|url| !url.is_empty()),
         retention: Duration::from_secs_f64(command.retention_days * 86_400.0),

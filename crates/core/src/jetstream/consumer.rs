@@ -332,7 +332,7 @@ fn position(info: &Info) -> Position {
 }
 
 /// Whose it is, as far as it says that.
-fn owner(info: &Info) -> Option<Owner> {
+pub(super) fn owner(info: &Info) -> Option<Owner> {
     info.config.metadata.get(OWNER)?.parse().ok()
 }
 

@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::Info;
+use async_nats::jetstream::stream::{Config, State};
 use futures_util::{StreamExt, TryStreamExt};
 
 use super::api::{self, Described};
-use super::consumer::{DESCRIPTION, Oddities};
+use super::consumer::{self, ConsumerSpec, DESCRIPTION, Oddities};
 use super::settings::Findings;
 use super::topology;
 use super::{Connection, stream::StreamReader};
@@ -42,6 +43,8 @@ pub struct Stream {
     pub batches: bool,
     /// None when it keeps messages for ever.
     pub max_age: Option<Duration>,
+    /// How full it is: each limit that it has, what is there, and how much there may be.
+    pub room: Vec<(&'static str, u64, u64)>,
     /// Those that stay: others belong to people who look.
     pub consumers: Vec<Consumer>,
     /// The event types that it holds.
@@ -63,6 +66,10 @@ pub struct Consumer {
     pub ours: bool,
     /// The subjects that it gets; none when it gets all.
     pub filters: Vec<String>,
+    /// How long the server waits for a sign of life of a delivered message.
+    pub ack_wait: Duration,
+    /// Whose inbox it feeds; none when it does not say.
+    pub owner: Option<Owner>,
 }
 
 impl Consumer {
@@ -77,8 +84,13 @@ pub fn server(connection: &Connection) -> Server {
     Server { version: info.version, problem: topology::server_problem(connection), max_payload: info.max_payload }
 }
 
-/// The stream, judged as the relay judges it at its start.
-pub async fn stream(connection: &Connection, naming: &Naming, shared: bool) -> Result<Stream, Error> {
+/// The stream, judged as the relay judges it at its start; consumers by what their subscribers need, where that is known.
+pub async fn stream(
+    connection: &Connection,
+    naming: &Naming,
+    shared: bool,
+    wanted: &[ConsumerSpec],
+) -> Result<Stream, Error> {
     let reader = StreamReader::new(connection, &naming.stream);
     let described = reader.described().await?;
     let newest = match described.info.state.last_sequence {
@@ -86,7 +98,7 @@ pub async fn stream(connection: &Connection, naming: &Naming, shared: bool) -> R
         last => reader.message(last).await?,
     };
     let config = &described.info.config;
-    let consumers = consumers(connection, &naming.stream).await?;
+    let consumers = consumers(connection, &naming.stream, wanted).await?;
     let subjects = subjects(connection, &naming.stream).await?;
     let types: Vec<(&String, &str)> =
         subjects.iter().filter_map(|subject| Some((subject, naming.prefix.event_type(subject)?))).collect();
@@ -100,13 +112,14 @@ pub async fn stream(connection: &Connection, naming: &Naming, shared: bool) -> R
         replicas: config.num_replicas,
         batches: config.allow_atomic_publish,
         max_age: Some(config.max_age).filter(|age| !age.is_zero()),
+        room: room(config, &described.info.state),
         consumers,
     })
 }
 
 /// The subjects of all messages in a stream, and its consumers that stay.
 pub async fn flow(connection: &Connection, stream: &str) -> Result<(BTreeSet<String>, Vec<Consumer>), Error> {
-    Ok((subjects(connection, stream).await?, consumers(connection, stream).await?))
+    Ok((subjects(connection, stream).await?, consumers(connection, stream, &[]).await?))
 }
 
 /// The subjects of all messages in the stream, sorted.
@@ -119,7 +132,7 @@ async fn subjects(connection: &Connection, name: &str) -> Result<BTreeSet<String
     listed.map(|subject| subject.map(|(subject, _)| subject)).try_collect().await.map_err(|error| failed(error.into()))
 }
 
-async fn consumers(connection: &Connection, name: &str) -> Result<Vec<Consumer>, Error> {
+async fn consumers(connection: &Connection, name: &str, wanted: &[ConsumerSpec]) -> Result<Vec<Consumer>, Error> {
     let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
         Error::with_source(ErrorKind::Broker, format!("cannot list the consumers of stream {name}"), error)
     };
@@ -133,7 +146,7 @@ async fn consumers(connection: &Connection, name: &str) -> Result<Vec<Consumer>,
         if stays(&info)
             && let Some(described) = api::consumer(&context, name, &info.name).await.map_err(failed)?
         {
-            found.push(consumer(&described));
+            found.push(consumer(&described, wanted.iter().find(|spec| spec.name == info.name)));
         }
     }
     Ok(found)
@@ -149,15 +162,29 @@ fn is_ours(info: &Info) -> bool {
     info.config.description.as_deref().is_some_and(|text| text.starts_with(DESCRIPTION))
 }
 
-fn consumer(described: &Described<Info>) -> Consumer {
+/// Each limit of a stream beside what there is.
+fn room(config: &Config, state: &State) -> Vec<(&'static str, u64, u64)> {
+    let limit =
+        |name, used, limit| u64::try_from(limit).ok().filter(|limit| *limit > 0).map(|limit| (name, used, limit));
+    let limits =
+        [limit("max_bytes", state.bytes, config.max_bytes), limit("max_msgs", state.messages, config.max_messages)];
+    limits.into_iter().flatten().collect()
+}
+
+fn consumer(described: &Described<Info>, wanted: Option<&ConsumerSpec>) -> Consumer {
     let info = &described.info;
     let single = Some(&info.config.filter_subject).filter(|subject| !subject.is_empty());
     let filters = info.config.filter_subjects.iter().chain(single);
     Consumer {
         name: info.name.clone(),
-        oddities: Oddities::by_itself(described),
+        oddities: match wanted {
+            Some(spec) => Oddities::of(&described.config, spec),
+            None => Oddities::by_itself(described),
+        },
         paused: info.paused,
         ours: is_ours(info),
         filters: filters.cloned().collect(),
+        ack_wait: info.config.ack_wait,
+        owner: consumer::owner(info),
     }
 }

@@ -13,6 +13,7 @@ pub mod history;
 pub mod moment;
 pub mod monitoring;
 pub mod publisher;
+pub mod rights;
 pub mod search;
 mod seen;
 pub mod service;

@@ -22,6 +22,10 @@ pub struct Sync {
     pub always: bool,
     /// Else: so often.
     pub interval: Duration,
+    /// Bytes that its streams have on the disk.
+    pub stored: u64,
+    /// How many they may have; 0 when it does not say.
+    pub limit: u64,
 }
 
 /// Asks the server's monitoring port, such as `http://127.0.0.1:8222`. `/varz` would have it too, but not when somebody
@@ -63,6 +67,8 @@ async fn get(address: &str, path: &str) -> std::io::Result<String> {
 struct Jsz {
     #[serde(default)]
     disabled: bool,
+    #[serde(default)]
+    storage: u64,
     config: JetStreamConfig,
 }
 
@@ -72,6 +78,8 @@ struct JetStreamConfig {
     sync_always: bool,
     #[serde(default)]
     sync_interval: u64,
+    #[serde(default)]
+    max_storage: i64,
 }
 
 /// Reads a whole HTTP answer of `/jsz` from `server`. None when it is not the answer of a nats-server with JetStream.
@@ -80,9 +88,10 @@ pub fn parse(answer: &str, server: &str) -> Option<Sync> {
     if head.split(' ').nth(1) != Some("200") {
         return None;
     }
-    let Jsz { config, .. } = serde_json::from_str(body).ok().filter(|jsz: &Jsz| !jsz.disabled)?;
+    let Jsz { config, storage, .. } = serde_json::from_str(body).ok().filter(|jsz: &Jsz| !jsz.disabled)?;
     let interval = Duration::from_nanos(config.sync_interval);
-    Some(Sync { server: server.into(), always: config.sync_always, interval })
+    let limit = u64::try_from(config.max_storage).unwrap_or(0);
+    Some(Sync { server: server.into(), always: config.sync_always, interval, stored: storage, limit })
 }
 
 #[cfg(test)]
@@ -93,7 +102,8 @@ mod tests {
     fn an_answer_is_understood() {
         let answer = |status, fields| format!("HTTP/1.0 {status}\r\nA: b\r\n\r\n{{\"server_id\": \"N\", {fields}}}");
         let always = r#""config": {"sync_interval": 120000000000, "sync_always": true}"#;
-        let sync = |always| Sync { server: "n1".into(), always, interval: Duration::from_mins(2) };
+        let interval = Duration::from_mins(2);
+        let sync = |always| Sync { server: "n1".into(), always, interval, stored: 0, limit: 0 };
         let parse = |answer: &str| parse(answer, "n1");
         assert_eq!(parse(&answer("200 OK", always)), Some(sync(true)));
         assert_eq!(parse(&answer("200 OK", r#""config": {"sync_interval": 120000000000}"#)), Some(sync(false)));

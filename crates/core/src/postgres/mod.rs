@@ -55,6 +55,7 @@ pub mod sweep;
 #[cfg(feature = "testing")]
 pub mod testing;
 pub mod time;
+pub mod upkeep;
 mod url;
 pub mod walk;
 pub mod window;

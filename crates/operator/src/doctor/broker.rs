@@ -8,6 +8,7 @@ use aftercommit_core::jetstream::api::has_no_leader;
 use aftercommit_core::jetstream::consumer::Oddities;
 use aftercommit_core::jetstream::doctor::{Consumer, Server, Stream};
 use aftercommit_core::jetstream::monitoring::Sync;
+use aftercommit_core::jetstream::rights::Rights;
 use aftercommit_core::jetstream::stream::UNMAP;
 use aftercommit_core::jetstream::topology::{FOREIGN, LARGEST_MESSAGE};
 use aftercommit_core::owner::Owner;
@@ -34,10 +35,53 @@ pub(super) fn judge(facts: &BrokerFacts, sync: Option<&Result<Sync, Error>>, con
             };
             checks.push(Check::fail("stream", error.report(), remedy));
         }
-        Ok(found) => checks.extend(stream(found, config)),
+        Ok(found) => {
+            checks.extend(stream(found, config));
+            checks.push(replicas(found, sync, config));
+        }
     }
     checks.push(disk(sync));
+    checks.extend(sync.and_then(|sync| store(sync.as_ref().ok()?)));
+    checks.push(user(facts.rights.as_ref()));
     checks
+}
+
+/// None as long as there is room.
+fn store(sync: &Sync) -> Option<Check> {
+    let &Sync { stored, limit, ref server, .. } = sync;
+    (limit > 0 && is_nearly_full(stored, limit)).then(|| {
+        Check::warn(
+            "room",
+            format!("the server at {server} has {} MB of messages and takes {} MB", stored >> 20, limit >> 20),
+            "remove streams that nobody needs, or raise max_file_store in nats-server's configuration and restart it",
+        )
+    })
+}
+
+/// From 85 % on.
+fn is_nearly_full(used: u64, limit: u64) -> bool {
+    u128::from(used) * 100 >= u128::from(limit) * 85
+}
+
+/// What the user that looks may do besides.
+fn user(rights: Option<&Rights>) -> Check {
+    const NAME: &str = "nats user";
+    let Some(Rights { user, account, acts }) = rights else {
+        return Check::unknown(
+            NAME,
+            "the server does not tell this user what it may do",
+            "none for the users of deploy/nats/accounts.conf, which have just what they need; look as its user operator",
+        );
+    };
+    if acts.is_empty() {
+        return Check::ok(NAME, format!("{user} of the account {account} can look, and change nothing of the stream"));
+    }
+    let who = if user.is_empty() { "whoever reaches the server, without a login," } else { user };
+    Check::warn(
+        NAME,
+        format!("{who} may {}", acts.join(", ")),
+        "take the accounts and users of deploy/nats/accounts.conf, one for each process, and look as its user operator",
+    )
 }
 
 /// Whether the stream is that of another outbox than the one that has events here.
@@ -111,15 +155,27 @@ fn stream(stream: &Stream, config: &DoctorConfig) -> Vec<Check> {
     if let Some(message) = &stream.misplaced {
         checks.push(Check::fail("subjects", format!("{name}: {message}: nats-server maps subjects"), UNMAP));
     }
-    checks.push(replicas(stream, name, config));
+    checks.push(room(stream, name));
     checks.push(max_age(stream.max_age, name, config.retention));
     checks.push(subscribers(stream, name));
     checks.extend(stream.consumers.iter().flat_map(|found| consumer(found, name)));
     checks
 }
 
-fn replicas(stream: &Stream, name: &str, config: &DoctorConfig) -> Check {
-    let replicas = stream.replicas;
+fn room(stream: &Stream, name: &str) -> Check {
+    const NAME: &str = "room";
+    match stream.room.iter().find(|(_, used, limit)| is_nearly_full(*used, *limit)) {
+        Some((setting, used, limit)) => Check::warn(
+            NAME,
+            format!("{name} has {used} of {setting} {limit}: when it is full nothing more is published"),
+            format!("raise {setting} of the stream (`nats stream edit {name}`), or shorten its max_age"),
+        ),
+        None => Check::ok(NAME, format!("{name} is not near a limit of its own")),
+    }
+}
+
+fn replicas(stream: &Stream, sync: Option<&Result<Sync, Error>>, config: &DoctorConfig) -> Check {
+    let (replicas, name) = (stream.replicas, &config.naming.stream);
     if replicas > 1 && (stream.batches || config.mode == Mode::Shared) {
         return Check::ok("replicas", format!("{name} is kept on {replicas} servers"));
     }
@@ -130,6 +186,12 @@ fn replicas(stream: &Stream, name: &str, config: &DoctorConfig) -> Check {
             "run `aftercommit provision` with nats-server 2.12 or newer",
         );
     }
+    if sync.is_some_and(|sync| sync.as_ref().is_ok_and(|sync| sync.always)) {
+        let text = format!(
+            "{name} is kept on one server, which acknowledges what is on its disk; while it is down nothing is published"
+        );
+        return Check::ok("replicas", text);
+    }
     Check::warn(
         "replicas",
         format!(
@@ -137,7 +199,10 @@ fn replicas(stream: &Stream, name: &str, config: &DoctorConfig) -> Check {
              lost; the outbox still has the events of the last {}",
             span(config.retention)
         ),
-        format!("run a cluster of three servers, `nats stream edit {name} --replicas 3` and `aftercommit provision`"),
+        format!(
+            "run a cluster of three servers, `nats stream edit {name} --replicas 3` and `aftercommit provision`; or let the one \
+             write before it acknowledges: see disk"
+        ),
     )
 }
 
@@ -213,15 +278,15 @@ fn consumer(consumer: &Consumer, stream: &str) -> Vec<Check> {
 fn disk(sync: Option<&Result<Sync, Error>>) -> Check {
     const ALWAYS: &str = "set `sync_interval: always` in the block `jetstream` of nats-server's configuration";
     match sync {
-        None => Check::warn(
+        None => Check::unknown(
             "disk",
             "when nats-server writes to the disk cannot be seen by a client: by default every two minutes, and a power cut \
              takes the acknowledged messages of up to two minutes",
             format!("{ALWAYS}; with --nats-monitor http://host:8222 this check reads the setting"),
         ),
-        Some(Err(error)) => Check::warn(
+        Some(Err(error)) => Check::unknown(
             "disk",
-            format!("when nats-server writes to the disk is unknown: {}", error.report()),
+            format!("when nats-server writes to the disk: {}", error.report()),
             "name the server's HTTP monitoring port with --nats-monitor http://host:8222",
         ),
         Some(Ok(sync)) if sync.always => Check::ok(
@@ -253,8 +318,15 @@ mod tests {
     }
 
     fn good() -> Stream {
-        let consumer =
-            Consumer { name: "c".into(), oddities: Oddities::default(), paused: false, ours: true, filters: vec![] };
+        let consumer = Consumer {
+            name: "c".into(),
+            oddities: Oddities::default(),
+            paused: false,
+            ours: true,
+            filters: vec![],
+            ack_wait: Duration::from_secs(30),
+            owner: None,
+        };
         let max_age = Some(Duration::from_hours(14 * 24));
         let (findings, consumers, unread) = (Findings::default(), vec![consumer], vec![]);
         Stream {
@@ -264,6 +336,7 @@ mod tests {
             replicas: 3,
             batches: true,
             max_age,
+            room: vec![],
             consumers,
             types: 2,
             unread,
@@ -323,10 +396,9 @@ mod tests {
     #[test]
     fn what_a_stream_can_lose_is_a_warning() {
         type Spoil = fn(&mut Stream);
-        let cases: [(&str, Spoil); 8] = [
+        let cases: [(&str, Spoil); 7] = [
             ("subscribers", |stream| stream.unread = vec!["order.lost".into()]),
-            ("replicas", |stream| stream.replicas = 1),
-            ("replicas", |stream| stream.batches = false),
+            ("room", |stream| stream.room = vec![("max_bytes", 85, 100)]),
             ("retention", |stream| stream.max_age = Some(Duration::from_hours(24))),
             ("consumer", |stream| stream.consumers[0].oddities.differences = vec!["max_deliver: 5 -> -1".into()]),
             ("consumer", |stream| stream.consumers[0].oddities.unfit = vec!["has the ack policy none".into()]),
@@ -348,12 +420,45 @@ mod tests {
     }
 
     #[test]
+    fn one_server_is_enough_when_it_writes_before_it_acknowledges() {
+        let judged = |replicas, batches, sync: Option<&Result<Sync, Error>>| {
+            super::replicas(&Stream { replicas, batches, ..good() }, sync, &config()).status
+        };
+        let (always, late) = (Ok(synced(true)), Ok(synced(false)));
+        assert_eq!((judged(3, true, None), judged(3, false, None)), (Severity::Ok, Severity::Warn));
+        let one = [None, Some(&late), Some(&always)].map(|sync| judged(1, true, sync));
+        assert_eq!(one, [Severity::Warn, Severity::Warn, Severity::Ok]);
+    }
+
+    #[test]
+    fn a_user_that_can_do_more_than_look_is_told() {
+        let rights = |user: &str, acts| Rights { user: user.into(), account: "A".into(), acts };
+        assert_eq!(user(None).status, Severity::Unknown);
+        assert_eq!(user(Some(&rights("operator", vec![]))).status, Severity::Ok);
+        let check = user(Some(&rights("", vec!["create streams", "delete the stream"])));
+        assert!(
+            check.status == Severity::Warn && check.finding.ends_with("may create streams, delete the stream"),
+            "{check:?}"
+        );
+    }
+
+    #[test]
+    fn a_store_that_is_nearly_full_is_told() {
+        let judged = |stored, limit| store(&Sync { stored, limit, ..synced(true) }).map(|check| check.status);
+        assert_eq!((judged(84, 100), judged(85, 100), judged(85, 0)), (None, Some(Severity::Warn), None));
+    }
+
+    fn synced(always: bool) -> Sync {
+        Sync { server: "n1".into(), always, interval: Duration::from_mins(2), stored: 0, limit: 0 }
+    }
+
+    #[test]
     fn only_a_server_that_syncs_always_is_safe_from_a_power_cut() {
-        let sync = |always| Ok(Sync { server: "n1".into(), always, interval: Duration::from_mins(2) });
+        let sync = |always| Ok(synced(always));
         assert_eq!(disk(Some(&sync(true))).status, Severity::Ok);
         let check = disk(Some(&sync(false)));
         assert!(check.status == Severity::Warn && check.finding.contains("every 2 minutes"), "{check:?}");
-        assert_eq!(disk(None).status, Severity::Warn);
-        assert_eq!(disk(Some(&Err(Error::new(ErrorKind::Broker, "no answer")))).status, Severity::Warn);
+        assert_eq!(disk(None).status, Severity::Unknown);
+        assert_eq!(disk(Some(&Err(Error::new(ErrorKind::Broker, "no answer")))).status, Severity::Unknown);
     }
 }

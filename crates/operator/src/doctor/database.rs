@@ -33,14 +33,21 @@ const WORKS: [&str; 2] = ["idle", "publishing"];
 const FRESH: f64 = 5.0;
 
 pub(super) fn unreachable(error: &Error) -> Check {
-    Check::fail("postgres", error.report(), "start PostgreSQL, or set DATABASE_URL as docs/connections.md says")
+    let report = error.report();
+    let remedy = match report.contains("--pgbouncer") {
+        true => {
+            "if it is PgBouncer, say so: --pgbouncer (AFTERCOMMIT_PGBOUNCER=true), to the relay and the worker, too"
+        }
+        false => "start PostgreSQL, or set DATABASE_URL as docs/connections.md says",
+    };
+    Check::fail("postgres", report, remedy)
 }
 
 pub(super) fn judge(facts: &DatabaseFacts, config: &DoctorConfig) -> Vec<Check> {
     let mut checks = vec![server(&facts.server)];
     checks.extend(durability(&facts.server));
     checks.push(clock(facts.clock_ahead, facts.round_trip));
-    checks.extend(pooler(facts.server.port, &facts.configured_ports));
+    checks.extend(pooler(facts.server.port, &facts.configured_ports, config.postgres.pooled));
     checks.push(connections::judge(&facts.connections));
     checks.extend(prepared(facts.prepared.as_ref()));
     checks.push(transactions(facts.longest.as_ref(), &facts.server));
@@ -59,7 +66,7 @@ pub(super) fn judge(facts: &DatabaseFacts, config: &DoctorConfig) -> Vec<Check> 
     }
     match &facts.dead_letters {
         Some(Ok(letters)) => checks.extend(dead_letters(letters)),
-        Some(Err(error)) => checks.push(Check::warn(
+        Some(Err(error)) => checks.push(Check::unknown(
             "dead letters",
             error.report(),
             format!(
@@ -72,6 +79,8 @@ pub(super) fn judge(facts: &DatabaseFacts, config: &DoctorConfig) -> Vec<Check> 
     checks.extend(jobs(facts.jobs.as_deref().unwrap_or_default()));
     checks.extend(captures(&facts.captures));
     checks.extend(facts.forgotten.as_ref().and_then(forgotten));
+    let leader = facts.work.as_ref().and_then(|work| work.as_ref().ok()?.leader.as_ref());
+    checks.extend(super::upkeep::judge(&facts.upkeep, leader.is_some(), config));
     checks
 }
 
@@ -137,9 +146,15 @@ fn clock(ahead: TimeDelta, round_trip: TimeDelta) -> Check {
     Check::ok("clock", format!("PostgreSQL's clock and this machine's differ by {:.1} s", seconds.abs()))
 }
 
-fn pooler(server: Option<i32>, configured: &[u16]) -> Option<Check> {
+fn pooler(server: Option<i32>, configured: &[u16], pooled: bool) -> Option<Check> {
     let server = server.filter(|port| configured.iter().all(|one| *port != i32::from(*one)))?;
     let configured = configured.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
+    if pooled {
+        return Some(Check::ok(
+            "pooler",
+            "something stands in between, and all that is sent fits a pooler in transaction mode",
+        ));
+    }
     Some(Check::warn(
         "pooler",
         format!("the URL names port {configured} and the server itself has {server}: something stands in between"),
@@ -164,7 +179,7 @@ fn prepared(prepared: Option<&Prepared>) -> Option<Check> {
 fn transactions(longest: Option<&Transaction>, server: &Server) -> Check {
     const NAME: &str = "transactions";
     if !server.sees_others {
-        return Check::warn(
+        return Check::unknown(
             NAME,
             format!("the role {} does not see the transactions of others", server.role),
             format!("grant pg_read_all_stats to {}", quoted(&server.role)),
@@ -199,9 +214,9 @@ fn schema(tables: Tables, migrations: Option<&migrate::Difference>, role: &str, 
             format!("there is no record in {schema}.migrations of how the schema came, so its version is unknown"),
             "run the parts of `aftercommit migrate --print` that write the record",
         ),
-        (_, None) => Check::warn(
+        (_, None) => Check::unknown(
             NAME,
-            format!("it is there; its version is unknown, because the role {role} may not read {schema}.migrations"),
+            format!("it is there, but the role {role} may not read {schema}.migrations, which has its version"),
             format!("grant select on {schema}.migrations to {}", quoted(role)),
         ),
         (_, Some(migrate::Difference { missing, unknown, changed })) => {
@@ -232,11 +247,10 @@ fn grants(rights: Option<&Difference>, login: &str, roles: &[Role]) -> Vec<Check
     let names: Vec<&str> = roles.iter().map(|role| role.name()).collect();
     let who = if names.is_empty() { "a relay".into() } else { names.join(" with ") };
     let Some(Difference { missing, superfluous }) = rights else {
-        let finding = format!("the role {login} owns the schema or is a superuser, and may do everything");
-        return vec![match names.is_empty() {
-            true => Check::ok(NAME, finding),
-            false => Check::warn(NAME, finding, "use a login with a role of deploy/postgres/roles.sql"),
-        }];
+        let finding = format!(
+            "the role {login} owns the schema or is a superuser, and may do everything: so may whoever gets hold of its password"
+        );
+        return vec![Check::warn(NAME, finding, "use a login with a role of deploy/postgres/roles.sql")];
     };
     let lacks = format!("the role {login} lacks a right that {who} needs");
     let mut checks: Vec<Check> =
@@ -429,7 +443,7 @@ fn captures(captures: &[Checked]) -> Vec<Check> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Severity::{self, Fail, Ok as Fine, Warn};
+    use crate::doctor::Severity::{self, Fail, Ok as Fine, Unknown, Warn};
     use aftercommit_core::postgres::sequence::Sequence;
 
     fn good() -> Server {
@@ -459,7 +473,7 @@ mod tests {
         };
         let backlog = Backlog { events: 0, oldest_seconds: None };
         let sequence = Sequence::of(1, 1, false, 7, 7);
-        Work { leader: Some(leader), backlog, paused: vec![], parked: 0, oldest_event: None, owner: None, sequence }
+        Work { leader: Some(leader), backlog, paused: vec![], parked: 0, oldest_event: None, sequence }
     }
 
     fn judged(work: &Work) -> Vec<(&'static str, Severity)> {
@@ -505,10 +519,11 @@ mod tests {
 
     #[test]
     fn another_port_means_that_something_stands_in_between() {
-        assert_eq!(pooler(Some(5432), &[5432]), None);
-        assert_eq!(pooler(Some(5432), &[5431, 5432]), None, "the second of two servers");
-        assert_eq!(pooler(None, &[5432]), None, "over a socket");
-        assert_eq!(pooler(Some(5432), &[6432]).map(|check| check.status), Some(Warn));
+        assert_eq!(pooler(Some(5432), &[5432], false), None);
+        assert_eq!(pooler(Some(5432), &[5431, 5432], false), None, "the second of two servers");
+        assert_eq!(pooler(None, &[5432], false), None, "over a socket");
+        let between = |pooled| pooler(Some(5432), &[6432], pooled).map(|check| check.status);
+        assert_eq!((between(false), between(true)), (Some(Warn), Some(Fine)));
     }
 
     #[test]
@@ -548,7 +563,7 @@ mod tests {
         );
         assert_eq!(judge(there, Some(migrate::Difference { unknown: vec![9], ..Default::default() })), Warn);
         assert_eq!(judge(there, Some(migrate::Difference { changed: vec![1], ..Default::default() })), Fail);
-        assert_eq!(judge(Tables { readable: false, ..there }, None), Warn);
+        assert_eq!(judge(Tables { readable: false, ..there }, None), Unknown);
         assert_eq!(judge(Tables { migrations: false, readable: false, ..there }, None), Warn);
         assert_eq!(judge(Tables { outbox: false, migrations: false, readable: false }, None), Fail);
     }

@@ -13,7 +13,7 @@ pub(super) fn judge(status: &Result<Status, Error>) -> Vec<Check> {
         Ok(status) => status,
         Err(error) => {
             let remedy = "look as a reader or an operator (deploy/postgres/roles.sql), in the subscribers' database";
-            return vec![Check::warn(NAME, format!("what the workers do is not known: {}", error.report()), remedy)];
+            return vec![Check::unknown(NAME, format!("what the workers do: {}", error.report()), remedy)];
         }
     };
     let problems: Vec<&Problem> = status.problems.iter().filter(|problem| !ELSEWHERE.contains(&problem.kind)).collect();
@@ -47,7 +47,7 @@ fn check(problem: &Problem) -> Check {
         Kind::Unavailable => "unavailable",
         _ => "workers",
     };
-    Check { status, name, finding: format!("{place}: {what}"), remedy: Some(remedy.clone()) }
+    Check::new(status, name, format!("{place}: {what}"), Some(remedy.clone()))
 }
 
 #[cfg(test)]
@@ -58,7 +58,7 @@ mod tests {
     #[test]
     fn who_may_not_look_is_told_so() {
         let checks = judge(&Err(Error::new(ErrorKind::Database, "permission denied")));
-        assert!(checks[0].status == Severity::Warn && checks[0].finding.contains("permission denied"), "{checks:?}");
+        assert!(checks[0].status == Severity::Unknown && checks[0].finding.contains("permission denied"), "{checks:?}");
     }
 
     #[test]

@@ -104,7 +104,7 @@ pub struct Oddities {
 
 impl Oddities {
     /// Of the consumer of a subscriber that needs this.
-    pub(super) fn of(config: &Fields, spec: &ConsumerSpec) -> Self {
+    pub(in crate::jetstream) fn of(config: &Fields, spec: &ConsumerSpec) -> Self {
         let found = settings::judge(CONSUMER, config, spec, PROVISION);
         let unfit = found.problems.into_iter().filter(|problem| problem.remedy == ANEW);
         Self {
