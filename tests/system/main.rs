@@ -1,6 +1,7 @@
 //! All parts together: from end to end, in every set-up, in the examples and in the documentation.
 
 mod connections;
+mod cut_over;
 mod docs;
 mod duplicates;
 mod end_to_end;
