@@ -1,5 +1,6 @@
 //! All parts together: from end to end, in every set-up, in the examples and in the documentation.
 
+mod backup;
 mod connections;
 mod cut_over;
 mod docs;
@@ -12,6 +13,7 @@ mod production;
 mod quiet;
 mod schema;
 mod silence;
+mod sizing;
 mod stats_debounce;
 mod stewardship;
 #[path = "../support/mod.rs"]
