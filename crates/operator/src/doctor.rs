@@ -5,6 +5,7 @@ mod connections;
 mod consumers;
 mod database;
 mod ids;
+mod login;
 mod report;
 mod upkeep;
 mod work;

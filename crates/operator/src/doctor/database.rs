@@ -4,16 +4,14 @@ use std::time::Duration;
 
 use chrono::{SecondsFormat, TimeDelta};
 
-use super::{Check, DatabaseFacts, DoctorConfig, Role, Work, connections, span};
+use super::{Check, DatabaseFacts, DoctorConfig, Work, connections, login, span};
 use aftercommit_core::config::Schema;
 use aftercommit_core::error::Error;
 use aftercommit_core::postgres::capture::Checked;
-use aftercommit_core::postgres::doctor::{Prepared, Server, Tables, Transaction};
+use aftercommit_core::postgres::doctor::{Prepared, Server, Transaction};
 use aftercommit_core::postgres::forget::Totals;
-use aftercommit_core::postgres::migrate;
 use aftercommit_core::postgres::pause::Pause;
 use aftercommit_core::postgres::quoted;
-use aftercommit_core::postgres::rights::Difference;
 use aftercommit_core::postgres::status::{Backlog, Leader};
 use aftercommit_core::postgres::time;
 use aftercommit_core::relay::LEASE;
@@ -51,9 +49,9 @@ pub(super) fn judge(facts: &DatabaseFacts, config: &DoctorConfig) -> Vec<Check> 
     checks.push(connections::judge(&facts.connections));
     checks.extend(prepared(facts.prepared.as_ref()));
     checks.push(transactions(facts.longest.as_ref(), &facts.server));
-    checks.push(schema(facts.tables, facts.migrations.as_ref(), &facts.server.role, &config.postgres.schema));
+    checks.push(login::schema(facts.tables, facts.migrations.as_ref(), &facts.server.role, &config.postgres.schema));
     if facts.tables.outbox {
-        checks.extend(grants(facts.rights.as_ref(), &facts.server.role, &config.roles));
+        checks.extend(login::grants(facts.rights.as_ref(), &facts.server.role, &config.roles));
     }
     match &facts.work {
         Some(Ok(found)) => checks.extend(work(found, config)),
@@ -202,71 +200,6 @@ fn transactions(longest: Option<&Transaction>, server: &Server) -> Check {
             "end it in its application, or `select pg_terminate_backend({pid})`; see idle_in_transaction_session_timeout"
         ),
     )
-}
-
-fn schema(tables: Tables, migrations: Option<&migrate::Difference>, role: &str, schema: &Schema) -> Check {
-    const NAME: &str = "schema";
-    const MIGRATE: &str = "run `aftercommit migrate`";
-    match (tables, migrations) {
-        (Tables { outbox: false, .. }, _) => Check::fail(NAME, format!("there is no table {schema}.outbox"), MIGRATE),
-        (Tables { migrations: false, .. }, _) => Check::warn(
-            NAME,
-            format!("there is no record in {schema}.migrations of how the schema came, so its version is unknown"),
-            "run the parts of `aftercommit migrate --print` that write the record",
-        ),
-        (_, None) => Check::unknown(
-            NAME,
-            format!("it is there, but the role {role} may not read {schema}.migrations, which has its version"),
-            format!("grant select on {schema}.migrations to {}", quoted(role)),
-        ),
-        (_, Some(migrate::Difference { missing, unknown, changed })) => {
-            if !changed.is_empty() {
-                return Check::fail(
-                    NAME,
-                    format!("migrations {changed:?} were applied with another text than this version has"),
-                    "find out who changed the schema; do not go on before that",
-                );
-            }
-            if !missing.is_empty() {
-                return Check::fail(NAME, format!("migrations are missing: {}", missing.join(", ")), MIGRATE);
-            }
-            if !unknown.is_empty() {
-                return Check::warn(
-                    NAME,
-                    format!("it has migrations {unknown:?}, which only a newer version knows"),
-                    "update the programs to the version of aftercommit that the schema was made for",
-                );
-            }
-            Check::ok(NAME, "up to date")
-        }
-    }
-}
-
-fn grants(rights: Option<&Difference>, login: &str, roles: &[Role]) -> Vec<Check> {
-    const NAME: &str = "grants";
-    let names: Vec<&str> = roles.iter().map(|role| role.name()).collect();
-    let who = if names.is_empty() { "a relay".into() } else { names.join(" with ") };
-    let Some(Difference { missing, superfluous }) = rights else {
-        let finding = format!(
-            "the role {login} owns the schema or is a superuser, and may do everything: so may whoever gets hold of its password"
-        );
-        return vec![Check::warn(NAME, finding, "use a login with a role of deploy/postgres/roles.sql")];
-    };
-    let lacks = format!("the role {login} lacks a right that {who} needs");
-    let mut checks: Vec<Check> =
-        missing.iter().map(|statement| Check::fail(NAME, lacks.clone(), format!("{statement};"))).collect();
-    if checks.is_empty() {
-        checks.push(Check::ok(NAME, format!("the role {login} has every right that {who} needs")));
-    }
-    // Who asks about nothing in particular may have several things to do.
-    for right in superfluous.iter().filter(|_| !names.is_empty()) {
-        checks.push(Check::warn(
-            NAME,
-            format!("the role {login} may do more than {who} needs: {right}"),
-            "run deploy/postgres/roles.sql again, and take away what was granted to the login itself or by other roles",
-        ));
-    }
-    checks
 }
 
 fn work(work: &Work, config: &DoctorConfig) -> Vec<Check> {
@@ -443,7 +376,7 @@ fn captures(captures: &[Checked]) -> Vec<Check> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Severity::{self, Fail, Ok as Fine, Unknown, Warn};
+    use crate::doctor::Severity::{self, Fail, Ok as Fine, Warn};
     use aftercommit_core::postgres::sequence::Sequence;
 
     fn good() -> Server {
@@ -548,24 +481,6 @@ mod tests {
             |seconds| Prepared { count: 1, gid: "g".into(), owner: "o".into(), age: Duration::from_secs(seconds) };
         assert_eq!(prepared(Some(&waits(60))), None);
         assert_eq!(prepared(Some(&waits(61))).map(|check| check.status), Some(Warn));
-    }
-
-    #[test]
-    fn a_schema_of_another_version_fails() {
-        let there = Tables { outbox: true, migrations: true, readable: true };
-        let judge = |tables, difference: Option<migrate::Difference>| {
-            schema(tables, difference.as_ref(), "relay", &Schema::default()).status
-        };
-        assert_eq!(judge(there, Some(migrate::Difference::default())), Fine);
-        assert_eq!(
-            judge(there, Some(migrate::Difference { missing: vec!["0003 inbox".into()], ..Default::default() })),
-            Fail
-        );
-        assert_eq!(judge(there, Some(migrate::Difference { unknown: vec![9], ..Default::default() })), Warn);
-        assert_eq!(judge(there, Some(migrate::Difference { changed: vec![1], ..Default::default() })), Fail);
-        assert_eq!(judge(Tables { readable: false, ..there }, None), Unknown);
-        assert_eq!(judge(Tables { migrations: false, readable: false, ..there }, None), Warn);
-        assert_eq!(judge(Tables { outbox: false, migrations: false, readable: false }, None), Fail);
     }
 
     #[test]
