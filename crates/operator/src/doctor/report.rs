@@ -169,4 +169,17 @@ mod tests {
         known.sort_unstable();
         assert_eq!(explained, known);
     }
+
+    /// Mistakes that tests make, each with the checks that name it.
+    #[test]
+    fn every_mistake_has_a_check() {
+        let page = include_str!("../../../../docs/doctor.md");
+        let (_, table) = page.split_once("\n| Mistake |").unwrap();
+        let rows: Vec<&str> = table.lines().skip(2).take_while(|line| line.starts_with('|')).collect();
+        assert!(rows.len() >= 25, "{}", rows.len());
+        for row in rows {
+            let checks: Vec<&str> = row.split(" | ").nth(1).unwrap_or_default().split('`').skip(1).step_by(2).collect();
+            assert!(!checks.is_empty() && checks.iter().all(|check| CHECKS.contains(check)), "{row}");
+        }
+    }
 }
