@@ -109,13 +109,17 @@ async fn wrong_settings_of_the_stream_are_named() {
     edit(&system, |config| config.max_messages = 1_000_000).await;
     system.is_well().await;
 
-    // In memory. Nothing changes that in place; here the stream is made anew under its name.
-    made_anew(&system, |config| config.storage = StorageType::Memory).await;
-    let words = ["storage: messages are kept in memory", "create another stream"];
-    system.names(Who::Operator, &["stream"], "FAIL", &words).await;
-    js.delete_stream(STREAM).await.unwrap();
-    system.provision(&[]);
-    system.is_well().await;
+    // In memory, or a work queue. Nothing changes that in place; here the stream is made anew under its name.
+    let memory: Change = |config| config.storage = StorageType::Memory;
+    let queue: Change = |config| config.retention = RetentionPolicy::WorkQueue;
+    for (word, change) in [("storage: messages are kept in memory", memory), ("retention: messages are removed", queue)]
+    {
+        made_anew(&system, change).await;
+        system.names(Who::Operator, &["stream"], "FAIL", &[word, "create another stream"]).await;
+        js.delete_stream(STREAM).await.unwrap();
+        system.provision(&[]);
+        system.is_well().await;
+    }
 
     // The stream is another outbox's: somebody has provisioned with another database.
     let other = crate::support::Database {

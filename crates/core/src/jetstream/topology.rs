@@ -41,6 +41,8 @@ pub(super) struct By {
     shared: bool,
 }
 
+const ACKNOWLEDGED: &str =
+    "messages are removed when consumers acknowledge them, so nothing can be checked or replayed";
 const PROVISION: &str = "run `aftercommit provision`";
 const RECREATE: &str = "it cannot be changed in place: create another stream and name it with --stream";
 
@@ -64,9 +66,11 @@ static STREAM: &Table<By> = &[
         },
     )),
     ("retention", Rule::Corrected(
-        |value, _, _| (value != "limits").then(|| "messages are removed when consumers acknowledge them, so nothing can be checked or replayed".into()),
+        |value, _, _| (value != "limits" && value != "workqueue").then(|| ACKNOWLEDGED.into()),
         |_, _| "limits".into(),
     )),
+    // The server changes one retention into the other, but this one never.
+    ("retention", Rule::Refused(|value, _, _| (value == "workqueue").then(|| ACKNOWLEDGED.into()), RECREATE)),
     ("max_consumers", Rule::Harmless("a consumer too many is refused when it is provisioned")),
     ("max_msgs", Rule::Harmless("with `discard: new` a full stream is back-pressure")),
     ("max_bytes", Rule::Harmless("with `discard: new` a full stream is back-pressure")),
