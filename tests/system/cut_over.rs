@@ -58,6 +58,7 @@ fn handler(key: &str, n: &str) -> String {
 }
 
 struct Scene {
+    _postgres: Postgres,
     work: Work,
     old: Old,
     consumer: PullConsumer,
@@ -70,9 +71,7 @@ impl Scene {
     /// Publisher, old stream, old tables; the subscriber is provisioned and its worker is not there.
     async fn new(old: Old) -> Self {
         let settings = vec![("wal_level".into(), "logical".into())];
-        // It lives as long as the process of the tests.
         let postgres = Postgres::start(PostgresOptions { fsync: false, settings }).await.unwrap();
-        let postgres: &'static Postgres = Box::leak(Box::new(postgres));
         let database = postgres.create_database().await.unwrap();
         let work = Work::on(database, Nats::shared().await.unwrap().url()).await;
         let pool = &work.outbox.pool;
@@ -105,7 +104,7 @@ impl Scene {
         };
         let consumer = stream.await.unwrap().create_consumer(config).await.unwrap();
         let writing = Arc::new(AtomicBool::new(true));
-        Self { work, old, consumer, stop: CancellationToken::new(), writers: Vec::new(), writing }
+        Self { _postgres: postgres, work, old, consumer, stop: CancellationToken::new(), writers: Vec::new(), writing }
     }
 
     fn pool(&self) -> &PgPool {
@@ -186,29 +185,36 @@ impl Scene {
         })
         .await
         .unwrap();
-        let last = self.work.context.get_stream(&self.old_stream()).await.unwrap().cached_info().state.last_sequence;
-        let mut stands = String::new();
-        eventually(SOON, "the old consumer is there", async || {
-            let info = self.consumer.get_info().await.unwrap();
-            let (floor, pending) = (info.ack_floor.stream_sequence, info.num_pending + info.num_ack_pending as u64);
-            stands = format!("at {floor} of {last}, {pending} pending");
-            // Behind its last message it has nothing to acknowledge, and the floor stays.
-            floor >= last || pending == 0
-        })
-        .await
-        .unwrap_or_else(|error| panic!("{error}: {stands}"));
+        let stream = self.work.context.get_stream(&self.old_stream()).await.unwrap();
+        let subject = format!("{}.{}", self.old_stream(), self.old.subject);
+        let last = stream.get_last_raw_message_by_subject(&subject).await.unwrap().sequence;
+        self.acknowledged(&self.old_stream(), "old", last).await;
     }
 
-    /// Waits until `aftercommit status` says that nothing waits on the new side.
+    /// Waits until everything that is committed is published, and the subscriber has acknowledged the last of it.
     async fn drain_new(&self) {
-        eventually(SOON, "the new side is drained", async || {
+        eventually(SOON, "the new side is published", async || {
             let output = self.work.outbox.operator(&["status", "--json"]);
             let status: Value = serde_json::from_slice(&output.stdout).unwrap();
-            let receipts = &status["subscribers"]["receipts"];
-            status["backlog"]["events"] == 0 && receipts["pending"] == 0 && receipts["in_flight"] == 0
+            status["backlog"]["events"] == 0
         })
         .await
         .unwrap();
+        let stream = self.work.outbox.naming.stream.clone();
+        let last = self.work.context.get_stream(&stream).await.unwrap().cached_info().state.last_sequence;
+        self.acknowledged(&stream, "receipts", last).await;
+    }
+
+    /// How many messages wait the server tells a moment late, so it goes by the floor.
+    async fn acknowledged(&self, stream: &str, consumer: &str, last: u64) {
+        let stream = self.work.context.get_stream(stream).await.unwrap();
+        let mut floor = 0;
+        eventually(SOON, consumer, async || {
+            floor = stream.consumer_info(consumer).await.unwrap().ack_floor.stream_sequence;
+            floor >= last
+        })
+        .await
+        .unwrap_or_else(|error| panic!("{error}: at {floor} of {last}"));
     }
 
     /// The page's command.
