@@ -95,13 +95,16 @@ metrics! {
         "Runs of a reconciler that this process has ended, by result: `ok`, `failed`, `stopped`.";
     RECONCILER_LAST_SUCCESS_SECONDS, Gauge, "aftercommit_reconciler_last_success_seconds", ["reconciler"]:
         "How long ago a run of it last succeeded, in whatever process, by the database's clock; `NaN` when none \
-         ever did.";
+         ever did, and while the database does not answer.";
+    RECONCILER_INTERVAL_SECONDS, Gauge, "aftercommit_reconciler_interval_seconds", ["reconciler"]:
+        "How often it is to run. It is overdue when it has not succeeded for two intervals and 30 seconds.";
     RECONCILER_FAILURES, Gauge, "aftercommit_reconciler_failures", ["reconciler"]:
-        "How many of its runs failed in a row, in whatever process. `/healthz` goes by it from 3 on.";
+        "How many of its runs failed in a row, in whatever process. `/healthz` goes by it from 3 on. `NaN` while the \
+         database does not answer.";
     RECONCILER_UP_TO, Gauge, "aftercommit_reconciler_up_to_timestamp_seconds", ["reconciler"]:
         "Everything that was committed before this time, in seconds since 1970, is accounted for.";
     RECONCILER_FINDINGS, Gauge, "aftercommit_reconciler_findings", ["reconciler", "kind"]:
-        "What it found and what is not settled, by kind.";
+        "What it found and what is not settled, by kind. `NaN` as above.";
     RECONCILER_DRIFT_TOTAL, Counter, "aftercommit_reconciler_drift_total", ["reconciler"]:
         "Differences that runs in this process found.";
     RECONCILER_REPAIRED_TOTAL, Counter, "aftercommit_reconciler_repaired_total", ["reconciler"]:
@@ -156,6 +159,8 @@ metrics! {
 pub fn swept(category: &str, removed: u64, result: &'static str) {
     counter!(PRUNED_ROWS_TOTAL.name, "category" => category.to_string()).increment(removed);
     counter!(SWEEPS_TOTAL.name, "category" => category.to_string(), "result" => result).increment(1);
+    // A counter that begins with 1 has not grown: so the first failure after a success is seen.
+    counter!(SWEEPS_TOTAL.name, "category" => category.to_string(), "result" => "failed").increment(0);
 }
 
 /// Gives the installed recorder the meaning of every metric.

@@ -23,6 +23,10 @@ pub(super) enum Class {
 }
 
 impl Class {
+    /// All of them.
+    pub(super) const ALL: [Self; 6] =
+        [Self::Retry, Self::BackPressure, Self::Unknown, Self::Fenced, Self::Park, Self::Alarm];
+
     /// The label in metrics and logs.
     pub(super) fn label(self) -> &'static str {
         match self {

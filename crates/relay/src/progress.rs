@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use super::cause::ToldCause;
 use super::chain::Sent;
+use super::classify::Class;
 use aftercommit_core::health::Phase;
 use aftercommit_core::telemetry;
 
@@ -181,6 +182,11 @@ impl Metrics {
     fn new(stream: &str) -> Self {
         let gauge = |metric: telemetry::Metric| gauge!(metric.name, "stream" => stream.to_string());
         let histogram = |metric: telemetry::Metric| histogram!(metric.name, "stream" => stream.to_string());
+        // A counter that begins with 1 has not grown: the first interruption would not be seen.
+        for class in Class::ALL {
+            let name = telemetry::RELAY_INTERRUPTIONS_TOTAL.name;
+            counter!(name, "stream" => stream.to_string(), "class" => class.label()).increment(0);
+        }
         Self {
             stream: stream.into(),
             published: counter!(telemetry::RELAY_PUBLISHED_TOTAL.name, "stream" => stream.to_string()),

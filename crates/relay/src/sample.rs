@@ -44,6 +44,8 @@ pub(super) struct Sampler {
 impl Sampler {
     pub(super) async fn run(self) {
         let gauges = Gauges::new(&self.naming.stream);
+        // Not 0 before the first look.
+        gauges.set(None);
         let mut connection = None;
         let mut failed = false;
         loop {

@@ -91,13 +91,16 @@ impl Progress {
             load: DispatcherLoad::default(),
             settled: 0,
         };
+        let metrics = Metrics::new(&subscriber.name);
+        // Not 0 before the first look.
+        metrics.sampled(&Sample::default());
         Self {
             subscriber: subscriber.name.clone(),
             time_limit: subscriber.settings.time_limit,
             position: Mutex::new(position),
             sample: Mutex::default(),
             notes: Notes::default(),
-            metrics: Metrics::new(&subscriber.name),
+            metrics,
         }
     }
 
@@ -122,6 +125,7 @@ impl Progress {
         position.progressed = Instant::now();
         position.load = DispatcherLoad::default();
         position.delivery = None;
+        self.metrics.held.set(0.0);
         self.metrics.phase(phase);
     }
 

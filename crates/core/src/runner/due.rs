@@ -118,9 +118,12 @@ impl Runner {
 
     /// Tells how the reconcilers are doing while the runner runs.
     pub fn monitor(&self) -> Monitor {
-        let watched =
-            self.jobs.iter().map(|job| Watched { name: job.name().into(), interval: job.job.schedule().interval });
-        Monitor::new(watched.collect(), self.samples.subscribe())
+        Monitor::new(self.watched(), self.samples.subscribe())
+    }
+
+    fn watched(&self) -> Vec<Watched> {
+        let watched = |job: &Definition| Watched { name: job.name().into(), interval: job.job.schedule().interval };
+        self.jobs.iter().map(watched).collect()
     }
 
     /// Runs the reconcilers until `shutdown` is cancelled. A run that is under way is then broken off: the item it is at
@@ -133,8 +136,8 @@ impl Runner {
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
         let executor = self.executor()?;
         let mut tasks = JoinSet::new();
-        let names = self.jobs.iter().map(|job| job.name().to_string()).collect();
-        tasks.spawn(sample(Arc::clone(&executor.connections), names, self.samples, shutdown.clone()));
+        let watched = self.watched();
+        tasks.spawn(sample(Arc::clone(&executor.connections), watched, self.samples, shutdown.clone()));
         for Definition { job, .. } in self.jobs {
             tasks.spawn(serve(executor.clone(), job, shutdown.clone()));
         }

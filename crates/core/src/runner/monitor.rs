@@ -111,11 +111,15 @@ impl Check for Monitor {
 /// Reads the state of the reconcilers every few seconds, for the monitor and the metrics.
 pub(super) async fn sample(
     connections: Arc<Connections>,
-    names: Vec<String>,
+    watched: Vec<Watched>,
     samples: watch::Sender<Option<Sample>>,
     stop: CancellationToken,
 ) {
-    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let names: Vec<&str> = watched.iter().map(|watched| watched.name.as_str()).collect();
+    for Watched { name, interval } in &watched {
+        gauge!(telemetry::RECONCILER_INTERVAL_SECONDS.name, "reconciler" => name.clone()).set(interval.as_secs_f64());
+    }
+    export_unknown(&names, &BTreeSet::new());
     // Kinds that had findings once, so that their gauges go back to zero.
     let mut kinds = BTreeSet::new();
     // Those that ask participants of jobs again are in a database with jobs, which they may read.
@@ -131,8 +135,14 @@ pub(super) async fn sample(
                 export(&rows, &open, &kinds);
                 samples.send_replace(Some(Sample { rows, taken: Instant::now() }));
             }
-            Ok(Err(error)) => tracing::debug!(error = %error, "the state of the reconcilers was not read"),
-            Err(_) => tracing::debug!("the state of the reconcilers was not read in time"),
+            Ok(Err(error)) => {
+                tracing::debug!(error = %error, "the state of the reconcilers was not read");
+                export_unknown(&names, &kinds);
+            }
+            Err(_) => {
+                tracing::debug!("the state of the reconcilers was not read in time");
+                export_unknown(&names, &kinds);
+            }
         }
         if has_jobs {
             let read = connections.run(async |session| job::running(session).await);
@@ -151,6 +161,18 @@ fn export_jobs(running: Option<&[(String, i64, i64)]>, kinds: &mut BTreeSet<Stri
             running.map(|rows| rows.iter().find(|(name, ..)| name == kind).map_or(0, |(_, _, overdue)| *overdue));
         let overdue = overdue.map_or(f64::NAN, |overdue| overdue as f64);
         gauge!(telemetry::JOBS_OVERDUE.name, "kind" => kind.clone()).set(overdue);
+    }
+}
+
+/// An unknown value is no number: an old one would look like a healthy one.
+fn export_unknown(names: &[&str], kinds: &BTreeSet<(String, String)>) {
+    for name in names {
+        for metric in [telemetry::RECONCILER_LAST_SUCCESS_SECONDS, telemetry::RECONCILER_FAILURES] {
+            gauge!(metric.name, "reconciler" => name.to_string()).set(f64::NAN);
+        }
+    }
+    for (name, kind) in kinds {
+        gauge!(telemetry::RECONCILER_FINDINGS.name, "reconciler" => name.clone(), "kind" => kind.clone()).set(f64::NAN);
     }
 }
 
