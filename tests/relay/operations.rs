@@ -121,16 +121,41 @@ async fn an_outage_of_nats_is_named_and_passes() {
 async fn an_outage_of_postgres_is_named_and_passes() {
     let mut postgres = Postgres::start(Default::default()).await.unwrap();
     let outbox = Outbox::new(postgres.create_database().await.unwrap(), Nats::shared().await.unwrap().url()).await;
-    let (_relay, address) = start(&outbox);
+    let address = free_address();
+    let mut command = outbox.relay_command();
+    let command =
+        command.args(["--http", &address, "--unhealthy-after", "1s"]).env("AFTERCOMMIT_RECONCILE_EVERY", "1s");
+    let _relay = RelayProcess(command.spawn().unwrap());
     answers(&address, "/readyz", 200, "leading").await;
     let waiting = format!("aftercommit_relay_backlog_events{{stream=\"{}\"}}", outbox.naming.stream);
     reaches(&address, &waiting, |events| events == 0.0).await;
+    let reconciled = "aftercommit_reconciler_last_success_seconds{reconciler=\"outbox\"}";
+    reaches(&address, reconciled, |seconds| seconds >= 0.0).await;
+    reaches(&address, "aftercommit_reconciler_interval_seconds{reconciler=\"outbox\"}", |seconds| seconds == 1.0).await;
     postgres.kill().await.unwrap();
     answers(&address, "/readyz", 503, "PostgreSQL").await;
     answers(&address, "/healthz", 503, "cannot connect to PostgreSQL").await;
     reaches(&address, &waiting, f64::is_nan).await;
+    reaches(&address, reconciled, f64::is_nan).await;
     postgres.restart().await.unwrap();
     answers(&address, "/healthz", 200, "leading").await;
+}
+
+/// Of a process that has just started nothing looks healthy that nobody has looked at, and what is counted has not happened yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_never_looked_at_is_not_0() {
+    let mut outbox = shared().await;
+    outbox.postgres.url = "postgres://nobody@127.0.0.1:9/nowhere".into();
+    let (_relay, address) = start(&outbox);
+    answers(&address, "/healthz", 503, "cannot connect to PostgreSQL").await;
+    let stream = &outbox.naming.stream;
+    for gauge in ["backlog_events", "backlog_oldest_seconds", "parked", "oldest_transaction_seconds"] {
+        reaches(&address, &format!("aftercommit_relay_{gauge}{{stream=\"{stream}\"}}"), f64::is_nan).await;
+    }
+    for class in ["alarm", "back_pressure", "fenced", "park", "retry", "unknown"] {
+        let counter = format!("aftercommit_relay_interruptions_total{{stream=\"{stream}\",class=\"{class}\"}}");
+        reaches(&address, &counter, |times| times == 0.0).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
