@@ -34,6 +34,7 @@
 //! [[coordinator]]                    # in the requester's database: takes the answers of one stream
 //! subscriber = "erasures"            # durable name; `erasures` when left out
 //! verify_after = "60s"               # how long after the last answer all look once more
+//! ask_again = "10m"                  # who has not answered for so long is asked again, and overdue erasures are counted; not at all when left out
 //! stream = "ORDERS"                  # as of a subscriber; so are prefix and queue
 //! ```
 //!
@@ -41,6 +42,7 @@
 //! `verify`, and `position` is what the answer before had as `next`. The answer is `{"counts": {…}, "notes": […], "next": …}`.
 
 use std::path::Path;
+use std::time::Duration;
 
 use aftercommit_core::config::PostgresConfig;
 use aftercommit_core::error::{Error, ErrorKind};
@@ -51,7 +53,7 @@ use aftercommit_lifecycle::erase::{
 };
 use aftercommit_lifecycle::fanout::{Participant, Step};
 use aftercommit_outbox::subject::SubjectPrefix;
-use aftercommit_worker::{Endpoint, HandlerError, Section, Subscriber, endpoint};
+use aftercommit_worker::{Endpoint, HandlerError, Registry, Section, Subscriber, endpoint};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sqlx::PgTransaction;
@@ -142,13 +144,37 @@ impl From<TableEntry> for Rows {
 /// # Errors
 /// When the file cannot be read or is wrong; the message names the file, the line and the key.
 pub(crate) fn read_file(path: &Path, postgres: Option<&PostgresConfig>) -> Result<Vec<Subscriber>, Error> {
+    Ok(read(path, postgres)?.0)
+}
+
+/// The same, with the reconciler that a coordinator asks for.
+///
+/// # Errors
+/// As of [`read_file`].
+pub(crate) fn read_registry(path: &Path, postgres: &PostgresConfig) -> Result<Registry, Error> {
+    let (subscribers, ask_again) = read(path, Some(postgres))?;
+    let registry = Registry::from(subscribers);
+    Ok(match ask_again {
+        Some(patience) => registry.reconciler(erase::Overdue::new(patience)),
+        None => registry,
+    })
+}
+
+/// Subscribers, and after how long participants that have not answered are asked again: one reconciler does that for all streams.
+fn read(path: &Path, postgres: Option<&PostgresConfig>) -> Result<(Vec<Subscriber>, Option<Duration>), Error> {
     let (mut subscribers, sections) = aftercommit_worker::read_file(path)?;
+    let mut ask_again: Option<Duration> = None;
     for section in sections {
         let Section { kind, place, table } = section;
         let refuse = |problem: String| Error::new(ErrorKind::Config, format!("{place}: [[{kind}]]: {problem}"));
         let unreadable = |error: toml::de::Error| refuse(error.message().to_string());
         let subscriber = match kind {
-            "coordinator" => coordinator(table.try_into().map_err(unreadable)?),
+            "coordinator" => {
+                let entry: CoordinatorEntry = table.try_into().map_err(unreadable)?;
+                let patience = entry.patience().map_err(refuse)?;
+                ask_again = ask_again.into_iter().chain(patience).min();
+                coordinator(entry)
+            }
             _ => subscriber(table.try_into().map_err(unreadable)?, postgres),
         };
         let subscriber = subscriber.map_err(refuse)?;
@@ -157,7 +183,7 @@ pub(crate) fn read_file(path: &Path, postgres: Option<&PostgresConfig>) -> Resul
         }
         subscribers.push(subscriber);
     }
-    Ok(subscribers)
+    Ok((subscribers, ask_again))
 }
 
 fn subscriber(entry: Entry, postgres: Option<&PostgresConfig>) -> Result<Subscriber, String> {
@@ -234,13 +260,25 @@ fn placed(
 struct CoordinatorEntry {
     subscriber: Option<String>,
     verify_after: Option<String>,
+    ask_again: Option<String>,
     queue: Option<String>,
     stream: Option<String>,
     prefix: Option<String>,
 }
 
+impl CoordinatorEntry {
+    fn patience(&self) -> Result<Option<Duration>, String> {
+        let Some(text) = &self.ask_again else { return Ok(None) };
+        match humantime::parse_duration(text) {
+            Ok(patience) if patience >= Duration::from_secs(1) => Ok(Some(patience)),
+            Ok(_) => Err(format!("ask_again: {text:?} is less than a second")),
+            Err(error) => Err(format!("ask_again: {text:?} is no duration: {error}")),
+        }
+    }
+}
+
 fn coordinator(entry: CoordinatorEntry) -> Result<Subscriber, String> {
-    let CoordinatorEntry { subscriber, verify_after, queue, stream, prefix } = entry;
+    let CoordinatorEntry { subscriber, verify_after, queue, stream, prefix, ask_again: _ } = entry;
     let durable = subscriber.unwrap_or_else(|| "erasures".into());
     check_name(&durable).map_err(|problem| format!("subscriber: {problem}"))?;
     let mut coordinator = Coordinator::new();
@@ -373,6 +411,8 @@ mod tests {
             ("[[eraser]]\nname = 'a b'".into(), "name: "),
             ("[[coordinator]]\nverify_afer = '1s'".into(), ":1: [[coordinator]]: unknown field `verify_afer`"),
             ("[[coordinator]]\nverify_after = 'soon'".into(), "verify_after: "),
+            ("[[coordinator]]\nask_again = 'never'".into(), "ask_again: \"never\" is no duration"),
+            ("[[coordinator]]\nask_again = '10ms'".into(), "ask_again: \"10ms\" is less than a second"),
             (table(""), "the table a needs exactly one of column, condition and parent"),
             (table("where = 'true'"), "does not ask for the subject's id"),
             (table("column = 'x'\nkepe = 'y'"), "unknown field `kepe`"),

@@ -50,10 +50,10 @@ impl Cli {
     fn worker(&self) -> Result<(Worker, NatsConfig), Error> {
         let remedy = format!("run `aftercommit provision --config {}`", self.config.display());
         let (postgres, nats, naming) = servers(&self.servers)?;
-        let subscribers = crate::erasers::read_file(&self.config, Some(&postgres))?;
+        let registry = crate::erasers::read_registry(&self.config, &postgres)?;
         let worker = Worker::new(postgres, nats.clone(), naming).remedy(remedy);
         let worker = worker.unhealthy_after(self.http.unhealthy_after).max_connections(self.connections.most);
-        Ok((worker.queues(self.queues.config()?).registry(subscribers), nats))
+        Ok((worker.queues(self.queues.config()?).registry(registry), nats))
     }
 }
 
