@@ -29,6 +29,10 @@ demo *arguments:
 bench:
     scripts/bench --quick
 
+# Check alerts and dashboards with promtool
+alerts *arguments:
+    scripts/alerts {{arguments}}
+
 # Play random faults against the whole system, such as: just faults --seed 7 --minutes 5
 faults *arguments:
     scripts/faults {{arguments}}
