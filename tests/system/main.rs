@@ -3,6 +3,7 @@
 mod backup;
 mod connections;
 mod cut_over;
+mod dashboards;
 mod docs;
 mod duplicates;
 mod end_to_end;
@@ -11,6 +12,7 @@ mod pgbouncer;
 mod ping;
 mod production;
 mod quiet;
+mod runbook;
 mod schema;
 mod silence;
 mod sizing;
