@@ -1,4 +1,6 @@
-//! The README's list "In production" says what is: its links, files, flags, variables, commands and numbers.
+//! The README's list "In production" says what is: its links, files, flags, variables, commands and numbers. Points 3, 4, 5, 6, 9 and 10 are
+//! done here as they stand there. The rights of 1 are in tests/security/work.rs, servers as in 2 in tests/faults/power.rs and tests/relay/replicas.rs, TLS
+//! and credentials in tests/system/connections.rs, PgBouncer and other schemas in tests/system/pgbouncer.rs and schema.rs.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -7,7 +9,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::docs::{problem, root};
-use crate::support::{Outbox, succeeded};
+use crate::support::{Outbox, RelayProcess, SOON, Work, WorkerProcess, answers, free_address, get, succeeded};
+use aftercommit::testing::eventually;
 use aftercommit::testing::servers::{Nats, Postgres};
 use aftercommit::worker::Subscriber;
 
@@ -55,6 +58,86 @@ fn takes(program: &str, variable: &str, value: &str) {
     let output = command.current_dir(env!("CARGO_TARGET_TMPDIR")).output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && !text.contains("invalid value"), "{program}: {variable}={value}: {text}");
+}
+
+/// The value of a flag or variable in the list, such as `5m` of `AFTERCOMMIT_RECONCILE_EVERY=5m`.
+fn in_the_list(name: &str) -> String {
+    let list = list().join(" ");
+    let found = code(&list).find_map(|code| code.strip_prefix(name)?.strip_prefix(['=', ' ']));
+    found.unwrap_or_else(|| panic!("the list has no {name}")).to_string()
+}
+
+const APPLY: &str = "create function apply(event jsonb) returns void language sql as $$
+    insert into effect (event_id, key, n) values ((event ->> 'id')::uuid, event ->> 'type', 1) $$";
+
+fn receipts(types: &str) -> String {
+    format!("[[subscriber]]\nname = \"receipts\"\ntypes = [{types}]\nsql = {{ function = \"apply\" }}\n")
+}
+
+/// A process with its database in a file, as the list has it, and where it answers.
+fn start(mut command: Command, url: &str, name: &str) -> (std::process::Child, String) {
+    let file = std::env::temp_dir().join(format!("{name}-{}.url", uuid::Uuid::now_v7()));
+    fs::write(&file, url).unwrap();
+    let address = free_address();
+    let everywhere = in_the_list("--http").replace("9464", address.split(':').nth(1).unwrap());
+    command.env_remove("DATABASE_URL").env("DATABASE_URL_FILE", file).args(["--http", &everywhere]);
+    let every = in_the_list("AFTERCOMMIT_RECONCILE_EVERY");
+    (command.env("AFTERCOMMIT_RECONCILE_EVERY", every).env("RUST_LOG", "off").spawn().unwrap(), address)
+}
+
+/// Two relays and two workers, of which one each is killed; a new type; and what tells whether all is well.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_system_as_the_list_has_it_works_and_is_told_to_be_well() {
+    let work = Work::shared().await;
+    let Work { outbox, .. } = &work;
+    sqlx::raw_sql(APPLY).execute(&outbox.pool).await.unwrap();
+    let url = outbox.postgres.url.clone();
+    let relay = || {
+        let (child, address) = start(outbox.relay_command(), &url, "relay");
+        (RelayProcess(child), address)
+    };
+    let worker = |types: &str| {
+        let (child, address) = start(work.command(&receipts(types)), &url, "worker");
+        (WorkerProcess(child), address)
+    };
+    let placed = "\"order.placed\"";
+    let (mut relays, mut workers) = (vec![relay(), relay()], vec![worker(placed), worker(placed)]);
+    for address in relays.iter().map(|(_, address)| address).chain(workers.iter().map(|(_, address)| address)) {
+        for path in ["/readyz", "/healthz"] {
+            answers(address, path, 200, "").await;
+        }
+        let metrics = get(address, "/metrics").await.unwrap().1;
+        assert!(metrics.contains("aftercommit_reconciler_interval_seconds{") && metrics.contains("} 300"), "{metrics}");
+    }
+    outbox.publish("order.placed", "{}", None).await;
+    work.wait_for(1).await;
+
+    // One leads, the other takes over within seconds.
+    for _ in 0..2 {
+        // Killed; behind it comes a new one.
+        drop((relays.remove(0), workers.remove(0)));
+        relays.push(relay());
+        workers.push(worker(placed));
+        outbox.publish("order.placed", "{}", None).await;
+    }
+    work.wait_for(3).await;
+
+    // A new type: the worker first, provision (`command` does that), then the publisher.
+    let paid = "\"order.placed\", \"order.paid\"";
+    workers = vec![worker(paid), worker(paid)];
+    outbox.publish("order.paid", "{}", None).await;
+    work.wait_for(4).await;
+
+    let well = eventually(SOON, "`aftercommit status` says that all is well", async || {
+        String::from_utf8(outbox.operator(&["status"]).stdout).unwrap().starts_with("OK: everything flows")
+    });
+    well.await.unwrap();
+    let doctor = String::from_utf8(outbox.operator(&["doctor"]).stdout).unwrap();
+    assert!(doctor.contains("1 of 1 subscribers have an active worker here, and nothing is stuck"), "{doctor}");
+    let failed: Vec<&str> = doctor.lines().filter(|line| line.starts_with("FAIL")).collect();
+    // The servers of tests do not write to the disk.
+    assert!(failed.iter().all(|line| line.starts_with("FAIL  fsync")), "{failed:#?}");
+    drop((relays, workers));
 }
 
 #[test]
