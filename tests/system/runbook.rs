@@ -131,6 +131,10 @@ struct Stage {
 const TOML: &str = "[[subscriber]]\nname = \"receipts\"\ntypes = [\"test.number\"]\nsql = { function = \"apply\" }\nmax_batch = 1\n\
                     backoff = { first = \"1s\", max = \"5s\" }\n";
 
+/// Somebody does not want rows to be removed.
+const KEPT: &str = "create function keep() returns trigger language plpgsql as $$ begin raise exception 'nothing goes before the audit'; end $$;
+    create trigger keep before delete on aftercommit.outbox for each statement execute function keep()";
+
 const ASKS_AGAIN: &str = "[[subscriber]]\nname = \"receipts\"\ntypes = [\"test.number\"]\nsql = { function = \"apply\" }\n\
                           [[coordinator]]\nask_again = \"1s\"\n";
 
@@ -285,6 +289,11 @@ async fn situation(alert: &str) -> Stage {
             stage.well().await
         }
         "AftercommitSubscriberStalled" | "AftercommitServiceUnavailable" => Stage::new().await,
+        "AftercommitSweepsFail" => {
+            let stage = Stage::new().await;
+            sqlx::raw_sql(KEPT).execute(&stage.work.outbox.pool).await.unwrap();
+            stage.well().await
+        }
         "AftercommitJobsOverdue" => {
             let mut stage = Stage::new().await;
             stage.toml = ASKS_AGAIN;
