@@ -303,6 +303,8 @@ async fn situation(alert: &str) -> Stage {
     };
     match alert.trim_start_matches("Aftercommit") {
         "NoRelayLeads" | "ProcessDown" => {
+            // What it has published is no backlog any more.
+            stage.work.outbox.settled().await;
             stage.kill().await;
             stage.worker().await;
             stage.event("a").await;
