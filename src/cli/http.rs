@@ -13,7 +13,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
@@ -56,7 +56,10 @@ pub(super) struct HttpArgs {
 impl HttpArgs {
     /// Opens the port and starts to collect metrics; does nothing when no address is given.
     pub(super) async fn open(&self) -> Result<Option<Server>, Error> {
-        let Some(address) = self.http.as_deref() else { return Ok(None) };
+        let Some(address) = self.http.as_deref() else {
+            collect(None)?;
+            return Ok(None);
+        };
         let listener = TcpListener::bind(address).await.map_err(|error| {
             Error::with_source(
                 ErrorKind::Config,
@@ -64,18 +67,52 @@ impl HttpArgs {
                 error,
             )
         })?;
-        let failed = |error| Error::with_source(ErrorKind::Config, "metrics cannot be collected", error);
-        let metrics = PrometheusBuilder::new()
+        let recorder = PrometheusBuilder::new()
             .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)
             .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_events".into()), EVENTS))
-            .and_then(PrometheusBuilder::install_recorder)
-            .map_err(failed)?;
-        telemetry::describe();
+            .map_err(|error| Error::with_source(ErrorKind::Config, "metrics cannot be collected", error))?
+            .build_recorder();
+        let metrics = recorder.handle();
+        collect(Some(recorder))?;
         // With port 0 the system has chosen one.
         let bound = listener.local_addr().map_or_else(|_| address.to_string(), |bound| bound.to_string());
         tracing::info!(address = bound, "serving /healthz, /readyz and /metrics");
         Ok(Some(Server { listener, metrics, connections: Arc::new(Semaphore::new(CONNECTIONS)) }))
     }
+}
+
+/// Has metrics recorded from now on: for the port, if there is one, and for the export, if there is one.
+fn collect(recorder: Option<PrometheusRecorder>) -> Result<(), Error> {
+    #[cfg(feature = "otlp")]
+    if let Some(meter) = super::telemetry::meter_to_export() {
+        let buckets = |name: &str| if name.ends_with("_events") { EVENTS.to_vec() } else { SECONDS.to_vec() };
+        return install(super::telemetry::Instruments::new(meter, buckets, recorder));
+    }
+    recorder.map_or(Ok(()), install)
+}
+
+fn install(recorder: impl metrics::Recorder + Send + Sync + 'static) -> Result<(), Error> {
+    metrics::set_global_recorder(recorder)
+        .map_err(|_| Error::new(ErrorKind::Config, "metrics cannot be collected: this process does so already"))?;
+    telemetry::describe();
+    Ok(())
+}
+
+/// Keeps up to date what is looked at only when somebody asks, for the export; forever.
+async fn refresh(check: &impl Check) -> Infallible {
+    let mut upkeep = tokio::time::interval(UPKEEP);
+    loop {
+        upkeep.tick().await;
+        check.refresh_metrics();
+    }
+}
+
+/// Whether metrics are exported.
+fn is_exported() -> bool {
+    #[cfg(feature = "otlp")]
+    return super::telemetry::meter_to_export().is_some();
+    #[cfg(not(feature = "otlp"))]
+    false
 }
 
 /// An open port.
@@ -87,10 +124,22 @@ pub(super) struct Server {
 
 /// Runs a role, and answers questions about it until it ends.
 pub(super) async fn beside<T>(server: Option<Server>, check: Arc<impl Check>, role: impl Future<Output = T>) -> T {
-    let Some(server) = server else { return role.await };
+    let serve = async {
+        match server {
+            Some(server) => server.serve(Arc::clone(&check)).await,
+            None => std::future::pending().await,
+        }
+    };
+    let export = async {
+        match is_exported() {
+            true => refresh(&*check).await,
+            false => std::future::pending().await,
+        }
+    };
     tokio::select! {
         result = role => result,
-        never = server.serve(check) => match never {},
+        never = serve => match never {},
+        never = export => match never {},
     }
 }
 

@@ -9,6 +9,8 @@ pub mod relay;
 #[doc(hidden)]
 pub mod servers;
 mod systemd;
+#[cfg(feature = "otlp")]
+mod telemetry;
 pub mod worker;
 
 use std::env;
@@ -22,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use aftercommit_core::config::{Naming, check_stream};
 use aftercommit_core::error::{Error, ErrorKind};
 use aftercommit_outbox::subject::SubjectPrefix;
-use log::start_logging;
+use log::{start_logging, stop_logging};
 use servers::PostgresArgs;
 
 /// How long a soft stop may take before the process ends anyway.
@@ -97,21 +99,26 @@ fn run_role<F>(name: &str, start: impl FnOnce(CancellationToken) -> F) -> ExitCo
 where
     F: Future<Output = Result<(), Error>>,
 {
-    start_logging();
+    if let Err(error) = start_logging(name) {
+        return fail(name, &error);
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(name, &Error::with_source(ErrorKind::Config, "the runtime cannot start", error)),
     };
-    let result = runtime.block_on(async {
+    let (result, at_once) = runtime.block_on(async {
         let shutdown = CancellationToken::new();
         let role = start(shutdown.clone());
         tokio::select! {
-            result = role => result,
-            error = stop_hard(shutdown) => Err(error),
+            result = role => (result, false),
+            error = stop_hard(shutdown) => (Err(error), true),
         }
     });
     // Nothing that still runs may hold the process.
     runtime.shutdown_background();
+    if !at_once {
+        stop_logging();
+    }
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(name, &error),

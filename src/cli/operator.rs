@@ -36,9 +36,13 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use super::log::{LogArgs, start_logging};
+use tracing::Instrument;
+
+use super::log::{LogArgs, command_span, start_logging, stop_logging};
 use super::{fail, parse};
 use aftercommit_core::error::{Error, ErrorKind};
+
+const NAME: &str = "aftercommit";
 
 /// The operator's tool of aftercommit
 #[derive(Parser)]
@@ -187,6 +191,7 @@ pub fn main() -> ExitCode {
         Cli { command: Command::Prune(command), .. } if command.goes_on() => return prune::go_on(command),
         cli => run(cli),
     };
+    stop_logging();
     match result {
         Ok(status) => status,
         Err(error) => fail("aftercommit", &error),
@@ -238,8 +243,8 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
             text
         }
         Command::Forget(command) => {
-            start_logging();
-            let (text, status) = runtime.block_on(forget::run(*command))?;
+            start_logging(NAME)?;
+            let (text, status) = runtime.block_on(forget::run(*command).instrument(command_span("forget")))?;
             exit = status;
             text
         }
@@ -258,10 +263,13 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
             exit = status;
             text
         }
-        Command::Publish(command) => runtime.block_on(setup::publish(command))?,
+        Command::Publish(command) => {
+            start_logging(NAME)?;
+            runtime.block_on(setup::publish(command).instrument(command_span("publish")))?
+        }
         Command::Reconcile(command) => {
-            start_logging();
-            let (text, status) = runtime.block_on(reconcile::run(*command))?;
+            start_logging(NAME)?;
+            let (text, status) = runtime.block_on(reconcile::run(*command).instrument(command_span("reconcile")))?;
             exit = status;
             text
         }

@@ -13,6 +13,7 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use aftercommit_outbox::event::EventId;
+use aftercommit_outbox::{TRACESTATE, TraceContext, is_traceparent};
 
 /// The event's id; equal to `Nats-Msg-Id`.
 pub const CE_ID: &str = "ce-id";
@@ -99,6 +100,12 @@ impl Envelope {
     /// The publisher's trace context, as it was written.
     pub fn traceparent(&self) -> Option<&str> {
         traceparent(&self.headers)
+    }
+
+    /// The same with the `tracestate`; none when it is no W3C trace context.
+    pub fn trace_context(&self) -> Option<TraceContext> {
+        let traceparent = self.traceparent().filter(|text| is_traceparent(text))?.to_string();
+        Some(TraceContext { traceparent, tracestate: header(&self.headers, TRACESTATE).map(String::from) })
     }
 
     /// The headers of the NATS message, names and values, without those that steer a publish.
@@ -274,7 +281,11 @@ pub fn is_json(content_type: &str) -> bool {
 
 /// The trace context among a publisher's headers, whose names may be in any case.
 pub fn traceparent(headers: &BTreeMap<String, String>) -> Option<&str> {
-    headers.iter().find(|(name, _)| name.eq_ignore_ascii_case(TRACEPARENT)).map(|(_, value)| value.as_str())
+    header(headers, TRACEPARENT)
+}
+
+fn header<'h>(headers: &'h BTreeMap<String, String>, name: &str) -> Option<&'h str> {
+    headers.iter().find(|(own, _)| own.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
 }
 
 /// Whether a header with this name is none of a publisher's own.

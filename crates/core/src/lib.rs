@@ -23,5 +23,6 @@ pub mod subscription;
 pub mod telemetry;
 pub mod text;
 pub mod told;
+pub mod trace;
 
 pub use error::{Error, ErrorKind};

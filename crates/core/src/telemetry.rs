@@ -118,6 +118,9 @@ metrics! {
         "Rows that sweeps of this process removed, by category, such as `outbox` or the name of a spec.";
     SWEEPS_TOTAL, Counter, "aftercommit_sweeps_total", ["category", "result"]:
         "Sweeps that this process has ended, by result: `done`, `budget`, `stopped`, `busy`, `failed`.";
+    TELEMETRY_LOST_TOTAL, Counter, "aftercommit_telemetry_lost_total", ["signal"]:
+        "Spans, log records and exports of metrics that this process could not give to the collector of \
+         OpenTelemetry, by signal: `traces`, `logs`, `metrics`.";
     WORKER_EVENTS_TOTAL, Counter, "aftercommit_worker_events_total", ["subscriber", "outcome"]:
         "What became of events at this process, by outcome.";
     WORKER_HANDLER_SECONDS, Histogram, "aftercommit_worker_handler_seconds", ["subscriber"]:

@@ -9,7 +9,7 @@ use crate::error::{Problem, PublishError, shown};
 use crate::event::EventId;
 use crate::raw::RawEvent;
 use crate::subject::check_tokens;
-use crate::trace::{self, TRACEPARENT};
+use crate::trace::{self, TRACEPARENT, TRACESTATE, TraceContext};
 
 /// The largest payload in bytes. With headers and subject it stays below the 1 MiB that nats-server takes by default.
 pub const MAX_PAYLOAD_BYTES: usize = 1_000_000;
@@ -52,7 +52,7 @@ pub fn admit(event: RawEvent) -> Result<NewEvent, PublishError> {
 
 fn admit_fields(event: RawEvent) -> Result<NewEvent, (String, Problem)> {
     let RawEvent { id, event_type, version, key, mut headers, payload, content_type } = event;
-    add_traceparent(&mut headers);
+    add_trace_context(&mut headers);
     let checked = check_type(&event_type)
         .and_then(|()| check_key(key.as_deref()))
         .and_then(|()| check_headers(&headers))
@@ -69,16 +69,31 @@ fn admit_fields(event: RawEvent) -> Result<NewEvent, (String, Problem)> {
 }
 
 /// The caller's own `traceparent` stays, and headers that are full stay as they are.
-fn add_traceparent(headers: &mut BTreeMap<String, String>) {
-    if headers.keys().any(|name| name.eq_ignore_ascii_case(TRACEPARENT)) {
+fn add_trace_context(headers: &mut BTreeMap<String, String>) {
+    if has_header(headers, TRACEPARENT) {
         return;
     }
-    if let Some(traceparent) = trace::current_traceparent() {
-        headers.insert(TRACEPARENT.into(), traceparent);
-        if jsonb_bytes(headers) > MAX_HEADERS_BYTES {
-            headers.remove(TRACEPARENT);
+    let Some(TraceContext { traceparent, tracestate }) = trace::current_context() else { return };
+    let mut add = |name: &str, value| {
+        if has_header(headers, name) {
+            return false;
         }
+        headers.insert(name.into(), value);
+        let fits = jsonb_bytes(headers) <= MAX_HEADERS_BYTES;
+        if !fits {
+            headers.remove(name);
+        }
+        fits
+    };
+    if add(TRACEPARENT, traceparent)
+        && let Some(tracestate) = tracestate
+    {
+        add(TRACESTATE, tracestate);
     }
+}
+
+fn has_header(headers: &BTreeMap<String, String>, name: &str) -> bool {
+    headers.keys().any(|own| own.eq_ignore_ascii_case(name))
 }
 
 fn check_type(event_type: &str) -> Result<(), Problem> {

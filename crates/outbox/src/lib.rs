@@ -181,7 +181,7 @@ pub use raw::RawEvent;
 pub use schema::set_schema;
 #[cfg(feature = "sqlx09")]
 pub use sqlx09::{publish, publish_all, publish_raw};
-pub use trace::{TRACEPARENT, is_traceparent, set_traceparent_source};
+pub use trace::{TRACEPARENT, TRACESTATE, TraceContext, is_traceparent, set_traceparent_source};
 
 /// Whether connections go through a pooler.
 static POOLED: AtomicBool = AtomicBool::new(false);

@@ -108,6 +108,7 @@ mod tests {
             sent_at: None,
             sequence: 0,
             digest: None,
+            origin: None,
         })
     }
 

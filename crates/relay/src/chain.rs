@@ -5,14 +5,16 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use aftercommit_core::digest::Digest;
+use aftercommit_core::envelope::Envelope;
 use aftercommit_core::jetstream::publisher::{Answer, Predecessor};
 use aftercommit_core::jetstream::stream::Stored;
+use aftercommit_core::trace::{self, Published, TraceContext};
 
 /// A message that was sent and has not been answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +35,24 @@ pub(super) struct Sent {
     /// Of what the event is made of. Only for a stream with other writers, where the server's word for a repeat is checked
     /// while others are in flight.
     pub(super) digest: Option<Digest>,
+    /// Whence it comes, when spans are exported and its publisher's trace is recorded.
+    pub(super) origin: Option<Box<Origin>>,
+}
+
+/// Where the trace of an event began.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Origin {
+    context: TraceContext,
+    event_type: String,
+}
+
+impl Origin {
+    /// Of an event; none when there is no span to be made.
+    pub(super) fn of(event: &Envelope) -> Option<Box<Self>> {
+        trace::tracing()?;
+        let context = event.trace_context().filter(TraceContext::is_sampled)?;
+        Some(Box::new(Self { context, event_type: event.event_type.clone() }))
+    }
 }
 
 impl Sent {
@@ -47,6 +67,20 @@ impl Sent {
     /// Its `Nats-Msg-Id`.
     pub(super) fn message_id(&self) -> String {
         self.renamed.clone().unwrap_or_else(|| self.event_id.to_string())
+    }
+
+    /// Has a span made of the way to the stream, if the event's trace is recorded.
+    pub(super) fn trace_published(&self, stream: &str, now: Instant) {
+        let (Some(origin), Some(tracing)) = (&self.origin, trace::tracing()) else { return };
+        tracing.published(&Published {
+            context: &origin.context,
+            event_id: self.event_id,
+            event_type: &origin.event_type,
+            outbox_id: self.outbox_id,
+            stream,
+            took: self.sent_at.map_or(Duration::ZERO, |sent_at| now.saturating_duration_since(sent_at)),
+            bytes: self.bytes,
+        });
     }
 
     /// One line per event, to be joined with the publisher's and the worker's by its id.
@@ -271,6 +305,7 @@ mod tests {
             sent_at: None,
             sequence: 0,
             digest: None,
+            origin: None,
         }
     }
 

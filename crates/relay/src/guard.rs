@@ -51,7 +51,7 @@ impl Guard {
             if let Some(message) = misplaced.as_ref().filter(|_| !mapped) {
                 tracing::error!(
                     stream = self.naming.stream,
-                    message,
+                    stored = message,
                     remedy = UNMAP,
                     "nats-server maps subjects of events"
                 );

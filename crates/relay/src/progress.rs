@@ -208,6 +208,7 @@ impl Metrics {
                 self.ack.record(now.saturating_duration_since(sent_at));
             }
             self.latency.record((clock - event.created_at).as_seconds_f64().max(0.0));
+            event.trace_published(&self.stream, now);
         }
     }
 }

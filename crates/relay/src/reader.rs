@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use tokio::sync::{Mutex, mpsc};
 
 use super::blocked_keys::BlockedKeys;
-use super::chain::Sent;
+use super::chain::{Origin, Sent};
 use super::fence::fenced;
 use aftercommit_core::config::Naming;
 use aftercommit_core::error::Error;
@@ -205,6 +205,7 @@ pub(super) async fn prepare(
         sent_at: None,
         sequence: 0,
         digest: shared.then(|| envelope.digest()),
+        origin: Origin::of(&envelope),
     };
     Ok(Prepared { event, message: messages.message(&envelope) })
 }

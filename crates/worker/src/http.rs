@@ -28,6 +28,8 @@ use super::transaction_error::Unreachable;
 use aftercommit_core::config::{ClientCertificate, Secret, read_file};
 use aftercommit_core::envelope::Envelope;
 use aftercommit_core::error::{Error, ErrorKind, causes, on_one_line};
+use aftercommit_core::trace::{self, TraceContext};
+use aftercommit_outbox::{TRACEPARENT, TRACESTATE};
 
 /// How long connecting may take at most, TLS included; half of the timeout when that is shorter, so that it can be told
 /// from an endpoint that does not answer.
@@ -297,8 +299,7 @@ impl Endpoint {
             }
             ContentMode::Structured => ("application/cloudevents+json; charset=utf-8", event.to_json().into()),
         };
-        let trace = event.headers.iter().map(|(name, value)| (name.to_ascii_lowercase(), value.clone()));
-        headers.extend(trace.filter(|(name, _)| matches!(name.as_str(), "traceparent" | "tracestate")));
+        headers.extend(trace_headers(event));
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = self.uri.clone();
@@ -365,6 +366,17 @@ impl Endpoint {
             }),
         }
     }
+}
+
+/// The headers of the trace that the endpoint is to go on with: the handler's span where spans are exported, else whatever the
+/// publisher has given.
+fn trace_headers(event: &Envelope) -> Vec<(String, String)> {
+    if let Some(TraceContext { traceparent, tracestate }) = trace::tracing().and_then(|tracing| tracing.current()) {
+        let parent = [(TRACEPARENT.to_string(), traceparent)].into_iter();
+        return parent.chain(tracestate.map(|state| (TRACESTATE.to_string(), state))).collect();
+    }
+    let own = event.headers.iter().map(|(name, value)| (name.to_ascii_lowercase(), value.clone()));
+    own.filter(|(name, _)| matches!(name.as_str(), TRACEPARENT | TRACESTATE)).collect()
 }
 
 /// Whether the environment has this variable, in small or capital letters.

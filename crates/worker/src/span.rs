@@ -6,6 +6,7 @@ use std::time::Instant;
 use tracing::Span;
 
 use aftercommit_core::envelope::Envelope;
+use aftercommit_core::trace::{self, Calls, Consumer, TraceContext};
 use aftercommit_outbox::is_traceparent;
 
 use super::handler::HandlerError;
@@ -49,27 +50,35 @@ pub fn set_span_parent(set: impl Fn(&Span, &str) + Send + Sync + 'static) {
 /// The span for the run of one event.
 ///
 /// Its level is error, so that it is there for whatever the handler logs, however quiet the log is.
-pub(super) fn of_event(subscriber: &str, event: &Envelope, this: Try) -> Span {
+pub(super) fn of_event(consumer: Consumer<'_>, event: &Envelope, this: Try) -> Span {
+    let traceparent = event.traceparent().filter(|text| is_traceparent(text));
     let span = tracing::error_span!(
         parent: None,
         "handle",
-        subscriber,
+        subscriber = consumer.subscriber,
         event_id = %event.id,
         event_type = event.event_type,
         attempt = this.attempt,
         delivery_count = this.delivery_count,
+        // Found with the publisher's lines, also where no spans are exported.
+        trace_id = traceparent.and_then(|text| text.split('-').nth(1)),
     );
-    if let (Some(set), Some(traceparent)) = (SET_PARENT.get(), event.traceparent())
-        && is_traceparent(traceparent)
-    {
+    if let Some(tracing) = trace::tracing() {
+        tracing.handles(&span, consumer, event);
+    }
+    if let (Some(set), Some(traceparent)) = (SET_PARENT.get(), traceparent) {
         set(&span, traceparent);
     }
     span
 }
 
 /// The span for a call that gets several events at once, which come from as many traces.
-pub(super) fn of_batch<'e>(subscriber: &str, events: impl ExactSizeIterator<Item = &'e Envelope>) -> Span {
+pub(super) fn of_batch(consumer: Consumer<'_>, events: &[&Envelope]) -> Span {
+    let subscriber = consumer.subscriber;
     let span = tracing::error_span!(parent: None, "handle_batch", subscriber, events = events.len());
+    if let Some(tracing) = trace::tracing() {
+        tracing.handles_many(&span, consumer, events);
+    }
     span.in_scope(|| {
         for event in events {
             tracing::debug!(event_id = %event.id, event_type = event.event_type, "event of the batch");
@@ -78,18 +87,52 @@ pub(super) fn of_batch<'e>(subscriber: &str, events: impl ExactSizeIterator<Item
     span
 }
 
+/// The calls of an SQL function for some events in one statement, which publishes in the context of each.
+pub(super) struct FunctionCalls {
+    pub(super) contexts: Vec<Option<TraceContext>>,
+    open: Option<Box<dyn Calls>>,
+}
+
+impl FunctionCalls {
+    /// Of these events, within a span: a single one has it for its own.
+    pub(super) fn of(span: &Span, consumer: Consumer<'_>, events: &[&Envelope]) -> Self {
+        match (trace::tracing(), events) {
+            (None, _) => Self { contexts: Vec::new(), open: None },
+            (Some(tracing), [_]) => Self { contexts: vec![tracing.context_of(span)], open: None },
+            (Some(tracing), many) => {
+                let open = tracing.calls(consumer, many);
+                Self { contexts: open.contexts(), open: Some(open) }
+            }
+        }
+    }
+
+    pub(super) fn end(self, result: &Result<(), HandlerError>) {
+        if let Some(open) = self.open {
+            open.end(result.as_ref().err().and_then(failure));
+        }
+    }
+}
+
+/// How a run failed; a snooze is no failure.
+fn failure(error: &HandlerError) -> Option<&'static str> {
+    match error {
+        HandlerError::Retry { .. } => Some("retry"),
+        HandlerError::Reject { .. } => Some("reject"),
+        HandlerError::Unavailable { .. } => Some("unavailable"),
+        HandlerError::Snooze(_) => None,
+    }
+}
+
 /// Runs within a span; tells start and end. What comes of a failure is told by whoever decides about it.
 pub(super) async fn told(run: impl Future<Output = Result<(), HandlerError>>) -> Result<(), HandlerError> {
     let started = Instant::now();
     tracing::debug!("handler starts");
     let result = run.await;
-    let outcome = match &result {
-        Ok(()) => "ok",
-        Err(HandlerError::Retry { .. }) => "retry",
-        Err(HandlerError::Reject { .. }) => "reject",
-        Err(HandlerError::Snooze(_)) => "snooze",
-        Err(HandlerError::Unavailable { .. }) => "unavailable",
-    };
+    let failure = result.as_ref().err().and_then(failure);
+    let outcome = if result.is_ok() { "ok" } else { failure.unwrap_or("snooze") };
+    if let (Some(tracing), Some(outcome)) = (trace::tracing(), failure) {
+        tracing.failed(&Span::current(), outcome);
+    }
     let latency_ms = started.elapsed().as_millis();
     match &result {
         Ok(()) => tracing::debug!(outcome, latency_ms, "handler ended"),

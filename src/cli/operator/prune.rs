@@ -7,10 +7,12 @@ use std::sync::Arc;
 use clap::{Args, Subcommand};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use super::as_json;
 use super::terminal::{plain, time};
 use crate::cli::http::{self, HttpArgs};
+use crate::cli::log::command_span;
 use crate::cli::{PostgresArgs, run_role, stop_hard};
 use aftercommit_core::error::Error;
 use aftercommit_prune::{Plan, PruneConfig, Pruner, SweepResult, SweepStatus, Swept, file, status};
@@ -110,10 +112,10 @@ pub(super) async fn run(command: Prune) -> Result<(String, ExitCode), Error> {
             Ok((text, ExitCode::SUCCESS))
         }
         Prune::Run(command) => {
-            super::start_logging();
+            super::start_logging(super::NAME)?;
             let (pruner, stop) = (command.pruner()?, CancellationToken::new());
             let swept = tokio::select! {
-                swept = pruner.sweep(&stop) => swept?,
+                swept = pruner.sweep(&stop).instrument(command_span("prune")) => swept?,
                 error = stop_hard(stop.clone()) => return Err(error),
             };
             let ok = |swept: &Swept| matches!(swept.result, None | Some(SweepResult::Done | SweepResult::Budget));

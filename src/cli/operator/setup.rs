@@ -5,11 +5,13 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::de::IgnoredAny;
 use serde_json::json;
+use tracing::Instrument;
 
 use super::who::WhoArgs;
 use super::{as_json, given_payload, header};
+use crate::cli::NamingArgs;
+use crate::cli::log::{command_span, start_logging};
 use crate::cli::servers::{NatsArgs, OutboxArgs, PostgresArgs};
-use crate::cli::{NamingArgs, start_logging};
 use aftercommit_core::config::PostgresConfig;
 use aftercommit_core::envelope::is_json;
 use aftercommit_core::error::{Error, ErrorKind};
@@ -89,10 +91,13 @@ pub(super) async fn migrate(command: Migrate) -> Result<String, Error> {
     if command.print {
         return Ok(aftercommit_operator::migrations_sql(&command.postgres.config()?.schema));
     }
-    start_logging();
+    start_logging(super::NAME)?;
     let config = command.postgres.config()?;
-    let applied = aftercommit_operator::migrate(&config).await?;
-    let corrected = aftercommit_operator::correct_ids(&config).await?;
+    let migrate = async {
+        let applied = aftercommit_operator::migrate(&config).await?;
+        Ok::<_, Error>((applied, aftercommit_operator::correct_ids(&config).await?))
+    };
+    let (applied, corrected) = migrate.instrument(command_span("migrate")).await?;
     if command.json {
         return as_json(&json!({ "applied": applied, "corrected": corrected }));
     }

@@ -6,6 +6,7 @@ use sqlx::AssertSqlSafe;
 use sqlx::error::DatabaseError;
 
 use super::session::{Session, Tx};
+use crate::trace::TraceContext;
 
 /// The checked name of a function, with or without schema.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,8 +43,17 @@ impl fmt::Display for FunctionName {
 }
 
 /// Calls the function for each event (CloudEvents JSON) in order, in one statement. Its name is looked up as the handler's
-/// role would, everything else in `pg_catalog`.
-pub async fn call(tx: &mut Tx<'_>, function: &FunctionName, events: &[String]) -> Result<(), sqlx::Error> {
+/// role would, everything else in `pg_catalog`. What a call publishes with `aftercommit.publish()` has the trace context
+/// that stands at its event's place; where there is none at all, `contexts` is empty or full of none.
+pub async fn call(
+    tx: &mut Tx<'_>,
+    function: &FunctionName,
+    events: &[String],
+    contexts: &[Option<TraceContext>],
+) -> Result<(), sqlx::Error> {
+    if contexts.iter().any(Option::is_some) {
+        return call_traced(tx, function, events, contexts).await;
+    }
     // Ordered in the subquery, so that the calls are made in that order. `is null`, because about a type of the
     // application's own, as the function's result may be, the driver would ask with a named statement.
     let statement = format!(
@@ -53,6 +63,30 @@ pub async fn call(tx: &mut Tx<'_>, function: &FunctionName, events: &[String]) -
         function.quoted()
     );
     sqlx::query(AssertSqlSafe(statement)).bind(events).execute(tx).await.map(|_| ())
+}
+
+/// The same, with the context of each call where `aftercommit.publish()` looks for it. A row's columns are computed from left
+/// to right, and before the next row's.
+async fn call_traced(
+    tx: &mut Tx<'_>,
+    function: &FunctionName,
+    events: &[String],
+    contexts: &[Option<TraceContext>],
+) -> Result<(), sqlx::Error> {
+    let statement = format!(
+        "select pg_catalog.set_config('aftercommit.traceparent', parent, true) is null,
+                pg_catalog.set_config('aftercommit.tracestate', state, true) is null,
+                {}(event) is null from (
+            select text::pg_catalog.jsonb as event, parent, state
+              from pg_catalog.unnest($1::pg_catalog.text[], $2::pg_catalog.text[], $3::pg_catalog.text[])
+                   with ordinality as e(text, parent, state, n) order by n) as ordered",
+        function.quoted()
+    );
+    let parents: Vec<&str> =
+        contexts.iter().map(|context| context.as_ref().map_or("", |context| &context.traceparent)).collect();
+    let state = |context: &Option<TraceContext>| context.as_ref().and_then(|context| context.tracestate.clone());
+    let states: Vec<String> = contexts.iter().map(|context| state(context).unwrap_or_default()).collect();
+    sqlx::query(AssertSqlSafe(statement)).bind(events).bind(parents).bind(states).execute(tx).await.map(|_| ())
 }
 
 /// What keeps the function from being called with one jsonb; none when nothing does. For a session in which handlers run.

@@ -10,6 +10,7 @@ use tokio::time::timeout;
 use tracing::{Instrument, Span};
 use uuid::Uuid;
 
+use aftercommit_core::envelope::Envelope;
 use aftercommit_core::error::panic_text;
 use aftercommit_core::fault;
 use aftercommit_core::postgres::function::FunctionName;
@@ -17,6 +18,7 @@ use aftercommit_core::postgres::inbox::Entered;
 use aftercommit_core::postgres::pins::Server;
 use aftercommit_core::postgres::session::{Session, Tx};
 use aftercommit_core::postgres::{forget, function, handling, inbox, redrive};
+use aftercommit_core::trace::Consumer;
 
 use super::{Executor, GRACE, SILENT};
 use crate::batch::{self, BatchError};
@@ -26,7 +28,7 @@ use crate::loss::Loss;
 use crate::pace::Took;
 use crate::progress::EventOutcome;
 use crate::scheduler::EventPlace;
-use crate::span;
+use crate::span::{self, FunctionCalls};
 use crate::subscriber::Work;
 use crate::transaction_error::{TooSlow, TransactionError, classify, describe, timed_out};
 
@@ -223,8 +225,13 @@ impl Executor {
                     events.push(json.map_err(|problem| classify(Some(*at), HandlerError::reject(problem)))?);
                 }
                 let new: Vec<&Queued> = new.iter().map(|(_, queued)| *queued).collect();
-                let call = self.told(self.limited(function::call(tx, function, &events)), new.len(), took);
-                match call.instrument(self.span(&new)).await {
+                let span = self.span(&new);
+                let envelopes: Vec<&Envelope> = new.iter().map(|queued| &*queued.event).collect();
+                let calls = FunctionCalls::of(&span, self.consumer(&new), &envelopes);
+                let call = self.limited(function::call(tx, function, &events, &calls.contexts));
+                let result = self.told(call, new.len(), took).instrument(span).await;
+                calls.end(&result);
+                match result {
                     Ok(()) => Ok(()),
                     Err(error) => Err(self.explained(function, &events, classify(None, error)).await),
                 }
@@ -393,11 +400,16 @@ impl Executor {
         result.map_err(|error| BatchError { culprit: error.culprit.or((events.len() == 1).then_some(0)), ..error })
     }
 
+    fn consumer<'e>(&'e self, events: &[&'e Queued]) -> Consumer<'e> {
+        let stream = events.first().map_or("", |queued| queued.stream.as_str());
+        Consumer { subscriber: &self.subscriber.name, stream }
+    }
+
     fn span(&self, events: &[&Queued]) -> Span {
-        let subscriber = &self.subscriber.name;
+        let consumer = self.consumer(events);
         match events {
-            [single] => span::of_event(subscriber, &single.event, single.this_try()),
-            many => span::of_batch(subscriber, many.iter().map(|queued| &*queued.event)),
+            [single] => span::of_event(consumer, &single.event, single.this_try()),
+            many => span::of_batch(consumer, &many.iter().map(|queued| &*queued.event).collect::<Vec<_>>()),
         }
     }
 
