@@ -19,7 +19,7 @@ begin
        and not own @? '$.keyvalue() ? (@.key like_regex "^trace(parent|state)$" flag "i")'
        and octet_length(own::text) < 15000 then
         own := own || jsonb_build_object('traceparent', parent);
-        if state ~ '^[!-~]([ -~]{0,510}[!-~])?$' then
+        if length(state) <= 512 and state ~ '^[!-~]([ -~]*[!-~])?$' then
             own := own || jsonb_build_object('tracestate', state);
         end if;
     end if;

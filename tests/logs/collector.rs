@@ -35,7 +35,8 @@ pub struct FoundSpan {
     pub attributes: Attributes,
     /// The traces that it is linked with.
     pub links: BTreeSet<String>,
-    pub events: usize,
+    /// What is told within it.
+    pub events: Vec<String>,
 }
 
 /// One log record.
@@ -104,7 +105,11 @@ impl Collector {
                         status: span.status.map_or(0, |status| status.code),
                         attributes: attributes(&span.attributes),
                         links: span.links.iter().map(|link| hex(&link.trace_id)).collect(),
-                        events: span.events.len(),
+                        events: span
+                            .events
+                            .into_iter()
+                            .map(|event| format!("{} {:?}", event.name, attributes(&event.attributes)))
+                            .collect(),
                     });
                 }
             }

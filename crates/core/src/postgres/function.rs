@@ -66,7 +66,7 @@ pub async fn call(
 }
 
 /// The same, with the context of each call where `aftercommit.publish()` looks for it. A row's columns are computed from left
-/// to right, and before the next row's.
+/// to right, and before the next row's. An `unnest` of several arrays is always PostgreSQL's own.
 async fn call_traced(
     tx: &mut Tx<'_>,
     function: &FunctionName,
@@ -78,7 +78,7 @@ async fn call_traced(
                 pg_catalog.set_config('aftercommit.tracestate', state, true) is null,
                 {}(event) is null from (
             select text::pg_catalog.jsonb as event, parent, state
-              from pg_catalog.unnest($1::pg_catalog.text[], $2::pg_catalog.text[], $3::pg_catalog.text[])
+              from unnest($1::pg_catalog.text[], $2::pg_catalog.text[], $3::pg_catalog.text[])
                    with ordinality as e(text, parent, state, n) order by n) as ordered",
         function.quoted()
     );
