@@ -17,6 +17,37 @@ fn sql_examples() -> Vec<&'static str> {
     CONTRACT.split("```sql\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect()
 }
 
+/// As the worker sets it for the handler in SQL. Whatever stands there, an event is published.
+#[tokio::test]
+async fn publish_takes_the_trace_context_of_its_session() {
+    let database = Database::migrated().await;
+    let pool = database.pool().await;
+    let context = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let full = format!("{{\"h\": \"{}\"}}", "x".repeat(16_300));
+    let long = "x".repeat(513);
+    for (parent, state, own, expected) in [
+        (context, "congo=t61", "{}", json!({ "traceparent": context, "tracestate": "congo=t61" })),
+        (context, "", "{\"tenant\": \"a\"}", json!({ "traceparent": context, "tenant": "a" })),
+        (context, "congo=t61", "{\"Traceparent\": \"mine\"}", json!({ "Traceparent": "mine" })),
+        (context, "congo=t61", "{\"tracestate\": \"mine\"}", json!({ "tracestate": "mine" })),
+        (context, "ä", "{}", json!({ "traceparent": context })),
+        (context, &long, "{}", json!({ "traceparent": context })),
+        (context, "", &full, serde_json::from_str(&full).unwrap()),
+        ("", "congo=t61", "{}", json!({})),
+        ("00-not one\r\nNats-Rollup: all", "", "{}", json!({})),
+    ] {
+        let mut tx = pool.begin().await.unwrap();
+        let set =
+            "select set_config('aftercommit.traceparent', $1, true), set_config('aftercommit.tracestate', $2, true)";
+        sqlx::query(set).bind(parent).bind(state).execute(&mut *tx).await.unwrap();
+        let publish = "select aftercommit.publish('a.b', '{}', headers => $1::jsonb)";
+        let id: Uuid = sqlx::query_scalar(publish).bind(own).fetch_one(&mut *tx).await.unwrap();
+        let written = "select headers from aftercommit.outbox where event_id = $1";
+        let headers: Value = sqlx::query_scalar(written).bind(id).fetch_one(&mut *tx).await.unwrap();
+        assert_eq!(headers, expected, "{parent} {state}");
+    }
+}
+
 #[tokio::test]
 async fn the_examples_of_the_contract_run() {
     let database = Database::migrated().await;
