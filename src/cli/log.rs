@@ -78,8 +78,6 @@ pub(super) fn start_logging(program: &str) -> Result<(), Error> {
     #[cfg(feature = "otlp")]
     let registry = registry.with(telemetry::layer());
     registry.init();
-    #[cfg(feature = "otlp")]
-    telemetry::tell();
     #[cfg(not(feature = "otlp"))]
     if let Some(variable) = wanted_in_vain(&|name| env::var(name).ok()) {
         tracing::warn!(

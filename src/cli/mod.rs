@@ -102,6 +102,8 @@ where
     if let Err(error) = start_logging(name) {
         return fail(name, &error);
     }
+    #[cfg(feature = "otlp")]
+    telemetry::tell();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(name, &Error::with_source(ErrorKind::Config, "the runtime cannot start", error)),

@@ -43,6 +43,7 @@ pub struct FoundSpan {
 #[derive(Debug, Clone)]
 pub struct FoundLog {
     pub service: String,
+    pub target: String,
     pub message: String,
     pub severity: String,
     pub trace: String,
@@ -123,9 +124,14 @@ impl Collector {
             let request = ExportLogsServiceRequest::decode(&*request.body).unwrap();
             for of_resource in request.resource_logs {
                 let service = service(of_resource.resource.as_ref());
-                for record in of_resource.scope_logs.into_iter().flat_map(|scope| scope.log_records) {
+                let records = of_resource.scope_logs.into_iter().flat_map(|scope| {
+                    let target = scope.scope.unwrap_or_default().name;
+                    scope.log_records.into_iter().map(move |record| (target.clone(), record))
+                });
+                for (target, record) in records {
                     all.push(FoundLog {
                         service: service.clone(),
+                        target,
                         message: record.body.as_ref().map(text).unwrap_or_default(),
                         severity: record.severity_text,
                         trace: hex(&record.trace_id),
