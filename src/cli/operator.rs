@@ -39,7 +39,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use tracing::Instrument;
 
 use super::log::{LogArgs, command_span, start_logging, stop_logging};
-use super::{fail, parse};
+use super::{fail, parse, signal};
 use aftercommit_core::error::{Error, ErrorKind};
 
 const NAME: &str = "aftercommit";
@@ -180,6 +180,9 @@ fn header(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// The exit status of a command that a signal ended, as a shell has it for SIGTERM.
+const SIGNALLED: u8 = 143;
+
 /// Runs the command line of this process. The exit status is 0 when all went well, 1 when it did not or the doctor found
 /// something that fails, and 2 when the command line or a setting is at fault.
 pub fn main() -> ExitCode {
@@ -203,6 +206,14 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         .enable_all()
         .build()
         .map_err(|error| Error::with_source(ErrorKind::Config, "the runtime cannot start", error))?;
+    // The first process of a container is not ended by a signal that it does not receive.
+    if std::process::id() == 1 {
+        runtime.spawn(async {
+            if signal().await.is_ok() {
+                std::process::exit(SIGNALLED.into());
+            }
+        });
+    }
     let mut exit = ExitCode::SUCCESS;
     let text = match cli.command {
         Command::Audit(command) => runtime.block_on(audit::run(command))?,

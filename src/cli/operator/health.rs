@@ -19,9 +19,13 @@ const SHOWN: usize = 64 << 10;
 /// For health checks of containers, which have no other program to ask with.
 #[derive(Args)]
 pub(super) struct Health {
-    /// What to ask: /healthz, /readyz or /metrics of a relay, a worker or another program with --http
-    #[arg(long, env = "AFTERCOMMIT_HEALTH_URL", value_name = "URL", default_value = "http://127.0.0.1:9464/readyz")]
-    url: Uri,
+    /// What to ask: /healthz, /readyz or /metrics of a relay, a worker or another program with --http; defaults to /readyz on
+    /// this machine, at the port of AFTERCOMMIT_HTTP, or 9464
+    #[arg(long, env = "AFTERCOMMIT_HEALTH_URL", value_name = "URL")]
+    url: Option<Uri>,
+    /// Where the program in question serves, in a container that has the same environment
+    #[arg(long, env = "AFTERCOMMIT_HTTP", hide = true)]
+    http: Option<String>,
     /// How long the answer may take
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = humantime::parse_duration)]
     timeout: Duration,
@@ -29,7 +33,11 @@ pub(super) struct Health {
 
 /// The answer, and the exit status: 0 when it is well, 1 when it is not or nobody answers.
 pub(super) async fn run(command: Health) -> Result<(String, ExitCode), Error> {
-    let Health { url, timeout } = command;
+    let Health { url, http, timeout } = command;
+    let url = match url {
+        Some(url) => url,
+        None => readiness(http.as_deref())?,
+    };
     let refuse = |problem: &str| Error::new(ErrorKind::Config, format!("--url: {problem}"));
     if url.scheme_str() != Some("http") {
         return Err(refuse("it must begin with http://"));
@@ -53,6 +61,21 @@ pub(super) async fn run(command: Health) -> Result<(String, ExitCode), Error> {
     Ok((lines, exit))
 }
 
+/// Where a program that serves at `http` says whether it is ready, asked from its own machine.
+fn readiness(http: Option<&str>) -> Result<Uri, Error> {
+    let address = match http.map(|http| http.rsplit_once(':').unwrap_or((http, ""))) {
+        None => "127.0.0.1:9464".into(),
+        // All addresses of the machine.
+        Some(("0.0.0.0", port)) => format!("127.0.0.1:{port}"),
+        Some(("[::]", port)) => format!("[::1]:{port}"),
+        Some((host, port)) => format!("{host}:{port}"),
+    };
+    let url = format!("http://{address}/readyz");
+    url.parse().map_err(|error| {
+        Error::with_source(ErrorKind::Config, format!("{url} cannot be asked (AFTERCOMMIT_HTTP); give --url"), error)
+    })
+}
+
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 async fn ask(address: &str, host: &str, path: &str) -> Result<(hyper::StatusCode, String), Failure> {
@@ -68,5 +91,20 @@ async fn ask(address: &str, host: &str, path: &str) -> Result<(hyper::StatusCode
     tokio::select! {
         answer = answer => answer,
         Err(error) = connection => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_asked_where_its_environment_says_that_it_serves() {
+        let asked = |http| readiness(http).map(|url| url.to_string());
+        assert_eq!(asked(None).unwrap(), "http://127.0.0.1:9464/readyz");
+        assert_eq!(asked(Some("0.0.0.0:9465")).unwrap(), "http://127.0.0.1:9465/readyz");
+        assert_eq!(asked(Some("[::]:9465")).unwrap(), "http://[::1]:9465/readyz");
+        assert_eq!(asked(Some("10.0.0.7:9465")).unwrap(), "http://10.0.0.7:9465/readyz");
+        assert!(asked(Some("not an address:x")).is_err());
     }
 }
