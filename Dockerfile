@@ -9,7 +9,7 @@
 FROM docker.io/library/rust:1.95.0-slim-trixie AS base
 WORKDIR /source
 ENV CARGO_PROFILE_RELEASE_DEBUG=none CARGO_PROFILE_RELEASE_STRIP=symbols
-ARG FEATURES=""
+ARG FEATURES="otlp"
 
 # What decides which dependencies there are, and nothing in place of the source.
 FROM base AS manifests
