@@ -15,7 +15,7 @@
 //! | look and act as an operator does | [`operator`] |
 //! | test all of this | `testing`, behind the feature of that name |
 //!
-//! Features: `cli` (default) are the programs and [`worker::main`]; `otlp` has them export traces, metrics and logs; `seal` are events that can be made unreadable; `testing` is the testing kit, for `[dev-dependencies]`.
+//! Features: `cli` (default) are the programs and [`worker::main`]; `console` are pages for operators, `console::Console`; `otlp` has them export traces, metrics and logs; `seal` are events that can be made unreadable; `testing` is the testing kit, for `[dev-dependencies]`.
 //!
 //! The repository's README has a quickstart, and its folder `docs` the guarantees and how to operate it.
 #![warn(clippy::unwrap_used, clippy::expect_used)]
@@ -33,6 +33,8 @@ pub mod relay;
 pub mod testing;
 pub mod worker;
 
+#[cfg(feature = "console")]
+pub use aftercommit_console as console;
 pub use aftercommit_core::{Error, ErrorKind};
 pub use aftercommit_core::{backoff, config, envelope, health, telemetry};
 pub use aftercommit_lifecycle::{capture, erase, fanout, hooks};

@@ -4,6 +4,8 @@ mod audit;
 mod backlog;
 mod bulk;
 mod capture;
+#[cfg(feature = "console")]
+mod console;
 mod coverage;
 mod dead;
 mod doctor;
@@ -72,6 +74,12 @@ enum Command {
     /// Print the completions of a shell
     #[command(after_help = "Example:\n  aftercommit completions bash > /etc/bash_completion.d/aftercommit")]
     Completions(shell::Completions),
+    /// Serve pages for a browser: what is stuck, where an event is, who did what
+    #[cfg(feature = "console")]
+    #[command(
+        after_help = "Examples:\n  aftercommit console\n  aftercommit console --http 0.0.0.0:9466 --public-url https://ops.example.com --users users.toml"
+    )]
+    Console(Box<console::Console>),
     /// Show which event types have no subscriber, and which subscribers no publisher
     #[command(after_help = "Example:\n  aftercommit coverage --config worker.toml --check")]
     Coverage(Box<coverage::Coverage>),
@@ -145,12 +153,17 @@ enum Command {
     Worker(worker::Worker),
 }
 
+/// What shows how things are.
+#[cfg(feature = "console")]
+const SEE: &[&str] =
+    &["status", "backlog", "doctor", "coverage", "explain", "peek", "audit", "findings", "runs", "health", "console"];
+#[cfg(not(feature = "console"))]
+const SEE: &[&str] =
+    &["status", "backlog", "doctor", "coverage", "explain", "peek", "audit", "findings", "runs", "health"];
+
 /// The commands as the help groups them.
 const GROUPS: [(&str, &[&str]); 5] = [
-    (
-        "See what is",
-        &["status", "backlog", "doctor", "coverage", "explain", "peek", "audit", "findings", "runs", "health"],
-    ),
+    ("See what is", SEE),
     ("Decide about events", &["dead", "parked", "replay", "forget"]),
     ("Stop and go on", &["relay", "worker"]),
     ("Set up", &["migrate", "provision", "publish", "capture", "subscriber"]),
@@ -192,6 +205,8 @@ pub fn main() -> ExitCode {
         Cli { command: Command::Reconcile(command), .. } if command.goes_on() => return reconcile::go_on(*command),
         Cli { command: Command::Forget(command), .. } if command.goes_on() => return forget::go_on(*command),
         Cli { command: Command::Prune(command), .. } if command.goes_on() => return prune::go_on(command),
+        #[cfg(feature = "console")]
+        Cli { command: Command::Console(command), .. } => return console::go_on(*command),
         cli => run(cli),
     };
     stop_logging();
@@ -224,6 +239,9 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
             text
         }
         Command::Completions(command) => shell::completions(&command, Cli::command()),
+        // It goes on by itself.
+        #[cfg(feature = "console")]
+        Command::Console(_) => String::new(),
         Command::Coverage(command) => {
             let (text, status) = runtime.block_on(coverage::run(*command))?;
             exit = status;

@@ -40,7 +40,7 @@ impl PostgresArgs {
     pub fn config(&self) -> Result<PostgresConfig, Error> {
         let names = ("DATABASE_URL (--database-url)", "DATABASE_URL_FILE (--database-url-file)");
         let url = url(&self.database_url, &self.database_url_file, names)?;
-        Ok(PostgresConfig { url, pooled: self.pgbouncer, schema: self.schema.clone() })
+        Ok(PostgresConfig { pooled: self.pgbouncer, schema: self.schema.clone(), ..PostgresConfig::new(url) })
     }
 }
 

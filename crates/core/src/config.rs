@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use std::{fmt, fs};
 
 use crate::error::{Error, ErrorKind};
@@ -45,12 +46,15 @@ pub struct PostgresConfig {
     pub pooled: bool,
     /// The schema with the tables and functions of aftercommit. Defaults to `aftercommit`.
     pub schema: Schema,
+    /// For who only looks: sessions write nothing whatever they are told, and the server ends each statement after this long.
+    /// Not behind a pooler. Defaults to none.
+    pub reading: Option<Duration>,
 }
 
 impl PostgresConfig {
     /// PostgreSQL at this URL, with nothing in between.
     pub fn new(url: impl Into<String>) -> Self {
-        Self { url: url.into(), pooled: false, schema: Schema::default() }
+        Self { url: url.into(), pooled: false, schema: Schema::default(), reading: None }
     }
 }
 
@@ -59,6 +63,7 @@ impl fmt::Debug for PostgresConfig {
         f.debug_struct("PostgresConfig")
             .field("pooled", &self.pooled)
             .field("schema", &self.schema)
+            .field("reading", &self.reading)
             .finish_non_exhaustive()
     }
 }

@@ -7,6 +7,7 @@ pub mod audit;
 pub mod coverage;
 pub mod dead;
 pub mod doctor;
+pub mod events;
 pub mod explain;
 mod filter;
 pub mod parked;

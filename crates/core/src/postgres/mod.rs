@@ -44,6 +44,7 @@ pub mod restamp;
 pub mod rights;
 pub mod running;
 pub mod seal;
+pub mod search;
 pub mod sequence;
 pub mod servers;
 pub mod session;
@@ -118,7 +119,15 @@ impl Way {
     }
 
     fn of(config: &PostgresConfig, application: &str) -> Result<Self, Error> {
-        Ok(Self::new(options(config, application)?, (config.pooled, config.schema.clone()), Whose::Ours))
+        let way = Self::new(options(config, application)?, (config.pooled, config.schema.clone()), Whose::Ours);
+        match config.reading {
+            None => Ok(way),
+            Some(_) if config.pooled => Err(Error::new(
+                ErrorKind::Config,
+                "who only looks connects to PostgreSQL itself: a pooler in transaction mode does not let its sessions be read-only",
+            )),
+            Some(limit) => Ok(Self { servers: way.servers.map(|options| pins::only_reading(options, limit)), ..way }),
+        }
     }
 
     /// The same for sessions that keep one plan for each statement. A pooler keeps none.

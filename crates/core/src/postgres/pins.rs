@@ -11,6 +11,8 @@
 //! transactions name the schema of everything: [`super::inbox`], [`super::handling`], [`super::redrive::take`], [`super::function`],
 //! [`super::running`].
 
+use std::time::Duration;
+
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Error, PgConnection, Row};
 
@@ -81,6 +83,12 @@ pub(super) fn at_startup(options: PgConnectOptions, whose: Whose, pooled: bool) 
         (false, Whose::Ours) => options.options(SETTINGS).options([RESTS]),
         (false, Whose::Others) => options.options([RESTS]),
     }
+}
+
+/// The startup options of a session that writes nothing, and whose statements end after so long.
+pub(super) fn only_reading(options: PgConnectOptions, limit: Duration) -> PgConnectOptions {
+    let limit = format!("{}ms", limit.as_millis().clamp(1, 1_000_000_000));
+    options.options([("default_transaction_read_only", "on"), ("statement_timeout", &limit)])
 }
 
 /// What is known of the server behind a connection.
