@@ -130,7 +130,7 @@ async fn live_sends_only_what_has_changed() {
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut heard = String::new();
     let mut hear = async |stop: &dyn Fn(&str) -> bool| {
-        let mut bytes = [0; 65_536];
+        let mut bytes = vec![0; 65_536];
         while !stop(&heard) {
             let read = tokio::time::timeout(Duration::from_secs(20), stream.read(&mut bytes)).await.unwrap().unwrap();
             heard += &String::from_utf8_lossy(&bytes[..read]);

@@ -79,8 +79,7 @@ impl Collector {
     pub(crate) async fn look(&self) -> Arc<Seen> {
         let mut seen = self.watch();
         _ = tokio::time::timeout(LIMIT, seen.wait_for(|seen| seen.is_read)).await;
-        let found = Arc::clone(&seen.borrow());
-        found
+        Arc::clone(&seen.borrow())
     }
 
     /// The same whenever it changes.

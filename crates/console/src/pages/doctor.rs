@@ -36,6 +36,7 @@ impl Page for Doctor {
         let rows: Vec<Vec<Markup>> = self.0.checks.iter().map(|check| vec![
             match check.status {
                 Severity::Ok => state(Tone::Well, "OK"),
+                Severity::Unknown => state(Tone::Unknown, "not checked"),
                 Severity::Warn => state(Tone::Look, "WARN"),
                 Severity::Fail => state(Tone::Stuck, "FAIL"),
             },
