@@ -65,7 +65,8 @@ pub(crate) async fn log_in(
             return again(StatusCode::TOO_MANY_REQUESTS, "Too many attempts from this address: wait for a minute.");
         }
         Ok(None) => {
-            tracing::warn!(user = form.name.chars().take(100).collect::<String>(), peer = %peer.ip(), "a login to the console was refused");
+            // Without the name: some people type their password there.
+            tracing::warn!(peer = %peer.ip(), "a login to the console was refused");
             return again(StatusCode::UNAUTHORIZED, "Name or password is wrong.");
         }
         Ok(Some(role)) => role,
