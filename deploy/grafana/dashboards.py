@@ -200,6 +200,9 @@ def database():
         "Jobs",
         graph("Overdue jobs", "Jobs that are past the time they were due: `aftercommit job list --overdue`.", "short",
               (greatest("aftercommit_jobs_overdue", ALL, "kind"), "{{kind}}")),
+        "Telemetry",
+        graph("Lost telemetry", "What could not be given to the collector of OpenTelemetry, by signal. Events are not touched by it.", "short",
+              (f"sum by (signal) (increase(aftercommit_telemetry_lost_total{ALL}[5m]))", "{{signal}}")),
     ]
 
 
